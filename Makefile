@@ -1,0 +1,62 @@
+# Two commands: `make demo` and `make test`. `make help` lists the rest.
+PYTHON      ?= python3
+NPROC       ?= 2
+DEMO_ARGS   ?=
+TEST_ARGS   ?=
+BENCH_ARGS  ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test env lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@echo
+	@echo "  PYTHON=python3.12   interpreter that makes $(VENV) (3.11 or newer)"
+	@echo "  TORCH_INDEX=URL     package index for torch alone, used when $(VENV) is made. On Linux PyPI's torch brings several"
+	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
+	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, BENCH_ARGS   passed on to the command"
+
+demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
+	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+test: env ## all tests that this machine can run
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) tests $(TEST_ARGS)
+
+lint: env ## ruff check and ruff format --check
+	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) -e '.[dev]'
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+bench: test ## tests first, then every tools/bench_*.py
+	@$(PY) -c 'import prefix_grouper' 2>/dev/null || $(PIP) -e '.[bench]'
+	@set -e; for script in tools/bench_*.py; do $(PY) $$script $(BENCH_ARGS); done
+
+# The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after
+# which .venv is made anew. --no-deps: the index that serves torch need not have our pins of its dependencies; the next step has.
+# Never installed here: the extras te and flash, which need a GPU.
+env: ## make or update .venv; nothing to do when setup.py and constraints.txt are unchanged
+	@set -e; \
+	want="$$(cksum setup.py constraints.txt) in $$PWD"; \
+	works() { $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; \
+	if [ "$$want" = "$$(cat $(VENV)/stamp 2>/dev/null)" ] && works; then exit 0; fi; \
+	if [ -e $(VENV)/installing ] || ! works; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "megatron-ext needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1):" \
+	         "name one with make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  mkdir -p $(VENV); touch $(VENV)/installing; \
+	  find $(VENV) -mindepth 1 -maxdepth 1 ! -name installing -exec rm -rf {} +; \
+	  $(PYTHON) -m venv $(VENV); \
+	fi; \
+	rm -f $(VENV)/stamp; touch $(VENV)/installing; \
+	echo "Installing into $(VENV): about 2 GB, some minutes"; \
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"; \
+	$(PIP) -e '.[recipes,test]'; \
+	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
+
+clean: ## caches and build outputs; .venv and runs/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

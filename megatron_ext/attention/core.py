@@ -1,0 +1,117 @@
+"""The core attention that goes into Megatron's `SelfAttentionSubmodules.core_attention`.
+
+Shape legend: s rows of the stream, b = 1, np query heads and ng key/value heads of this tensor-parallel rank,
+hn head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.attention.cache import DecodeStep, PrefillStep
+from megatron_ext.attention.function import prefix_grouped_attention
+from megatron_ext.grouping import PrefixGroups
+
+__all__ = ["PrefixGroupedCoreAttention", "check_supported"]
+
+
+def check_supported(config: TransformerConfig) -> None:
+    """Refuse settings under which sharing a prefix would not give the result of repeating it.
+
+    Raises:
+        ValueError: naming the setting, its value and the remedy.
+    """
+    rules = [
+        (
+            config.attention_dropout > 0,
+            f"attention_dropout={config.attention_dropout}: a shared prefix would be dropped once per group, not once "
+            "per response; set attention_dropout: 0",
+        ),
+        (
+            config.hidden_dropout > 0,
+            f"hidden_dropout={config.hidden_dropout}: a shared prefix would be dropped once per group, not once per "
+            "response; set hidden_dropout: 0",
+        ),
+        (
+            config.fp8 is not None and config.fp8_dot_product_attention,
+            "fp8_dot_product_attention: prefix-grouped attention runs in bf16, fp16 or fp32; switch it off",
+        ),
+        (
+            config.context_parallel_size > 1,
+            f"context_parallel_size={config.context_parallel_size} is not supported with prefix grouping yet; set 1",
+        ),
+        (
+            config.window_size is not None,
+            f"window_size={config.window_size}: sliding windows are not supported with prefix grouping yet",
+        ),
+        (config.apply_rope_fusion, "apply_rope_fusion restarts positions at every segment: set it to False"),
+        (config.softmax_type != "vanilla", f"softmax_type={config.softmax_type!r} is not supported, only 'vanilla'"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ValueError(message)
+
+
+class PrefixGroupedCoreAttention(torch.nn.Module):
+    """Core attention over a prefix-grouped stream, with Megatron's call contract.
+
+    What it does is chosen by the record handed in as `packed_seq_params`: a `PrefixGroups` (training and scoring), a
+    `PrefillStep` or a `DecodeStep` (generation). It holds no state, so recomputation and pipeline stages are safe.
+
+    Raises:
+        ValueError: at construction for settings that grouping cannot honour, at call time for a missing record.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__()
+        check_supported(config)
+        if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise ValueError(
+                f"layer {layer_number}: prefix grouping is causal self-attention, got attention_type="
+                f"{attention_type!r}, attn_mask_type={attn_mask_type}"
+            )
+        self.config = config
+        self.layer_number = layer_number
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, 1, np, hn], key and value [s, 1, ng, hn] -> [s, 1, np * hn]."""
+        if attention_bias is not None:
+            raise ValueError("prefix-grouped attention takes no attention_bias (ALiBi and the like)")
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
+        match packed_seq_params:
+            case PrefixGroups():
+                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.softmax_scale)
+            case PrefillStep() | DecodeStep():
+                out = packed_seq_params.attend(self.layer_number, q, k, v, self.softmax_scale)
+            case _:
+                raise ValueError(
+                    f"layer {self.layer_number}: packed_seq_params must be a PrefixGroups, got "
+                    f"{type(packed_seq_params).__name__}; build it with PrefixGroups.from_lengths"
+                )
+        return out.reshape(out.size(0), 1, -1)  # [s, np, hn] -> [s, 1, np * hn]

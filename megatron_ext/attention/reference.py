@@ -1,0 +1,32 @@
+"""The tests' oracle: explicit softmax over a dense mask in fp64, differentiated by autograd.
+
+It shares no code with the plan or the kernels: the mask comes from the record's per-row tensors alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ext.grouping import PrefixGroups
+
+__all__ = ["attention_mask", "reference_attention"]
+
+
+def attention_mask(groups: PrefixGroups) -> Tensor:
+    """bool [t, t], True where the row (query) may see the column (key)."""
+    row = torch.arange(groups.num_tokens, device=groups.segment_ids.device)
+    causal = row[:, None] >= row[None, :]
+    same_segment = groups.segment_ids[:, None] == groups.segment_ids[None, :]
+    own_prefix = (groups.group_ids[:, None] == groups.group_ids[None, :]) & groups.is_prefix[None, :]
+    return causal & (same_segment | own_prefix)
+
+
+def reference_attention(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups, scale: float) -> Tensor:
+    """query [t, n, d], key and value [t, m, d] -> [t, n, d] in query's dtype, computed in fp64."""
+    q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))  # [n or m, t, d]
+    repeat = q.size(0) // k.size(0)
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)  # [n, t, d]
+    scores = (q @ k.transpose(1, 2)) * scale  # [n, t, t]
+    scores = scores.masked_fill(~attention_mask(groups), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)

@@ -1,0 +1,169 @@
+"""The model's configuration: one typed dataclass with NeMo's key names, and its translation for Megatron."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = ["GPTModelConfig", "stream_multiple"]
+
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class GPTModelConfig:
+    """A Llama/Qwen-shaped GPT (RMSNorm, SwiGLU, rotary positions) and how it is spread over ranks.
+
+    Key names are NeMo's where NeMo has one.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    # Filled from the tokenizer where a recipe has one.
+    vocab_size: int | None = None
+    # Key/value heads (grouped-query attention); None: as many as attention heads.
+    num_query_groups: int | None = None
+    # Head dimension; None: hidden_size / num_attention_heads.
+    kv_channels: int | None = None
+    # Longest prompt plus response, in tokens.
+    encoder_seq_length: int = 4096
+    # The vocabulary is padded to a multiple of this times tensor_model_parallel_size.
+    make_vocab_size_divisible_by: int = 16
+    share_embeddings_and_output_weights: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    rotary_base: float = 10000.0
+    rotary_percentage: float = 1.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    # "32" or "bf16".
+    precision: str = "32"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    # None, "selective" (the core attention) or "full" (whole layers).
+    activations_checkpoint_granularity: str | None = None
+    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost.
+    prefix_grouping: bool = True
+    # "auto", "local" or "transformer_engine".
+    transformer_impl: str = "auto"
+    # Rows of logits held at a time; None: by a memory budget.
+    logprob_chunk_size: int | None = None
+
+    def __post_init__(self):
+        self.precision = str(self.precision)
+        if self.num_query_groups is None:
+            self.num_query_groups = self.num_attention_heads
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads == 0:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        for broken, message in self._rules():
+            if broken:
+                raise ValueError(message)
+
+    def _rules(self):
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        yield tp < 1 or pp < 1, (
+            f"model.tensor_model_parallel_size={tp} and model.pipeline_model_parallel_size={pp} must be at least 1"
+        )
+        yield self.kv_channels is None, (
+            f"model.hidden_size={self.hidden_size} is not divisible by "
+            f"model.num_attention_heads={self.num_attention_heads}; set model.kv_channels"
+        )
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(self, name)
+            yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
+        yield self.num_attention_heads % self.num_query_groups, (
+            f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
+            f"model.num_query_groups={self.num_query_groups}"
+        )
+        yield self.num_layers % pp, (
+            f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"
+        )
+        yield self.sequence_parallel and tp == 1, (
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1"
+        )
+        yield self.precision not in PRECISIONS, (
+            f"model.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+        )
+        yield self.activations_checkpoint_granularity not in (None, "selective", "full"), (
+            "model.activations_checkpoint_granularity must be null, selective or full, got "
+            f"{self.activations_checkpoint_granularity!r}"
+        )
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            yield value > 0, (
+                f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
+                "grouping and repeating would differ; set it to 0"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary padded so that every tensor-parallel rank holds as many."""
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def transformer_config(self) -> TransformerConfig:
+        """Megatron's configuration. On the CPU the fused CUDA paths are off."""
+        on_cpu = not torch.cuda.is_available()
+        granularity = self.activations_checkpoint_granularity
+        full = granularity == "full"
+        return TransformerConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            ffn_hidden_size=self.ffn_hidden_size,
+            normalization="RMSNorm",
+            activation_func=F.silu,
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            add_qkv_bias=self.add_qkv_bias,
+            qk_layernorm=self.qk_layernorm,
+            layernorm_epsilon=self.layernorm_epsilon,
+            init_method_std=self.init_method_std,
+            attention_dropout=self.attention_dropout,
+            hidden_dropout=self.hidden_dropout,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            params_dtype=self.dtype,
+            pipeline_dtype=self.dtype,
+            bf16=self.precision == "bf16",
+            # Streams of different length follow each other through the pipeline; Megatron then demands this
+            # dispatcher even without experts.
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
+            # Losses arrive normalised by global counts, see megatron_ext.losses.grpo.
+            calculate_per_token_loss=True,
+            recompute_granularity=granularity,
+            recompute_method="uniform" if full else None,
+            recompute_num_layers=1 if full else None,
+            # GPTModel hands position ids to the rotary module in 'mrope' mode only.
+            mrope_section=[self.kv_channels // 2, 0, 0],
+            apply_rope_fusion=False,
+            use_cpu_initialization=on_cpu,
+            gradient_accumulation_fusion=False,
+            bias_dropout_fusion=not on_cpu,
+            masked_softmax_fusion=not on_cpu,
+            bias_activation_fusion=not on_cpu,
+            deallocate_pipeline_outputs=True,
+        )
+
+
+def stream_multiple(config: GPTModelConfig) -> int:
+    """Stream lengths are padded to a multiple of this: 16 rows suit the matrix units, and sequence parallelism needs
+    a multiple of the tensor-parallel size."""
+    return math.lcm(16, config.tensor_model_parallel_size)

@@ -1,0 +1,168 @@
+"""A Megatron GPT that reads prefix-grouped streams and answers with log-probabilities.
+
+Shape legend: t rows of the stream, b = 1, h hidden size, v vocabulary, tp tensor-parallel size, r predicted tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from megatron_ext.grouping import PrefixGroups
+from megatron_ext.losses.logprobs import vocab_parallel_logprobs
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
+from megatron_ext.rotary import PositionIdRotaryEmbedding
+
+__all__ = ["PrefixGroupedGPT", "build_gpt"]
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixGroupedGPT(GPTModel):
+    """GPTModel with three differences: position ids drive the rotary embedding, every attention layer is the
+    prefix-grouped one, and only the rows that are asked for reach the vocabulary projection."""
+
+    def __init__(self, config: GPTModelConfig, pre_process: bool, post_process: bool, device: torch.device):
+        transformer = config.transformer_config()
+        stage_layers = config.num_layers // config.pipeline_model_parallel_size
+        super().__init__(
+            config=transformer,
+            transformer_layer_spec=block_spec(stage_layers, config.qk_layernorm, config.transformer_impl),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type="mrope",
+        )
+        self.model_config = config
+        self.rotary_pos_emb = PositionIdRotaryEmbedding(
+            config.kv_channels, config.rotary_base, config.rotary_percentage, device
+        )
+        assert_all_attention_grouped(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        packed_seq_params: PackedSeqParams,
+        labels: Tensor | None = None,
+        rows: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run this pipeline stage on one stream.
+
+        Args:
+            input_ids: int64 [t].
+            position_ids: int64 [t].
+            packed_seq_params: a `PrefixGroups`, or a prefill or decode step.
+            labels: int64 [r], tokens predicted from the record's `predict_index` rows.
+            rows: int64 rows whose logits are wanted, instead of labels.
+            temperature: divides the logits behind log-probabilities.
+
+        Returns:
+            hidden states [t (/ tp), 1, h] on every stage but the last; there (log-probabilities [r], entropies [r]),
+            or logits [rows, v] over the real vocabulary where `rows` is given.
+        """
+        decoder_input, rotary_pos_emb, *_ = self._preprocess(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.view(1, 1, -1),  # [lines, b, t]
+            packed_seq_params=packed_seq_params,
+        )
+        hidden = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        if not self.post_process:
+            return hidden
+        if rows is not None:
+            return self._logits(hidden, rows)
+        return self._logprobs(hidden, packed_seq_params, labels, temperature)
+
+    def _output_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _logprobs(self, hidden: Tensor, groups: PrefixGroups, labels: Tensor, temperature: float):
+        """hidden [t (/ tp), 1, h] -> log-probabilities and entropies of `labels`, [r] each."""
+        if self.config.sequence_parallel:
+            hidden = _gather_rows(hidden, groups, self.pg_collection.tp)
+        else:
+            hidden = hidden.squeeze(1).index_select(0, groups.predict_index)  # [r, h]
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+        return vocab_parallel_logprobs(
+            hidden,
+            self._output_weight(),
+            labels,
+            self.pg_collection.tp,
+            temperature,
+            self.model_config.logprob_chunk_size,
+            self.model_config.vocab_size,
+        )
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [t (/ tp), 1, h] -> logits [rows, v] in fp32, gathered over the vocabulary. For sampling: no backward."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        shard = hidden.squeeze(1).index_select(0, rows) @ self._output_weight().t()  # [rows, v / tp]
+        logits = gather_from_tensor_model_parallel_region(shard, group=self.pg_collection.tp)
+        return logits[:, : self.model_config.vocab_size].float()
+
+
+def _gather_rows(hidden: Tensor, groups: PrefixGroups, tp_group) -> Tensor:
+    """Collect the predicting rows of a sequence-parallel stream: [t / tp, 1, h] -> [r, h].
+
+    Only the rows that are asked for travel, each once, padded to the largest count among the ranks. The backward
+    reduce-scatters, which also sums the vocabulary shards' shares of the gradient.
+    """
+    local, restore = _row_tables(groups.layout, tp_group.size(), tp_group.rank(), hidden.device)
+    mine = hidden.index_select(0, local)  # [k, 1, h]
+    gathered = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=True, group=tp_group)
+    return gathered.squeeze(1).index_select(0, restore)  # [tp * k, h] -> [r, h]
+
+
+@lru_cache(maxsize=256)
+def _row_tables(layout, tp: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(local rows to send [k], place of each predicting row among the gathered ones [r]), from lengths only."""
+    lengths, num_pad = layout
+    t = sum(p + sum(s) for p, s in lengths) + num_pad
+    predict = PrefixGroups.from_lengths(lengths).predict_index
+    unique, inverse = predict.unique(return_inverse=True)
+    shard = t // tp
+    owner = unique // shard
+    counts = torch.bincount(owner, minlength=tp)
+    k = max(int(counts.max()) if len(unique) else 0, 1)
+    first = counts.cumsum(0) - counts
+    place = owner * k + torch.arange(len(unique)) - first[owner]
+    local = torch.zeros(k, dtype=torch.int64)  # rows beyond a rank's count repeat row 0 and are never read
+    local[: int(counts[rank])] = unique[owner == rank] - rank * shard
+    return local.to(device), place[inverse].to(device)
+
+
+def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
+    """Build this rank's pipeline stage on its device, in training mode."""
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: take it from the tokenizer")
+    model = PrefixGroupedGPT(
+        config,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        device=device,
+    ).to(device)
+    logger.info("built a GPT with %d parameters on this rank", sum(p.numel() for p in model.parameters()))
+    return model

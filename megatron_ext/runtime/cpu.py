@@ -1,0 +1,120 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core addresses its device as "cuda" throughout. This file, and only this file, makes those addresses mean the
+CPU: it replaces a short list of torch functions, once, in this process, and only when torch sees no CUDA device.
+Nothing of Megatron is changed. Collectives run on gloo.
+
+What is replaced:
+- `torch.cuda.current_device`, `synchronize`, `empty_cache`, the RNG functions and streams: the CPU's, or nothing to do;
+- tensor factories and `Tensor.cuda/to/type`: a "cuda" device is read as "cpu", and `Tensor.type()` answers with the
+  CUDA name, because Megatron's optimizers sort parameters by that string.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+
+import torch
+
+__all__ = ["adapt_megatron_to_cpu"]
+
+logger = logging.getLogger(__name__)
+
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "empty_like",
+             "zeros_like", "ones_like", "as_tensor")  # fmt: skip
+CPU = torch.device("cpu")
+_adapted = False
+
+
+def adapt_megatron_to_cpu() -> None:
+    """Idempotent. Does nothing where CUDA is available. Call it before megatron.core builds anything."""
+    global _adapted
+    if _adapted or torch.cuda.is_available():
+        return
+    _adapted = True
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _adapt_tensor_methods()
+    _adapt_cuda_module()
+    _adapt_megatron_rng()
+    logger.info("no CUDA device: Megatron-Core runs on the CPU with gloo")
+
+
+def _is_cuda(device) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def wrapper(*args, **kwargs):
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _adapt_tensor_methods() -> None:
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self, *args, **kwargs):
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return tensor_to(self, *args, **kwargs)
+
+    def type_(self, *args, **kwargs):
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+class _NoStream:
+    """A CUDA stream or event where all work is already done when a call returns."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def wait_stream(self, stream): ...
+
+    def record_event(self, event=None): ...
+
+    def synchronize(self): ...
+
+
+def _adapt_cuda_module() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _adapt_megatron_rng() -> None:
+    """One generator, the CPU's, plays the GPU's part in Megatron's tracker of RNG states.
+
+    Without dropout nothing on the device draws numbers, so the tracker's states only have to be kept apart.
+    """
+    generator = torch.Generator()
+
+    def get_state(*args, **kwargs):
+        return generator.get_state()
+
+    def set_state(state, *args, **kwargs):
+        generator.set_state(state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.cuda.manual_seed_all = generator.manual_seed
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

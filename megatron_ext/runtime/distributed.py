@@ -1,0 +1,126 @@
+"""Process groups, devices and seeds: NCCL on GPUs, gloo on CPUs, chosen by what is there."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+
+__all__ = [
+    "ParallelSizes",
+    "all_reduce_sums",
+    "initialize",
+    "local_device",
+    "set_seed",
+    "shutdown",
+    "world_size",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How the world of ranks is divided: world = tensor x pipeline x data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+    def data(self, world: int) -> int:
+        """Data-parallel size.
+
+        Raises:
+            ValueError: the world is no multiple of tensor x pipeline.
+        """
+        if min(self.tensor, self.pipeline) < 1:
+            raise ValueError(
+                f"model.tensor_model_parallel_size={self.tensor} and model.pipeline_model_parallel_size={self.pipeline} "
+                "must be at least 1"
+            )
+        model = self.tensor * self.pipeline
+        if world % model:
+            raise ValueError(
+                f"{world} processes cannot be divided by tensor_model_parallel_size={self.tensor} x "
+                f"pipeline_model_parallel_size={self.pipeline}; set trainer.devices x trainer.num_nodes to a multiple of {model}"
+            )
+        return world // model
+
+
+def world_size() -> int:
+    """Ranks of this job, from the launcher's environment (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """This rank's device: its own GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.device:
+    """Start torch.distributed and Megatron's process groups; adapt Megatron to the CPU where there is no GPU.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and srun set them. Without them this
+    process is the whole world, and no port is opened.
+
+    Raises:
+        ValueError: the world does not divide by the parallel sizes.
+    """
+    sizes.data(world_size())
+    adapt_megatron_to_cpu()
+    from megatron.core import parallel_state  # after the adaptation
+
+    device = local_device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if world_size() == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+        logger.info("%d ranks on %s, device %s", world_size(), backend, device)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor, pipeline_model_parallel_size=sizes.pipeline
+    )
+    return device
+
+
+def shutdown() -> None:
+    """Undo `initialize`; safe to call twice."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's tracker. Ranks of one tensor-parallel group draw alike outside it."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def all_reduce_sums(
+    values: dict[str, float], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, float]:
+    """Sum named numbers over a group in one fp64 collective."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group)
+    return dict(zip(values, total.tolist(), strict=True))

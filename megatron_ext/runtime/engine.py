@@ -1,0 +1,220 @@
+"""Training engine: Megatron's DDP, optimizer and pipeline schedule around one model.
+
+The engine knows microbatches and loss functions, not algorithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ext.grouping import PackedTokens
+
+__all__ = ["Engine", "Microbatch", "OptimConfig", "SchedConfig"]
+
+SCHEDULES = {"constant": "constant", "CosineAnnealing": "cosine", "linear": "linear"}
+
+
+@dataclass
+class SchedConfig:
+    """Learning-rate schedule, in optimizer steps."""
+
+    # "constant", "CosineAnnealing" or "linear".
+    name: str = "constant"
+    warmup_steps: int = 0
+    # Steps until min_lr is reached; None: the run's own number of steps.
+    decay_steps: int | None = None
+    min_lr: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in SCHEDULES:
+            raise ValueError(f"model.optim.sched.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
+
+
+@dataclass
+class OptimConfig:
+    """Megatron's optimizer, under NeMo's keys."""
+
+    # "adam" (AdamW) or "distributed_fused_adam" (the same, its state sharded over data-parallel ranks).
+    name: str = "distributed_fused_adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def __post_init__(self):
+        self.betas = tuple(self.betas)
+        if self.name not in ("adam", "distributed_fused_adam"):
+            raise ValueError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
+        if self.lr <= 0 or len(self.betas) != 2:
+            raise ValueError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} a pair")
+
+
+@dataclass
+class Microbatch:
+    """One packed stream and, per predicted token [r], whatever the loss needs."""
+
+    batch: PackedTokens
+    temperature: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Engine:
+    """A model with gradients that are summed over data-parallel ranks, and its optimizer.
+
+    Losses must come normalised by GLOBAL counts: gradients of microbatches and ranks are added, never averaged, so a
+    batch gives the same gradient however it is cut.
+
+    Args:
+        model: this rank's pipeline stage.
+        optim: None for a model that is only run forward.
+        total_steps: optimizer steps of the run, for the schedule.
+        clip_grad: largest global gradient norm, 0 for none.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optim: OptimConfig | None = None, total_steps: int = 1, clip_grad: float = 1.0
+    ):
+        self.module = model
+        self.config = model.config
+        self.optimizer = self.scheduler = None
+        self.model: torch.nn.Module = model
+        if optim is None:
+            return
+        sharded = optim.name == "distributed_fused_adam"
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
+        )
+        self.model = DistributedDataParallel(self.config, ddp, model)
+        self.model.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                bf16=self.config.bf16,
+                params_dtype=self.config.params_dtype,
+                use_distributed_optimizer=sharded,
+                clip_grad=clip_grad,
+            ),
+            [self.model],
+        )
+        self.scheduler = _scheduler(self.optimizer, optim, total_steps)
+        # Megatron would divide by the token counts that the loss function returns; ours arrive normalised.
+        self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
+            model, None, **kwargs
+        )
+        self.config.no_sync_func = self.model.no_sync
+
+    def run(
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, forward_only: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Run all microbatches through the pipeline, with backward unless `forward_only`.
+
+        Args:
+            loss_function: (microbatch, log-probabilities [r], entropies [r]) -> (loss, metrics). Called on the last
+                pipeline stage.
+
+        Returns:
+            The metrics of each microbatch on the last stage, an empty list elsewhere.
+        """
+
+        def forward_step(iterator, model):
+            microbatch: Microbatch = next(iterator)
+            batch = microbatch.batch
+            output = model(
+                batch.tokens,
+                batch.groups.position_ids,
+                packed_seq_params=batch.groups,
+                labels=batch.labels,
+                temperature=microbatch.temperature,
+            )
+
+            def reduce(output):
+                loss, metrics = loss_function(microbatch, *output)
+                # Megatron accumulates the middle value (a token count) and ours is not used.
+                return loss, torch.ones((), dtype=torch.int, device=loss.device), metrics
+
+            return output, reduce
+
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(microbatches),
+                model=[self.model],
+                num_microbatches=len(microbatches),
+                seq_length=max(m.batch.groups.num_tokens for m in microbatches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
+
+        def keep(microbatch, logprobs, entropy):
+            return logprobs.sum(), {"logprobs": logprobs}
+
+        outputs = self.run(microbatches, keep, forward_only=True)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() == 1:
+            return [o["logprobs"] for o in outputs]
+        last = torch.distributed.get_global_rank(group, group.size() - 1)
+        scores = []
+        for number, microbatch in enumerate(microbatches):
+            labels = microbatch.batch.labels
+            values = outputs[number]["logprobs"] if outputs else torch.empty(labels.shape, device=labels.device)
+            torch.distributed.broadcast(values, src=last, group=group)
+            scores.append(values)
+        return scores
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> dict[str, float]:
+        """Optimizer and scheduler step. Returns grad_norm and lr.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; no parameter has been changed.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        ok, grad_norm, _ = self.optimizer.step()
+        if not ok or not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
+            )
+        self.scheduler.step(increment=1)
+        return {"grad_norm": float(grad_norm), "lr": float(lr)}
+
+
+def _scheduler(optimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
+    sched = optim.sched
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=min(sched.min_lr, optim.lr),
+        lr_warmup_steps=sched.warmup_steps,
+        lr_decay_steps=max(sched.decay_steps or total_steps, sched.warmup_steps + 1),
+        lr_decay_style=SCHEDULES[sched.name],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )

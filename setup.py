@@ -1,0 +1,54 @@
+# Copyright 2026 The megatron-ext authors. SPDX-License-Identifier: Apache-2.0
+"""Packaging: ranges live here, the tested pins in constraints.txt, tool settings in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("megatron_ext/__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="megatron-ext",
+    version=VERSION,
+    description="Shared-prefix GRPO, VRoPE and LFTF as an extension of Megatron-Core and NeMo",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_ext", "megatron_ext.*", "recipes", "recipes.*"]),
+    install_requires=[
+        "torch>=2.6",  # tensors, autograd, torch.distributed; 2.6 is also Megatron-Core's floor
+        "megatron-core>=0.16.1,<0.17",  # the host we extend; its internals move between minor versions
+        "omegaconf",  # typed, strict configs, the objects NeMo's hydra_runner hands over
+        "numpy",  # Megatron-Core's dist_checkpointing and our data makers use it
+        "psutil",  # Megatron-Core's distributed checkpoints call it to save but do not declare it
+    ],
+    extras_require={
+        "recipes": [
+            "nemo_toolkit[common]==3.0.*",  # hydra_runner and exp_manager (the latter needs `common`)
+            "transformers",  # reads Hugging Face model configs and tokenizers
+            "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
+            "safetensors",  # Hugging Face weights in and out
+            "tensorboard",  # the metric log that exp_manager writes
+            "matplotlib",  # plots of recipes and benchmarks
+            "tqdm",  # progress bar over global steps
+        ],
+        # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
+        "te": [
+            "transformer-engine[pytorch]>=2.9,<2.12",  # fused layers and Adam; Megatron-Core's own range
+        ],
+        "flash": [
+            "flash-attn",  # variable-length attention kernel; GPU machines only
+        ],
+        "test": [
+            "pytest",  # test runner
+            "pytest-xdist",  # `make test` runs NPROC workers
+            "hypothesis",  # random shapes and lengths for the invariants
+        ],
+        "bench": [
+            "prefix_grouper==0.0.1.post1",  # the paper authors' own code: the peer we measure against
+        ],
+        "dev": [
+            "ruff",  # linter and formatter
+        ],
+    },
+)
