@@ -45,7 +45,7 @@ env: ## make or update .venv; nothing to do when setup.py and constraints.txt ar
 	if [ "$$want" = "$$(cat $(VENV)/stamp 2>/dev/null)" ] && works; then exit 0; fi; \
 	if [ -e $(VENV)/installing ] || ! works; then \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "megatron-ext needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1):" \
+	    echo "megatron-ext needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not found):" \
 	         "name one with make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	  mkdir -p $(VENV); touch $(VENV)/installing; \
 	  find $(VENV) -mindepth 1 -maxdepth 1 ! -name installing -exec rm -rf {} +; \

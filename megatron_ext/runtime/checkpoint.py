@@ -1,0 +1,71 @@
+"""Model weights in Megatron's distributed format (torch_dist): saved by any layout of ranks, loaded by any other.
+
+A checkpoint folder holds `weights/` (the sharded tensors) and `checkpoint.json` (what it is), written last: a folder
+without it is not whole and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+__all__ = ["load_weights", "read_checkpoint_info", "save_weights"]
+
+INFO_FILE, WEIGHTS_FOLDER = "checkpoint.json", "weights"
+
+
+def save_weights(folder: Path, model: torch.nn.Module, info: dict[str, Any]) -> None:
+    """Save this run's weights; every rank calls it.
+
+    Args:
+        folder: must not exist: nothing is ever overwritten.
+        info: JSON-serialisable description, e.g. the model's configuration.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
+    exists = torch.tensor([folder.exists()], dtype=torch.int32, device=next(model.parameters()).device)
+    dist.all_reduce(exists, op=dist.ReduceOp.MAX)
+    if exists.item():
+        raise FileExistsError(f"{folder} exists already; a checkpoint is never overwritten, choose another folder")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    weights = unfinished / WEIGHTS_FOLDER
+    if dist.get_rank() == 0:
+        weights.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(), str(weights))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2), encoding="utf-8")
+        os.replace(unfinished, folder)
+    dist.barrier()
+
+
+def read_checkpoint_info(folder: Path) -> dict[str, Any]:
+    """The `info` of `save_weights`.
+
+    Raises:
+        ValueError: no checkpoint of ours there.
+    """
+    path = Path(folder) / INFO_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a complete checkpoint ({INFO_FILE} is missing); check pretrained_checkpoint.restore_from_path"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Load weights saved under any layout into this rank's stage; every rank calls it."""
+    read_checkpoint_info(folder)
+    state = dist_checkpointing.load(model.sharded_state_dict(), str(Path(folder) / WEIGHTS_FOLDER))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
+    if wrong:
+        raise ValueError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")

@@ -1,0 +1,99 @@
+"""Write the demo's task: arithmetic word problems behind a long few-shot prompt, with an exact answer.
+
+Every row is a real JSONL row, `{"prompt", "response", "answer"}`: SFT reads prompt and response, GRPO prompt and answer.
+The three files share no problem. A byte-level BPE tokenizer is trained on the SFT text.
+
+    python tools/make_word_problems.py --out runs/data --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+NAMES = "Tom Ana Ben Eva Leo Mia Sam Zoe Max Ida Kim Roy Amy Joe Liz Ned".split()
+THINGS = "apples books coins cards stones shells stamps marbles pens cups".split()
+GAIN = ["buys {b} more", "finds {b} more", "gets {b} from a friend", "picks up {b} more"]
+LOSS = ["gives away {b}", "loses {b}", "sells {b}", "drops {b}"]
+INTRO = "Solve each problem. Show the sum, then the answer.\n\n"
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def problem(rng: random.Random, largest: int) -> tuple[str, str, str]:
+    """(question, worked answer, final answer) with all numbers at most `largest`."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    if rng.random() < 0.5:
+        a = rng.randint(1, largest - 1)
+        b = rng.randint(1, largest - a)
+        sign, verb, result = "+", rng.choice(GAIN), a + b
+    else:
+        a = rng.randint(2, largest)
+        b = rng.randint(1, a - 1)
+        sign, verb, result = "-", rng.choice(LOSS), a - b
+    question = f"Question: {name} has {a} {thing}. {name} {verb.format(b=b)}. How many {thing} now?\nAnswer:"
+    return question, f" {a} {sign} {b} = {result} #### {result}", str(result)
+
+
+def row(rng: random.Random, shots: int, largest: int) -> dict[str, str]:
+    examples = [problem(rng, largest) for _ in range(shots)]
+    question, response, answer = problem(rng, largest)
+    prompt = INTRO + "".join(f"{q}{r}\n\n" for q, r, _ in examples) + question
+    return {"prompt": prompt, "response": response, "answer": answer}
+
+
+def write_rows(path: Path, count: int, rng: random.Random, args, seen: set[str]) -> list[dict[str, str]]:
+    rows = []
+    while len(rows) < count:
+        candidate = row(rng, args.shots, args.largest)
+        if candidate["prompt"] not in seen:
+            seen.add(candidate["prompt"])
+            rows.append(candidate)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return rows
+
+
+def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> None:
+    """A Hugging Face tokenizer folder, so that `AutoTokenizer.from_pretrained` reads it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], show_progress=False)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for sft.jsonl, train.jsonl, test.jsonl, tokenizer/")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sft", type=int, default=4000, help="rows for the warm start")
+    parser.add_argument("--train", type=int, default=4000, help="rows for GRPO")
+    parser.add_argument("--test", type=int, default=400, help="held-out rows")
+    parser.add_argument("--shots", type=int, default=4, help="worked examples before each question")
+    parser.add_argument("--largest", type=int, default=20, help="largest number")
+    parser.add_argument("--vocab-size", type=int, default=512)
+    args = parser.parse_args()
+    if args.largest < 3 or args.shots < 0 or min(args.sft, args.train, args.test) < 1:
+        parser.error("--largest must be at least 3, --shots at least 0, the row counts at least 1")
+    if args.out.exists() and any(args.out.iterdir()):
+        sys.exit(f"error: {args.out} is not empty; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng, seen = random.Random(args.seed), set()
+    sft = write_rows(args.out / "sft.jsonl", args.sft, rng, args, seen)
+    write_rows(args.out / "train.jsonl", args.train, rng, args, seen)
+    write_rows(args.out / "test.jsonl", args.test, rng, args, seen)
+    train_tokenizer(args.out / "tokenizer", [r["prompt"] + r["response"] for r in sft], args.vocab_size)
+    print(f"{args.sft} SFT, {args.train} GRPO and {args.test} held-out rows and a tokenizer in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
