@@ -1,7 +1,11 @@
 """Write the demo's task: arithmetic word problems behind a long few-shot prompt, with an exact answer.
 
 Every row is a real JSONL row, `{"prompt", "response", "answer"}`: SFT reads prompt and response, GRPO prompt and answer.
-The three files share no problem. A byte-level BPE tokenizer is trained on the SFT text.
+The three files share no prompt. A byte-level BPE tokenizer is trained on the SFT text.
+
+The warm-start demonstrations are sloppy in a known way: a share (`--sloppy`) of the problems that ask for a difference is
+worked out as a sum. A model that imitates them inherits the habit, however long it is fine-tuned. GRPO and the held-out
+file carry right answers only, and GRPO sees nothing but the verifier's verdict: what it can gain is to drop the habit.
 
     python tools/make_word_problems.py --out runs/data --seed 1
 """
@@ -16,14 +20,13 @@ from pathlib import Path
 
 NAMES = "Tom Ana Ben Eva Leo Mia Sam Zoe Max Ida Kim Roy Amy Joe Liz Ned".split()
 THINGS = "apples books coins cards stones shells stamps marbles pens cups".split()
-GAIN = ["buys {b} more", "finds {b} more", "gets {b} from a friend", "picks up {b} more"]
-LOSS = ["gives away {b}", "loses {b}", "sells {b}", "drops {b}"]
+GAIN, LOSS = "buys finds gets".split(), "sells loses drops".split()
 INTRO = "Solve each problem. Show the sum, then the answer.\n\n"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def problem(rng: random.Random, largest: int) -> tuple[str, str, str]:
-    """(question, worked answer, final answer) with all numbers at most `largest`."""
+def problem(rng: random.Random, largest: int, sloppy: float) -> tuple[str, str, str]:
+    """(question, worked answer, final answer). Right answers lie in 1..largest; a sloppy one may be larger."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     if rng.random() < 0.5:
         a = rng.randint(1, largest - 1)
@@ -32,22 +35,23 @@ def problem(rng: random.Random, largest: int) -> tuple[str, str, str]:
     else:
         a = rng.randint(2, largest)
         b = rng.randint(1, a - 1)
-        sign, verb, result = "-", rng.choice(LOSS), a - b
-    question = f"Question: {name} has {a} {thing}. {name} {verb.format(b=b)}. How many {thing} now?\nAnswer:"
+        verb = rng.choice(LOSS)
+        sign, result = ("+", a + b) if rng.random() < sloppy else ("-", a - b)
+    question = f"Question: {name} has {a} {thing} and {verb} {b}. How many now?\nAnswer:"
     return question, f" {a} {sign} {b} = {result} #### {result}", str(result)
 
 
-def row(rng: random.Random, shots: int, largest: int) -> dict[str, str]:
-    examples = [problem(rng, largest) for _ in range(shots)]
-    question, response, answer = problem(rng, largest)
+def row(rng: random.Random, shots: int, largest: int, sloppy: float) -> dict[str, str]:
+    examples = [problem(rng, largest, sloppy) for _ in range(shots)]
+    question, response, answer = problem(rng, largest, sloppy)
     prompt = INTRO + "".join(f"{q}{r}\n\n" for q, r, _ in examples) + question
     return {"prompt": prompt, "response": response, "answer": answer}
 
 
-def write_rows(path: Path, count: int, rng: random.Random, args, seen: set[str]) -> list[dict[str, str]]:
+def write_rows(path: Path, count: int, rng: random.Random, args, sloppy: float, seen: set[str]) -> list[dict[str, str]]:
     rows = []
     while len(rows) < count:
-        candidate = row(rng, args.shots, args.largest)
+        candidate = row(rng, args.shots, args.largest, sloppy)
         if candidate["prompt"] not in seen:
             seen.add(candidate["prompt"])
             rows.append(candidate)
@@ -78,19 +82,20 @@ def main() -> None:
     parser.add_argument("--sft", type=int, default=4000, help="rows for the warm start")
     parser.add_argument("--train", type=int, default=4000, help="rows for GRPO")
     parser.add_argument("--test", type=int, default=400, help="held-out rows")
-    parser.add_argument("--shots", type=int, default=4, help="worked examples before each question")
-    parser.add_argument("--largest", type=int, default=20, help="largest number")
+    parser.add_argument("--shots", type=int, default=3, help="worked examples before each question")
+    parser.add_argument("--largest", type=int, default=12, help="largest right number")
+    parser.add_argument("--sloppy", type=float, default=0.6, help="share of differences that the warm start gets wrong")
     parser.add_argument("--vocab-size", type=int, default=512)
     args = parser.parse_args()
-    if args.largest < 3 or args.shots < 0 or min(args.sft, args.train, args.test) < 1:
-        parser.error("--largest must be at least 3, --shots at least 0, the row counts at least 1")
+    if args.largest < 3 or args.shots < 0 or min(args.sft, args.train, args.test) < 1 or not 0 <= args.sloppy <= 1:
+        parser.error("--largest must be at least 3, --shots at least 0, row counts at least 1, --sloppy in 0..1")
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty; choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     rng, seen = random.Random(args.seed), set()
-    sft = write_rows(args.out / "sft.jsonl", args.sft, rng, args, seen)
-    write_rows(args.out / "train.jsonl", args.train, rng, args, seen)
-    write_rows(args.out / "test.jsonl", args.test, rng, args, seen)
+    sft = write_rows(args.out / "sft.jsonl", args.sft, rng, args, args.sloppy, seen)
+    write_rows(args.out / "train.jsonl", args.train, rng, args, 0.0, seen)
+    write_rows(args.out / "test.jsonl", args.test, rng, args, 0.0, seen)
     train_tokenizer(args.out / "tokenizer", [r["prompt"] + r["response"] for r in sft], args.vocab_size)
     print(f"{args.sft} SFT, {args.train} GRPO and {args.test} held-out rows and a tokenizer in {args.out}")
 

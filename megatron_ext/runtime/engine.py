@@ -183,6 +183,20 @@ class Engine:
             scores.append(values)
         return scores
 
+    def reduce_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum `run`'s metrics over microbatches and data-parallel ranks; known on every rank."""
+        totals: list[Any] = [None]
+        if outputs:
+            names = list(outputs[0])
+            sums = torch.stack([sum(o[name].double() for o in outputs) for name in names])
+            torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+            totals = [dict(zip(names, sums.tolist(), strict=True))]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            last = torch.distributed.get_global_rank(group, group.size() - 1)
+            torch.distributed.broadcast_object_list(totals, src=last, group=group)
+        return totals[0]
+
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -1,0 +1,59 @@
+"""Where numbers go: one JSON line per step, TensorBoard, and the timers that feed both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+__all__ = ["MetricsLog", "Timers"]
+
+
+class Timers:
+    """Wall-clock seconds by name, summed until read."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """`{"timers/<name>": seconds}` since the last reading."""
+        values = {f"timers/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return values
+
+
+class MetricsLog:
+    """Append-only log of named numbers. Only rank 0 holds one; `None` as folder makes it silent.
+
+    Args:
+        folder: gets `metrics.jsonl`, one object per step.
+        loggers: objects with Lightning's `log_metrics(metrics, step)`, e.g. TensorBoard's, made by NeMo's exp_manager.
+    """
+
+    def __init__(self, folder: Path | None, loggers=()):
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if folder else None
+        self.loggers = list(loggers)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            for logger in self.loggers:
+                logger.finalize("success")

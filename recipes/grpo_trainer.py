@@ -1,0 +1,270 @@
+"""Group relative policy optimisation with a shared prefix.
+
+One step: sample `samples_per_prompt` responses of every prompt, reward them, compare each with its group, and update
+the policy. Sampling, the old-policy pass, the reference pass and the actor pass all encode each prompt once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ext.grouping import pack
+from megatron_ext.losses.grpo import group_advantages, grpo_loss, token_weights
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.runtime.engine import Engine, Microbatch
+from recipes.data import EpochSampler, Prompt
+from recipes.rewards import Reward, score
+from recipes.session import Session
+from recipes.settings import GRPOConfig, check_batch_sizes
+
+__all__ = ["GRPOTrainer", "Rollouts", "reference_weights"]
+
+
+@dataclass
+class Rollouts:
+    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g]."""
+
+    prompts: list[Prompt]
+    responses: list[list[list[int]]]
+    rewards: Tensor
+    advantages: Tensor
+
+
+class GRPOTrainer:
+    """The loop over GRPO steps.
+
+    Args:
+        session: the run.
+        engine: the policy and its optimizer.
+        reward: see `recipes.rewards`.
+        train, validation: prompts; validation may be empty.
+    """
+
+    def __init__(
+        self, session: Session, engine: Engine, reward: Reward, train: list[Prompt], validation: list[Prompt]
+    ):
+        self.session, self.engine, self.reward = session, engine, reward
+        self.config: GRPOConfig = session.config
+        self.settings = self.config.trainer.grpo
+        self.train, self.validation = train, validation
+        model, settings = self.config.model, self.settings
+        self.local_prompts = check_batch_sizes(
+            "trainer.grpo.num_prompts_per_grpo_step", settings.num_prompts_per_grpo_step, session.data_size
+        )
+        prompts_per_update = model.global_batch_size // settings.samples_per_prompt
+        self.local_update_prompts = check_batch_sizes(
+            "the prompts of an optimizer step (model.global_batch_size / trainer.grpo.samples_per_prompt)",
+            prompts_per_update,
+            session.data_size,
+        )
+        self.sampler = EpochSampler(
+            len(train), settings.num_prompts_per_grpo_step, model.seed, session.data_rank, session.data_size
+        )
+        self.initial_weights = _copy_weights(engine.module) if settings.initial_policy_kl_penalty else None
+
+    def fit(self) -> None:
+        settings, session = self.settings, self.session
+        if settings.val_check_interval:
+            session.metrics.write(0, self.run_validation())
+        with session.progress(settings.max_steps, "GRPO") as bar:
+            for step in range(1, settings.max_steps + 1):
+                metrics = self.run_step(step)
+                if settings.val_check_interval and step % settings.val_check_interval == 0:
+                    metrics |= self.run_validation()
+                session.metrics.write(step, metrics)
+                bar.set_postfix_str(_summary(metrics))
+                bar.update()
+                last = step == settings.max_steps
+                if settings.save_interval and step % settings.save_interval == 0 and not last:
+                    session.save(self.engine.module, f"step-{step}")
+                if not last and session.out_of_time():
+                    session.say(f"max_time_per_run reached after step {step}")
+                    break
+        folder = session.save(self.engine.module, "final")
+        session.say(f"weights saved in {folder}")
+
+    def run_step(self, step: int) -> dict[str, float]:
+        """One GRPO step on the next prompts; returns its metrics."""
+        timers = self.session.timers
+        with timers("step"):
+            with timers("generate"):
+                rollouts = self.generate_rollouts([self.train[i] for i in self.sampler.next()], step)
+            metrics = self._rollout_metrics(rollouts)
+            executed = repeated = 0
+            for first in range(0, self.local_prompts, self.local_update_prompts):
+                microbatches = self._microbatches(rollouts, first, first + self.local_update_prompts)
+                with timers("old_and_reference_logprobs"):
+                    passes = self.score_rollouts(microbatches)
+                with timers("actor_update"):
+                    metrics |= self.run_training(microbatches)
+                groups = [m.batch.groups for m in microbatches]
+                executed += (passes + 1) * sum(g.num_tokens for g in groups)
+                repeated += (passes + 1) * sum(g.num_repeated_tokens for g in groups)
+        executed, repeated = self.session.sum_over_data(executed, repeated)
+        metrics |= timers.read()
+        metrics["train_optim/tokens_executed"] = executed
+        metrics["train_optim/tokens_repeated"] = repeated
+        metrics["train_optim/tokens_saved"] = 1 - executed / repeated
+        # Throughput in tokens of the plain form, so that runs with and without grouping compare.
+        metrics["train_optim/tokens_per_second"] = repeated / metrics["timers/step"]
+        return metrics
+
+    def generate_rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
+        settings = self.settings
+        sampling = settings.sampling_params
+        params = SamplingParams(
+            max_new_tokens=settings.length_params.max_length,
+            stop_token_id=self.session.tokenizer.eos_id,
+            use_greedy=sampling.use_greedy,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        g, first = settings.samples_per_prompt, self.session.data_rank * self.local_prompts
+        responses = []
+        for start, part in _parts(prompts, settings.rollout_micro_batch_size):
+            draws = UniformDraws(
+                seed=(self.config.model.seed << 40) + (step << 16) + start,
+                first=(first + start) * g,
+                total=settings.num_prompts_per_grpo_step * g,
+            )
+            responses += generate(self.engine.module, [p.tokens for p in part], g, params, draws)
+        rewards = self._rewards(prompts, responses)
+        advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
+        return Rollouts(prompts, responses, rewards, advantages)
+
+    def score_rollouts(self, microbatches: list[Microbatch]) -> int:
+        """Log-probabilities of the sampling policy and, with a KL penalty, of the initial one. Returns the passes."""
+        for microbatch, logprobs in zip(microbatches, self.engine.score(microbatches), strict=True):
+            microbatch.extra["old_logprobs"] = logprobs
+        if self.initial_weights is None:
+            return 1
+        with reference_weights(self.engine.module, self.initial_weights):
+            for microbatch, logprobs in zip(microbatches, self.engine.score(microbatches), strict=True):
+                microbatch.extra["ref_logprobs"] = logprobs
+        return 2
+
+    def run_training(self, microbatches: list[Microbatch]) -> dict[str, float]:
+        """One optimizer step."""
+        self.engine.zero_grad()
+        outputs = self.engine.run(microbatches, self._loss)
+        metrics = self.engine.reduce_metrics(outputs) | self.engine.step()
+        return {f"train_optim/{name}": value for name, value in metrics.items()}
+
+    def run_validation(self) -> dict[str, float]:
+        """Mean reward of greedy answers to the held-out prompts."""
+        if not self.validation:
+            return {}
+        params = SamplingParams(
+            self.settings.length_params.max_length, self.session.tokenizer.eos_id, use_greedy=True
+        )
+        mine = self.validation[self.session.data_rank :: self.session.data_size]
+        with self.session.timers("validation"):
+            total = 0.0
+            for _, part in _parts(mine, self.settings.rollout_micro_batch_size):
+                answers = generate(self.engine.module, [p.tokens for p in part], 1, params, UniformDraws(0))
+                total += self._rewards(part, answers).sum().item()
+            total, count = self.session.sum_over_data(total, len(mine))
+        return {"val_rollouts/reward": total / count}
+
+    def _rewards(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> Tensor:
+        """Rewards [prompts, samples], computed once per model-parallel group and told to its other ranks."""
+        samples = len(responses[0])
+        group = parallel_state.get_model_parallel_group()
+        rewards = torch.empty(len(prompts), samples, device=self.session.device)
+        if group.rank() == 0:
+            texts = [self.session.tokenizer.decode(r) for rs in responses for r in rs]
+            rows = [p.row for p in prompts for _ in range(samples)]
+            rewards.copy_(torch.tensor(score(self.reward, texts, rows)).view_as(rewards))
+        if group.size() > 1:
+            dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
+        return rewards
+
+    def _microbatches(self, rollouts: Rollouts, first: int, last: int) -> list[Microbatch]:
+        """Streams of `micro_batch_size` groups, each token weighted by the counts of the GLOBAL batch."""
+        model, settings = self.config.model, self.settings
+        microbatches = []
+        for start in range(first, last, model.micro_batch_size):
+            part = slice(start, min(start + model.micro_batch_size, last))
+            batch = pack(
+                [p.tokens for p in rollouts.prompts[part]],
+                rollouts.responses[part],
+                stream_multiple(model),
+                device=self.session.device,
+                share_prefix=model.prefix_grouping,
+            )
+            advantages = rollouts.advantages[part].flatten()[batch.groups.response_ids]
+            microbatches.append(
+                Microbatch(batch, settings.sampling_params.temperature, extra={"advantages": advantages})
+            )
+        groups = [m.batch.groups for m in microbatches]
+        tokens, responses = self.session.sum_over_data(
+            sum(g.num_predicted_tokens for g in groups), sum(g.num_responses for g in groups)
+        )
+        level = "token" if settings.token_level_loss else "sequence"
+        for microbatch, g in zip(microbatches, groups, strict=True):
+            microbatch.extra["weights"] = token_weights(
+                g.response_ids, microbatch.batch.loss_mask(), g.num_responses, tokens, responses, level
+            )
+        return microbatches
+
+    def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor):
+        return grpo_loss(
+            logprobs,
+            terms=self.settings.terms,
+            entropy=entropy,
+            response_ids=microbatch.batch.groups.response_ids,
+            **microbatch.extra,
+        )
+
+    def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        lengths = [len(r) for rs in rollouts.responses for r in rs]
+        spread = (rollouts.rewards.std(1) > 0).sum().item() if rollouts.rewards.size(1) > 1 else 0
+        reward, length, useful, responses, prompts = self.session.sum_over_data(
+            rollouts.rewards.sum().item(), sum(lengths), spread, len(lengths), len(rollouts.prompts)
+        )
+        return {
+            "train_rollouts/reward": reward / responses,
+            "train_rollouts/response_length": length / responses,
+            "train_rollouts/groups_with_signal": useful / prompts,  # a group of equal rewards teaches nothing
+        }
+
+
+def _parts(items: Sequence, size: int | None) -> Iterator[tuple[int, Sequence]]:
+    size = size or max(len(items), 1)
+    return ((start, items[start : start + size]) for start in range(0, len(items), size))
+
+
+def _copy_weights(model: torch.nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@contextmanager
+def reference_weights(model: torch.nn.Module, weights: list[Tensor]):
+    """Run the model with other weights, and put its own back whatever happens. For forward passes only."""
+    parameters = list(model.parameters())
+    own = [p.data for p in parameters]
+    for p, w in zip(parameters, weights, strict=True):
+        p.data = w
+    try:
+        yield
+    finally:
+        for p, w in zip(parameters, own, strict=True):
+            p.data = w
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    parts = [f"reward {metrics['train_rollouts/reward']:.3f}"]
+    if "train_optim/kl" in metrics:
+        parts.append(f"KL {metrics['train_optim/kl']:.3f}")
+    parts.append(f"{metrics['train_optim/tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"{metrics['train_optim/tokens_saved']:.0%} of tokens saved")
+    return ", ".join(parts)

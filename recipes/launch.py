@@ -1,0 +1,162 @@
+"""From a command line to running ranks.
+
+A recipe is started in one of two ways, and runs the same code in both:
+
+- `python recipes/train_x.py trainer.devices=N ...`: this process reads the configuration with NeMo's `hydra_runner`,
+  starts N ranks on this machine, waits for them, and ends all of them when one fails;
+- under torchrun or srun: this process is one rank, and reads the configuration itself.
+
+Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ext.runtime.install_check import InstallationError, check_installation
+
+__all__ = ["run"]
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "nemo_configs"
+# Set for the ranks that this module starts.
+CONFIG_VARIABLE, ERROR_VARIABLE = "MEGATRON_EXT_CONFIG", "MEGATRON_EXT_ERROR"
+GRACE_SECONDS = 10.0
+
+
+def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
+    """Run `main(resolved configuration)` on every rank, then exit.
+
+    Args:
+        main: the recipe; receives the resolved YAML as plain data. Raises ValueError for bad input.
+        script: the entry script's path, started again for each rank.
+        default_config: file of nemo_configs/ used when the command line names none.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.|nemo\.|lightning\.|pydub\.")
+    try:
+        check_installation()
+    except InstallationError as error:
+        _fail(error)
+    if CONFIG_VARIABLE in os.environ:
+        config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
+        _run_rank(main, config)
+        return
+    from recipes.errors import compose
+
+    config = compose(CONFIG_FOLDER, default_config)
+    trainer = config.get("trainer") or {}
+    ranks = int(trainer.get("devices", 1))
+    if "RANK" in os.environ or (ranks == 1 and trainer.get("num_nodes", 1) == 1):
+        _run_rank(main, config)
+    elif trainer.get("num_nodes", 1) > 1:
+        _fail(
+            f"trainer.num_nodes={trainer['num_nodes']} needs a launcher that starts the ranks on every node: run this "
+            "script under torchrun or srun"
+        )
+    else:
+        sys.exit(_run_ranks(script, config, ranks))
+
+
+def _fail(error: object) -> None:
+    """One line, exit code 2. A rank of ours hands the line to its parent; the first one wins."""
+    line = " ".join(str(error).split())
+    path = os.environ.get(ERROR_VARIABLE)
+    if path is None:
+        print(f"error: {line}", file=sys.stderr)
+    else:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(line)
+        except FileExistsError:
+            pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)  # other threads and peers may be inside a collective that will never end
+
+
+def _run_rank(main: Callable[[dict], None], config: dict) -> None:
+    try:
+        main(config)
+    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+        from recipes.errors import is_user_error
+
+        if not is_user_error(error):
+            raise
+        _fail(error)
+    from megatron_ext.runtime.distributed import shutdown
+
+    shutdown()
+
+
+def _run_ranks(script: str, config: dict, ranks: int) -> int:
+    """Start the ranks and wait. Returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="megatron_ext_") as folder:
+        config_path, error_path = Path(folder, "config.json"), Path(folder, "error")
+        config_path.write_text(json.dumps(config), encoding="utf-8")
+        environment = {
+            **os.environ,
+            CONFIG_VARIABLE: str(config_path),
+            ERROR_VARIABLE: str(error_path),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        processes = []
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            for rank in range(ranks):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen([sys.executable, script], env=own))
+            code = _wait(processes)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        finally:
+            _stop(processes)
+        if error_path.exists():
+            print(f"error: {error_path.read_text(encoding='utf-8')}", file=sys.stderr)
+            return 2
+        return code
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    """Until all have ended well, or one has not."""
+    while True:
+        codes = [p.poll() for p in processes]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
+        if failed:
+            rank, code = failed[0]
+            if code != 2:
+                print(f"rank {rank} ended with code {code}; stopping the others", file=sys.stderr)
+            return code if code > 0 else 128 - code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,170 @@
+"""What every recipe sets up and shares: ranks, tokenizer, model, run folder, metrics, clock.
+
+The order follows NeMo-Aligner's entry scripts: check the configuration, start the ranks, read the data, build the
+model, restore it, and only then make the run folder, so that a bad input leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
+from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info, save_weights
+from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
+from megatron_ext.runtime.metrics import MetricsLog, Timers
+from recipes.data import Tokenizer, load_tokenizer
+
+__all__ = ["Session"]
+
+# What must agree between a checkpoint and the YAML: everything that shapes a tensor or the function it computes.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "vocab_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
+    "rotary_base", "rotary_percentage",
+)  # fmt: skip
+
+
+class Session:
+    """One run of one recipe on this rank.
+
+    Args:
+        config: an `SFTConfig` or `GRPOConfig`.
+        resolved: the resolved YAML as plain data, kept beside the results.
+
+    Raises:
+        ValueError: anything wrong with the configuration, the checkpoint or the run folder.
+    """
+
+    def __init__(self, config: Any, resolved: dict):
+        self.config = config
+        self.resolved = resolved
+        model, trainer = config.model, config.trainer
+        asked = trainer.devices * trainer.num_nodes
+        if asked != world_size():
+            raise ValueError(
+                f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
+                f"launcher started {world_size()} processes"
+            )
+        self.log_dir = self._check_run_folder()
+        self.checkpoint = config.pretrained_checkpoint.restore_from_path
+        info = read_checkpoint_info(Path(self.checkpoint)) if self.checkpoint else None
+        self.tokenizer = self._load_tokenizer()
+        model.vocab_size = self.tokenizer.vocab_size
+        if info is not None:
+            _check_architecture(model, info["model"], self.checkpoint)
+        sizes = ParallelSizes(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        self.device = initialize(sizes)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.is_main = dist.get_rank() == 0
+        self.timers = Timers()
+        self.metrics = MetricsLog(None)
+        self._deadline = _deadline(trainer.max_time_per_run)
+        set_seed(model.seed)
+
+    def _check_run_folder(self) -> Path:
+        folder = self.config.exp_manager.get("explicit_log_dir")
+        if not folder:
+            raise ValueError("exp_manager.explicit_log_dir is not set: name the folder of this run")
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
+                "choose a new folder"
+            )
+        return folder
+
+    def _load_tokenizer(self) -> Tokenizer:
+        path = self.config.model.tokenizer
+        if path is None and self.checkpoint:
+            path = str(Path(self.checkpoint) / "tokenizer")
+        if path is None:
+            raise ValueError("model.tokenizer is not set: name the folder of a Hugging Face tokenizer")
+        return load_tokenizer(path)
+
+    def build_model(self) -> PrefixGroupedGPT:
+        """The model of this pipeline stage, with the checkpoint's weights if one is named."""
+        model = build_gpt(self.config.model, self.device)
+        if self.checkpoint:
+            load_weights(Path(self.checkpoint), model)
+        return model
+
+    def open_run_folder(self) -> None:
+        """Make the run folder with NeMo's exp_manager (rank 0 alone: every other rank would wait for it and write
+        nothing) and keep the resolved configuration in it. Call it when all inputs are known to be good."""
+        if self.is_main:
+            import lightning.pytorch as pl
+            import yaml
+            from nemo.utils.exp_manager import exp_manager
+
+            keys = {"create_checkpoint_callback": False, "seconds_to_sleep": 0, **self.config.exp_manager}
+            trainer = pl.Trainer(
+                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+            )
+            exp_manager(trainer, keys)
+            (self.log_dir / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
+            self.metrics = MetricsLog(self.log_dir, trainer.loggers)
+        dist.barrier()
+
+    def save(self, model: PrefixGroupedGPT, name: str) -> Path:
+        """Save weights, model configuration and tokenizer as `<run>/checkpoints/<name>`."""
+        folder = self.log_dir / "checkpoints" / name
+        fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
+        description = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
+        save_weights(folder, model, {"model": description})
+        if self.is_main:
+            shutil.copytree(self.tokenizer.path, folder / "tokenizer")
+        dist.barrier()
+        return folder
+
+    def progress(self, steps: int, what: str):
+        """A bar over steps, on rank 0 only."""
+        return tqdm(total=steps, desc=what, unit="step", disable=not self.is_main, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    def out_of_time(self) -> bool:
+        """Whether max_time_per_run has passed; all ranks agree."""
+        late = torch.tensor([time.monotonic() > self._deadline], dtype=torch.int32, device=self.device)
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return bool(late.item())
+
+    def sum_over_data(self, *values: float) -> list[float]:
+        """Sums over data-parallel ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.tolist()
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None:
+    for name in ARCHITECTURE:
+        here, there = getattr(model, name), saved.get(name)
+        if here != there:
+            raise ValueError(f"model.{name}={here}, but the checkpoint {folder} was made with {name}={there}")
+
+
+def _deadline(text: str | None) -> float:
+    if text is None:
+        return float("inf")
+    try:
+        days, hours, minutes, seconds = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"trainer.max_time_per_run must look like DD:HH:MM:SS, got {text!r}") from None
+    return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+

@@ -1,0 +1,91 @@
+"""Supervised fine-tuning: maximise the likelihood of given responses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_ext.grouping import pack
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.runtime.engine import Engine, Microbatch
+from recipes.data import EpochSampler, Pair
+from recipes.session import Session
+from recipes.settings import SFTConfig, check_batch_sizes
+
+__all__ = ["SFTTrainer"]
+
+
+class SFTTrainer:
+    """The loop over optimizer steps.
+
+    Args:
+        session: the run.
+        engine: the model and its optimizer.
+        train, validation: prompt and response pairs.
+    """
+
+    def __init__(self, session: Session, engine: Engine, train: list[Pair], validation: list[Pair]):
+        self.session, self.engine = session, engine
+        self.config: SFTConfig = session.config
+        self.train, self.validation = train, validation
+        model = self.config.model
+        check_batch_sizes("model.global_batch_size", model.global_batch_size, session.data_size)
+        self.sampler = EpochSampler(
+            len(train), model.global_batch_size, model.seed, session.data_rank, session.data_size
+        )
+
+    def fit(self) -> None:
+        settings, session = self.config.trainer.sft, self.session
+        with session.progress(settings.max_steps, "SFT") as bar:
+            for step in range(1, settings.max_steps + 1):
+                metrics = self.run_training([self.train[i] for i in self.sampler.next()])
+                if settings.val_check_interval and step % settings.val_check_interval == 0:
+                    metrics |= self.run_validation()
+                metrics |= session.timers.read()
+                session.metrics.write(step, metrics)
+                bar.set_postfix_str(f"loss {metrics['train_optim/loss']:.4f}")
+                bar.update()
+                if session.out_of_time():
+                    session.say(f"max_time_per_run reached after step {step}")
+                    break
+        folder = session.save(self.engine.module, "final")
+        session.say(f"weights saved in {folder}")
+
+    def run_training(self, pairs: list[Pair]) -> dict[str, float]:
+        with self.session.timers("optimizer_step"):
+            microbatches = self._microbatches(pairs)
+            self.engine.zero_grad()
+            outputs = self.engine.run(microbatches, self._loss)
+            metrics = self.engine.reduce_metrics(outputs) | self.engine.step()
+        return {f"train_optim/{name}": value for name, value in metrics.items()}
+
+    def run_validation(self) -> dict[str, float]:
+        if not self.validation:
+            return {}
+        mine = self.validation[self.session.data_rank :: self.session.data_size]
+        with self.session.timers("validation"):
+            outputs = self.engine.run(self._microbatches(mine), self._loss, forward_only=True)
+            return {"val/loss": self.engine.reduce_metrics(outputs)["loss"]}
+
+    def _microbatches(self, pairs: list[Pair]) -> list[Microbatch]:
+        """Streams of `micro_batch_size` samples, with the number of trained tokens of the GLOBAL batch in each."""
+        model = self.config.model
+        microbatches = []
+        for start in range(0, len(pairs), model.micro_batch_size):
+            part = pairs[start : start + model.micro_batch_size]
+            if model.loss_on_prompt:  # one document without a prefix: every token but the first is predicted
+                prompts, responses = [() for _ in part], [[p.prompt + p.response] for p in part]
+            else:
+                prompts, responses = [p.prompt for p in part], [[p.response] for p in part]
+            batch = pack(prompts, responses, stream_multiple(model), device=self.session.device)
+            microbatches.append(Microbatch(batch))
+        (tokens,) = self.session.sum_over_data(sum(m.batch.groups.num_predicted_tokens for m in microbatches))
+        for microbatch in microbatches:
+            microbatch.extra["global_tokens"] = tokens
+        return microbatches
+
+    @staticmethod
+    def _loss(microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -logprobs.sum() / microbatch.extra["global_tokens"]
+        return loss, {"loss": loss.detach(), "entropy": entropy.detach().sum() / microbatch.extra["global_tokens"]}
+
+

@@ -1,0 +1,46 @@
+"""GRPO with a shared prefix.
+
+    python recipes/train_grpo.py --config-name grpo_tiny data.train_path=my.jsonl \\
+        pretrained_checkpoint.restore_from_path=runs/sft/checkpoints/final
+
+Starts `trainer.devices` processes itself; under torchrun or srun it is one of the processes they started.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes import launch  # noqa: E402
+
+
+def main(cfg: dict) -> None:
+    from megatron_ext.runtime.engine import Engine
+    from recipes.config import build
+    from recipes.data import load_prompts
+    from recipes.grpo_trainer import GRPOTrainer
+    from recipes.rewards import get_reward
+    from recipes.session import Session
+    from recipes.settings import GRPOConfig
+
+    config = build(GRPOConfig, cfg)
+    reward = get_reward(config.trainer.grpo.reward)
+    session = Session(config, cfg)
+    limit = config.data.max_prompt_length
+    train = load_prompts(config.data.train_path, session.tokenizer, limit)
+    path = config.data.validation_path
+    validation = load_prompts(path, session.tokenizer, limit) if path else []
+    model = session.build_model()
+    settings = config.trainer.grpo
+    updates = settings.num_prompts_per_grpo_step * settings.samples_per_prompt // config.model.global_batch_size
+    engine = Engine(model, config.model.optim, settings.max_steps * updates, settings.gradient_clip_val)
+    trainer = GRPOTrainer(session, engine, reward, train, validation)
+    session.open_run_folder()
+    try:
+        trainer.fit()
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    launch.run(main, __file__, default_config="grpo_tiny")

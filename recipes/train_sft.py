@@ -1,0 +1,42 @@
+"""Supervised fine-tuning on prompt and response pairs.
+
+    python recipes/train_sft.py --config-name sft_tiny data.train_path=my.jsonl model.tokenizer=my_tokenizer/
+
+Starts `trainer.devices` processes itself; under torchrun or srun it is one of the processes they started.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes import launch  # noqa: E402
+
+
+def main(cfg: dict) -> None:
+    from megatron_ext.runtime.engine import Engine
+    from recipes.config import build
+    from recipes.data import load_pairs
+    from recipes.session import Session
+    from recipes.settings import SFTConfig
+    from recipes.sft_trainer import SFTTrainer
+
+    config = build(SFTConfig, cfg)
+    session = Session(config, cfg)
+    limit = config.model.encoder_seq_length
+    train = load_pairs(config.data.train_path, session.tokenizer, limit)
+    path = config.data.validation_path
+    validation = load_pairs(path, session.tokenizer, limit) if path else []
+    model = session.build_model()
+    settings = config.trainer.sft
+    engine = Engine(model, config.model.optim, settings.max_steps, settings.gradient_clip_val)
+    trainer = SFTTrainer(session, engine, train, validation)
+    session.open_run_folder()
+    try:
+        trainer.fit()
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    launch.run(main, __file__, default_config="sft_tiny")
