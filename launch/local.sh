@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run a recipe under torchrun on this machine, one process per GPU (or NPROC of them on CPUs).
+#   launch/local.sh train_grpo --config-name grpo_tiny data.train_path=my.jsonl ...
+# `python recipes/train_grpo.py trainer.devices=N` does the same without torchrun; this is the form clusters use.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+recipe=${1:?usage: launch/local.sh RECIPE [--config-name NAME] [overrides]}
+shift
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+exec "$root/.venv/bin/python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+    "$root/recipes/$recipe.py" "$@" "trainer.devices=$nproc"

@@ -1,0 +1,76 @@
+"""SFT and GRPO end to end on two processes, and that a run is what its seed and data make it."""
+
+import pytest
+import yaml
+from conftest import metrics
+
+pytestmark = pytest.mark.functional
+
+
+def test_sft_leaves_a_complete_run(task):
+    rows = metrics(task.folder / "sft")
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert rows[-1]["train_optim/loss"] < rows[0]["train_optim/loss"]
+    assert rows[-1]["val/loss"] > 0
+    assert (task.checkpoint / "tokenizer" / "tokenizer.json").is_file()
+    config = yaml.safe_load((task.folder / "sft" / "config.yaml").read_text())
+    assert config["model"]["hidden_size"] == 32 and config["trainer"]["sft"]["max_steps"] == 3
+    assert list((task.folder / "sft").glob("**/events.out.tfevents*")), "no TensorBoard file"
+
+
+@pytest.fixture(scope="module")
+def grouped(task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("grouped") / "run"
+    done = task.grpo(
+        out, "trainer.grpo.max_steps=5", "trainer.grpo.val_check_interval=5",
+        f"data.validation_path={task.data / 'test.jsonl'}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return out
+
+
+def test_same_seed_same_run_bitwise(task, grouped, tmp_path):
+    done = task.grpo(tmp_path / "again", "trainer.grpo.max_steps=5")
+    assert done.code == 0, done.err
+    first = [r for r in metrics(grouped) if "train_optim/loss" in r]
+    second = metrics(tmp_path / "again")
+    keys = ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/reward", "train_optim/kl")
+    assert len(second) == 5
+    assert [[r[k] for k in keys] for r in first] == [[r[k] for k in keys] for r in second]
+    assert len({r["train_optim/loss"] for r in second}) == 5, "the loss never changes: the test could not fail"
+
+
+def test_grouping_changes_the_cost_and_not_the_numbers(task, grouped, tmp_path):
+    done = task.grpo(tmp_path / "repeated", "model.prefix_grouping=false")
+    assert done.code == 0, done.err
+    ours = [r for r in metrics(grouped) if "train_optim/loss" in r][:3]
+    plain = metrics(tmp_path / "repeated")
+    for a, b in zip(ours, plain, strict=True):
+        assert a["train_optim/loss"] == pytest.approx(b["train_optim/loss"], abs=1e-5)
+        assert a["train_rollouts/reward"] == b["train_rollouts/reward"]
+        assert a["train_optim/tokens_executed"] < 0.45 * b["train_optim/tokens_executed"]
+        assert a["train_optim/tokens_saved"] > 0.5 and abs(b["train_optim/tokens_saved"]) < 0.05
+
+
+def test_validation_before_and_after(grouped):
+    rewards = {r["step"]: r["val_rollouts/reward"] for r in metrics(grouped) if "val_rollouts/reward" in r}
+    assert set(rewards) == {0, 5}
+    assert all(0 <= value <= 1 for value in rewards.values())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+        ["model.pipeline_model_parallel_size=2"],
+    ],
+    ids=["tp2-sp", "pp2"],
+)
+def test_model_parallel_grpo_matches_data_parallel(task, grouped, tmp_path, layout):
+    """The first step sees the same weights and samples under every layout, so its numbers agree."""
+    done = task.grpo(tmp_path / "run", "trainer.grpo.max_steps=2", *layout)
+    assert done.code == 0, done.err
+    first, other = next(r for r in metrics(grouped) if "train_optim/loss" in r), metrics(tmp_path / "run")[0]
+    assert other["train_rollouts/reward"] == first["train_rollouts/reward"]
+    assert other["train_rollouts/response_length"] == first["train_rollouts/response_length"]
+    assert other["train_optim/grad_norm"] == pytest.approx(first["train_optim/grad_norm"], rel=1e-4)
