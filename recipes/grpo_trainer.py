@@ -132,7 +132,7 @@ class GRPOTrainer:
         responses = []
         for start, part in _parts(prompts, settings.rollout_micro_batch_size):
             draws = UniformDraws(
-                seed=(self.config.model.seed << 40) + (step << 16) + start,
+                seed=(self.config.model.seed, step),
                 first=(first + start) * g,
                 total=settings.num_prompts_per_grpo_step * g,
             )

@@ -41,7 +41,7 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         script: the entry script's path, started again for each rank.
         default_config: file of nemo_configs/ used when the command line names none.
     """
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.|nemo\.|lightning\.|pydub\.")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
     try:
         check_installation()
     except InstallationError as error:
@@ -50,9 +50,12 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
         _run_rank(main, config)
         return
-    from recipes.errors import compose
+    from recipes.errors import UserError, compose
 
-    config = compose(CONFIG_FOLDER, default_config)
+    try:
+        config = compose(CONFIG_FOLDER, default_config)
+    except UserError as error:
+        _fail(error)
     trainer = config.get("trainer") or {}
     ranks = int(trainer.get("devices", 1))
     if "RANK" in os.environ or (ranks == 1 and trainer.get("num_nodes", 1) == 1):

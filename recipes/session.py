@@ -1,13 +1,13 @@
 """What every recipe sets up and shares: ranks, tokenizer, model, run folder, metrics, clock.
 
-The order follows NeMo-Aligner's entry scripts: check the configuration, start the ranks, read the data, build the
-model, restore it, and only then make the run folder, so that a bad input leaves nothing half-written.
+The order: check the configuration, read the data, start the ranks, build the model, restore it, and only then make the
+run folder, so that a bad input costs little and leaves nothing half-written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,19 @@ class Session:
         model.vocab_size = self.tokenizer.vocab_size
         if info is not None:
             _check_architecture(model, info["model"], self.checkpoint)
-        sizes = ParallelSizes(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
-        self.device = initialize(sizes)
+        self.sizes = ParallelSizes(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        self.sizes.data(world_size())
+        self._deadline = _deadline(trainer.max_time_per_run)
+
+    def start(self) -> None:
+        """Start the ranks. Call it when all inputs have been read and found good."""
+        self.device = initialize(self.sizes)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.is_main = dist.get_rank() == 0
         self.timers = Timers()
         self.metrics = MetricsLog(None)
-        self._deadline = _deadline(trainer.max_time_per_run)
-        set_seed(model.seed)
+        set_seed(self.config.model.seed)
 
     def _check_run_folder(self) -> Path:
         folder = self.config.exp_manager.get("explicit_log_dir")
@@ -105,8 +109,11 @@ class Session:
         if self.is_main:
             import lightning.pytorch as pl
             import yaml
+            from nemo.utils import logging as nemo_logging
             from nemo.utils.exp_manager import exp_manager
 
+            nemo_logging.setLevel(nemo_logging.WARNING)
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
             keys = {"create_checkpoint_callback": False, "seconds_to_sleep": 0, **self.config.exp_manager}
             trainer = pl.Trainer(
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -123,7 +130,7 @@ class Session:
         description = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
         save_weights(folder, model, {"model": description})
         if self.is_main:
-            shutil.copytree(self.tokenizer.path, folder / "tokenizer")
+            self.tokenizer.save(folder / "tokenizer")
         dist.barrier()
         return folder
 

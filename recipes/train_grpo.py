@@ -30,6 +30,7 @@ def main(cfg: dict) -> None:
     train = load_prompts(config.data.train_path, session.tokenizer, limit)
     path = config.data.validation_path
     validation = load_prompts(path, session.tokenizer, limit) if path else []
+    session.start()
     model = session.build_model()
     settings = config.trainer.grpo
     updates = settings.num_prompts_per_grpo_step * settings.samples_per_prompt // config.model.global_batch_size

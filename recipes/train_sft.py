@@ -27,6 +27,7 @@ def main(cfg: dict) -> None:
     train = load_pairs(config.data.train_path, session.tokenizer, limit)
     path = config.data.validation_path
     validation = load_pairs(path, session.tokenizer, limit) if path else []
+    session.start()
     model = session.build_model()
     settings = config.trainer.sft
     engine = Engine(model, config.model.optim, settings.max_steps, settings.gradient_clip_val)

@@ -7,10 +7,16 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.harness import hide_gpus
 
 hide_gpus()
+torch.set_num_threads(1)  # the tensors are tiny, and workers share the machine
+
+# A loaded machine must not fail a property: only what holds counts here, not how long it took.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 SEED_VARIABLE = "TEST_SEED"
 

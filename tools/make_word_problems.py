@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4000, help="rows for GRPO")
     parser.add_argument("--test", type=int, default=400, help="held-out rows")
     parser.add_argument("--shots", type=int, default=3, help="worked examples before each question")
-    parser.add_argument("--largest", type=int, default=12, help="largest right number")
+    parser.add_argument("--largest", type=int, default=10, help="largest right number")
     parser.add_argument("--sloppy", type=float, default=0.6, help="share of differences that the warm start gets wrong")
     parser.add_argument("--vocab-size", type=int, default=512)
     args = parser.parse_args()

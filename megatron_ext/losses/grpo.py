@@ -74,8 +74,10 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     advantages = rewards - baseline
     if normalize and samples > 1:
+        # Compared, not std > 0: equal rewards need not average to themselves, and std is then rounding noise.
+        differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
         std = rewards.std(1, keepdim=True)
-        advantages = torch.where(std > 0, advantages / (std + 1e-6), torch.zeros_like(advantages))
+        advantages = torch.where(differ, advantages / (std + 1e-6), torch.zeros_like(advantages))
     return advantages
 
 

@@ -68,15 +68,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         local = targets - first
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprob, entropy, lse = (torch.empty(hidden.size(0), dtype=dtype, device=hidden.device) for _ in range(3))
-        kept = None
+        buffer = _logits_buffer(hidden, weight, chunk_size)
+        scratch = _scratch(buffer, 2)
         for rows in _chunks(hidden.size(0), chunk_size):
-            kept = None  # never two chunks of logits at once
-            logits = _logits(hidden[rows], weight, ctx)
-            logprob[rows], entropy[rows], lse[rows] = _row_statistics(logits, local[rows], ctx.group)
-            kept = logits if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
-            del logits
+            logits = _logits(hidden[rows], weight, ctx, buffer)
+            logprob[rows], entropy[rows], lse[rows] = _row_statistics(logits, local[rows], ctx.group, scratch)
         ctx.save_for_backward(hidden, weight, local, lse, entropy)
-        ctx.kept = kept
+        ctx.kept = buffer if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None
         return logprob, entropy
 
     @staticmethod
@@ -86,13 +84,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(lse)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        kept, ctx.kept = ctx.kept, None
+        buffer, ctx.kept = ctx.kept, None  # holds the logits of the last chunk, which is the first one here
+        filled = buffer is not None
+        if not filled:  # a second backward over a retained graph
+            buffer = _logits_buffer(hidden, weight, ctx.chunk_size)
+        scratch = None if grad_entropy is None else _scratch(buffer, 1)[0]
         for rows in reversed(list(_chunks(hidden.size(0), ctx.chunk_size))):
-            logits = kept if kept is not None else _logits(hidden[rows], weight, ctx)
-            kept = None
+            logits = buffer[: rows.stop - rows.start] if filled else _logits(hidden[rows], weight, ctx, buffer)
+            filled = False
             grad_h = None if grad_entropy is None else grad_entropy[rows]
-            grad = _logits_grad(logits, local[rows], lse[rows], entropy[rows], grad_logprob[rows], grad_h)
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            grad = _logits_grad(logits, local[rows], lse[rows], entropy[rows], grad_logprob[rows], grad_h, scratch)
+            if ctx.temperature != 1:
+                grad.div_(ctx.temperature)
+            grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
             grad_weight.addmm_(grad.t(), hidden[rows])
             del logits, grad
@@ -103,16 +107,32 @@ def _chunks(length: int, size: int):
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _logits(hidden: Tensor, weight: Tensor, ctx) -> Tensor:
-    """Scaled logits [c, v / tp] in fp32 (fp64)."""
-    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
-    logits.div_(ctx.temperature)
+def _logits_buffer(hidden: Tensor, weight: Tensor, chunk_size: int) -> Tensor:
+    """Memory for one chunk of logits, used for every chunk: on the CPU fresh memory of this size costs page faults."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty(min(chunk_size, hidden.size(0)), weight.size(0), dtype=dtype, device=hidden.device)
+
+
+def _scratch(buffer: Tensor, count: int) -> Tensor:
+    """[count, c / 8, v / tp]: an eighth of a chunk at a time is worked on, not a whole."""
+    return buffer.new_empty(count, max(1, buffer.size(0) // 8), buffer.size(1))
+
+
+def _logits(hidden: Tensor, weight: Tensor, ctx, buffer: Tensor) -> Tensor:
+    """Scaled logits [c, v / tp] in fp32 (fp64), in the first rows of the buffer."""
+    logits = buffer[: hidden.size(0)]
+    if logits.dtype == hidden.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(hidden @ weight.t())
+    if ctx.temperature != 1:
+        logits.div_(ctx.temperature)
     if ctx.num_columns < weight.size(0):
         logits[:, ctx.num_columns :] = -1e30  # finite: an entire shard can be padding
     return logits
 
 
-def _row_statistics(logits: Tensor, local: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+def _row_statistics(logits: Tensor, local: Tensor, group, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob, entropy, lse), each [c], from this shard's logits [c, v / tp]; two small collectives."""
     peak = logits.amax(-1)
     if group is not None:
@@ -120,9 +140,10 @@ def _row_statistics(logits: Tensor, local: Tensor, group) -> tuple[Tensor, Tenso
     mine = (local >= 0) & (local < logits.size(1))
     target = logits.gather(1, local.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1) - peak
     total, weighted = torch.empty_like(peak), torch.empty_like(peak)
-    for rows in _chunks(logits.size(0), max(1, logits.size(0) // 8)):  # an eighth of a chunk as scratch, not a whole
-        shifted = logits[rows] - peak[rows].unsqueeze(1)
-        exp = shifted.exp()
+    for rows in _chunks(logits.size(0), scratch.size(1)):
+        shifted, exp = scratch[:, : rows.stop - rows.start]
+        torch.sub(logits[rows], peak[rows].unsqueeze(1), out=shifted)
+        torch.exp(shifted, out=exp)
         total[rows] = exp.sum(-1)
         weighted[rows] = exp.mul_(shifted).sum(-1)
     sums = torch.stack((total, weighted, torch.where(mine, target, 0)))  # [3, c]
@@ -133,7 +154,7 @@ def _row_statistics(logits: Tensor, local: Tensor, group) -> tuple[Tensor, Tenso
     return target - log_total, log_total - weighted / total, peak + log_total
 
 
-def _logits_grad(logits, local, lse, entropy, grad_logprob, grad_entropy) -> Tensor:
+def _logits_grad(logits, local, lse, entropy, grad_logprob, grad_entropy, scratch) -> Tensor:
     """Overwrites logits [c, v / tp] with d(loss)/d(scaled logits).
 
     d logprob / d z_j = [j = target] - p_j;  d H / d z_j = -p_j (log p_j + H).
@@ -142,10 +163,11 @@ def _logits_grad(logits, local, lse, entropy, grad_logprob, grad_entropy) -> Ten
     if grad_entropy is None:
         logits.exp_().mul_(-grad_logprob.unsqueeze(1))
     else:
-        for rows in _chunks(logits.size(0), max(1, logits.size(0) // 8)):
-            logp = logits[rows].clone()
-            factor = (logp + entropy[rows].unsqueeze(1)).mul_(grad_entropy[rows].unsqueeze(1))
-            logits[rows] = logp.exp_().mul_(factor.add_(grad_logprob[rows].unsqueeze(1)).neg_())
+        for rows in _chunks(logits.size(0), scratch.size(0)):
+            factor = scratch[: rows.stop - rows.start]
+            torch.add(logits[rows], entropy[rows].unsqueeze(1), out=factor)
+            factor.mul_(grad_entropy[rows].unsqueeze(1)).add_(grad_logprob[rows].unsqueeze(1)).neg_()
+            logits[rows].exp_().mul_(factor)
     mine = (local >= 0) & (local < logits.size(1))
     index = local.clamp(0, logits.size(1) - 1).unsqueeze(1)
     return logits.scatter_add_(1, index, torch.where(mine, grad_logprob, 0).unsqueeze(1))

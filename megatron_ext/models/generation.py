@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -59,8 +60,10 @@ class UniformDraws:
     responses however they are spread over ranks.
     """
 
-    def __init__(self, seed: int, first: int = 0, total: int | None = None):
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int | tuple[int, ...], first: int = 0, total: int | None = None):
+        # SeedSequence mixes all of a tuple, e.g. (seed, step): torch's generator reads 32 bits of its seed alone.
+        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.generator = torch.Generator().manual_seed(mixed)
         self.first, self.total = first, total
 
     def next(self, count: int) -> Tensor:

@@ -104,6 +104,7 @@ class Engine:
             OptimizerConfig(
                 optimizer="adam",
                 lr=optim.lr,
+                min_lr=min(optim.sched.min_lr, optim.lr),
                 weight_decay=optim.weight_decay,
                 adam_beta1=optim.betas[0],
                 adam_beta2=optim.betas[1],
@@ -208,11 +209,14 @@ class Engine:
             FloatingPointError: the gradient is not finite; no parameter has been changed.
         """
         lr = self.optimizer.param_groups[0]["lr"]
-        ok, grad_norm, _ = self.optimizer.step()
-        if not ok or not torch.isfinite(torch.as_tensor(grad_norm)):
+        # Asked before the step: without a loss scaler Megatron itself would step, and spread the NaN to all weights.
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        if not torch.isfinite(torch.as_tensor(grad_norm)):
             raise FloatingPointError(
                 f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
             )
+        self.optimizer.step()
         self.scheduler.step(increment=1)
         return {"grad_norm": float(grad_norm), "lr": float(lr)}
 

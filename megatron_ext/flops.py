@@ -1,0 +1,143 @@
+"""Floating-point operations of one pass over prefix groups, shared or repeated. Pure Python, no torch.
+
+The count is of the useful multiply-adds of matrix products, each as two operations (the "model FLOPs" of
+arXiv 2205.05198, appendix A): linear layers on every token of the stream, causal attention as half a square, and the
+vocabulary projection of response rows only, in BOTH forms. Norms, rotary embedding and softmax are left out, and so is
+whatever is computed twice to save memory. Backward counts twice the forward, so a ratio of two forms is the same with
+and without it.
+
+The repeated form is G sequences [prefix, response] without padding, which is also what this package runs with prefix
+grouping off.
+
+Symbols: P prefix length, S response lengths, G responses of a group, L layers, h hidden size, n query and m key/value
+heads, d head size, f width of the MLP, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "BACKWARD_OVER_FORWARD",
+    "Flops",
+    "ModelShape",
+    "attention_flops",
+    "attention_pairs",
+    "ideal_attention_speedup",
+    "ideal_speedup",
+    "model_flops",
+    "num_predicted",
+    "num_tokens",
+]
+
+# (P, (S1, S2, ...)) of every group: `PrefixGroups.lengths`.
+Lengths = Sequence[tuple[int, Sequence[int]]]
+
+# A product y = x w has two products in its backward, of the same size.
+BACKWARD_OVER_FORWARD = 2
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the counts need to know about a GPT; the names are GPTModelConfig's."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    num_query_groups: int
+    kv_channels: int
+
+    @classmethod
+    def of(cls, config) -> ModelShape:
+        """Read a `GPTModelConfig`, whose vocabulary counts as padded: that many columns are computed."""
+        return cls(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            ffn_hidden_size=config.ffn_hidden_size,
+            vocab_size=config.padded_vocab_size,
+            num_query_groups=config.num_query_groups,
+            kv_channels=config.kv_channels,
+        )
+
+    @property
+    def linear_weights_per_layer(self) -> int:
+        """Weights of a layer's linears: QKV h(n + 2m)d, projection ndh, gated MLP 3hf."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_query_groups
+        return self.hidden_size * (heads * self.kv_channels + 3 * self.ffn_hidden_size)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one pass, by where they are spent."""
+
+    linear: float
+    attention: float
+    vocabulary: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.vocabulary
+
+
+def num_tokens(lengths: Lengths, share_prefix: bool = True) -> int:
+    """Tokens that go through the layers: sum of P + sum(S) when shared, of GP + sum(S) when repeated."""
+    return sum((1 if share_prefix else len(suffixes)) * p + sum(suffixes) for p, suffixes in lengths)
+
+
+def num_predicted(lengths: Lengths) -> int:
+    """Response tokens that some row predicts. The first token behind an empty prefix has no such row."""
+    return sum(s if p else max(s - 1, 0) for p, suffixes in lengths for s in suffixes)
+
+
+def attention_pairs(lengths: Lengths, share_prefix: bool = True) -> float:
+    """Query-key pairs of one head, a causal square of n rows as n^2 / 2.
+
+    Shared: P^2/2 + sum(S^2/2 + S P). Repeated: sum((P + S)^2/2), which is the same with the P^2/2 once per response.
+    """
+    pairs = 0.0
+    for p, suffixes in lengths:
+        prefixes = 1 if share_prefix else len(suffixes)
+        pairs += prefixes * p * p / 2 + sum(s * s / 2 + s * p for s in suffixes)
+    return pairs
+
+
+def attention_flops(
+    lengths: Lengths, num_heads: int, head_dim: int, share_prefix: bool = True, backward: bool = True
+) -> float:
+    """Attention of one layer: 4 n d per pair forward (scores, and their product with the values)."""
+    return _passes(backward) * 4 * num_heads * head_dim * attention_pairs(lengths, share_prefix)
+
+
+def model_flops(shape: ModelShape, lengths: Lengths, share_prefix: bool = True, backward: bool = True) -> Flops:
+    """A GPT over a stream: 2 operations per weight and token, attention, and 2hv per predicted token."""
+    passes, tokens = _passes(backward), num_tokens(lengths, share_prefix)
+    per_layer = attention_flops(lengths, shape.num_attention_heads, shape.kv_channels, share_prefix, backward)
+    return Flops(
+        linear=passes * 2 * shape.num_layers * shape.linear_weights_per_layer * tokens,
+        attention=shape.num_layers * per_layer,
+        vocabulary=passes * 2 * shape.hidden_size * shape.vocab_size * num_predicted(lengths),
+    )
+
+
+def ideal_attention_speedup(lengths: Lengths) -> float:
+    """Operations of the repeated form's attention over the shared form's."""
+    return _ratio(attention_pairs(lengths, False), attention_pairs(lengths, True))
+
+
+def ideal_speedup(shape: ModelShape, lengths: Lengths) -> float:
+    """Operations of the whole repeated form over the shared form's: the speed-up of equal efficiency."""
+    return _ratio(model_flops(shape, lengths, False).total, model_flops(shape, lengths, True).total)
+
+
+def _passes(backward: bool) -> int:
+    return 1 + BACKWARD_OVER_FORWARD if backward else 1
+
+
+def _ratio(repeated: float, shared: float) -> float:
+    if not shared:
+        raise ValueError("a speed-up needs at least one token, got only empty groups")
+    return repeated / shared

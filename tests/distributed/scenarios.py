@@ -1,0 +1,188 @@
+"""What the ranks of a layout compute: everything a test wants to compare, in one run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ext.losses import vocab_parallel_logprobs
+from megatron_ext.models import build_gpt
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.runtime.checkpoint import load_weights, save_weights
+from megatron_ext.runtime.distributed import all_reduce_sums
+from megatron_ext.runtime.engine import Engine, OptimConfig
+from tests.distributed.sharding import load_full, ranks_here
+from tests.engine_cases import counts, grpo, make_microbatches
+from tests.gpt_cases import Rollout, randomize, small_config
+
+__all__ = ["DataCase", "LayoutCase", "VocabCase", "data_parallel", "layouts", "optim"]
+
+NEW_TOKENS, SAMPLES = 8, 3
+
+
+def optim(name: str = "adam") -> OptimConfig:
+    """A large eps: Adam divides by |g| + eps, so rounding of a gradient near zero must not become a step of full size."""
+    return OptimConfig(name=name, lr=1e-2, eps=1e-3)
+
+
+@dataclass
+class LayoutCase:
+    """One model and batch for `layouts`.
+
+    fields: changes to `small_config`. weights: of the full model, or the seed to make them from (one rank only).
+    cuts: group numbers of each microbatch. prompts, stop: for generation. load: a checkpoint of the same weights;
+    save: where to leave one.
+    """
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor] | int
+    rollout: Rollout
+    cuts: list[list[int]]
+    prompts: list[list[int]]
+    stop: int | None = None
+    load: Path | None = None
+    save: Path | None = None
+
+
+@dataclass
+class VocabCase:
+    """Inputs of vocab_parallel_logprobs over the whole vocabulary, fp64."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    grads: tuple[Tensor, Tensor]
+    options: dict[str, Any]
+
+
+def copies(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def layouts(device: torch.device, cases: list[LayoutCase], vocab: list[VocabCase]) -> dict[str, Any]:
+    """Every case on this rank's layout, and where this rank stands in it."""
+    rank, stage = ranks_here()
+    return {
+        "rank": rank,
+        "stage": stage,
+        "cases": [_layout_case(device, case) for case in cases],
+        "vocab": [_vocab_case(case) for case in vocab],
+    }
+
+
+def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
+    config = small_config(**case.fields)
+    model = build_gpt(config, device)
+    result: dict[str, Any] = {}
+    if case.load:
+        load_weights(case.load, model)
+        result["loaded"] = copies(model)
+    if isinstance(case.weights, int):
+        randomize(model, torch.Generator().manual_seed(case.weights))
+    else:
+        load_full(model, case.weights)
+    result["weights"] = copies(model)
+    if case.save:
+        save_weights(case.save, model, {})
+    result |= _sample(model, case)
+    engine = Engine(model, optim(), clip_grad=0.5)
+    microbatches = make_microbatches(
+        case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config)
+    )
+    result["tokens"] = [m.batch.groups.num_tokens for m in microbatches]
+    result["scores"] = engine.score(microbatches)
+    engine.zero_grad()
+    result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
+    result["gradients"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    result["report"] = engine.step()
+    result["stepped"] = copies(model)
+    engine.zero_grad()
+    engine.run(microbatches, lambda microbatch, logprobs, entropy: (logprobs.sum() * math.nan, {}))
+    result["refused"] = refuses_step(engine)
+    result["after refusal"] = copies(model)
+    return result
+
+
+def _sample(model, case: LayoutCase) -> dict[str, Any]:
+    greedy = SamplingParams(NEW_TOKENS, stop_token_id=case.stop, use_greedy=True)
+    sampling = SamplingParams(NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.95)
+    return {
+        "greedy": generate(model, case.prompts, SAMPLES, greedy, UniformDraws(0)),
+        "sampled": generate(model, case.prompts, SAMPLES, sampling, UniformDraws(11)),
+    }
+
+
+def refuses_step(engine: Engine) -> bool:
+    try:
+        engine.step()
+    except FloatingPointError:
+        return True
+    return False
+
+
+def _vocab_case(case: VocabCase) -> dict[str, Tensor]:
+    group = parallel_state.get_tensor_model_parallel_group()
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight.chunk(group.size())[group.rank()].clone().requires_grad_()
+    outputs = vocab_parallel_logprobs(hidden, weight, case.targets, group, **case.options)
+    torch.autograd.backward(outputs, case.grads)
+    return {
+        "logprob": outputs[0].detach(),
+        "entropy": outputs[1].detach(),
+        "d hidden": hidden.grad,
+        "d weight": weight.grad,
+    }
+
+
+@dataclass
+class DataCase:
+    """One batch for `data_parallel`: `spread[rank]` holds the microbatches (group numbers) of a data-parallel rank."""
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+    rollout: Rollout
+    spread: list[list[list[int]]]
+
+
+def data_parallel(device: torch.device, case: DataCase) -> dict[str, Any]:
+    """Gradients for both normalisations, and parameters after a step of both optimizers."""
+    rank, _ = ranks_here()
+    return {
+        "rank": rank,
+        "gradients": {level: _data_run(device, case, level, "adam", step=False) for level in ("token", "sequence")},
+        "steps": {name: _data_run(device, case, "token", name, step=True) for name in ("adam", "distributed_fused_adam")},
+    }
+
+
+def _data_run(device: torch.device, case: DataCase, level: str, optimizer: str, step: bool) -> dict[str, Any]:
+    config = small_config(**case.fields)
+    model = build_gpt(config, device)
+    number = parallel_state.get_data_parallel_rank()
+    # Only the first data-parallel rank gets the weights: the engine must tell the others.
+    randomize(model, torch.Generator().manual_seed(number))
+    if number == 0:
+        load_full(model, case.weights)
+    engine = Engine(model, optim(optimizer), clip_grad=0.5)
+    started = copies(model)
+    cuts = case.spread[number]
+    mine = case.rollout.pick([g for numbers in cuts for g in numbers])
+    totals = all_reduce_sums(counts(mine), parallel_state.get_data_parallel_group(), device)
+    microbatches = make_microbatches(case.rollout, cuts, totals, level, pad=stream_multiple(config))
+    engine.zero_grad()
+    result = {"started": started, "totals": totals}
+    result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
+    if not step:
+        return result | {"gradients": {name: p.main_grad.clone() for name, p in model.named_parameters()}}
+    result |= {"report": engine.step(), "stepped": copies(model)}
+    # NaN on the last rank alone: all must refuse, or their weights would part.
+    factor = math.nan if number == parallel_state.get_data_parallel_world_size() - 1 else 1.0
+    engine.zero_grad()
+    engine.run(microbatches, lambda microbatch, logprobs, entropy: (logprobs.sum() * factor, {}))
+    return result | {"refused": refuses_step(engine), "after refusal": copies(model)}

@@ -1,0 +1,246 @@
+"""Tensor, sequence and pipeline parallelism against one rank: scores, loss, every gradient, a step, sampled tokens.
+
+The same weights everywhere: made by a run with one rank, cut by hand for the others. fp32; the bound is 1e-5 relative
+to the largest entry, where other orders of summation were seen to change 3e-6 at most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.models import build_gpt
+from megatron_ext.runtime.checkpoint import load_weights
+from megatron_ext.runtime.distributed import ParallelSizes
+from tests.conftest import fresh_generator
+from tests.distributed.scenarios import NEW_TOKENS, SAMPLES, LayoutCase, VocabCase, layouts
+from tests.distributed.sharding import full_name, shard
+from tests.engine_cases import gradient_floor, relative_error
+from tests.gpt_cases import make_rollout, small_config
+from tests.harness import run_ranks
+from tests.layouts import error, randn
+from tests.plain_gpt import greedy
+
+pytestmark = pytest.mark.distributed
+
+BOUND = 1e-5
+MODEL = {"num_layers": 4, "num_attention_heads": 16, "num_query_groups": 4}
+TIED, UNTIED = ({"share_embeddings_and_output_weights": tied} for tied in (True, False))
+LENGTHS = [(7, [3, 5]), (4, [6]), (5, [2, 2, 2]), (3, [9, 1]), (5, [4, 0, 14])]
+CUTS = [[0, 1], [2], [3, 4]]  # streams of 32, 16 and 48 tokens
+PROMPTS = [9, 1, 22]
+SEQUENCE = {"sequence_parallel": True}
+LAYOUTS = {
+    "tp2": (ParallelSizes(tensor=2), [TIED, UNTIED, TIED | SEQUENCE, UNTIED | SEQUENCE]),
+    "pp2": (ParallelSizes(pipeline=2), [TIED, UNTIED]),
+    "tp2 pp2": (
+        ParallelSizes(tensor=2, pipeline=2),
+        [UNTIED, TIED | SEQUENCE | {"activations_checkpoint_granularity": "full"}],
+    ),
+}
+
+
+def make_vocab_cases(rng: torch.Generator) -> list[VocabCase]:
+    """Targets at both sides of the border between shards; padding in part of the last shard, and all of it."""
+    cases = []
+    for num_valid in (None, 47, 32, 20):
+        hidden, weight = randn(rng, 23, 12), randn(rng, 64, 12)
+        last = (num_valid or 64) - 1
+        borders = torch.tensor([0, 31, 32, 33, last, min(31, last)]).clamp(max=last)
+        targets = torch.cat((borders, torch.randint(last + 1, (17,), generator=rng)))
+        options = {"num_valid": num_valid, "chunk_size": 5, "temperature": 0.8}
+        cases.append(VocabCase(hidden, weight, targets, (randn(rng, 23), randn(rng, 23)), options))
+    return cases
+
+
+class Reference:
+    """The inputs of all layouts, and what one rank makes of them. Keyed by whether the embeddings are tied."""
+
+    def __init__(self, folder: Path):
+        rng = fresh_generator()
+        self.folder, self.cases, self.results = folder, {}, {}
+        self.vocab = make_vocab_cases(rng)
+        prompts = [torch.randint(61, (n,), generator=rng).tolist() for n in PROMPTS]
+        for tied in (True, False):
+            fields = MODEL | {"share_embeddings_and_output_weights": tied}
+            seed = int(torch.randint(2**31, (), generator=rng))
+            rollout = make_rollout(rng, LENGTHS, 61)
+            self.cases[tied] = LayoutCase(fields, seed, rollout, CUTS, prompts, save=self.checkpoint(tied))
+        (result,) = run_ranks(layouts, 1, list(self.cases.values()), [])
+        for tied, case_result in zip(self.cases, result["cases"], strict=True):
+            self.results[tied] = case_result
+            self.cases[tied].weights = case_result["weights"]
+
+    def checkpoint(self, tied: bool) -> Path:
+        return self.folder / f"tied-{tied}"
+
+    def expected_greedy(self, tied: bool, stop: int | None = None) -> list[list[int]]:
+        """By the plain GPT, in fp64."""
+        case = self.cases[tied]
+        weights = {name: w.double() for name, w in case.weights.items()}
+        return [greedy(weights, small_config(**case.fields), p, NEW_TOKENS, stop) for p in case.prompts]
+
+    def stop(self, tied: bool) -> int:
+        """A token that ends the first response early, and not all of them at once."""
+        return self.expected_greedy(tied)[0][2]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("weights"))
+
+
+class Layout:
+    """One layout's results: (configuration, tied, [result of every rank]) for each of its cases."""
+
+    def __init__(self, name: str, reference: Reference):
+        sizes, changes = LAYOUTS[name]
+        self.sizes, self.cases, self.saved = sizes, [], []
+        cases = []
+        for number, change in enumerate(changes):
+            tied = change["share_embeddings_and_output_weights"]
+            source = reference.cases[tied]
+            fields = MODEL | change | {
+                "tensor_model_parallel_size": sizes.tensor,
+                "pipeline_model_parallel_size": sizes.pipeline,
+            }  # fmt: skip
+            self.saved.append(reference.folder / f"{name}-{number}")
+            cases.append(
+                LayoutCase(
+                    fields, source.weights, source.rollout, CUTS, source.prompts,
+                    reference.stop(tied), reference.checkpoint(tied), self.saved[-1],
+                )
+            )  # fmt: skip
+        self.ranks = run_ranks(layouts, sizes.tensor * sizes.pipeline, cases, reference.vocab, sizes=sizes)
+        for number, case in enumerate(cases):
+            config = small_config(**case.fields)
+            tied = config.share_embeddings_and_output_weights
+            self.cases.append((config, tied, [r["cases"][number] for r in self.ranks]))
+
+    def tensors(self, kind: str, reference: Reference):
+        """(what and where, this layout's tensor, the same part of one rank's) for every parameter of every rank."""
+        for number, (config, tied, results) in enumerate(self.cases):
+            seen = set()
+            for place, result in zip(self.ranks, results, strict=True):
+                for name, value in result[kind].items():
+                    whole = full_name(name, config, place["stage"])
+                    seen.add(whole)
+                    expected = shard(name, reference.results[tied][kind][whole], config, place["rank"])
+                    yield f"case {number}, rank {place['rank']}, stage {place['stage']}, {name}", value, expected
+            assert seen == set(reference.results[tied][kind])  # no parameter of the full model is missing
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, reference) -> Layout:
+    return Layout(request.param, reference)
+
+
+def test_every_gradient_equals_one_ranks(layout: Layout, reference: Reference):
+    """After finalisation; tied embeddings under pipeline parallelism on both stages that hold them."""
+    floor = min(gradient_floor(result["gradients"]) for result in reference.results.values())
+    for where, found, expected in layout.tensors("gradients", reference):
+        assert torch.count_nonzero(expected)
+        assert relative_error(found, expected, floor) <= BOUND, where
+
+
+def test_a_tied_embedding_has_one_gradient_wherever_it_is_held(layout: Layout):
+    """Under pipeline parallelism the first and the last stage hold a copy each, with bitwise the same gradient."""
+    for config, tied, results in layout.cases:
+        tp = config.tensor_model_parallel_size
+        for first, last in zip(results[:tp], results[-tp:], strict=True):
+            embedding = first["gradients"]["embedding.word_embeddings.weight"]
+            output = last["gradients"].get("output_layer.weight")
+            if layout.sizes.pipeline > 1:
+                assert torch.equal(embedding, output) == tied
+            else:
+                assert (output is None) == tied
+
+
+def test_loss_and_metrics_equal_one_ranks(layout: Layout, reference: Reference):
+    """And every rank knows them, those of other stages included."""
+    for _, tied, results in layout.cases:
+        expected = reference.results[tied]["metrics"]
+        assert set(expected) == {"loss", "ratio", "clip_fraction", "kl", "entropy"}
+        for result in results:
+            assert result["metrics"] == pytest.approx(expected, rel=BOUND, abs=1e-6)
+
+
+def test_scores_equal_one_ranks_on_every_stage(layout: Layout, reference: Reference):
+    for _, tied, results in layout.cases:
+        for result in results:
+            assert result["tokens"] == [32, 16, 48]
+            for found, expected in zip(result["scores"], reference.results[tied]["scores"], strict=True):
+                assert relative_error(found, expected) <= BOUND
+
+
+def test_a_step_equals_one_ranks(layout: Layout, reference: Reference):
+    """Clipped by the norm of the WHOLE gradient, which every rank reports."""
+    for _, tied, results in layout.cases:
+        expected = reference.results[tied]["report"]
+        assert expected["grad_norm"] > 0.5  # the clipping matters
+        for result in results:
+            assert result["report"] == pytest.approx(expected, rel=BOUND)
+    for where, found, expected in layout.tensors("stepped", reference):
+        assert error(found, expected) <= BOUND, where
+    moved = [error(r["stepped"][n], r["weights"][n]) for _, _, rs in layout.cases for r in rs for n in r["weights"]]
+    assert min(moved) > 100 * BOUND
+
+
+def test_no_rank_takes_a_step_that_is_not_finite(layout: Layout):
+    for _, _, results in layout.cases:
+        for result in results:
+            assert result["refused"]
+            assert all(torch.equal(result["stepped"][n], w) for n, w in result["after refusal"].items())
+
+
+def test_greedy_equals_the_full_forward_token_by_token(layout: Layout, reference: Reference):
+    """With a stop token that ends some responses before others."""
+    for _, tied, results in layout.cases:
+        expected = reference.expected_greedy(tied, reference.stop(tied))
+        assert len(expected[0]) == expected[0].index(reference.stop(tied)) + 1 <= 3
+        for result in results:
+            assert result["greedy"] == [[response] * SAMPLES for response in expected]
+
+
+def test_sampled_tokens_equal_one_ranks_under_the_same_draws(layout: Layout, reference: Reference):
+    for _, tied, results in layout.cases:
+        expected = reference.results[tied]["sampled"]
+        assert len({tuple(r) for rs in expected for r in rs}) > 3
+        assert all(result["sampled"] == expected for result in results)
+
+
+def test_weights_saved_by_one_rank_load_here_bitwise(layout: Layout, reference: Reference):
+    """Megatron's own cutting of the checkpoint agrees with the cutting by hand."""
+    for where, found, expected in layout.tensors("weights", reference):
+        assert torch.equal(found, expected), where
+    for _, _, results in layout.cases:
+        for result in results:
+            assert all(torch.equal(result["loaded"][name], w) for name, w in result["weights"].items())
+
+
+def test_weights_saved_here_load_on_one_rank_bitwise(layout: Layout, reference: Reference, world):
+    for folder, (_, tied, _) in zip(layout.saved, layout.cases, strict=True):
+        case = reference.cases[tied]
+        model = build_gpt(small_config(**case.fields), world)
+        load_weights(folder, model)
+        assert all(torch.equal(p, case.weights[name]) for name, p in model.named_parameters())
+
+
+def test_log_probabilities_over_a_sharded_vocabulary(layout: Layout, reference: Reference):
+    """fp64 to 1e-10 against log_softmax over the whole vocabulary: values, entropies, gradients of both inputs."""
+    for number, case in enumerate(reference.vocab):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        logp = (hidden @ weight[: case.options["num_valid"]].t() / case.options["temperature"]).log_softmax(-1)
+        logprob = logp.gather(1, case.targets.unsqueeze(1)).squeeze(1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.autograd.backward((logprob, entropy), case.grads)
+        for stage in range(layout.sizes.pipeline):
+            ranks = [r["vocab"][number] for r in layout.ranks if r["stage"] == stage]
+            assert len(ranks) == layout.sizes.tensor
+            for result in ranks:
+                assert error(result["logprob"], logprob.detach()) <= 1e-10
+                assert error(result["entropy"], entropy.detach()) <= 1e-10
+            assert error(sum(r["d hidden"] for r in ranks), hidden.grad) <= 1e-10
+            assert error(torch.cat([r["d weight"] for r in ranks]), weight.grad) <= 1e-10

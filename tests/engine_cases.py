@@ -1,0 +1,67 @@
+"""Microbatches with GRPO's inputs for the engine, normalised over the whole batch however it is cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.runtime.engine import Microbatch
+from tests.gpt_cases import TERMS, Rollout, pack_rollout
+
+__all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error"]
+
+
+def counts(rollout: Rollout) -> dict[str, float]:
+    """Predicted tokens that count, and responses that have one."""
+    kept = [sum(mask[0 if prompt else 1 :]) for (prompt, _), mask in zip(rollout.flat, rollout.masks, strict=True)]
+    return {"tokens": sum(kept), "responses": sum(k > 0 for k in kept)}
+
+
+def make_microbatches(
+    rollout: Rollout, cuts: list[list[int]], totals: dict[str, float], level: str = "token", pad: int = 16
+) -> list[Microbatch]:
+    """One microbatch for each list of group numbers; `totals` are the counts of the global batch."""
+    microbatches = []
+    for numbers in cuts:
+        part = rollout.pick(numbers)
+        batch = pack_rollout(part, pad=pad)
+        groups = batch.groups
+        weights = token_weights(
+            groups.response_ids,
+            batch.loss_mask(part.masks),
+            groups.num_responses,
+            totals["tokens"],
+            totals["responses"],
+            level,
+        )
+        extra = {
+            "advantages": torch.tensor(part.advantages)[groups.response_ids],
+            "weights": weights,
+            "old_logprobs": torch.cat(part.old).float(),
+            "ref_logprobs": torch.cat(part.reference).float(),
+        }
+        microbatches.append(Microbatch(batch, temperature=0.9, extra=extra))
+    return microbatches
+
+
+def grpo(microbatch: Microbatch, logprobs: Tensor, entropy: Tensor, terms: GrpoTerms = TERMS):
+    """The engine's loss function, as a recipe has it."""
+    ids = microbatch.batch.groups.response_ids
+    return grpo_loss(logprobs, terms=terms, entropy=entropy, response_ids=ids, **microbatch.extra)
+
+
+def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:
+    """Largest absolute difference, relative to the largest true value, or to `floor` where that is larger."""
+    assert value.shape == truth.shape, f"{tuple(value.shape)} and {tuple(truth.shape)}"
+    largest = max(truth.double().abs().max().item(), floor)
+    return (value.double() - truth.double()).abs().max().item() / largest
+
+
+def gradient_floor(gradients: dict[str, Tensor]) -> float:
+    """A tenth of the largest entry of a model's gradient.
+
+    Some weights' gradients (of the q and k norms) are small differences of large sums, and their rounding is that of
+    the sums: measured against their own size it says nothing. A wrong term of one part in a hundred still shows.
+    """
+    return 0.1 * max(g.abs().max().item() for g in gradients.values())

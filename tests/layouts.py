@@ -1,0 +1,94 @@
+"""Lengths of streams to test with, and the plain form of the same attention: one sequence per response.
+
+Nothing here uses the record, the plan or the kernels: a stream's layout is worked out again from its lengths.
+
+Shape legend: t rows of the stream, n query heads, m key/value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "Lengths", "error", "lengths_strategy", "plain_attention", "random_lengths", "randn", "spans"]
+
+Lengths = list[tuple[int, list[int]]]
+
+# Name -> (lengths, pad multiple). Odd lengths throughout.
+LAYOUTS: dict[str, tuple[Lengths, int]] = {
+    "unequal responses": ([(13, [5, 1, 8])], 1),
+    "equal responses": ([(5, [3, 3, 3, 3])], 1),
+    "one response": ([(7, [4])], 1),
+    "no prefix": ([(0, [5, 3])], 1),
+    "no prefix, one response": ([(0, [6])], 1),
+    "empty responses": ([(6, [0, 4, 0, 7])], 1),
+    "all but one response empty": ([(6, [0, 4])], 1),
+    "no response": ([(9, [])], 1),
+    "several groups": ([(11, [2, 7, 7]), (1, [1, 1]), (0, [4, 2]), (6, []), (3, [9])], 1),
+    "several groups, pad": ([(11, [2, 7, 7]), (1, [1, 1]), (0, [4, 2]), (6, []), (3, [9])], 16),
+    "pad longer than a segment": ([(3, [2, 2])], 64),
+    "longer than a kernel block": ([(301, [37, 150, 37]), (65, [129, 3])], 16),
+}
+
+# Any lengths with at least one token.
+lengths_strategy = st.lists(
+    st.tuples(st.integers(0, 7), st.lists(st.integers(0, 5), max_size=4)), min_size=1, max_size=4
+).filter(lambda lengths: sum(p + sum(s) for p, s in lengths) > 0)
+
+
+def random_lengths(rng: torch.Generator, groups: int = 3, largest: int = 24) -> Lengths:
+    """Random lengths, zeros included."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    return [(draw(1 if g == 0 else 0, largest), [draw(0, largest) for _ in range(draw(0, 5))]) for g in range(groups)]
+
+
+def randn(rng: torch.Generator, *shape: int) -> Tensor:
+    """fp64 normal numbers."""
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def spans(lengths: Lengths) -> list[tuple[range, list[range]]]:
+    """Rows of each group: (prefix rows, [rows of each response])."""
+    row, groups = 0, []
+    for p, suffixes in lengths:
+        prefix, row = range(row, row + p), row + p
+        responses = []
+        for s in suffixes:
+            responses.append(range(row, row + s))
+            row += s
+        groups.append((prefix, responses))
+    return groups
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float | None = None) -> Tensor:
+    """Causal softmax attention over [prefix, response], one response after the other, in the inputs' precision.
+
+    query [t, n, d], key and value [t, m, d] -> [rows without the pad, n, d]. Differentiable.
+    """
+    parts = []
+    for prefix, responses in spans(lengths):
+        documents = [[*prefix, *response] for response in responses] or [list(prefix)]
+        outs = [_causal(query[rows], key[rows], value[rows], scale) for rows in documents]
+        parts.append(outs[0][: len(prefix)])
+        parts.extend(out[len(prefix) :] for out in outs)
+    return torch.cat(parts)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """One document: q [s, n, d], k and v [s, m, d] -> [s, n, d]."""
+    s, n, d = q.shape
+    k, v = (x.repeat_interleave(n // x.size(1), dim=1).transpose(0, 1) for x in (k, v))  # [n, s, d]
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) * (1 / math.sqrt(d) if scale is None else scale)  # [n, s, s]
+    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference from the fp64 truth."""
+    return (value.double() - truth.double()).abs().max().item() if truth.numel() else 0.0

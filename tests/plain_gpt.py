@@ -1,0 +1,89 @@
+"""The same GPT in plain PyTorch: one document at a time, a dense mask, no Megatron, no packing.
+
+It reads the weights by Megatron's names and is differentiable in them, so it is an oracle for outputs, gradients and
+generated tokens. Shape legend: s tokens of the document, n query heads, m key/value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ext.models.config import GPTModelConfig
+
+__all__ = ["greedy", "plain_logits", "plain_logprobs"]
+
+Weights = dict[str, Tensor]
+
+
+def plain_logits(weights: Weights, config: GPTModelConfig, tokens: list[int]) -> Tensor:
+    """Logits [s, v] over the real vocabulary, in the weights' precision."""
+    x = weights["embedding.word_embeddings.weight"][torch.tensor(tokens)]
+    for layer in range(config.num_layers):
+        x = x + _attention(weights, f"decoder.layers.{layer}.", config, x)
+        x = x + _mlp(weights, f"decoder.layers.{layer}.", config, x)
+    x = _norm(x, weights["decoder.final_layernorm.weight"], config)
+    tied = config.share_embeddings_and_output_weights
+    out = weights["embedding.word_embeddings.weight" if tied else "output_layer.weight"]
+    return (x @ out.t())[:, : config.vocab_size]
+
+
+def plain_logprobs(
+    weights: Weights, config: GPTModelConfig, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token that has a token before it."""
+    tokens = prompt + response
+    first = max(len(prompt), 1)
+    logp = (plain_logits(weights, config, tokens)[first - 1 : -1] / temperature).log_softmax(-1)
+    chosen = logp.gather(1, torch.tensor(tokens[first:]).unsqueeze(1)).squeeze(1)
+    return chosen, -(logp.exp() * logp).sum(-1)
+
+
+@torch.no_grad()
+def greedy(weights: Weights, config: GPTModelConfig, prompt: list[int], count: int, stop: int | None) -> list[int]:
+    """Append the most likely token and run the whole document again, token by token."""
+    response: list[int] = []
+    while len(response) < count and (stop is None or stop not in response):
+        response.append(int(plain_logits(weights, config, prompt + response)[-1].argmax()))
+    return response
+
+
+def _norm(x: Tensor, weight: Tensor, config: GPTModelConfig) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.layernorm_epsilon) * weight
+
+
+def _rotate(x: Tensor, config: GPTModelConfig) -> Tensor:
+    """Rotary positions 0..s-1 on x [s, heads, d]; angles in fp32, as every implementation has them."""
+    dim = int(config.kv_channels * config.rotary_percentage)
+    frequency = 1.0 / config.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+    angle = torch.outer(torch.arange(x.size(0)).float(), frequency)[:, None]  # [s, 1, dim / 2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., : dim // 2], x[..., dim // 2 : dim]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., dim:]), -1)
+
+
+def _attention(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor) -> Tensor:
+    s, m, d = x.size(0), config.num_query_groups, config.kv_channels
+    per_group = config.num_attention_heads // m
+    name = layer + "self_attention."
+    qkv = _norm(x, weights[layer + "input_layernorm.weight"], config) @ weights[name + "linear_qkv.weight"].t()
+    if config.add_qkv_bias:
+        qkv = qkv + weights[name + "linear_qkv.bias"]
+    # Megatron fuses [q .. q, k, v] per key/value head.
+    q, k, v = qkv.view(s, m, per_group + 2, d).split((per_group, 1, 1), dim=2)
+    q, k = q.reshape(s, m * per_group, d), k.reshape(s, m, d)
+    if config.qk_layernorm:
+        q = _norm(q, weights[name + "q_layernorm.weight"], config)
+        k = _norm(k, weights[name + "k_layernorm.weight"], config)
+    q, k = _rotate(q, config).view(s, m, per_group, d), _rotate(k, config)
+    scores = torch.einsum("imgd,jmd->mgij", q, k) / d**0.5
+    scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    out = torch.einsum("mgij,jmd->imgd", scores.softmax(-1), v.reshape(s, m, d))
+    return out.reshape(s, -1) @ weights[name + "linear_proj.weight"].t()
+
+
+def _mlp(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor) -> Tensor:
+    x = _norm(x, weights[layer + "pre_mlp_layernorm.weight"], config)
+    gate, up = (x @ weights[layer + "mlp.linear_fc1.weight"].t()).chunk(2, -1)
+    return (F.silu(gate) * up) @ weights[layer + "mlp.linear_fc2.weight"].t()

@@ -1,0 +1,81 @@
+"""GPTModelConfig: what it derives, what it refuses, and that a foreign attention layer is not accepted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from megatron_ext.models import build_gpt
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
+from tests.gpt_cases import small_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0.*at least 1"),
+        ({"hidden_size": 33, "kv_channels": None}, "hidden_size=33 is not divisible.*set model.kv_channels"),
+        ({"num_attention_heads": 8, "tensor_model_parallel_size": 3}, "num_attention_heads=8 is not divisible"),
+        ({"tensor_model_parallel_size": 4}, "num_query_groups=2 is not divisible by.*tensor_model_parallel_size=4"),
+        ({"ffn_hidden_size": 49, "tensor_model_parallel_size": 2}, "ffn_hidden_size=49"),
+        ({"num_query_groups": 3}, "num_attention_heads=8 is not divisible by model.num_query_groups=3"),
+        ({"pipeline_model_parallel_size": 4}, "num_layers=2 is not divisible by"),
+        ({"sequence_parallel": True}, "sequence_parallel=true needs model.tensor_model_parallel_size > 1"),
+        ({"precision": "fp8"}, "precision must be one of 32, bf16, got 'fp8'"),
+        ({"activations_checkpoint_granularity": "block"}, "must be null, selective or full, got 'block'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
+    ],
+)
+def test_refuses_settings_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(**changes)
+
+
+def test_derived_fields():
+    config = small_config(num_query_groups=None, kv_channels=None, precision=32)
+    assert (config.num_query_groups, config.kv_channels, config.dtype) == (8, 4, torch.float32)
+    assert small_config(precision="bf16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("vocab", "multiple", "tp", "padded"), [(61, 16, 1, 64), (61, 16, 2, 64), (64, 16, 2, 64), (65, 16, 2, 96)]
+)
+def test_vocabulary_is_padded_for_every_rank(vocab, multiple, tp, padded):
+    config = small_config(vocab_size=vocab, make_vocab_size_divisible_by=multiple, tensor_model_parallel_size=tp)
+    assert config.padded_vocab_size == padded
+
+
+@pytest.mark.parametrize(("tp", "heads", "multiple"), [(1, 8, 16), (2, 8, 16), (3, 12, 48)])
+def test_streams_divide_by_16_and_by_the_tensor_parallel_size(tp, heads, multiple):
+    config = small_config(num_attention_heads=heads, num_query_groups=heads, tensor_model_parallel_size=tp)
+    assert stream_multiple(config) == multiple
+
+
+def test_precision_reaches_the_weights(world):
+    dtypes = {p.dtype for p in build_gpt(small_config(precision="bf16"), world).parameters()}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_refuses_a_model_without_vocabulary(world):
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        build_gpt(small_config(vocab_size=None), world)
+
+
+def test_refuses_an_unknown_layer_implementation():
+    with pytest.raises(ValueError, match="transformer_impl must be auto, local or transformer_engine, got 'apex'"):
+        block_spec(1, False, "apex")
+
+
+def test_refuses_a_model_with_an_ordinary_attention_layer(world):
+    """It would attend across responses without a word; the message names the layer."""
+    model = build_gpt(small_config(), world)
+    assert_all_attention_grouped(model)
+    attention = model.decoder.layers[1].self_attention
+    attention.core_attention = DotProductAttention(model.config, 2, attention.attn_mask_type, "self")
+    with pytest.raises(ValueError, match="layers.1.self_attention.core_attention is a DotProductAttention"):
+        assert_all_attention_grouped(model)
+    with pytest.raises(ValueError, match="no attention layer"):
+        assert_all_attention_grouped(torch.nn.Linear(2, 2))

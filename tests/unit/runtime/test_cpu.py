@@ -1,0 +1,50 @@
+"""Megatron's "cuda" addresses mean the CPU where there is no GPU, and nothing else changes."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+
+
+def test_cuda_addresses_mean_the_cpu(world):
+    device = torch.cuda.current_device()
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.empty(2, device=device),
+        torch.tensor([1.0], device="cuda:0"),
+        torch.empty_like(torch.zeros(2), device=torch.device("cuda")),
+        torch.zeros(2).cuda(),
+        torch.zeros(2).to("cuda"),
+        torch.zeros(2).to(device="cuda", dtype=torch.float64),
+    ]
+    assert all(x.device.type == "cpu" for x in made)
+    assert made[-1].dtype == torch.float64
+
+
+def test_other_calls_are_untouched(world):
+    """CPU tensors, other devices and conversions keep their meaning; only `type()` answers with CUDA's name."""
+    x = torch.zeros(2, dtype=torch.float32)
+    assert x.type() == "torch.cuda.FloatTensor"
+    assert x.type(torch.int64).dtype == torch.int64
+    assert x.to(torch.bfloat16).dtype == torch.bfloat16
+    assert x.to(x.double()).dtype == torch.float64
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    assert not torch.cuda.is_available()
+
+
+def test_adapting_twice_changes_nothing(world):
+    before = torch.zeros, torch.Tensor.to, torch.cuda.get_rng_state
+    adapt_megatron_to_cpu()
+    assert before == (torch.zeros, torch.Tensor.to, torch.cuda.get_rng_state)
+
+
+def test_the_device_generator_is_apart_from_the_cpus(world):
+    """Megatron saves and restores the device's state around its layers; the CPU's own numbers go on."""
+    torch.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    second = torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(8), torch.cat((first, second)))

@@ -1,0 +1,249 @@
+"""Time one layer's attention, forward and backward: this package against repeated sequences and against prefix_grouper.
+
+    python tools/bench_attention.py
+    python tools/bench_attention.py --shapes 4096,8,256 --threads 4 --repeats 21
+
+- ours: one stream [P | S1 .. SG], `prefix_grouped_attention`.
+- repeated: G sequences [prefix, response] in one batch [G, n, P + S, d], torch's scaled_dot_product_attention with
+  is_causal, the same flash kernel. No padding, contiguous (its fastest layout), and the cost of making the copies is
+  not counted.
+- package: the published `prefix_grouper` on scaled_dot_product_attention, the same flash kernel. Two adapters, because
+  the package leaves the attention function to its user: "package" is the fastest we could write (is_causal for the
+  prefix, one [S, P + S] mask made before timing, possible because nothing is padded), "package_masks" turns the
+  padding masks that the package hands over into causal masks, as its interface asks for.
+
+Nothing is timed before all of them agree with fp64. It leaves out everything around attention: see bench_step.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from bench_common import (
+    DTYPES,
+    Shape,
+    add_common_options,
+    device_and_threads,
+    interleave,
+    parse_shapes,
+    print_table,
+    ratios,
+    record,
+    spread,
+    write_json,
+)
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_ext.attention import prefix_grouped_attention
+from megatron_ext.flops import ideal_attention_speedup
+from megatron_ext.grouping import PrefixGroups
+
+SHAPES = ("4096,8,256", "4096,8,1024")
+VARIANTS = ("ours", "repeated", "package", "package_masks")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One group's attention: q [t, n, d], k and v [t, m, d], and the gradient of the output [t, n, d]."""
+
+    shape: Shape
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+
+    @property
+    def groups(self) -> PrefixGroups:
+        p, g, s = self.shape
+        return PrefixGroups.from_lengths([(p, [s] * g)], device=self.q.device)
+
+    @property
+    def gqa(self) -> bool:
+        return self.q.size(1) != self.k.size(1)
+
+    def sequences(self) -> Tensor:
+        """int64 [G, P + S]: the rows of each [prefix, response]."""
+        p, g, s = self.shape
+        rows = torch.arange(p + g * s, device=self.q.device)
+        return torch.cat((rows[:p].expand(g, p), rows[p:].view(g, s)), 1)
+
+
+Run = Callable[[], tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
+
+
+def make_inputs(shape: Shape, args, device: torch.device) -> Inputs:
+    p, g, s = shape
+    torch.manual_seed(0)
+    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    tensors = (torch.randn(p + g * s, n, args.head_dim, dtype=torch.float64) for n in heads)
+    return Inputs(shape, *(x.to(device=device, dtype=DTYPES[args.dtype]) for x in tensors))
+
+
+def same_kernel(device: torch.device):
+    """Torch's flash attention and nothing else, so that no variant is served by another kernel."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def ours(x: Inputs) -> Run:
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+    groups = x.groups
+
+    def run():
+        out = prefix_grouped_attention(q, k, v, groups)
+        return out, torch.autograd.grad(out, (q, k, v), x.grad)
+
+    return run
+
+
+def repeated(x: Inputs) -> Run:
+    index = x.sequences()
+    q, k, v, grad = (t[index].transpose(1, 2).contiguous() for t in (x.q, x.k, x.v, x.grad))  # [G, n, P + S, d]
+    grad[:, :, : x.shape[0]] /= x.shape[1]  # the G copies of a prefix row share its gradient
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+    def run():
+        with same_kernel(q.device):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=x.gqa)
+        return out, torch.autograd.grad(out, leaves, grad)
+
+    return run
+
+
+def package(x: Inputs, honour_masks: bool) -> Run:
+    from prefix_grouper import PrefixGrouper
+
+    p, g, s = x.shape
+    grouper = PrefixGrouper([[p] + [s] * g], device=x.q.device)
+    leaves = [t.unsqueeze(0).transpose(1, 2).contiguous().requires_grad_() for t in (x.q, x.k, x.v)]  # [1, n, t, d]
+    visible = torch.ones(s, p + s, dtype=torch.bool, device=x.q.device).tril(p)
+    grad = x.grad.unsqueeze(0)
+
+    def without_padding(q, k, v, padding_mask):
+        if q.size(2) == k.size(2):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=x.gqa)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=x.gqa)
+        return out.transpose(1, 2)
+
+    def with_padding(q, k, v, padding_mask):
+        causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
+        mask = causal & padding_mask[:, None, None, :]  # [b, 1, rows, columns]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=x.gqa).transpose(1, 2)
+
+    attention = with_padding if honour_masks else without_padding
+
+    def run():
+        out = grouper.forward(attention, *leaves)
+        return out, torch.autograd.grad(out, leaves, grad)
+
+    return run
+
+
+def comparable(name: str, x: Inputs, run: Run) -> list[Tensor]:
+    """Run once; [out, dq, dk, dv] of the stream in fp64: copies of a prefix row agree in out and add up in gradients."""
+    out, grads = run()
+    if name == "ours":
+        return [t.double() for t in (out, *grads)]
+    if name.startswith("package"):
+        return [out.squeeze(0).double(), *(t.squeeze(0).transpose(0, 1).double() for t in grads)]
+    index = x.sequences().flatten()
+    rows = [t.double().transpose(1, 2).flatten(0, 1) for t in (out, *grads)]
+    result = [t.new_zeros(x.q.size(0), *t.shape[1:]) for t in rows]
+    result[0][index] = rows[0]
+    return [result[0], *(total.index_add_(0, index, t) for total, t in zip(result[1:], rows[1:], strict=True))]
+
+
+def truth(x: Inputs) -> list[Tensor]:
+    """[out, dq, dk, dv] in fp64, one sequence at a time."""
+    p, g, _ = x.shape
+    result = [torch.zeros_like(t, dtype=torch.float64) for t in (x.q, x.q, x.k, x.v)]
+    for rows in x.sequences():
+        q, k, v, grad = (t[rows].double().transpose(0, 1).unsqueeze(0) for t in (x.q, x.k, x.v, x.grad))
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=x.gqa)
+        grad[:, :, :p] /= g
+        grads = torch.autograd.grad(out, leaves, grad)
+        result[0][rows] = out.detach().squeeze(0).transpose(0, 1)
+        for total, t in zip(result[1:], grads, strict=True):
+            total[rows] += t.squeeze(0).transpose(0, 1)
+    return result
+
+
+def check_agreement(x: Inputs, runs: dict[str, Run]) -> dict[str, list[float]]:
+    """Relative errors of [out, dq, dk, dv] against fp64, for every variant.
+
+    The tolerance is flash attention's: at most twice the error of the repeated form in the same precision, three times
+    for gradients.
+
+    Raises:
+        SystemExit: a variant disagrees; no speed-up is printed then.
+    """
+    exact = truth(x)
+    errors = {
+        name: [float((a - b).norm() / b.norm()) for a, b in zip(comparable(name, x, run), exact, strict=True)]
+        for name, run in runs.items()
+    }
+    for name, values in errors.items():
+        for part, error, base, factor in zip(("out", "dq", "dk", "dv"), values, errors["repeated"], (2, 3, 3, 3)):
+            if not error <= factor * base or not base < 1e-2:
+                raise SystemExit(
+                    f"{name} disagrees with fp64 in {part} at P,G,S={x.shape}: relative error {error:.2e}, repeated "
+                    f"sequences have {base:.2e}; no speed-up is reported"
+                )
+    return errors
+
+
+def bench_shape(shape: Shape, args, device: torch.device) -> dict:
+    x = make_inputs(shape, args, device)
+    runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x)}
+    if not args.no_package:
+        runs |= {"package": package(x, False), "package_masks": package(x, True)}
+    errors = check_agreement(x, runs)
+    times = interleave(runs, args.repeats, device)
+    p, g, s = shape
+    ideal = ideal_attention_speedup([(p, (s,) * g)])
+    result = {"P": p, "G": g, "S": s, "flop_ideal": ideal, "relative_errors": errors, "seconds": times}
+    result["speedup_over"] = {name: vars(ratios(times, name, "ours")) for name in runs if name != "ours"}
+    result["share_of_flop_ideal"] = result["speedup_over"]["repeated"]["median"] / ideal
+    return result
+
+
+def print_results(results: list[dict], args) -> None:
+    rows = []
+    for r in results:
+        for name, seconds in r["seconds"].items():
+            against = f"{ratios(r['seconds'], name, 'ours'):.2f}" if name != "ours" else ""
+            share = f"{r['share_of_flop_ideal']:.2f} of {r['flop_ideal']:.2f}" if name == "repeated" else ""
+            shape = f"{r['P']}, {r['G']}, {r['S']}"
+            rows.append((shape, name, f"{spread(seconds):.3f}", against, share))
+    title = f"Attention forward + backward, {args.heads} heads of {args.head_dim}, {args.kv_heads} key/value heads, {args.dtype}"
+    header = ("P, G, S", "variant", "seconds [quartiles]", "ours is faster by [quartiles]", "share of FLOP-ideal")
+    print_table(title, header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser, SHAPES, repeats=11, json_name="attention.json")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as --heads")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--no-package", action="store_true", help="without the published prefix_grouper")
+    args = parser.parse_args()
+    device = device_and_threads(args.threads)
+    args.kv_heads = args.kv_heads or args.heads
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    results = [bench_shape(shape, args, device) for shape in parse_shapes(args.shapes)]
+    print_results(results, args)
+    settings = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "dtype", "repeats")}
+    write_json(args.json, record(**settings) | {"results": results})
+
+
+if __name__ == "__main__":
+    main()
