@@ -68,6 +68,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+    if looks_local and not Path(path).exists():  # or transformers would look for it on a hub, for minutes
+        raise DataError(f"model.tokenizer={path} does not exist")
     if Path(path).exists() and not (Path(path) / "tokenizer_config.json").is_file():
         raise DataError(f"model.tokenizer={path} is not a tokenizer folder: it has no tokenizer_config.json")
     try:
@@ -200,7 +203,9 @@ def _split_chat(messages: list[dict], tokenizer: Tokenizer, where: str) -> tuple
     prompt = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
     whole = tokenizer.encode_chat(messages, add_generation_prompt=False)
     if whole[: len(prompt)] != prompt:
-        raise DataError(f"{where}: the chat template does not continue its own generation prompt; give prompt and response")
+        raise DataError(
+            f"{where}: the chat template does not continue its own generation prompt; give prompt and response"
+        )
     return prompt, whole[len(prompt) :]
 
 

@@ -48,9 +48,7 @@ class GRPOTrainer:
         train, validation: prompts; validation may be empty.
     """
 
-    def __init__(
-        self, session: Session, engine: Engine, reward: Reward, train: list[Prompt], validation: list[Prompt]
-    ):
+    def __init__(self, session: Session, engine: Engine, reward: Reward, train: list[Prompt], validation: list[Prompt]):
         self.session, self.engine, self.reward = session, engine, reward
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
@@ -98,16 +96,18 @@ class GRPOTrainer:
             with timers("generate"):
                 rollouts = self.generate_rollouts([self.train[i] for i in self.sampler.next()], step)
             metrics = self._rollout_metrics(rollouts)
-            executed = repeated = 0
-            for first in range(0, self.local_prompts, self.local_update_prompts):
-                microbatches = self._microbatches(rollouts, first, first + self.local_update_prompts)
-                with timers("old_and_reference_logprobs"):
-                    passes = self.score_rollouts(microbatches)
-                with timers("actor_update"):
-                    metrics |= self.run_training(microbatches)
-                groups = [m.batch.groups for m in microbatches]
-                executed += (passes + 1) * sum(g.num_tokens for g in groups)
-                repeated += (passes + 1) * sum(g.num_repeated_tokens for g in groups)
+            updates = [
+                self._microbatches(rollouts, first, first + self.local_update_prompts)
+                for first in range(0, self.local_prompts, self.local_update_prompts)
+            ]
+            with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
+                passes = 1 + self.score_rollouts([m for microbatches in updates for m in microbatches])
+            with timers("actor_update"):
+                steps = [self.run_training(microbatches) for microbatches in updates]
+            metrics |= {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+            groups = [m.batch.groups for microbatches in updates for m in microbatches]
+            executed = passes * sum(g.num_tokens for g in groups)
+            repeated = passes * sum(g.num_repeated_tokens for g in groups)
         executed, repeated = self.session.sum_over_data(executed, repeated)
         metrics |= timers.read()
         metrics["train_optim/tokens_executed"] = executed
@@ -163,9 +163,7 @@ class GRPOTrainer:
         """Mean reward of greedy answers to the held-out prompts."""
         if not self.validation:
             return {}
-        params = SamplingParams(
-            self.settings.length_params.max_length, self.session.tokenizer.eos_id, use_greedy=True
-        )
+        params = SamplingParams(self.settings.length_params.max_length, self.session.tokenizer.eos_id, use_greedy=True)
         mine = self.validation[self.session.data_rank :: self.session.data_size]
         with self.session.timers("validation"):
             total = 0.0

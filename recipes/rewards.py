@@ -44,7 +44,9 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     Raises:
         RewardError: no such reward, or options it does not take.
     """
-    name, options = (spec, {}) if isinstance(spec, str) else (spec.get("name"), {k: v for k, v in spec.items() if k != "name"})
+    name, options = (
+        (spec, {}) if isinstance(spec, str) else (spec.get("name"), {k: v for k, v in spec.items() if k != "name"})
+    )
     if not isinstance(name, str):
         raise RewardError(f"trainer.grpo.reward={spec!r} must be a name or a section with the key name")
     if name in REGISTRY:
@@ -95,8 +97,10 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> lis
         values = list(reward(responses, rows))
     except RewardError:
         raise
-    except Exception as error:  # noqa: BLE001  user code: whatever it raises is reported as its failure
-        raise RewardError(f"reward {name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    except Exception as error:
+        raise RewardError(
+            f"reward {name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     if len(values) != len(responses):
         raise RewardError(f"reward {name} returned {len(values)} values for {len(responses)} responses")
     checked = []
@@ -124,7 +128,9 @@ def _exact_answer(markers: Sequence[str] = ("####", "Answer:")) -> Reward:
     def reward(responses, rows):
         missing = next((i for i, row in enumerate(rows) if "answer" not in row), None)
         if missing is not None:
-            raise RewardError(f"reward exact_answer needs the key 'answer' in every row; row has {sorted(rows[missing])}")
+            raise RewardError(
+                f"reward exact_answer needs the key 'answer' in every row; row has {sorted(rows[missing])}"
+            )
         return [float(_equal(extract(r), str(row["answer"]).strip())) for r, row in zip(responses, rows, strict=True)]
 
     return reward
@@ -151,7 +157,9 @@ def _regex(pattern: str) -> Reward:
 def _length(target: int, unit: str = "characters") -> Reward:
     """1 at `target` characters or words, falling linearly to 0 at none and at twice as many."""
     if unit not in ("characters", "words") or target < 1:
-        raise RewardError(f"trainer.grpo.reward length: target={target} must be positive and unit={unit!r} characters or words")
+        raise RewardError(
+            f"trainer.grpo.reward length: target={target} must be positive and unit={unit!r} characters or words"
+        )
 
     def reward(responses, rows):
         sizes = [len(r) if unit == "characters" else len(r.split()) for r in responses]

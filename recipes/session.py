@@ -173,5 +173,3 @@ def _deadline(text: str | None) -> float:
     except ValueError:
         raise ValueError(f"trainer.max_time_per_run must look like DD:HH:MM:SS, got {text!r}") from None
     return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-

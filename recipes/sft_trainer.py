@@ -87,5 +87,3 @@ class SFTTrainer:
     def _loss(microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = -logprobs.sum() / microbatch.extra["global_tokens"]
         return loss, {"loss": loss.detach(), "entropy": entropy.detach().sum() / microbatch.extra["global_tokens"]}
-
-

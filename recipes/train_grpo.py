@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import launch  # noqa: E402
+from recipes import launch
 
 
 def main(cfg: dict) -> None:

@@ -11,8 +11,10 @@ A rank that raises, crashes or hangs ends the run with a `RankError` that carrie
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -102,8 +104,7 @@ def run_ranks(
             _wait(processes, folder, timeout)
         finally:
             for process in processes:
-                process.kill()
-                process.wait()
+                _end(process)
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -128,7 +129,17 @@ def _start(rank: int, ranks: int, port: int, folder: Path, cuda: bool) -> subpro
     }
     command = [sys.executable, "-W", "ignore", "-m", "tests.harness", str(folder)]
     with open(folder / f"{rank}.log", "wb") as log:
-        return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a rank that has not ended well, with the processes it started."""
+    if process.poll() != 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _wait(processes: list[subprocess.Popen], folder: Path, timeout: float) -> None:
@@ -173,6 +184,8 @@ def _rank_main(folder: Path) -> None:
     finally:
         if status:
             traceback.print_exc()
+        for child in multiprocessing.active_children():  # Megatron keeps one for its checkpoints
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -9,8 +9,8 @@
   not counted.
 - package: the published `prefix_grouper` on scaled_dot_product_attention, the same flash kernel. Two adapters, because
   the package leaves the attention function to its user: "package" is the fastest we could write (is_causal for the
-  prefix, one [S, P + S] mask made before timing, possible because nothing is padded), "package_masks" turns the
-  padding masks that the package hands over into causal masks, as its interface asks for.
+  prefix, one additive [S, P + S] mask made before timing, possible because nothing is padded), "package_masks" turns
+  the padding masks that the package hands over into causal masks, as its interface asks for.
 
 Nothing is timed before all of them agree with fp64. It leaves out everything around attention: see bench_step.py.
 """
@@ -45,7 +45,8 @@ from megatron_ext.flops import ideal_attention_speedup
 from megatron_ext.grouping import PrefixGroups
 
 SHAPES = ("4096,8,256", "4096,8,1024")
-VARIANTS = ("ours", "repeated", "package", "package_masks")
+# A relative error that no working kernel reaches, bf16 included: guards the comparison itself.
+PLAUSIBLE_ERROR = 2e-2
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,15 @@ def package(x: Inputs, honour_masks: bool) -> Run:
     p, g, s = x.shape
     grouper = PrefixGrouper([[p] + [s] * g], device=x.q.device)
     leaves = [t.unsqueeze(0).transpose(1, 2).contiguous().requires_grad_() for t in (x.q, x.k, x.v)]  # [1, n, t, d]
-    visible = torch.ones(s, p + s, dtype=torch.bool, device=x.q.device).tril(p)
+    # Additive: torch would turn a boolean mask into this one at every call.
+    bias = torch.full((s, p + s), float("-inf"), dtype=x.q.dtype, device=x.q.device).triu(p + 1)
     grad = x.grad.unsqueeze(0)
 
     def without_padding(q, k, v, padding_mask):
         if q.size(2) == k.size(2):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=x.gqa)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=x.gqa)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=x.gqa)
         return out.transpose(1, 2)
 
     def with_padding(q, k, v, padding_mask):
@@ -190,8 +192,9 @@ def check_agreement(x: Inputs, runs: dict[str, Run]) -> dict[str, list[float]]:
         for name, run in runs.items()
     }
     for name, values in errors.items():
-        for part, error, base, factor in zip(("out", "dq", "dk", "dv"), values, errors["repeated"], (2, 3, 3, 3)):
-            if not error <= factor * base or not base < 1e-2:
+        for part, error, base in zip(("out", "dq", "dk", "dv"), values, errors["repeated"], strict=True):
+            allowed = (2 if part == "out" else 3) * base
+            if not (error <= allowed and base < PLAUSIBLE_ERROR):
                 raise SystemExit(
                     f"{name} disagrees with fp64 in {part} at P,G,S={x.shape}: relative error {error:.2e}, repeated "
                     f"sequences have {base:.2e}; no speed-up is reported"

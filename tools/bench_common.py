@@ -86,9 +86,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def interleave(
-    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
+def interleave(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every variant in every round: A B C, B C A, C A B, ... after one round that is not counted.
 
     A slow moment of the machine then hits all variants, and each comes first and last equally often.

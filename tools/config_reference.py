@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the dataclasses that read the YAML, so that the page cannot go stale.
 
-    python tools/config_reference.py            rewrite the page
-    python tools/config_reference.py --check    fail if it is not up to date
+python tools/config_reference.py            rewrite the page
+python tools/config_reference.py --check    fail if it is not up to date
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--devices", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, help="new folder for everything (default: runs/demo-<time>)")
-    parser.add_argument("--short", action="store_true", help="a few steps of each stage: checks that it runs, learns nothing")
+    parser.add_argument(
+        "--short", action="store_true", help="a few steps of each stage: checks that it runs, learns nothing"
+    )
     args = parser.parse_args()
     out = (args.out or ROOT / "runs" / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
     data, compared = out / "data", 3 if args.short else 6

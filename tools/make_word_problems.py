@@ -77,7 +77,9 @@ def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for sft.jsonl, train.jsonl, test.jsonl, tokenizer/")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for sft.jsonl, train.jsonl, test.jsonl, tokenizer/"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sft", type=int, default=4000, help="rows for the warm start")
     parser.add_argument("--train", type=int, default=4000, help="rows for GRPO")

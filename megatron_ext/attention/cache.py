@@ -86,9 +86,7 @@ class DecodeStep(_Step):
         keys, values = cache.response_memory(layer, k)
         keys[:, self.index], values[:, self.index] = k[:rows], v[:rows]
         kernel = select_kernel("auto", q.device)
-        own = planned_attention(
-            q[:rows], keys.flatten(0, 1), values.flatten(0, 1), (self.own_response,), kernel, scale
-        )
+        own = planned_attention(q[:rows], keys.flatten(0, 1), values.flatten(0, 1), (self.own_response,), kernel, scale)
         shared = planned_attention(q[:rows], *cache.prefix[layer], (self.shared_prefix,), kernel, scale)
         merged, _ = merge_partials(*own, *shared)
         out = torch.zeros_like(q)

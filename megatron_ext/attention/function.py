@@ -63,9 +63,7 @@ def planned_attention(
     lse = torch.empty(query.shape[:2], dtype=lse_dtype, device=query.device)
     for number, call in enumerate(plan):
         for piece in kernel.pieces(call, query.device):
-            part, part_lse = kernel.forward(
-                piece.take_q(query), piece.take_k(key), piece.take_k(value), piece, scale
-            )
+            part, part_lse = kernel.forward(piece.take_q(query), piece.take_k(key), piece.take_k(value), piece, scale)
             if number:
                 part, part_lse = merge_partials(piece.take_q(out), piece.take_q(lse), part, part_lse)
             piece.put_q(out, part)
@@ -103,8 +101,8 @@ class _PlannedAttention(torch.autograd.Function):
                 )  # fmt: skip
                 # The first call covers every row once; a later one adds. One add of two low-precision numbers
                 # rounds once, exactly as an fp32 sum of the two would.
-                put = (piece.put_q, piece.put_k, piece.put_k) if number == 0 else (
-                    piece.add_q, piece.add_k, piece.add_k
+                put = (
+                    (piece.put_q, piece.put_k, piece.put_k) if number == 0 else (piece.add_q, piece.add_k, piece.add_k)
                 )
                 for store, total, part in zip(put, (dq, dk, dv), parts, strict=True):
                     store(total, part)

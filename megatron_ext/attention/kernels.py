@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -202,6 +202,6 @@ def select_kernel(backend: str, device: torch.device) -> Kernel:
     return KERNELS[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_choice(name: str, device_type: str) -> None:
     logger.info("prefix-grouped attention uses the %r kernel on %s", name, device_type)

@@ -167,9 +167,9 @@ def _sequence_log_ratio(log_ratio: Tensor, weights: Tensor, response_ids: Tensor
     """GSPO, eq. 7: every token of a response gets the response's mean log ratio."""
     counts = (weights > 0).float()
     num = int(response_ids.max()) + 1 if response_ids.numel() else 0
-    mean = _sum_by_response(log_ratio * counts, response_ids, num) / _sum_by_response(
-        counts, response_ids, num
-    ).clamp(min=1)
+    mean = _sum_by_response(log_ratio * counts, response_ids, num) / _sum_by_response(counts, response_ids, num).clamp(
+        min=1
+    )
     return mean[response_ids]
 
 

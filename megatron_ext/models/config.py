@@ -70,38 +70,54 @@ class GPTModelConfig:
 
     def _rules(self):
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        yield tp < 1 or pp < 1, (
-            f"model.tensor_model_parallel_size={tp} and model.pipeline_model_parallel_size={pp} must be at least 1"
+        yield (
+            tp < 1 or pp < 1,
+            (f"model.tensor_model_parallel_size={tp} and model.pipeline_model_parallel_size={pp} must be at least 1"),
         )
-        yield self.kv_channels is None, (
-            f"model.hidden_size={self.hidden_size} is not divisible by "
-            f"model.num_attention_heads={self.num_attention_heads}; set model.kv_channels"
+        yield (
+            self.kv_channels is None,
+            (
+                f"model.hidden_size={self.hidden_size} is not divisible by "
+                f"model.num_attention_heads={self.num_attention_heads}; set model.kv_channels"
+            ),
         )
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(self, name)
             yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
-        yield self.num_attention_heads % self.num_query_groups, (
-            f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
-            f"model.num_query_groups={self.num_query_groups}"
+        yield (
+            self.num_attention_heads % self.num_query_groups,
+            (
+                f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"model.num_query_groups={self.num_query_groups}"
+            ),
         )
-        yield self.num_layers % pp, (
-            f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"
+        yield (
+            self.num_layers % pp,
+            (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
         )
-        yield self.sequence_parallel and tp == 1, (
-            "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1"
+        yield (
+            self.sequence_parallel and tp == 1,
+            ("model.sequence_parallel=true needs model.tensor_model_parallel_size > 1"),
         )
-        yield self.precision not in PRECISIONS, (
-            f"model.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+        yield (
+            self.precision not in PRECISIONS,
+            (f"model.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"),
         )
-        yield self.activations_checkpoint_granularity not in (None, "selective", "full"), (
-            "model.activations_checkpoint_granularity must be null, selective or full, got "
-            f"{self.activations_checkpoint_granularity!r}"
+        yield (
+            self.activations_checkpoint_granularity not in (None, "selective", "full"),
+            (
+                "model.activations_checkpoint_granularity must be null, selective or full, got "
+                f"{self.activations_checkpoint_granularity!r}"
+            ),
         )
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
-            yield value > 0, (
-                f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
-                "grouping and repeating would differ; set it to 0"
+            yield (
+                value > 0,
+                (
+                    f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
+                    "grouping and repeating would differ; set it to 0"
+                ),
             )
 
     @property

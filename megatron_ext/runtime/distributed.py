@@ -112,14 +112,12 @@ def set_seed(seed: int) -> None:
 
     seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global generator
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def all_reduce_sums(
-    values: dict[str, float], group: dist.ProcessGroup, device: torch.device
-) -> dict[str, float]:
+def all_reduce_sums(values: dict[str, float], group: dist.ProcessGroup, device: torch.device) -> dict[str, float]:
     """Sum named numbers over a group in one fp64 collective."""
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)

@@ -25,6 +25,7 @@ from tests.gpt_cases import Rollout, randomize, small_config
 __all__ = ["DataCase", "LayoutCase", "VocabCase", "data_parallel", "layouts", "optim"]
 
 NEW_TOKENS, SAMPLES = 8, 3
+CLIP = 0.3  # below the gradient's norm
 
 
 def optim(name: str = "adam") -> OptimConfig:
@@ -92,7 +93,7 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     if case.save:
         save_weights(case.save, model, {})
     result |= _sample(model, case)
-    engine = Engine(model, optim(), clip_grad=0.5)
+    engine = Engine(model, optim(), clip_grad=CLIP)
     microbatches = make_microbatches(
         case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config)
     )
@@ -169,7 +170,7 @@ def _data_run(device: torch.device, case: DataCase, level: str, optimizer: str, 
     randomize(model, torch.Generator().manual_seed(number))
     if number == 0:
         load_full(model, case.weights)
-    engine = Engine(model, optim(optimizer), clip_grad=0.5)
+    engine = Engine(model, optim(optimizer), clip_grad=CLIP)
     started = copies(model)
     cuts = case.spread[number]
     mine = case.rollout.pick([g for numbers in cuts for g in numbers])

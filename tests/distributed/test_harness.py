@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +41,16 @@ def fail_or_wait(device: torch.device) -> None:
     dist.barrier()
 
 
+def start_a_child(device: torch.device, folder: Path, end: str) -> None:
+    """As Megatron does to save a checkpoint; the child's id is left in a file."""
+    manager = multiprocessing.get_context("spawn").Manager()
+    (folder / "pid").write_text(str(manager._process.pid))
+    if end == "raise":
+        raise LookupError("the shelf is empty")
+    if end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def sleep_forever(device: torch.device) -> None:
     time.sleep(1000)
 
@@ -55,6 +71,15 @@ def test_a_failing_rank_shows_its_traceback_and_ends_the_others():
     assert "LookupError: the shelf is empty" in text
     assert "in fail_or_wait" in text
     assert "rank 1 of 2: exit status 1" in text
+
+
+@pytest.mark.parametrize("end", ["return", "raise", "kill"])
+def test_no_process_is_left_behind(end, tmp_path: Path):
+    """Whatever a rank started ends with it, however the rank ends."""
+    with contextlib.nullcontext() if end == "return" else pytest.raises(RankError):
+        run_ranks(start_a_child, 1, tmp_path, end)
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_hang_ends():

@@ -15,7 +15,7 @@ from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import load_weights
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.scenarios import NEW_TOKENS, SAMPLES, LayoutCase, VocabCase, layouts
+from tests.distributed.scenarios import CLIP, NEW_TOKENS, SAMPLES, LayoutCase, VocabCase, layouts
 from tests.distributed.sharding import full_name, shard
 from tests.engine_cases import gradient_floor, relative_error
 from tests.gpt_cases import make_rollout, small_config
@@ -120,7 +120,7 @@ class Layout:
             self.cases.append((config, tied, [r["cases"][number] for r in self.ranks]))
 
     def tensors(self, kind: str, reference: Reference):
-        """(what and where, this layout's tensor, the same part of one rank's) for every parameter of every rank."""
+        """(tied, where, this layout's tensor, the same part of one rank's) for every parameter of every rank."""
         for number, (config, tied, results) in enumerate(self.cases):
             seen = set()
             for place, result in zip(self.ranks, results, strict=True):
@@ -128,7 +128,7 @@ class Layout:
                     whole = full_name(name, config, place["stage"])
                     seen.add(whole)
                     expected = shard(name, reference.results[tied][kind][whole], config, place["rank"])
-                    yield f"case {number}, rank {place['rank']}, stage {place['stage']}, {name}", value, expected
+                    yield tied, f"case {number}, rank {place['rank']}, stage {place['stage']}, {name}", value, expected
             assert seen == set(reference.results[tied][kind])  # no parameter of the full model is missing
 
 
@@ -139,10 +139,10 @@ def layout(request, reference) -> Layout:
 
 def test_every_gradient_equals_one_ranks(layout: Layout, reference: Reference):
     """After finalisation; tied embeddings under pipeline parallelism on both stages that hold them."""
-    floor = min(gradient_floor(result["gradients"]) for result in reference.results.values())
-    for where, found, expected in layout.tensors("gradients", reference):
+    floors = {tied: gradient_floor(result["gradients"]) for tied, result in reference.results.items()}
+    for tied, where, found, expected in layout.tensors("gradients", reference):
         assert torch.count_nonzero(expected)
-        assert relative_error(found, expected, floor) <= BOUND, where
+        assert relative_error(found, expected, floors[tied]) <= BOUND, where
 
 
 def test_a_tied_embedding_has_one_gradient_wherever_it_is_held(layout: Layout):
@@ -179,13 +179,13 @@ def test_a_step_equals_one_ranks(layout: Layout, reference: Reference):
     """Clipped by the norm of the WHOLE gradient, which every rank reports."""
     for _, tied, results in layout.cases:
         expected = reference.results[tied]["report"]
-        assert expected["grad_norm"] > 0.5  # the clipping matters
+        assert expected["grad_norm"] > CLIP  # the clipping matters
         for result in results:
             assert result["report"] == pytest.approx(expected, rel=BOUND)
-    for where, found, expected in layout.tensors("stepped", reference):
+    for _, where, found, expected in layout.tensors("stepped", reference):
         assert error(found, expected) <= BOUND, where
     moved = [error(r["stepped"][n], r["weights"][n]) for _, _, rs in layout.cases for r in rs for n in r["weights"]]
-    assert min(moved) > 100 * BOUND
+    assert min(moved) > 50 * BOUND
 
 
 def test_no_rank_takes_a_step_that_is_not_finite(layout: Layout):
@@ -213,7 +213,7 @@ def test_sampled_tokens_equal_one_ranks_under_the_same_draws(layout: Layout, ref
 
 def test_weights_saved_by_one_rank_load_here_bitwise(layout: Layout, reference: Reference):
     """Megatron's own cutting of the checkpoint agrees with the cutting by hand."""
-    for where, found, expected in layout.tensors("weights", reference):
+    for _, where, found, expected in layout.tensors("weights", reference):
         assert torch.equal(found, expected), where
     for _, _, results in layout.cases:
         for result in results:

@@ -9,10 +9,10 @@ from tests.recipe_runs import Task, run
 def task(tmp_path_factory) -> Task:
     folder = tmp_path_factory.mktemp("task")
     task = Task(folder)
-    made = run(
-        "tools/make_word_problems.py", "--out", task.data, "--seed", 5, "--sft", 64, "--train", 48, "--test", 8
-    )
+    made = run("tools/make_word_problems.py", "--out", task.data, "--seed", 5, "--sft", 64, "--train", 48, "--test", 8)
     assert made.code == 0, made.err
-    done = task.sft(folder / "sft", f"data.validation_path={task.data / 'test.jsonl'}", "trainer.sft.val_check_interval=3")
+    done = task.sft(
+        folder / "sft", f"data.validation_path={task.data / 'test.jsonl'}", "trainer.sft.val_check_interval=3"
+    )
     assert done.code == 0, done.err
     return task

@@ -40,7 +40,10 @@ CASES = {
         ["model.tensor_model_parallel_size=3", "trainer.devices=3"],
         ["num_attention_heads=4", "tensor_model_parallel_size=3"],
     ),
-    "layers not divisible": (["model.pipeline_model_parallel_size=3"], ["num_layers=2", "pipeline_model_parallel_size=3"]),
+    "layers not divisible": (
+        ["model.pipeline_model_parallel_size=3"],
+        ["num_layers=2", "pipeline_model_parallel_size=3"],
+    ),
     "world not divisible": (["model.tensor_model_parallel_size=2"], ["1 processes", "tensor_model_parallel_size=2"]),
     "launcher disagrees": (["trainer.devices=4"], ["trainer.devices=4", "1 processes"]),
     "dropout": (["model.attention_dropout=0.1"], ["attention_dropout=0.1", "set it to 0"]),
@@ -49,7 +52,10 @@ CASES = {
     "unknown reward": (["trainer.grpo.reward=exact_anser"], ["did you mean exact_answer?"]),
     "wrong type": (["model.num_layers=two"], ["model.num_layers", "int"]),
     "group does not fit": (["model.global_batch_size=18"], ["global_batch_size=18", "samples_per_prompt=4"]),
-    "no such checkpoint": (["pretrained_checkpoint.restore_from_path=/nowhere"], ["/nowhere", "not a complete checkpoint"]),
+    "no such checkpoint": (
+        ["pretrained_checkpoint.restore_from_path=/nowhere"],
+        ["/nowhere", "not a complete checkpoint"],
+    ),
     "another architecture": (["model.ffn_hidden_size=128"], ["ffn_hidden_size=128", "ffn_hidden_size=64"]),
 }
 

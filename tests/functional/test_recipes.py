@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from tests.recipe_runs import metrics
 
 pytestmark = pytest.mark.functional
