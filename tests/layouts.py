@@ -85,7 +85,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     s, n, d = q.shape
     k, v = (x.repeat_interleave(n // x.size(1), dim=1).transpose(0, 1) for x in (k, v))  # [n, s, d]
     scores = q.transpose(0, 1) @ k.transpose(1, 2) * (1 / math.sqrt(d) if scale is None else scale)  # [n, s, s]
-    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 

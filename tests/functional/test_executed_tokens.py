@@ -1,0 +1,53 @@
+"""The grouped flag really lowers what the layers execute: rows are counted inside the first attention layer."""
+
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.recipe_runs import ROOT, metrics, run
+
+pytestmark = pytest.mark.functional
+
+# Runs the recipe in one process and writes the rows of every call of layer 1 on a prefix-grouped stream.
+COUNTER = """
+import json, sys
+from megatron_ext.attention.core import PrefixGroupedCoreAttention
+from megatron_ext.grouping import PrefixGroups
+from recipes import train_grpo
+
+rows, forward = [], PrefixGroupedCoreAttention.forward
+
+def counted(self, query, *args, packed_seq_params=None, **kwargs):
+    if self.layer_number == 1 and isinstance(packed_seq_params, PrefixGroups):
+        rows.append(query.size(0))
+    return forward(self, query, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+PrefixGroupedCoreAttention.forward = counted
+train_grpo.main(json.load(open(sys.argv[1])))
+json.dump(rows, open(sys.argv[2], "w"))
+"""
+
+
+def executed_rows(task, folder, *overrides):
+    folder.mkdir()
+    arguments = [*task.grpo_overrides(folder / "run"), "trainer.devices=1", "trainer.grpo.max_steps=1", *overrides]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        cfg = OmegaConf.to_container(compose("grpo_tiny", [f"++{a}" for a in arguments]), resolve=True)
+    (folder / "config.json").write_text(json.dumps(cfg))
+    done = run("-c", COUNTER, folder / "config.json", folder / "rows.json")
+    assert done.code == 0, done.err
+    return json.loads((folder / "rows.json").read_text()), metrics(folder / "run")[0]
+
+
+def test_rows_of_all_three_passes(task, tmp_path):
+    grouped, told = executed_rows(task, tmp_path / "grouped")
+    repeated, told_repeated = executed_rows(task, tmp_path / "repeated", "model.prefix_grouping=false")
+    microbatches = 2  # 4 prompts, 2 in each
+    assert len(grouped) == len(repeated) == 3 * microbatches
+    for old, reference, actor in (grouped[:2], grouped[2:4], grouped[4:]), (repeated[:2], repeated[2:4], repeated[4:]):
+        assert old == reference == actor
+    assert sum(grouped) == told["train_optim/tokens_executed"]
+    assert sum(repeated) == told_repeated["train_optim/tokens_executed"]
+    assert sum(grouped) < 0.45 * sum(repeated)  # 4 responses of 8 tokens behind some 100 tokens of prompt
