@@ -78,7 +78,7 @@ class GRPOTrainer:
                 if settings.val_check_interval and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
                 session.metrics.write(step, metrics)
-                bar.set_postfix_str(_summary(metrics))
+                bar.set_postfix_str(_summary(metrics), refresh=False)
                 bar.update()
                 last = step == settings.max_steps
                 if settings.save_interval and step % settings.save_interval == 0 and not last:
@@ -264,5 +264,5 @@ def _summary(metrics: dict[str, float]) -> str:
     if "train_optim/kl" in metrics:
         parts.append(f"KL {metrics['train_optim/kl']:.3f}")
     parts.append(f"{metrics['train_optim/tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{metrics['train_optim/tokens_saved']:.0%} of tokens saved")
+    parts.append(f"{round(100 * metrics['train_optim/tokens_saved'])}% of tokens saved")
     return ", ".join(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,10 @@ class Session:
 
     def progress(self, steps: int, what: str):
         """A bar over steps, on rank 0 only."""
-        return tqdm(total=steps, desc=what, unit="step", disable=not self.is_main, dynamic_ncols=True)
+        pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then
+        return tqdm(
+            total=steps, desc=what, unit="step", disable=not self.is_main, dynamic_ncols=True, mininterval=pause
+        )
 
     def say(self, text: str) -> None:
         if self.is_main:

@@ -42,7 +42,7 @@ class SFTTrainer:
                     metrics |= self.run_validation()
                 metrics |= session.timers.read()
                 session.metrics.write(step, metrics)
-                bar.set_postfix_str(f"loss {metrics['train_optim/loss']:.4f}")
+                bar.set_postfix_str(f"loss {metrics['train_optim/loss']:.4f}", refresh=False)
                 bar.update()
                 if session.out_of_time():
                     session.say(f"max_time_per_run reached after step {step}")

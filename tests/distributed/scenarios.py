@@ -94,9 +94,7 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
         save_weights(case.save, model, {})
     result |= _sample(model, case)
     engine = Engine(model, optim(), clip_grad=CLIP)
-    microbatches = make_microbatches(
-        case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config)
-    )
+    microbatches = make_microbatches(case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config))
     result["tokens"] = [m.batch.groups.num_tokens for m in microbatches]
     result["scores"] = engine.score(microbatches)
     engine.zero_grad()
@@ -158,7 +156,9 @@ def data_parallel(device: torch.device, case: DataCase) -> dict[str, Any]:
     return {
         "rank": rank,
         "gradients": {level: _data_run(device, case, level, "adam", step=False) for level in ("token", "sequence")},
-        "steps": {name: _data_run(device, case, "token", name, step=True) for name in ("adam", "distributed_fused_adam")},
+        "steps": {
+            name: _data_run(device, case, "token", name, step=True) for name in ("adam", "distributed_fused_adam")
+        },
     }
 
 

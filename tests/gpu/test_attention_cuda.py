@@ -23,7 +23,9 @@ def make_case(rng, name: str, dtype: torch.dtype, n: int = 8, m: int = 2, d: int
     lengths, pad = CASES[name]
     real = sum(p + sum(s) for p, s in lengths)
     t = real + -real % pad
-    return AttentionCase(lengths, pad, [randn(rng, t, h, d).to(dtype) for h in (n, m, m)], randn(rng, real, n, d).to(dtype))
+    return AttentionCase(
+        lengths, pad, [randn(rng, t, h, d).to(dtype) for h in (n, m, m)], randn(rng, real, n, d).to(dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

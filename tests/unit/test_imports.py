@@ -11,7 +11,14 @@ PACKAGE = Path(__file__).parents[2] / "megatron_ext"
 # In the order of CONTRIBUTING.md: a room may import only from rooms above it.
 ROOMS = ("grouping", "flops", "attention", "rotary", "losses", "bias", "runtime", "models")
 # What these import of megatron_ext, themselves apart. The rooms after them may import from any room above.
-ALLOWED = {"grouping": set(), "flops": {"grouping"}, "attention": {"grouping"}, "rotary": set(), "losses": set(), "bias": set()}
+ALLOWED = {
+    "grouping": set(),
+    "flops": {"grouping"},
+    "attention": {"grouping"},
+    "rotary": set(),
+    "losses": set(),
+    "bias": set(),
+}
 FOREIGN = {"nemo", "nemo_toolkit", "hydra", "lightning", "pytorch_lightning", "omegaconf", "recipes", "tools", "tests"}
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))

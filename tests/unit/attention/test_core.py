@@ -55,9 +55,7 @@ def test_refuses_settings_under_which_sharing_differs_from_repeating(changes, wo
         core_attention(**changes)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("apply_rope_fusion", True), ("fp8_dot_product_attention", True)]
-)
+@pytest.mark.parametrize(("field", "value"), [("apply_rope_fusion", True), ("fp8_dot_product_attention", True)])
 def test_refuses_settings_that_megatron_itself_checks_first(field, value, world):
     """Set after Megatron's own checks, which differ between CPU and GPU."""
     config = transformer_config()

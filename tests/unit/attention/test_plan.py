@@ -34,7 +34,9 @@ def scores_of(call: Call, total: int) -> torch.Tensor:
     count = torch.zeros(total, total, dtype=torch.long)
     for r in call.rectangles:
         block = torch.ones(r.q_len, r.k_len, dtype=torch.long)
-        count[r.q_start : r.q_start + r.q_len, r.k_start : r.k_start + r.k_len] += block.tril() if call.causal else block
+        count[r.q_start : r.q_start + r.q_len, r.k_start : r.k_start + r.k_len] += (
+            block.tril() if call.causal else block
+        )
     return count
 
 

@@ -109,7 +109,9 @@ def test_reference_without_penalty_is_only_measured():
 def test_entropy_bonus_by_hand():
     entropy = tensor(0.5, 2.0).requires_grad_()
     weights = tensor(0.25, 0.5)
-    loss, metrics = grpo_loss(log(1, 1), log(1, 1), tensor(1, -1), weights, GrpoTerms(entropy_bonus=0.1), entropy=entropy)
+    loss, metrics = grpo_loss(
+        log(1, 1), log(1, 1), tensor(1, -1), weights, GrpoTerms(entropy_bonus=0.1), entropy=entropy
+    )
     assert close(metrics["entropy"], 0.125 + 1.0)
     assert close(loss.detach(), -0.25 + 0.5 - 0.1 * 1.125)
     assert close(torch.autograd.grad(loss, entropy)[0], -0.1 * weights)
@@ -145,9 +147,7 @@ def test_leave_one_out_by_hand():
     """The baseline is the mean of the others: 3 - (1 + 2) / 2 and so on."""
     rewards = tensor(1, 2, 3).view(1, 3)
     assert close(group_advantages(rewards, False, leave_one_out=True), tensor(-1.5, 0, 1.5).view(1, 3))
-    assert close(
-        group_advantages(rewards, True, leave_one_out=True), tensor(-1.5, 0, 1.5).view(1, 3) / (1 + 1e-6)
-    )
+    assert close(group_advantages(rewards, True, leave_one_out=True), tensor(-1.5, 0, 1.5).view(1, 3) / (1 + 1e-6))
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

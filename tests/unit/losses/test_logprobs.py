@@ -35,16 +35,16 @@ def values_and_grads(function, hidden, weight, grad_logprob: Tensor | None, grad
     return [*outputs, *grads]
 
 
-def assert_equal_to_plain(rng, hidden, weight, targets, use=("logprob", "entropy"), num_valid=None, bound=BOUND, **options):
+def assert_equal_to_plain(
+    rng, hidden, weight, targets, use=("logprob", "entropy"), num_valid=None, bound=BOUND, **options
+):
     rows = hidden.size(0)
     grads = [randn(rng, rows) if name in use else None for name in ("logprob", "entropy")]
     found = values_and_grads(
         lambda: vocab_parallel_logprobs(hidden, weight, targets, num_valid=num_valid, **options), hidden, weight, *grads
     )
     temperature = options.get("temperature", 1.0)
-    expected = values_and_grads(
-        lambda: plain(hidden, weight, targets, temperature, num_valid), hidden, weight, *grads
-    )
+    expected = values_and_grads(lambda: plain(hidden, weight, targets, temperature, num_valid), hidden, weight, *grads)
     for name, a, b in zip(("logprob", "entropy", "d hidden", "d weight"), found, expected, strict=True):
         assert a.dtype == torch.float64 and a.shape == b.shape
         assert error(a, b) <= bound, f"{name} differs by {error(a, b)}"
@@ -124,9 +124,7 @@ def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, rng):
         return logp.gather(1, targets.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(-1)
 
     reference = values_and_grads(plain_low, *low, *low_grads)
-    found = values_and_grads(
-        lambda: vocab_parallel_logprobs(*low, targets, chunk_size=300), *low, *low_grads
-    )
+    found = values_and_grads(lambda: vocab_parallel_logprobs(*low, targets, chunk_size=300), *low, *low_grads)
     for name, a, b, c in zip(("logprob", "entropy", "d hidden", "d weight"), found, reference, truth, strict=True):
         assert a.dtype == (torch.float32 if name in ("logprob", "entropy") else dtype)
         ours, theirs = ((x.double() - c).norm().item() for x in (a, b))

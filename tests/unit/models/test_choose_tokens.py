@@ -45,7 +45,8 @@ def test_top_k_keeps_the_k_most_likely_and_their_proportions(k, rng):
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (1.0, [0, 1, 2, 3])]
+    ("top_p", "kept"),
+    [(0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (1.0, [0, 1, 2, 3])],
 )
 def test_top_p_keeps_the_smallest_set_that_holds_it(top_p, kept):
     probability = torch.tensor([0.3, 0.05, 0.5, 0.15], dtype=torch.float64)

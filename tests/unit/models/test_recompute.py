@@ -18,8 +18,9 @@ def test_selective_and_full_recompute_equal_none_bitwise(rng, world):
     for granularity in (None, "selective", "full"):
         model = build_gpt(small_config(activations_checkpoint_granularity=granularity), world)
         model.load_state_dict(weights.state_dict())
-        count = []
-        model.decoder.layers[0].self_attention.core_attention.register_forward_hook(lambda *args: count.append(1))
+        count: list[int] = []
+        attention = model.decoder.layers[0].self_attention.core_attention
+        attention.register_forward_hook(lambda *args, seen=count: seen.append(1))
         logprobs, entropy = run(model, batch)
         objective(rollout, batch.groups, logprobs, entropy).backward()
         results[granularity] = {"logprobs": logprobs.detach(), "entropy": entropy.detach()} | named_gradients(model)
