@@ -106,7 +106,7 @@ class CpuFlashKernel:
         )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _strided_pieces(call: Call) -> tuple[_StridedPiece, ...]:
     return tuple(_StridedPiece(run, call.causal) for run in call.runs())
 
@@ -178,7 +178,7 @@ class TorchFlashKernel:
         )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _packed_pieces(call: Call, device: torch.device) -> tuple[_PackedPiece, ...]:
     return (_PackedPiece(call, device),)
 

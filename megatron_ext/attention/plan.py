@@ -55,7 +55,7 @@ class Call:
         return iter(_runs(self.rectangles))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _runs(rectangles: tuple[Rectangle, ...]) -> tuple[Run, ...]:
     runs: list[Run] = []
     for r in rectangles:
@@ -80,7 +80,7 @@ def plan_attention(groups: PrefixGroups) -> tuple[Call, ...]:
     return _plan(groups.layout)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _plan(layout) -> tuple[Call, ...]:
     lengths, num_pad = layout
     documents, crossings, row = [], [], 0

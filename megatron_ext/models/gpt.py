@@ -136,7 +136,7 @@ def _gather_rows(hidden: Tensor, groups: PrefixGroups, tp_group) -> Tensor:
     return gathered.squeeze(1).index_select(0, restore)  # [tp * k, h] -> [r, h]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _row_tables(layout, tp: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(local rows to send [k], place of each predicting row among the gathered ones [r]), from lengths only."""
     lengths, num_pad = layout
