@@ -1,250 +1,357 @@
-"""JSONL in, token ids out: tokenizers, prompts, prompt and response pairs, and the order in which they are seen.
+"""Text in: tokenizers, prompts, prompt/response pairs, and the order in which they are drawn.
 
-Whatever is wrong with a file is a `DataError` that names the file and the line.
+Every complaint about a row names its file and line.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from recipes.config import UserError
 
 __all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts", "load_tokenizer",
            "read_jsonl"]  # fmt: skip
 
 
-class DataError(ValueError):
-    """One line: which file and line, what is wrong."""
-
-
-class Tokenizer:
-    """A Hugging Face fast tokenizer, reduced to what training needs.
-
-    Attributes:
-        path: the folder or name it was loaded from.
-        eos_id: ends every response.
-        vocab_size: ids run from 0 to this, added tokens included.
-    """
-
-    def __init__(self, tokenizer, path: str):
-        self._tokenizer, self.path = tokenizer, path
-        if tokenizer.eos_token_id is None:
-            raise DataError(f"tokenizer {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
-        self.eos_id: int = tokenizer.eos_token_id
-        self.vocab_size = len(tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-        """Token ids of a chat through the tokenizer's template.
-
-        Raises:
-            DataError: the tokenizer has no chat template.
-        """
-        if not self._tokenizer.chat_template:
-            raise DataError(f"tokenizer {self.path} has no chat template; use rows with prompt (and response) instead")
-        text = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-        return self.encode(text)
-
-    def save(self, folder: Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """Load a tokenizer folder (or a hub name, where there is a hub).
-
-    Raises:
-        DataError: nothing there that transformers can read, or no end-of-text token.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
-    if looks_local and not Path(path).exists():  # or transformers would look for it on a hub, for minutes
-        raise DataError(f"model.tokenizer={path} does not exist")
-    if Path(path).exists() and not (Path(path) / "tokenizer_config.json").is_file():
-        raise DataError(f"model.tokenizer={path} is not a tokenizer folder: it has no tokenizer_config.json")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"model.tokenizer={path} cannot be loaded: {reason}") from None
-    return Tokenizer(tokenizer, str(path))
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank.
-
-    Raises:
-        DataError: no such file, no row in it, or a line that is not a JSON object in UTF-8.
-    """
-    path, rows = Path(path), 0
-    if not path.is_file():
-        raise DataError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: a row must be a JSON object, got {type(row).__name__}")
-            rows += 1
-            yield number, row
-    if not rows:
-        raise DataError(f"{path} has no rows")
+class DataError(UserError):
+    """A tokenizer or data file that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the row it came from, which the reward reads."""
+    """A prompt's tokens, the whole row for the reward, and the row's line in its file, from 1."""
 
     tokens: tuple[int, ...]
-    row: dict
+    row: dict[str, Any]
     line: int
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the response to learn, ended by the end-of-text token."""
+    """A prompt and the response to learn, in tokens, and the row's line in its file, from 1."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     line: int
 
 
-def load_prompts(path: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
-    """Prompts from rows with `prompt` or `messages`.
+class Tokenizer:
+    """What the recipes need of a Hugging Face fast tokenizer. See `load_tokenizer`.
 
-    Raises:
-        DataError: see the module, and a prompt that is empty or longer than `max_prompt_tokens`.
+    Attributes:
+        path: where it was loaded from, as given.
+        eos_id: ends a response.
+        pad_id: the end token where there is no padding token.
+        vocab_size: rows that an embedding needs: added tokens included.
     """
+
+    def __init__(self, tokenizer: Any, path: str):
+        self._tokenizer, self.path = tokenizer, path
+        if tokenizer.eos_token_id is None:
+            special = ", ".join(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+            raise DataError(
+                f"tokenizer {path} has no eos_token: name the token that ends a response in the tokenizer_config.json "
+                f'beside tokenizer.json, as {{"eos_token": "..."}} (its special tokens: {special or "none"})'
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Ids may have gaps.
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """All of the text: a truncation or padding that tokenizer.json carries is not applied."""
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens and otherwise untouched."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
+        """A conversation through the chat template.
+
+        Raises:
+            DataError: the tokenizer has no template, or the template refuses the conversation.
+        """
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                f"tokenizer {self.path} has no chat template: use rows with prompt (and response) instead of messages, "
+                "or add chat_template.jinja to its folder"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self.path} refuses messages: {error}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` reads, wherever this one came from."""
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a local folder, of a tokenizer.json, or by its name on the Hugging Face hub.
+
+    A tokenizer.json takes its eos_token and the like from the tokenizer_config.json beside it. Nothing is downloaded
+    for what is written as a path.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    place = Path(path).expanduser()
+    if place.name == "tokenizer.json" and (place.parent / "tokenizer_config.json").is_file():
+        place = place.parent
+    try:
+        # Code from a tokenizer folder is never run, and never asked about.
+        if place.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+        elif place.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(place))
+        elif _is_written_as_path(str(path)):
+            raise DataError(f"tokenizer {path} does not exist: name a folder with tokenizer.json")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except DataError:
+        raise
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        here = place.exists()
+        remedy = "it needs a Hugging Face tokenizer.json" if here else "it is no local folder, and the hub gave none"
+        raise DataError(f"cannot load tokenizer {path}: {remedy} ({str(error)[:200]})") from error
+    return Tokenizer(tokenizer, str(path))
+
+
+def _is_written_as_path(text: str) -> bool:
+    """As opposed to a name on the hub, `model` or `organisation/model`."""
+    first, slash, _ = text.partition("/")
+    in_a_folder = bool(slash) and (not first or Path(first).exists())
+    return in_a_folder or text.startswith((".", "~")) or text.endswith((".json", "/")) or text.count("/") > 1
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; blank lines are skipped."""
+    return [row for _, row in _rows(path)]
+
+
+def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+    """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant."""
     prompts = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        if "messages" in row:
+    for line, row in _rows(path):
+        where = f"{path}:{line}"
+        if _chosen(row, where) == "messages":
             messages = _messages(row, where)
             if messages[-1]["role"] == "assistant":
-                raise DataError(f"{where}: the last message is the assistant's; a prompt ends with the user's")
-            tokens = tokenizer.encode_chat(messages, add_generation_prompt=True)
+                raise DataError(f"{where}: the last of messages is the assistant's; a prompt ends with another role")
+            tokens = _encode_chat(tokenizer, messages, True, where)
         else:
-            tokens = tokenizer.encode(_text(row, "prompt", where))
-        if not tokens:
-            raise DataError(f"{where}: the prompt is empty")
+            tokens = _encode(tokenizer, row, "prompt", where)
         if len(tokens) > max_prompt_tokens:
             raise DataError(
-                f"{where}: the prompt has {len(tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}"
+                f"{where}: the prompt has {len(tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}: "
+                "shorten it or raise the limit"
             )
-        prompts.append(Prompt(tuple(tokens), row, number))
+        prompts.append(Prompt(tokens, row, line))
     return prompts
 
 
-def load_pairs(path: str, tokenizer: Tokenizer, max_length: int) -> list[Pair]:
-    """Pairs from rows with `prompt` and `response`, or with `messages` that end with the assistant's.
+def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[Pair]:
+    """Pairs to learn: rows with `prompt` and `response`, strings, or `messages` that end with the assistant's.
 
-    Raises:
-        DataError: see the module, and an empty response or a pair longer than `max_length`.
+    The end token is appended to a `response`; a chat template ends its responses itself.
     """
     pairs = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        if "messages" in row:
-            prompt, response = _split_chat(_messages(row, where), tokenizer, where)
+    for line, row in _rows(path):
+        where = f"{path}:{line}"
+        if _chosen(row, where) == "messages":
+            prompt, response = _split_chat(tokenizer, _messages(row, where), where)
         else:
-            prompt = tokenizer.encode(_text(row, "prompt", where))
-            response = tokenizer.encode(_text(row, "response", where))
-            if response:
-                response = [*response, tokenizer.eos_id]
-        if not prompt or not response:
-            raise DataError(f"{where}: the {'response' if prompt else 'prompt'} is empty")
+            if row.get("response") is None:
+                raise DataError(f"{where}: no response beside prompt; add the text to learn")
+            prompt = _encode(tokenizer, row, "prompt", where)
+            response = _encode(tokenizer, row, "response", where)
+            if response[-1] != tokenizer.eos_id:
+                response += (tokenizer.eos_id,)
         if len(prompt) + len(response) > max_length:
             raise DataError(
-                f"{where}: prompt and response have {len(prompt) + len(response)} tokens, more than "
-                f"model.encoder_seq_length={max_length}"
+                f"{where}: prompt and response have {len(prompt)} + {len(response)} tokens, more than "
+                f"model.encoder_seq_length={max_length}: shorten them or raise the limit"
             )
-        pairs.append(Pair(tuple(prompt), tuple(response), number))
+        pairs.append(Pair(prompt, response, line))
     return pairs
 
 
-def _text(row: dict, key: str, where: str) -> str:
-    if key not in row:
-        raise DataError(f"{where}: the row has no {key!r} (nor 'messages'), only {sorted(row)}")
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: {key!r} must be a string, got {type(row[key]).__name__}")
-    return row[key]
-
-
-def _messages(row: dict, where: str) -> list[dict]:
-    messages = row["messages"]
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not good or not messages:
-        raise DataError(f"{where}: 'messages' must be a non-empty list of objects with the strings role and content")
-    return messages
-
-
-def _split_chat(messages: list[dict], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise DataError(f"{where}: the last of at least two messages must be the assistant's, which is what is learned")
-    prompt = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
-    whole = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        raise DataError(
-            f"{where}: the chat template does not continue its own generation prompt; give prompt and response"
-        )
-    return prompt, whole[len(prompt) :]
-
-
 class EpochSampler:
-    """Shuffled indices, epoch after epoch without end; every rank draws the same order and takes its own slice.
+    """Shuffled indices, epoch after epoch without end, in global batches of which this rank takes its slice.
+
+    All ranks draw the same order. A batch that an epoch cannot fill is completed from the next one, so that every
+    index is drawn once per epoch and none is left out.
 
     Args:
-        count: items.
-        batch: indices per `next()`, over all ranks.
-        seed: of the order.
-        rank, world: of the data-parallel group.
-
-    Raises:
-        ValueError: `batch` does not divide by `world`.
+        count: number of rows.
+        batch: size of a global batch, over all ranks.
+        rank, world: this rank's place among the data-parallel ranks.
     """
 
     def __init__(self, count: int, batch: int, seed: int, rank: int, world: int):
+        if count < 1 or batch < 1:
+            raise ValueError(f"there is nothing to draw: {count} rows in batches of {batch}; both must be at least 1")
         if batch % world:
-            raise ValueError(f"a batch of {batch} is not divisible by the data-parallel size {world}")
-        self.count, self.batch, self.rank, self.world = count, batch, rank, world
-        self.seed, self.drawn = seed, 0
-        self._epoch, self._order = -1, []
+            raise ValueError(
+                f"batch={batch} (trainer.grpo.num_prompts_per_grpo_step, or model.global_batch_size in SFT) is not "
+                f"divisible by world={world}, the data-parallel size: make it a multiple"
+            )
+        assert 0 <= rank < world, (rank, world)
+        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
+        self._epoch = self._drawn = 0  # position: rows drawn of this epoch
+        self._order = self._shuffled()
 
     def next(self) -> list[int]:
         """This rank's indices of the next global batch."""
+        indices: list[int] = []
+        while len(indices) < self.batch:
+            if self._drawn == self.count:
+                self._epoch, self._drawn = self._epoch + 1, 0
+                self._order = self._shuffled()
+            part = self._order[self._drawn : self._drawn + self.batch - len(indices)]
+            self._drawn += len(part)
+            indices += part
         share = self.batch // self.world
-        first = self.drawn + self.rank * share
-        self.drawn += self.batch
-        return [self._index(i) for i in range(first, first + share)]
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**31)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator).tolist()
-        return self._order[place]
+        return indices[self.rank * share : (self.rank + 1) * share]
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn": self.drawn}
+        """The position, the same on every rank and for every batch size and number of ranks."""
+        return {"epoch": self._epoch, "drawn": self._drawn, "count": self.count, "seed": self.seed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.drawn = state["drawn"]
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for name, here in (("count", self.count), ("seed", self.seed)):
+            if state[name] != here:
+                raise ValueError(
+                    f"the saved order of the data was drawn with {name}={state[name]}, this run has {name}={here}: "
+                    "continue with the same data file and model.seed"
+                )
+        self._epoch, self._drawn = state["epoch"], state["drawn"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(self.count))
+        random.Random(f"{self.seed}/{self._epoch}").shuffle(order)
+        return order
+
+
+def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object), streamed."""
+    if Path(path).is_dir():
+        raise DataError(f"{path} is a folder: name a JSONL file")
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
+    empty = True
+    with file:
+        for line, raw in enumerate(file, 1):
+            if row := _parse(raw, f"{path}:{line}", first=line == 1):
+                empty = False
+                yield line, row[0]
+    if empty:
+        raise DataError(f"{path} is empty: it needs one JSON object on each line")
+
+
+def _parse(raw: bytes, where: str, first: bool) -> tuple[dict[str, Any]] | None:
+    """The line's object, or None for a blank line."""
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}: {error.reason}); convert the file") from error
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: {error.msg} at column {error.colno}; each line must be one JSON object") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands of levels
+        raise DataError(f"{where}: {error}; each line must be one JSON object") from error
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: {_kind(row)} where a JSON object is needed, such as {{"prompt": ...}}')
+    return (row,)
+
+
+def _chosen(row: dict, where: str) -> str:
+    """Which of `prompt` and `messages` the row carries. A null counts as absent: tables are exported that way."""
+    present = [key for key in ("prompt", "messages") if row.get(key) is not None]
+    if len(present) != 1:
+        keys = ", ".join(row) or "nothing"
+        found = "both prompt and messages" if present else f"neither prompt nor messages (only {keys})"
+        raise DataError(f"{where}: {found}; a row carries exactly one of them")
+    return present[0]
+
+
+def _messages(row: dict, where: str) -> list[dict[str, Any]]:
+    messages = row["messages"]
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: messages must be a list of {{role, content}}, got {_kind(messages)}")
+    if not messages:
+        raise DataError(f"{where}: messages is empty")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: messages[{i}] must be an object {{role, content}}, got {_kind(message)}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise DataError(f"{where}: messages[{i}] has no {key}; each message needs role and content")
+            _check_text(message[key], f"messages[{i}].{key}", where)
+    if not messages[-1]["content"]:
+        raise DataError(f"{where}: the content of messages[{len(messages) - 1}] is empty")
+    return messages
+
+
+def _check_text(text: Any, name: str, where: str) -> str:
+    if not isinstance(text, str):
+        remedy = "; a conversation goes under messages" if name == "prompt" and isinstance(text, list) else ""
+        raise DataError(f"{where}: {name} must be a string, got {_kind(text)}{remedy}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {name} holds half of a surrogate pair (\\ud800-\\udfff); repair the text") from None
+    return text
+
+
+def _encode(tokenizer: Tokenizer, row: dict, key: str, where: str) -> tuple[int, ...]:
+    tokens = tokenizer.encode(_check_text(row[key], key, where))
+    if not tokens:
+        reason = "is empty" if not row[key] else "is empty for this tokenizer: it encodes to no token"
+        raise DataError(f"{where}: {key} {reason}; fill it or remove the row")
+    return tuple(tokens)
+
+
+def _encode_chat(tokenizer: Tokenizer, messages: list[dict], generate: bool, where: str) -> tuple[int, ...]:
+    try:
+        return tuple(tokenizer.encode_chat(messages, generate))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _split_chat(tokenizer: Tokenizer, messages: list[dict], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and response tokens of a conversation that ends with the assistant's message."""
+    if messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
+        raise DataError(f"{where}: the last of messages must be the assistant's, which is learnt, not the {role}'s")
+    if len(messages) == 1:
+        raise DataError(f"{where}: messages needs at least one message before the assistant's")
+    prompt = _encode_chat(tokenizer, messages[:-1], True, where)
+    full = _encode_chat(tokenizer, messages, False, where)
+    if full[: len(prompt)] != prompt or len(full) == len(prompt):
+        raise DataError(
+            f"{where}: the conversation's tokens do not begin with those of its generation prompt, so the response "
+            f"cannot be told from the prompt: the chat template of {tokenizer.path} writes another text there, or "
+            "its last characters merge with the response; use rows with prompt and response"
+        )
+    return prompt, full[len(prompt) :]
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

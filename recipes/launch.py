@@ -31,6 +31,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "nemo_configs"
 # Set for the ranks that this module starts.
 CONFIG_VARIABLE, ERROR_VARIABLE = "MEGATRON_EXT_CONFIG", "MEGATRON_EXT_ERROR"
 GRACE_SECONDS = 10.0
+SECTIONS = ("trainer.", "model.", "data.", "exp_manager.", "pretrained_checkpoint.")
 
 
 def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
@@ -50,23 +51,31 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
         _run_rank(main, config)
         return
-    from recipes.errors import UserError, compose
+    from recipes.errors import compose
 
-    try:
-        config = compose(CONFIG_FOLDER, default_config)
-    except UserError as error:
-        _fail(error)
-    trainer = config.get("trainer") or {}
-    ranks = int(trainer.get("devices", 1))
-    if "RANK" in os.environ or (ranks == 1 and trainer.get("num_nodes", 1) == 1):
+    # A key of ours that the YAML leaves at its default may be set like any other (Hydra would want a `+`); one that
+    # does not exist is found by recipes.config.build, which knows them all.
+    sys.argv[1:] = [f"++{a}" if a.startswith(SECTIONS) and "=" in a else a for a in sys.argv[1:]]
+    sys.argv.append("hydra.job.chdir=false")
+    config = compose(CONFIG_FOLDER, default_config)
+    ranks, nodes = _processes(config)
+    if "RANK" in os.environ or ranks == nodes == 1:
         _run_rank(main, config)
-    elif trainer.get("num_nodes", 1) > 1:
+    elif nodes > 1:
         _fail(
-            f"trainer.num_nodes={trainer['num_nodes']} needs a launcher that starts the ranks on every node: run this "
+            f"trainer.num_nodes={nodes} needs a launcher that starts the ranks on every node: run this "
             "script under torchrun or srun"
         )
     else:
         sys.exit(_run_ranks(script, config, ranks))
+
+
+def _processes(config: dict) -> tuple[int, int]:
+    """(processes on this machine, machines). What is no positive integer counts as 1, and is refused by the recipe."""
+    trainer = config.get("trainer")
+    counts = [trainer.get(key) if isinstance(trainer, dict) else None for key in ("devices", "num_nodes")]
+    ranks, nodes = (count if isinstance(count, int) and count > 0 else 1 for count in counts)
+    return ranks, nodes
 
 
 def _fail(error: object) -> None:
@@ -89,12 +98,12 @@ def _fail(error: object) -> None:
 def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     try:
         main(config)
-    except (ValueError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
-        from recipes.errors import is_user_error
+    except Exception as error:  # noqa: BLE001  sorted into the user's mistakes and ours
+        from recipes.errors import is_user_error, one_line
 
         if not is_user_error(error):
             raise
-        _fail(error)
+        _fail(one_line(error))
     from megatron_ext.runtime.distributed import shutdown
 
     shutdown()

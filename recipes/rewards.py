@@ -1,168 +1,295 @@
-"""Rewards by name or dotted path.
+"""Rewards: what a response is worth. Built-in ones by name, your own by dotted path.
 
-A reward is a function `(responses, rows) -> numbers`, one per response; `rows[i]` is the JSONL row of the prompt that
-response i answers.
+A reward is a function of the responses' texts and of their rows (the prompt's line of the data file), which returns one
+number for each response. In YAML:
+
+    reward: exact_answer
+    reward: {name: regex, pattern: "^Yes"}
+    reward: {name: my_package.my_module.my_function, alpha: 2}
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, is_dataclass
+from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+from recipes.config import ConfigError, UserError, build
 
 __all__ = ["Reward", "RewardError", "get_reward", "register_reward", "score"]
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
-REGISTRY: dict[str, Callable[..., Reward]] = {}
+KEY = "trainer.grpo.reward"
+T = TypeVar("T", bound=Callable)
+_REGISTRY: dict[str, Callable] = {}
 
 
-class RewardError(ValueError):
-    """A reward that cannot be found, or that broke while it ran."""
+class RewardError(UserError):
+    """A reward that failed, or gave something else than one number for each response."""
 
 
-def register_reward(name: str):
-    """Register a maker: called with the options of the YAML, it returns the reward."""
+def register_reward(name: str) -> Callable[[T], T]:
+    """Decorator: give a reward a name for the YAML.
 
-    def decorator(maker: Callable[..., Reward]) -> Callable[..., Reward]:
-        REGISTRY[name] = maker
-        return maker
-
-    return decorator
-
-
-def get_reward(spec: str | Mapping[str, Any]) -> Reward:
-    """Find a reward.
-
-    Args:
-        spec: `name`, or `{name: name, option: value, ...}`, where name is registered or the dotted path of a function
-            (`package.module.function`), which then gets the options as keyword arguments.
-
-    Raises:
-        RewardError: no such reward, or options it does not take.
+    It is either a function (responses, rows, **options), or a class whose instances are rewards and whose arguments are
+    the options; those of a dataclass are checked like any other configuration.
     """
-    name, options = (
-        (spec, {}) if isinstance(spec, str) else (spec.get("name"), {k: v for k, v in spec.items() if k != "name"})
-    )
-    if not isinstance(name, str):
-        raise RewardError(f"trainer.grpo.reward={spec!r} must be a name or a section with the key name")
-    if name in REGISTRY:
-        try:
-            reward = REGISTRY[name](**options)
-        except TypeError as error:
-            raise RewardError(f"trainer.grpo.reward {name}: {error}") from None
-    else:
-        function = _import(name)
-        reward = partial(function, **options) if options else function
-    return _Named(name, reward)
+    if "." in name or ":" in name:
+        raise ValueError(f"a reward's name has no '.' and no ':', which mark the path of a function; got {name!r}")
+    if name in _REGISTRY:
+        raise ValueError(f"there is a reward {name!r} already; choose another name")
+
+    def register(reward: T) -> T:
+        _REGISTRY[name] = reward
+        return reward
+
+    return register
 
 
+@dataclass(frozen=True)
 class _Named:
-    """A reward that remembers what it is called, for messages."""
+    """A reward with its options, and its name for messages."""
 
-    def __init__(self, name: str, reward: Reward):
-        self.name, self.reward = name, reward
+    name: str
+    reward: Reward
 
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> Sequence[float]:
         return self.reward(responses, rows)
 
 
-def _import(path: str) -> Reward:
-    module, _, attribute = path.replace(":", ".").rpartition(".")
-    if not module:
-        nearest = difflib.get_close_matches(path, REGISTRY, n=1, cutoff=0.0)
-        raise RewardError(
-            f"unknown reward {path!r}; did you mean {nearest[0]}? Known: {', '.join(sorted(REGISTRY))}, or a dotted path"
+def get_reward(spec: str | Mapping[str, Any]) -> Reward:
+    """The reward that the configuration asks for.
+
+    Args:
+        spec: a name, `package.module.function` or `package.module:function`; or a mapping of `name` and options.
+
+    Raises:
+        ConfigError: an unknown name, a module that does not import, wrong options.
+    """
+    if not isinstance(spec, (str, Mapping)) or not isinstance(name := _name(spec), str) or not name:
+        raise ConfigError(f"{KEY} must be a name or a mapping with name and options, got {spec!r}")
+    options = {} if isinstance(spec, str) else {str(k): v for k, v in spec.items() if k != "name"}
+    if name in _REGISTRY:
+        target = _REGISTRY[name]
+    elif "." in name or ":" in name:
+        target = _import(name)
+    else:
+        close = get_close_matches(name, _REGISTRY, n=1)
+        guess = f"; did you mean {close[0]}? There" if close else "; there"
+        raise ConfigError(
+            f"{KEY}: unknown reward {name}{guess} are {', '.join(sorted(_REGISTRY))}, and any function by its "
+            "path, package.module.function"
         )
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"reward {path!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise RewardError(f"reward {path!r} is a {type(function).__name__}, not a function")
-    return function
+    return _Named(name, _with_options(name, target, options))
 
 
 def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """Run a reward and check what it returns.
+    """One finite number for each response.
 
     Raises:
-        RewardError: it raised, returned the wrong number of values, or something that is no finite number.
+        RewardError: the reward raised, or gave a wrong count, something else than a number, NaN or infinity.
     """
-    name = getattr(reward, "name", getattr(reward, "__name__", "reward"))
+    assert len(responses) == len(rows), (len(responses), len(rows))
+    name = getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)
     try:
-        values = list(reward(responses, rows))
-    except RewardError:
-        raise
+        values = reward(responses, rows)
+        if not isinstance(values, Iterable) or isinstance(values, (str, Mapping, Set)):
+            raise RewardError(f"gave {_short(values)}; it must give a list of numbers, one for each response")
+        values = list(values.tolist() if hasattr(values, "tolist") else values)  # a tensor or array
+    except RewardError as error:
+        raise RewardError(f"reward {name}: {error}") from error
     except Exception as error:
-        raise RewardError(
-            f"reward {name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise RewardError(f"reward {name} failed: {_describe(error)}") from error
     if len(values) != len(responses):
-        raise RewardError(f"reward {name} returned {len(values)} values for {len(responses)} responses")
-    checked = []
-    for index, value in enumerate(values):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise RewardError(f"reward {name} returned {value!r} for response {index}, not a number") from None
-        if not math.isfinite(number):
-            raise RewardError(f"reward {name} returned {number} for response {index} ({responses[index][:60]!r})")
-        checked.append(number)
-    return checked
+        raise RewardError(
+            f"reward {name} gave {len(values)} values for {len(responses)} responses; it must give one for each"
+        )
+    return [_number(value, i, name) for i, value in enumerate(values)]
 
 
 @register_reward("exact_answer")
-def _exact_answer(markers: Sequence[str] = ("####", "Answer:")) -> Reward:
-    """1 where the answer behind the last marker (or the whole response) equals the row's `answer`, else 0."""
+@dataclass(frozen=True)
+class ExactAnswer:
+    """1 where the response's answer is row["answer"], else 0.
 
-    def extract(response: str) -> str:
-        for marker in markers:
-            if marker in response:
-                return response.rsplit(marker, 1)[1].strip()
-        return response.strip()
+    The answer is what follows the last marker, or the whole response without one. Numbers are compared as numbers;
+    behind a marker the last number counts ("Answer: it is 42." answers 42). The row's answer may carry a marker, too.
+    """
 
-    def reward(responses, rows):
-        missing = next((i for i, row in enumerate(rows) if "answer" not in row), None)
-        if missing is not None:
-            raise RewardError(
-                f"reward exact_answer needs the key 'answer' in every row; row has {sorted(rows[missing])}"
-            )
-        return [float(_equal(extract(r), str(row["answer"]).strip())) for r, row in zip(responses, rows, strict=True)]
+    # Text before the answer; None: the last "####" or "Answer:".
+    marker: str | None = None
 
-    return reward
+    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
+        return [float(self._agree(r, _wanted(row, i))) for i, (r, row) in enumerate(zip(responses, rows, strict=True))]
 
+    def _agree(self, response: str, wanted: str) -> bool:
+        (given, marked), (wanted, _) = self._after_marker(response), self._after_marker(wanted)
+        if given == wanted:
+            return True
+        number = _parse_number(wanted)
+        if number is None:
+            return False
+        found = NUMBER.findall(given) if marked else []
+        return number in (_parse_number(given), _parse_number(found[-1]) if found else None)
 
-def _equal(given: str, wanted: str) -> bool:
-    try:
-        return float(given.replace(",", "")) == float(wanted.replace(",", ""))
-    except ValueError:
-        return given == wanted
+    def _after_marker(self, text: str) -> tuple[str, bool]:
+        markers = ("####", "Answer:") if self.marker is None else (self.marker,)
+        end = max(text.rfind(m) + len(m) if m in text else -1 for m in markers)
+        return text[max(end, 0) :].strip(), end >= 0
 
 
 @register_reward("regex")
-def _regex(pattern: str) -> Reward:
-    """1 where the pattern is found in the response, else 0."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise RewardError(f"trainer.grpo.reward regex: bad pattern {pattern!r}: {error}") from None
-    return lambda responses, rows: [float(compiled.search(r) is not None) for r in responses]
+@dataclass(frozen=True)
+class Regex:
+    """1 where `pattern` is found in the response (re.search), else 0."""
+
+    pattern: str
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"{KEY}.pattern={self.pattern!r} is not a regular expression: {error}") from error
+
+    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
+        return [float(re.search(self.pattern, r) is not None) for r in responses]
 
 
 @register_reward("length")
-def _length(target: int, unit: str = "characters") -> Reward:
-    """1 at `target` characters or words, falling linearly to 0 at none and at twice as many."""
-    if unit not in ("characters", "words") or target < 1:
-        raise RewardError(
-            f"trainer.grpo.reward length: target={target} must be positive and unit={unit!r} characters or words"
-        )
+@dataclass(frozen=True)
+class Length:
+    """1 for a response of `target` characters or words, falling linearly to 0 for one empty or twice as long."""
 
-    def reward(responses, rows):
-        sizes = [len(r) if unit == "characters" else len(r.split()) for r in responses]
-        return [max(0.0, 1 - abs(size - target) / target) for size in sizes]
+    target: int
+    unit: str = "characters"
 
-    return reward
+    def __post_init__(self):
+        if self.target < 1:
+            raise ConfigError(f"{KEY}.target={self.target} must be at least 1")
+        if self.unit not in ("characters", "words"):
+            raise ConfigError(f"{KEY}.unit must be characters or words, got {self.unit!r}")
+
+    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
+        lengths = [len(r if self.unit == "characters" else r.split()) for r in responses]
+        return [max(0.0, 1 - abs(n - self.target) / self.target) for n in lengths]
+
+
+# A number on its own: not part of a word (x2, 5km), of a fraction (1/2) or of a longer number (1.2.3).
+_PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+NUMBER = re.compile(rf"(?<![\w./,])[-+]?(?:{_PLAIN})(?:[eE][-+]?\d+)?(?![\w/]|[.,]\d)", re.ASCII)
+
+
+def _parse_number(text: str) -> Decimal | None:
+    if not NUMBER.fullmatch(text):
+        return None
+    try:
+        return Decimal(text.replace(",", ""))
+    except InvalidOperation:  # an exponent of dozens of digits
+        return None
+
+
+def _wanted(row: Mapping[str, Any], index: int) -> str:
+    answer = row.get("answer")
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        found = f"its answer is {answer!r}" if "answer" in row else f"its row has only {', '.join(row) or 'nothing'}"
+        raise RewardError(f"response {index} has no answer to compare with ({found}); add answer, text or a number")
+    return str(answer)
+
+
+def _name(spec: str | Mapping[str, Any]) -> Any:
+    return spec if isinstance(spec, str) else spec.get("name")
+
+
+def _import(path: str) -> Callable:
+    """The function at `package.module.function` or `package.module:function`."""
+    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not attribute:
+        raise ConfigError(f"{KEY}={path} is not the path of a function: write package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name}; is its folder on PYTHONPATH?"
+        else:
+            reason = f"importing {module_name} failed: {_describe(error)}"
+        raise ConfigError(f"{KEY}={path}: {reason}") from error
+    if not hasattr(module, attribute):
+        close = get_close_matches(attribute, [n for n, v in vars(module).items() if callable(v)], n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{KEY}={path}: module {module_name} has no {attribute}{guess}")
+    target = getattr(module, attribute)
+    if not callable(target):
+        raise ConfigError(f"{KEY}={path} is not a function but {type(target).__name__}")
+    return target
+
+
+def _with_options(name: str, target: Callable, options: dict[str, Any]) -> Reward:
+    if is_dataclass(target) and isinstance(target, type):
+        return build(target, options, KEY)
+    is_class = isinstance(target, type)
+    _check_options(name, target, options, () if is_class else (None, None))
+    if not is_class:
+        return partial(target, **options)
+    try:
+        return target(**options)
+    except Exception as error:
+        raise ConfigError(f"{KEY}: {name} refuses its options: {_describe(error)}") from error
+
+
+def _check_options(name: str, target: Callable, options: dict[str, Any], arguments: tuple) -> None:
+    """Refuse options that `target`, called with `arguments` before them, would not take."""
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # written in C
+        return
+    names = list(signature.parameters)[len(arguments) :]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for key in options:
+        if key not in names and not takes_any:
+            close = get_close_matches(key, names, n=1)
+            guess = f"did you mean {KEY}.{close[0]}?" if close else f"{name} has {', '.join(names) or 'no options'}"
+            raise ConfigError(f"unknown key {KEY}.{key}; {guess}")
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        raise ConfigError(f"{KEY}: {name}: {error}; its options are {', '.join(names) or 'none'}") from error
+
+
+def _number(value: Any, index: int, name: str) -> float:
+    if hasattr(value, "item"):  # a tensor or NumPy scalar
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):  # more than one element
+            pass
+    if not isinstance(value, Real):
+        raise RewardError(f"reward {name} gave {_short(value)} for response {index}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RewardError(f"reward {name} gave {number} for response {index}; it must be finite")
+    return number
+
+
+def _describe(error: BaseException) -> str:
+    """Kind, first line and place of an error in somebody else's code."""
+    text = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    if isinstance(error, SyntaxError):  # says its place itself
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]

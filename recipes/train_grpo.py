@@ -9,10 +9,6 @@ Starts `trainer.devices` processes itself; under torchrun or srun it is one of t
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes import launch
-
 
 def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
@@ -44,4 +40,9 @@ def main(cfg: dict) -> None:
 
 
 if __name__ == "__main__":
+    # The repository instead of recipes/, whose rewards.py would hide a user's own; theirs lies in the working directory.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+    from recipes import launch
+
     launch.run(main, __file__, default_config="grpo_tiny")

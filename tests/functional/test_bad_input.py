@@ -35,7 +35,7 @@ def test_a_bad_row_names_its_line(task, tmp_path):
 
 # The same refusals without the cost of a process each: what `main` raises is what the launcher prints.
 CASES = {
-    "missing file": (["data.train_path=nowhere.jsonl"], ["nowhere.jsonl does not exist"]),
+    "missing file": (["data.train_path=nowhere.jsonl"], ["cannot read nowhere.jsonl", "No such file"]),
     "heads not divisible": (
         ["model.tensor_model_parallel_size=3", "trainer.devices=3"],
         ["num_attention_heads=4", "tensor_model_parallel_size=3"],
@@ -48,7 +48,7 @@ CASES = {
     "launcher disagrees": (["trainer.devices=4"], ["trainer.devices=4", "1 processes"]),
     "dropout": (["model.attention_dropout=0.1"], ["attention_dropout=0.1", "set it to 0"]),
     "prompt too long": (["data.max_prompt_length=20"], ["train.jsonl:1", "data.max_prompt_length=20"]),
-    "empty prompt": (["data.train_path={empty}"], ["empty.jsonl:1", "the prompt is empty"]),
+    "empty prompt": (["data.train_path={empty}"], ["empty.jsonl:1", "prompt is empty"]),
     "unknown reward": (["trainer.grpo.reward=exact_anser"], ["did you mean exact_answer?"]),
     "wrong type": (["model.num_layers=two"], ["model.num_layers", "int"]),
     "group does not fit": (["model.global_batch_size=18"], ["global_batch_size=18", "samples_per_prompt=4"]),
@@ -90,7 +90,7 @@ def test_a_reward_that_returns_nan_stops_all_ranks(task, tmp_path, monkeypatch):
     done = task.grpo(tmp_path / "run", "trainer.grpo.reward=my_rewards.gives_nan")
     assert done.code == 2, done.err
     assert "Traceback" not in done.err
-    assert len(done.error_lines) == 1 and "my_rewards.gives_nan returned nan" in done.error_lines[0]
+    assert len(done.error_lines) == 1 and "my_rewards.gives_nan gave nan" in done.error_lines[0]
 
 
 def test_another_runs_folder_is_left_alone(task, tmp_path):

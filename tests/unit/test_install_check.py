@@ -208,9 +208,7 @@ def test_refuses_an_apex_that_is_not_nvidias(site: Site, files):
     site.megatron_core()
     for path in files:
         site.module(path, EXPLODES)
-    site.assert_refused(
-        "not NVIDIA's", str(site.folder / "apex"), "pip uninstall apex", arguments="gpu_present=True"
-    )
+    site.assert_refused("not NVIDIA's", str(site.folder / "apex"), "pip uninstall apex", arguments="gpu_present=True")
 
 
 def test_refuses_nvidias_apex_where_torch_has_no_cuda(site: Site):

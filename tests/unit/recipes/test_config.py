@@ -1,77 +1,193 @@
-"""Strict configuration: every mistake is one line that names the key; defaults come from the dataclasses."""
+"""Strict configuration: what is taken, what is refused, and in which words."""
 
-import subprocess
-import sys
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from recipes.config import ConfigError, build
-from recipes.settings import GRPOConfig, SFTConfig
-from tests.recipe_runs import ROOT
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.runtime.engine import OptimConfig, SchedConfig
+from recipes.config import ConfigError, UserError, build, nearest_key
+
+MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
 
 
 @dataclass
 class Inner:
-    rate: float
-    sizes: tuple[int, int] = (1, 2)
-    flag: bool = False
+    size: int
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Outer:
-    name: str
     inner: Inner
-    count: int | None = None
-    anything: Any = None
-    extra: dict = field(default_factory=dict)
+    maybe: Inner | None = None
+    pair: tuple[int, float] = (1, 2.0)
+    many: tuple[int, ...] = ()
+    table: dict[str, float] = field(default_factory=dict)
+    free: dict = field(default_factory=dict)
+    whatever: Any = None
+    either: int | str = 0
+    flag: bool = False
+    text: str = ""
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-GOOD = {"name": "x", "inner": {"rate": 0.5}}
-
-
-def test_defaults_and_conversions():
-    built = build(Outer, {"name": 32, "inner": {"rate": "1e-4", "sizes": [3, 4]}, "anything": [1, {"a": 2}]})
-    assert built == Outer("32", Inner(1e-4, (3, 4), False), None, [1, {"a": 2}], {})
-    assert build(Outer, {**GOOD, "inner": {"rate": 2}}).inner.rate == 2.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"nmae": "y"}, "unknown key nmae; did you mean name?"),
-        ({"inner": {"rate": 1.0, "flga": True}}, "unknown key inner.flga; did you mean inner.flag?"),
-        ({"inner": {}}, "inner.rate is not set"),
-        ({"inner": {"rate": "fast"}}, "inner.rate='fast' has the wrong type: expected float"),
-        ({"inner": {"rate": 1.0, "flag": 1}}, "inner.flag=1 has the wrong type: expected bool"),
-        ({"count": True}, "count=True has the wrong type: expected int"),
-        ({"count": 1.5}, "count=1.5 has the wrong type: expected int"),
-        ({"inner": 3}, "inner must be a section of keys, got 3"),
-        ({"inner": {"rate": 1.0, "sizes": 3}}, "inner.sizes=3 has the wrong type"),
-        ({"extra": []}, "extra=[] has the wrong type: expected dict"),
-    ],
-)
-def test_mistakes_name_the_key(change, message):
+def refused(cls, node, path="") -> str:
     with pytest.raises(ConfigError) as caught:
-        build(Outer, {**GOOD, **change})
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+        build(cls, node, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-@pytest.mark.parametrize(("name", "cls"), [("sft_tiny", SFTConfig), ("grpo_tiny", GRPOConfig)])
-def test_every_yaml_fills_its_dataclass(name, cls):
-    given = ["data.train_path=x", "model.tokenizer=y", "pretrained_checkpoint.restore_from_path=z"]
-    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
-        node = OmegaConf.to_container(compose(name, given), resolve=True, throw_on_missing=True)
-    config = build(cls, node)
-    assert config.data.train_path == "x" and config.model.tokenizer == "y"
-    assert config.model.optim.lr == node["model"]["optim"]["lr"] > 0
+def test_defaults_and_nested_sections():
+    built = build(Outer, {"inner": {"size": 3}})
+    assert built == Outer(Inner(3))
+    node = {
+        "inner": {"size": 3, "names": ["a", 1]},
+        "maybe": {"size": 4},
+        "pair": [5, 6],
+        "many": [7, 8, 9],
+        "table": {"x": 1},
+        "free": {"anything": [1, {"goes": None}]},
+        "whatever": {"name": "regex"},
+        "optim": {"lr": 2, "sched": {"name": "linear"}},
+    }
+    built = build(Outer, node)
+    assert built.inner.names == ["a", "1"]
+    assert built.maybe == Inner(4)
+    assert built.pair == (5, 6.0) and isinstance(built.pair[1], float)
+    assert built.many == (7, 8, 9)
+    assert built.table == {"x": 1.0} and isinstance(built.table["x"], float)
+    assert built.free == node["free"] and built.whatever == node["whatever"]
+    assert built.optim.sched == SchedConfig(name="linear")
 
 
-def test_the_reference_page_is_up_to_date():
-    done = subprocess.run(
-        [sys.executable, "tools/config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_omegaconf_is_resolved():
+    node = OmegaConf.create({"inner": {"size": "${pair.0}"}, "pair": [5, 1.5]})
+    built = build(Outer, node)
+    assert built.inner == Inner(5)
+    assert type(built.pair) is tuple
+
+
+def test_the_real_sections():
+    model = build(GPTModelConfig, {**MODEL, "precision": 32, "rotary_base": 500000}, "model")
+    assert model.precision == "32" and isinstance(model.rotary_base, float)
+    optim = build(OptimConfig, OmegaConf.create({"lr": "1e-4", "betas": [0.9, 0.99], "eps": "1e-8"}), "model.optim")
+    assert optim.lr == 1e-4 and optim.eps == 1e-8 and optim.betas == (0.9, 0.99)
+
+
+def test_a_section_that_is_built_already_is_kept():
+    inner = Inner(3)
+    assert build(Outer, {"inner": inner}).inner is inner
+
+
+def test_unknown_key_names_the_nearest():
+    message = refused(GPTModelConfig, {**MODEL, "hiden_size": 3}, "model")
+    assert message == "unknown key model.hiden_size; did you mean model.hidden_size?"
+    assert "did you mean inner?" in refused(Outer, {"iner": {"size": 1}})
+    assert "optim.sched.warmup_steps?" in refused(Outer, {"inner": {"size": 1}, "optim": {"sched": {"warm_steps": 1}}})
+
+
+def test_unknown_key_from_another_section():
+    assert "did you mean optim.lr?" in refused(Outer, {"inner": {"size": 1, "lr": 1.0}})
+
+
+def test_unknown_key_without_a_near_one_lists_what_is_known():
+    message = refused(Outer, {"inner": {"size": 1, "zzz": 2}})
+    assert message == "unknown key inner.zzz; known here: inner.size, inner.names"
+    assert "unknown key 7" in refused(Outer, {"inner": {"size": 1}, 7: 2})
+
+
+def test_nearest_key_prefers_the_same_section():
+    known = ["a", "a.size", "b", "b.size", "b.sizes"]
+    assert nearest_key("b.sise", known) == "b.size"
+    assert nearest_key("c.size", known) == "a.size"
+    assert nearest_key("model.qqq", known) is None
+
+
+def test_missing_keys_name_type_and_place():
+    message = refused(GPTModelConfig, {"num_layers": 2, "hidden_size": 64}, "model")
+    assert message.startswith("missing keys model.num_attention_heads (int), model.ffn_hidden_size (int)")
+    assert refused(Outer, {}).startswith("missing key inner (a section)")
+    assert refused(Outer, {"inner": {}}).startswith("missing key inner.size (int)")
+
+
+@pytest.mark.parametrize("key", ["num_layers", "precision"])
+def test_question_marks_are_missing(key):
+    """With a default, too: the YAML's author asked for a value."""
+    message = refused(GPTModelConfig, OmegaConf.create({**MODEL, key: "???"}), "model")
+    assert message.startswith(f"missing key model.{key} (")
+
+
+WRONG = {
+    "text for int": ({"inner": {"size": "three"}}, "inner.size must be int, got 'three'"),
+    "digits for int": ({"inner": {"size": "3"}}, "inner.size must be int, got '3'"),
+    "float for int": ({"inner": {"size": 3.0}}, "inner.size must be int, got 3.0"),
+    "bool for int": ({"inner": {"size": True}}, "inner.size must be int, got true"),
+    "null for int": ({"inner": {"size": None}}, "inner.size must be int, got null"),
+    "int for bool": ({"flag": 1}, "flag must be true or false, got 1"),
+    "text for bool": ({"flag": "true"}, "flag must be true or false, got 'true'"),
+    "bool for str": ({"text": False}, "text must be str, got false; put it in quotes"),
+    "list for str": ({"text": ["a"]}, "text must be str, got ['a']"),
+    "text for float": ({"optim": {"lr": "fast"}}, "optim.lr must be float, got 'fast'"),
+    "nan text for float": ({"optim": {"lr": "nan"}}, "optim.lr must be float, got 'nan'"),
+    "nan for float": ({"optim": {"lr": float("nan")}}, "optim.lr must be float, got nan"),
+    "bool for float": ({"optim": {"lr": True}}, "optim.lr must be float, got true"),
+    "value for section": ({"optim": 3}, "optim must be a section, got 3"),
+    "null for section": ({"optim": None}, "optim must be a section, got null"),
+    "value for optional section": ({"maybe": 3}, "maybe must be a section or null, got 3"),
+    "inside an optional section": ({"maybe": {"size": "x"}}, "maybe.size must be int, got 'x'"),
+    "text for list": ({"inner": {"size": 1, "names": "ab"}}, "inner.names must be a list of str, got 'ab'"),
+    "inside a list": ({"inner": {"size": 1, "names": ["a", None]}}, "inner.names[1] must be str, got null"),
+    "short tuple": ({"pair": [1]}, "pair must have 2 values, got 1: [1]"),
+    "inside a tuple": ({"many": [1, 2.5]}, "many[1] must be int, got 2.5"),
+    "list for dict": ({"table": [1]}, "table must be a mapping, got [1]"),
+    "inside a dict": ({"table": {"x": "y"}}, "table.x must be float, got 'y'"),
+    "neither of a union": ({"either": [1]}, "either must be int or str, got [1]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_types_name_key_value_and_type(name):
+    node, message = WRONG[name]
+    assert refused(Outer, {"inner": {"size": 1}, **node}) == message
+
+
+def test_long_values_are_cut():
+    assert len(refused(Outer, {"inner": {"size": "x" * 500}})) < 130
+
+
+def test_unions_take_the_values_own_type():
+    assert build(Outer, {"inner": {"size": 1}, "either": "32"}).either == "32"
+    assert build(Outer, {"inner": {"size": 1}, "either": 32}).either == 32
+
+
+def test_not_a_mapping():
+    assert refused(Outer, [1], "model") == "model must be a section, got [1]"
+    assert refused(Outer, OmegaConf.create([1])).startswith("the configuration must be a section")
+
+
+def test_errors_of_the_dataclass_pass_through():
+    with pytest.raises(ValueError, match="not divisible") as caught:
+        build(GPTModelConfig, {**MODEL, "num_attention_heads": 5}, "model")
+    assert not isinstance(caught.value, ConfigError)
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    assert str(UserError("a\nb\r\nc")) == "a b c"
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_a_field_that_cannot_be_checked_is_a_bug():
+    @dataclass
+    class Odd:
+        data: set
+
+    Odd.__annotations__["data"] = set
+    with pytest.raises(TypeError, match="not supported"):
+        build(Odd, {"data": [1]})
