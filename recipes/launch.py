@@ -98,7 +98,7 @@ def _fail(error: object) -> None:
 def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     try:
         main(config)
-    except Exception as error:  # noqa: BLE001  sorted into the user's mistakes and ours
+    except Exception as error:
         from recipes.errors import is_user_error, one_line
 
         if not is_user_error(error):
