@@ -122,7 +122,7 @@ def _run_ranks(script: str, config: dict, ranks: int) -> int:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))
         processes = []
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
@@ -166,6 +166,11 @@ def _stop(processes: list[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on, which taskset, SLURM or a container may have cut down; macOS cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -232,7 +232,7 @@ def print_results(results: list[dict], args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_options(parser, SHAPES, repeats=11, json_name="attention.json")
+    add_common_options(parser, SHAPES, repeats=11, name="attention")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as --heads")
     parser.add_argument("--head-dim", type=int, default=64)

@@ -58,11 +58,13 @@ def parse_shapes(texts: Sequence[str]) -> list[Shape]:
     return shapes
 
 
-def add_common_options(parser: argparse.ArgumentParser, shapes: Sequence[str], repeats: int, json_name: str) -> None:
+def add_common_options(parser: argparse.ArgumentParser, shapes: Sequence[str], repeats: int, name: str) -> None:
     parser.add_argument("--shapes", nargs="+", default=list(shapes), metavar="P,G,S", help="prefix, responses, length")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds, after one that is not counted")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / json_name, help="where raw results go")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    default = ROOT / "benchmarks" / f"{name}_{device}.json"
+    parser.add_argument("--json", type=Path, default=default, help="where raw results go (default: %(default)s)")
 
 
 def device_and_threads(threads: int | None) -> torch.device:

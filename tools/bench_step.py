@@ -266,7 +266,7 @@ SETTINGS = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "precision"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_options(parser, SHAPES, repeats=11, json_name="step.json")
+    add_common_options(parser, SHAPES, repeats=11, name="step")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
