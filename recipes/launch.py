@@ -4,7 +4,7 @@ A recipe is started in one of two ways, and runs the same code in both:
 
 - `python recipes/train_x.py trainer.devices=N ...`: this process reads the configuration with NeMo's `hydra_runner`,
   starts N ranks on this machine, waits for them, and ends all of them when one fails;
-- under torchrun or srun: this process is one rank, and reads the configuration itself.
+- under torchrun: this process is one rank, and reads the configuration itself. SLURM starts one torchrun on each node.
 
 Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it.
 """
@@ -12,6 +12,7 @@ Bad input ends in one line on stderr and exit code 2, whichever rank found it; n
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -43,6 +44,7 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         default_config: file of nemo_configs/ used when the command line names none.
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
     try:
         check_installation()
     except InstallationError as error:
@@ -51,6 +53,11 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
         _run_rank(main, config)
         return
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        _fail(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks of this script, and each would start its own ranks: "
+            "let srun start one torchrun per node (--ntasks-per-node=1), and torchrun this script"
+        )
     from recipes.errors import compose
 
     # A key of ours that the YAML leaves at its default may be set like any other (Hydra would want a `+`); one that
@@ -64,7 +71,7 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
     elif nodes > 1:
         _fail(
             f"trainer.num_nodes={nodes} needs a launcher that starts the ranks on every node: run this "
-            "script under torchrun or srun"
+            "script under torchrun on each of them"
         )
     else:
         sys.exit(_run_ranks(script, config, ranks))
@@ -96,6 +103,7 @@ def _fail(error: object) -> None:
 
 
 def _run_rank(main: Callable[[dict], None], config: dict) -> None:
+    _set_up_logging()
     try:
         main(config)
     except Exception as error:
@@ -107,6 +115,14 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     from megatron_ext.runtime.distributed import shutdown
 
     shutdown()
+
+
+def _set_up_logging() -> None:
+    """Our choices from rank 0, libraries' warnings from all; Hydra has set another level where it ran."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    if os.environ.get("RANK", "0") == "0":
+        for package in ("megatron_ext", "recipes"):
+            logging.getLogger(package).setLevel(logging.INFO)
 
 
 def _run_ranks(script: str, config: dict, ranks: int) -> int:

@@ -3,7 +3,7 @@
     python recipes/train_grpo.py --config-name grpo_tiny data.train_path=my.jsonl \\
         pretrained_checkpoint.restore_from_path=runs/sft/checkpoints/final
 
-Starts `trainer.devices` processes itself; under torchrun or srun it is one of the processes they started.
+Starts `trainer.devices` processes itself; under torchrun it is one of its processes.
 """
 
 import sys

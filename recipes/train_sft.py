@@ -2,7 +2,7 @@
 
     python recipes/train_sft.py --config-name sft_tiny data.train_path=my.jsonl model.tokenizer=my_tokenizer/
 
-Starts `trainer.devices` processes itself; under torchrun or srun it is one of the processes they started.
+Starts `trainer.devices` processes itself; under torchrun it is one of its processes.
 """
 
 import sys

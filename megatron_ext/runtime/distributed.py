@@ -69,7 +69,7 @@ def local_device() -> torch.device:
 def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.device:
     """Start torch.distributed and Megatron's process groups; adapt Megatron to the CPU where there is no GPU.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and srun set them. Without them this
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. Without them this
     process is the whole world, and no port is opened.
 
     Raises:

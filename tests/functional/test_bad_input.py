@@ -33,6 +33,11 @@ def test_a_bad_row_names_its_line(task, tmp_path):
     check(task.grpo(tmp_path / "run", f"data.train_path={path}"), tmp_path / "run", "bad.jsonl:2")
 
 
+def test_srun_without_torchrun(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    check(task.grpo(tmp_path / "run"), tmp_path / "run", "srun started 4 tasks", "one torchrun per node")
+
+
 # The same refusals without the cost of a process each: what `main` raises is what the launcher prints.
 CASES = {
     "missing file": (["data.train_path=nowhere.jsonl"], ["cannot read nowhere.jsonl", "No such file"]),
