@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ext.prefix_tree import Nested, PrefixTree
+
 __all__ = [
     "BACKWARD_OVER_FORWARD",
     "Flops",
@@ -31,8 +33,8 @@ __all__ = [
     "num_tokens",
 ]
 
-# (P, (S1, S2, ...)) of every group: `PrefixGroups.lengths`.
-Lengths = Sequence[tuple[int, Sequence[int]]]
+# Every group as `PrefixTree.from_nested` reads it: (P, [S1, S2, ...]), or deeper.
+Lengths = Sequence[tuple[int, Sequence[Nested]]]
 
 # A product y = x w has two products in its backward, of the same size.
 BACKWARD_OVER_FORWARD = 2
@@ -84,25 +86,42 @@ class Flops:
 
 
 def num_tokens(lengths: Lengths, share_prefix: bool = True) -> int:
-    """Tokens that go through the layers: sum of P + sum(S) when shared, of GP + sum(S) when repeated."""
-    return sum((1 if share_prefix else len(suffixes)) * p + sum(suffixes) for p, suffixes in lengths)
+    """Tokens that go through the layers: every node once when shared, once per response behind it when repeated."""
+    trees = _trees(lengths)
+    if share_prefix:
+        return sum(tree.num_tokens for tree in trees)
+    return sum(len(tree.leaves) * tree.prompt_length + sum(tree.response_lengths) for tree in trees)
 
 
-def num_predicted(lengths: Lengths) -> int:
-    """Response tokens that some row predicts. The first token behind an empty prefix has no such row."""
-    return sum(s if p else max(s - 1, 0) for p, suffixes in lengths for s in suffixes)
+def num_predicted(lengths: Lengths, share_prefix: bool = True) -> int:
+    """Response tokens that some row predicts. The first token of a path without a prompt has no such row."""
+    total = 0
+    for tree in _trees(lengths):
+        if not share_prefix:
+            total += sum(s if tree.prompt_length else max(s - 1, 0) for s in tree.response_lengths)
+            continue
+        nodes = {node for leaf in tree.leaves for node in tree.path(leaf)}
+        total += sum(max(tree.lengths[n] - (tree.first_positions[n] == 0), 0) for n in nodes)
+    return total
 
 
 def attention_pairs(lengths: Lengths, share_prefix: bool = True) -> float:
     """Query-key pairs of one head, a causal square of n rows as n^2 / 2.
 
-    Shared: P^2/2 + sum(S^2/2 + S P). Repeated: sum((P + S)^2/2), which is the same with the P^2/2 once per response.
+    Shared: every node sees itself and what lies before it, P^2/2 + sum(S^2/2 + S P) for a plain group. Repeated:
+    sum((P + S)^2/2).
     """
     pairs = 0.0
-    for p, suffixes in lengths:
-        prefixes = 1 if share_prefix else len(suffixes)
-        pairs += prefixes * p * p / 2 + sum(s * s / 2 + s * p for s in suffixes)
+    for tree in _trees(lengths):
+        if share_prefix:
+            pairs += sum(n * n / 2 + n * first for n, first in zip(tree.lengths, tree.first_positions, strict=True))
+        else:
+            pairs += sum((tree.prompt_length + s) ** 2 / 2 for s in tree.response_lengths)
     return pairs
+
+
+def _trees(lengths: Lengths) -> list[PrefixTree]:
+    return [PrefixTree.from_nested(group) for group in lengths]
 
 
 def attention_flops(
@@ -119,7 +138,7 @@ def model_flops(shape: ModelShape, lengths: Lengths, share_prefix: bool = True, 
     return Flops(
         linear=passes * 2 * shape.num_layers * shape.linear_weights_per_layer * tokens,
         attention=shape.num_layers * per_layer,
-        vocabulary=passes * 2 * shape.hidden_size * shape.vocab_size * num_predicted(lengths),
+        vocabulary=passes * 2 * shape.hidden_size * shape.vocab_size * num_predicted(lengths, share_prefix),
     )
 
 

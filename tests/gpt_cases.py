@@ -69,6 +69,7 @@ class Rollout:
     old: list[Tensor]
     reference: list[Tensor]
     masks: list[list[bool]]
+    min_shared: int | None = None  # of `pack`: responses share their beginnings, too
 
     @property
     def flat(self) -> list[tuple[list[int], list[int]]]:
@@ -85,22 +86,32 @@ class Rollout:
             [self.prompts[g] for g in numbers],
             [self.responses[g] for g in numbers],
             *([values[i] for i in flat] for values in (self.advantages, self.old, self.reference, self.masks)),
+            self.min_shared,
         )
 
 
-def make_rollout(rng: torch.Generator, lengths: Lengths, vocab: int) -> Rollout:
-    """Random tokens; old and reference log-probabilities around those of an untrained model."""
+def make_rollout(rng: torch.Generator, lengths: Lengths, vocab: int, common: int = 0) -> Rollout:
+    """Random tokens; old and reference log-probabilities around those of an untrained model.
+
+    With `common`, neighbouring responses of a prompt begin alike: the second with that many tokens of the first, the
+    third with one less of the second, and so on. They are then packed as trees.
+    """
 
     def tokens(count: int) -> list[int]:
         return torch.randint(vocab, (count,), generator=rng).tolist()
 
     prompts = [tokens(p) for p, _ in lengths]
     responses = [[tokens(n) for n in s] for _, s in lengths]
+    for group in responses:
+        for i, (before, after) in enumerate(zip(group, group[1:], strict=False)):
+            share = max(min(common - i, len(before), len(after)), 0)
+            after[:share] = before[:share]
     flat = [(p, r) for p, rs in zip(prompts, responses, strict=True) for r in rs]
     predicted = [len(r) if p else max(len(r) - 1, 0) for p, r in flat]
     old, reference = ([-4 + randn(rng, n) for n in predicted] for _ in range(2))
     masks = [(torch.rand(len(r), generator=rng) < 0.8).tolist() for _, r in flat]
-    return Rollout(prompts, responses, randn(rng, len(flat)).tolist(), old, reference, masks)
+    min_shared = 1 if common else None
+    return Rollout(prompts, responses, randn(rng, len(flat)).tolist(), old, reference, masks, min_shared)
 
 
 def run(model: PrefixGroupedGPT, batch: PackedTokens, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -126,4 +137,5 @@ def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def pack_rollout(rollout: Rollout, share_prefix: bool = True, pad: int = 16) -> PackedTokens:
-    return pack(rollout.prompts, rollout.responses, pad, share_prefix=share_prefix)
+    min_shared = rollout.min_shared if share_prefix else None
+    return pack(rollout.prompts, rollout.responses, pad, share_prefix=share_prefix, min_shared=min_shared)

@@ -13,7 +13,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Lengths", "error", "lengths_strategy", "plain_attention", "random_lengths", "randn", "spans"]
+__all__ = [
+    "LAYOUTS", "Lengths", "documents", "error", "lengths_strategy", "nested_strategy", "plain_attention",
+    "plain_tree_attention", "random_lengths", "random_nested", "randn", "spans",
+]  # fmt: skip
 
 Lengths = list[tuple[int, list[int]]]
 
@@ -37,6 +40,56 @@ LAYOUTS: dict[str, tuple[Lengths, int]] = {
 lengths_strategy = st.lists(
     st.tuples(st.integers(0, 7), st.lists(st.integers(0, 5), max_size=4)), min_size=1, max_size=4
 ).filter(lambda lengths: sum(p + sum(s) for p, s in lengths) > 0)
+
+
+# Any trees of up to four levels below the prompt.
+nested_strategy = st.lists(
+    st.tuples(
+        st.integers(0, 6),
+        st.lists(
+            st.recursive(
+                st.integers(0, 4), lambda inner: st.tuples(st.integers(0, 4), st.lists(inner, max_size=3)), max_leaves=5
+            ),
+            max_size=3,
+        ),
+    ),
+    min_size=1,
+    max_size=3,
+).filter(lambda forest: bool(sum(len(d) for d, _ in documents(forest))))
+
+
+def documents(forest: list) -> list[tuple[list[int], bool]]:
+    """Of nested lengths: the stream's rows of every path from a prompt to a node, and whether a response ends there."""
+    found, row = [], 0
+
+    def visit(node, path: list[int], root: bool) -> None:
+        nonlocal row
+        length, children = (node, None) if isinstance(node, int) else node
+        path = [*path, *range(row, row + length)]
+        row += length
+        found.append((path, children is None and not root))
+        for child in children or []:
+            visit(child, path, False)
+
+    for tree in forest:
+        visit(tree, [], True)
+    return found
+
+
+def random_nested(rng: torch.Generator, depth: int = 4, largest: int = 9) -> tuple:
+    """A random tree of at most `depth` levels below its prompt, zeros included."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    def node(level: int):
+        length = draw(0, largest)
+        if level and (level == depth or draw(0, 2) == 0):
+            return length
+        return (length, [node(level + 1) for _ in range(draw(1, 3))])
+
+    length, children = node(0)
+    return (length + 1, children)
 
 
 def random_lengths(rng: torch.Generator, groups: int = 3, largest: int = 24) -> Lengths:
@@ -78,6 +131,16 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths,
         parts.append(outs[0][: len(prefix)])
         parts.extend(out[len(prefix) :] for out in outs)
     return torch.cat(parts)
+
+
+def plain_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: list) -> Tensor:
+    """The same for nested lengths: every path is a document, and each row is taken from the shortest that holds it."""
+    out: dict[int, Tensor] = {}
+    for rows, _ in documents(forest):
+        if any(row not in out for row in rows):
+            part = _causal(query[rows], key[rows], value[rows], None)
+            out |= {row: part[i] for i, row in enumerate(rows) if row not in out}
+    return torch.stack([out[row] for row in sorted(out)])
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

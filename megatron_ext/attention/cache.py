@@ -32,12 +32,12 @@ class SharedPrefixCache:
     """
 
     def __init__(self, prompts: PrefixGroups, samples_per_prompt: int, max_new_tokens: int):
-        if any(p == 0 or suffixes for p, suffixes in prompts.lengths):
+        if any(len(tree.lengths) != 1 or not tree.prompt_length for tree in prompts.trees):
             raise ValueError(f"the prompt stream must hold non-empty prefixes only, got {prompts}")
         self.prompts = prompts
         self.samples_per_prompt = samples_per_prompt
         self.max_new_tokens = max_new_tokens
-        self.num_responses = len(prompts.lengths) * samples_per_prompt
+        self.num_responses = len(prompts.trees) * samples_per_prompt
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> key, value [t, m, d]
         self.response: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> key, value [r, max_new_tokens, m, d]
 

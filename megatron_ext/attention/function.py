@@ -58,9 +58,9 @@ def planned_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: tuple[Call, ...], kernel: Kernel, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Run a plan and merge. query [tq, n, d], key/value [tk, m, d] -> (out [tq, n, d], lse [tq, n]); no autograd."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.empty(query.shape[:2], dtype=lse_dtype, device=query.device)
+    wide = _wide(query)
+    out = torch.empty(query.shape, dtype=wide if len(plan) > 2 else query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=wide, device=query.device)
     for number, call in enumerate(plan):
         for piece in kernel.pieces(call, query.device):
             part, part_lse = kernel.forward(piece.take_q(query), piece.take_k(key), piece.take_k(value), piece, scale)
@@ -68,7 +68,12 @@ def planned_attention(
                 part, part_lse = merge_partials(piece.take_q(out), piece.take_q(lse), part, part_lse)
             piece.put_q(out, part)
             piece.put_q(lse, part_lse)
-    return out, lse
+    return out.to(query.dtype), lse
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64. More than two results of lower precision are added in it: two are rounded once anyway."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def merge_partials(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +97,9 @@ class _PlannedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+        # Keys are in two calls at most, their own and that of the rows below; queries in one per level.
+        dq = torch.empty(query.shape, dtype=_wide(query) if len(ctx.plan) > 2 else query.dtype, device=query.device)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
         for number, call in enumerate(ctx.plan):
             for piece in ctx.kernel.pieces(call, query.device):
                 parts = ctx.kernel.backward(
@@ -106,7 +113,7 @@ class _PlannedAttention(torch.autograd.Function):
                 )
                 for store, total, part in zip(put, (dq, dk, dv), parts, strict=True):
                     store(total, part)
-        return dq, dk, dv, None, None, None
+        return dq.to(query.dtype), dk, dv, None, None, None
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups) -> None:

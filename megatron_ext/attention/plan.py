@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_ext.grouping import PrefixGroups
+from megatron_ext.prefix_tree import PrefixTree
 
 __all__ = ["Call", "Rectangle", "Run", "plan_attention"]
 
@@ -72,38 +73,64 @@ def _runs(rectangles: tuple[Rectangle, ...]) -> tuple[Run, ...]:
 
 
 def plan_attention(groups: PrefixGroups) -> tuple[Call, ...]:
-    """Plan for a prefix-grouped stream: every segment causal within itself, then suffixes against their prefix.
+    """Plan for a stream of prefix groups or trees, in as many calls as the deepest tree has levels.
 
-    The first call covers each row exactly once as query and once as key. A group with a single response is one
-    causal document, so its prefix and suffix are fused and need no second call.
+    The first call covers each row exactly once as query and once as key: every node causal within itself. Call d + 1
+    lets all rows below a node of depth d see that node. They follow it in the stream, so they are ONE query sequence
+    per node, whose keys are never repeated. A node with a single continuation forms one causal document with it, so a
+    group with a single response needs no second call.
     """
     return _plan(groups.layout)
 
 
 @lru_cache(maxsize=64)
 def _plan(layout) -> tuple[Call, ...]:
-    lengths, num_pad = layout
-    documents, crossings, row = [], [], 0
+    trees, num_pad = layout
+    documents: list[Rectangle] = []
+    levels: list[list[Rectangle]] = []
+    row = 0
+    for tree in trees:
+        for node, depth in _merge_chains(tree, row):
+            documents.append(Rectangle(node.start, node.length, node.start, node.length))
+            below = node.end - node.start - node.length
+            if below:
+                if depth == len(levels):
+                    levels.append([])
+                levels[depth].append(Rectangle(node.start + node.length, below, node.start, node.length))
+        row += tree.num_tokens
+    if num_pad:
+        documents.append(Rectangle(row, num_pad, row, num_pad))
+    return (Call(tuple(documents), causal=True), *(Call(tuple(level), causal=False) for level in levels))
 
-    def document(length: int) -> None:
-        nonlocal row
-        if length:
-            documents.append(Rectangle(row, length, row, length))
-        row += length
 
-    for prefix, suffixes in lengths:
-        filled = [s for s in suffixes if s]
-        if len(filled) <= 1:
-            document(prefix + sum(filled))
+@dataclass
+class _Node:
+    """Rows of one or more nodes that form one causal document, and the end of the rows below them."""
+
+    start: int
+    length: int
+    end: int
+
+
+def _merge_chains(tree: PrefixTree, first_row: int) -> list[tuple[_Node, int]]:
+    """(node, depth) in stream order: empty nodes left out, a node with a single continuation joined with it."""
+    place: dict[int, int] = {}  # tree node -> its entry in `merged`; of an empty one, its closest ancestor's
+    merged: list[tuple[_Node, int]] = []
+    for number, (length, parent) in enumerate(zip(tree.lengths, tree.parents, strict=True)):
+        above = place.get(parent)
+        start, end = first_row + tree.starts[number], first_row + tree.ends[number]
+        if not length:
+            if above is not None:
+                place[number] = above
             continue
-        prefix_start = row
-        document(prefix)
-        if prefix:  # all suffixes of a group are one long query sequence: the prefix's keys are never repeated
-            crossings.append(Rectangle(row, sum(filled), prefix_start, prefix))
-        for s in filled:
-            document(s)
-    document(num_pad)
-    calls = [Call(tuple(documents), causal=True)]
-    if crossings:
-        calls.append(Call(tuple(crossings), causal=False))
-    return tuple(calls)
+        if (
+            above is not None
+            and merged[above][0].end == end
+            and merged[above][0].start + merged[above][0].length == start
+        ):
+            merged[above][0].length += length  # nothing else lies below the node above
+            place[number] = above
+            continue
+        place[number] = len(merged)
+        merged.append((_Node(start, length, end), 0 if above is None else merged[above][1] + 1))
+    return merged

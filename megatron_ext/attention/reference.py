@@ -14,12 +14,15 @@ __all__ = ["attention_mask", "reference_attention"]
 
 
 def attention_mask(groups: PrefixGroups) -> Tensor:
-    """bool [t, t], True where the row (query) may see the column (key)."""
+    """bool [t, t], True where the row (query) may see the column (key): itself, and before it on its path."""
+    count = len(groups.segments) + (groups.num_pad_tokens > 0)
+    on_path = torch.eye(count, dtype=torch.bool)  # [segment, its ancestors and itself]
+    for number, segment in enumerate(groups.segments):
+        if segment.parent is not None:
+            on_path[number] |= on_path[segment.parent]
     row = torch.arange(groups.num_tokens, device=groups.segment_ids.device)
     causal = row[:, None] >= row[None, :]
-    same_segment = groups.segment_ids[:, None] == groups.segment_ids[None, :]
-    own_prefix = (groups.group_ids[:, None] == groups.group_ids[None, :]) & groups.is_prefix[None, :]
-    return causal & (same_segment | own_prefix)
+    return causal & on_path.to(row.device)[groups.segment_ids][:, groups.segment_ids]
 
 
 def reference_attention(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups, scale: float) -> Tensor:

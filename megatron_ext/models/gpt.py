@@ -1,6 +1,7 @@
 """A Megatron GPT that reads prefix-grouped streams and answers with log-probabilities.
 
-Shape legend: t rows of the stream, b = 1, h hidden size, v vocabulary, tp tensor-parallel size, r predicted tokens.
+Shape legend: t rows of the stream, b = 1, h hidden size, v vocabulary, tp tensor-parallel size, u predicted
+tokens of the stream, r of its responses (see `megatron_ext.grouping`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PrefixGroupedGPT(GPTModel):
             input_ids: int64 [t].
             position_ids: int64 [t].
             packed_seq_params: a `PrefixGroups`, or a prefill or decode step.
-            labels: int64 [r], tokens predicted from the record's `predict_index` rows.
+            labels: int64 [u], tokens predicted from the record's `predict_index` rows.
             rows: int64 rows whose logits are wanted, instead of labels.
             temperature: divides the logits behind log-probabilities.
 
@@ -99,13 +100,13 @@ class PrefixGroupedGPT(GPTModel):
         return self.output_layer.weight
 
     def _logprobs(self, hidden: Tensor, groups: PrefixGroups, labels: Tensor, temperature: float):
-        """hidden [t (/ tp), 1, h] -> log-probabilities and entropies of `labels`, [r] each."""
+        """hidden [t (/ tp), 1, h] -> log-probabilities and entropies of `labels` [u], [r] each."""
         if self.config.sequence_parallel:
             hidden = _gather_rows(hidden, groups, self.pg_collection.tp)
         else:
-            hidden = hidden.squeeze(1).index_select(0, groups.predict_index)  # [r, h]
+            hidden = hidden.squeeze(1).index_select(0, groups.predict_index)  # [u, h]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
-        return vocab_parallel_logprobs(
+        logprobs, entropy = vocab_parallel_logprobs(
             hidden,
             self._output_weight(),
             labels,
@@ -114,6 +115,9 @@ class PrefixGroupedGPT(GPTModel):
             self.model_config.logprob_chunk_size,
             self.model_config.vocab_size,
         )
+        if groups.expand_index is None:
+            return logprobs, entropy
+        return logprobs[groups.expand_index], entropy[groups.expand_index]  # [u] -> [r]
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """hidden [t (/ tp), 1, h] -> logits [rows, v] in fp32, gathered over the vocabulary. For sampling: no backward."""
@@ -125,7 +129,7 @@ class PrefixGroupedGPT(GPTModel):
 
 
 def _gather_rows(hidden: Tensor, groups: PrefixGroups, tp_group) -> Tensor:
-    """Collect the predicting rows of a sequence-parallel stream: [t / tp, 1, h] -> [r, h].
+    """Collect the predicting rows of a sequence-parallel stream: [t / tp, 1, h] -> [u, h].
 
     Only the rows that are asked for travel, each once, padded to the largest count among the ranks. The backward
     reduce-scatters, which also sums the vocabulary shards' shares of the gradient.
@@ -133,15 +137,15 @@ def _gather_rows(hidden: Tensor, groups: PrefixGroups, tp_group) -> Tensor:
     local, restore = _row_tables(groups.layout, tp_group.size(), tp_group.rank(), hidden.device)
     mine = hidden.index_select(0, local)  # [k, 1, h]
     gathered = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=True, group=tp_group)
-    return gathered.squeeze(1).index_select(0, restore)  # [tp * k, h] -> [r, h]
+    return gathered.squeeze(1).index_select(0, restore)  # [tp * k, h] -> [u, h]
 
 
 @lru_cache(maxsize=64)
 def _row_tables(layout, tp: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(local rows to send [k], place of each predicting row among the gathered ones [r]), from lengths only."""
-    lengths, num_pad = layout
-    t = sum(p + sum(s) for p, s in lengths) + num_pad
-    predict = PrefixGroups.from_lengths(lengths).predict_index
+    """(local rows to send [k], place of each predicting row among the gathered ones [u]), from lengths only."""
+    trees, num_pad = layout
+    t = sum(tree.num_tokens for tree in trees) + num_pad
+    predict = PrefixGroups.from_trees(trees).predict_index
     unique, inverse = predict.unique(return_inverse=True)
     shard = t // tp
     owner = unique // shard

@@ -178,8 +178,8 @@ class Engine:
         last = torch.distributed.get_global_rank(group, group.size() - 1)
         scores = []
         for number, microbatch in enumerate(microbatches):
-            labels = microbatch.batch.labels
-            values = outputs[number]["logprobs"] if outputs else torch.empty(labels.shape, device=labels.device)
+            count, device = microbatch.batch.groups.num_predicted_tokens, microbatch.batch.tokens.device
+            values = outputs[number]["logprobs"] if outputs else torch.empty(count, device=device)
             torch.distributed.broadcast(values, src=last, group=group)
             scores.append(values)
         return scores

@@ -66,7 +66,7 @@ class Reference:
         for tied in (True, False):
             fields = MODEL | {"share_embeddings_and_output_weights": tied}
             seed = int(torch.randint(2**31, (), generator=rng))
-            rollout = make_rollout(rng, LENGTHS, 61)
+            rollout = make_rollout(rng, LENGTHS, 61, common=0 if tied else 3)  # groups, and trees
             self.cases[tied] = LayoutCase(fields, seed, rollout, CUTS, prompts, save=self.checkpoint(tied))
         (result,) = run_ranks(layouts, 1, list(self.cases.values()), [])
         for tied, case_result in zip(self.cases, result["cases"], strict=True):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.grouping import PackedTokens, PrefixGroups, pack, unpack
+from megatron_ext.prefix_tree import PrefixTree
 from tests.layouts import Lengths, lengths_strategy, spans
 
 pads = st.sampled_from([1, 2, 8, 16])
@@ -17,13 +18,13 @@ pads = st.sampled_from([1, 2, 8, 16])
 def test_two_groups_by_hand():
     """P=3 with responses of 2 and 1, then P=2 with one of 3, padded to 16: every field written out."""
     groups = PrefixGroups.from_lengths([(3, [2, 1]), (2, [3])], pad_to_multiple=16)
-    assert groups.lengths == ((3, (2, 1)), (2, (3,)))
+    assert groups.trees == (PrefixTree.from_nested((3, [2, 1])), PrefixTree.from_nested((2, [3])))
     assert (groups.num_tokens, groups.num_pad_tokens) == (16, 5)
     #                                     P1       S11   S12 P2    S21      pad
     assert groups.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     assert groups.segment_ids.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5]
     assert groups.group_ids.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1]
-    assert groups.is_prefix.long().tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert groups.expand_index is None
     # Row 2, the last of the first prompt, predicts the first token of BOTH its responses.
     assert groups.predict_index.tolist() == [2, 3, 2, 7, 8, 9]
     assert groups.target_index.tolist() == [3, 4, 5, 8, 9, 10]
@@ -56,12 +57,11 @@ def test_empty_prefix_and_empty_response_by_hand():
 def test_every_row_has_its_place(lengths: Lengths, pad: int):
     """Positions, segments, groups and document borders follow the rows, worked out here again one row at a time."""
     groups = PrefixGroups.from_lengths(lengths, pad)
-    position, group_id, prefix, borders = [], [], [], [0]
+    position, group_id, borders = [], [], [0]
     for g, (prefix_rows, responses) in enumerate(spans(lengths)):
         for first, rows in [(0, prefix_rows), *((len(prefix_rows), r) for r in responses)]:
             position += [first + i for i in range(len(rows))]
             group_id += [g] * len(rows)
-            prefix += [rows is prefix_rows] * len(rows)
             if rows:
                 borders.append(borders[-1] + len(rows))
     num_pad = -len(position) % pad
@@ -71,7 +71,6 @@ def test_every_row_has_its_place(lengths: Lengths, pad: int):
     assert groups.num_tokens % pad == 0 and groups.num_pad_tokens == num_pad < pad
     assert groups.position_ids.tolist() == position + list(range(num_pad))
     assert groups.group_ids.tolist() == group_id + [-1] * num_pad
-    assert groups.is_prefix.tolist() == prefix + [False] * num_pad
     assert groups.cu_seqlens_q.tolist() == borders
     sizes = [b - a for a, b in zip(borders, borders[1:], strict=False)]
     assert groups.segment_ids.tolist() == [i for i, n in enumerate(sizes) for _ in range(n)]
@@ -167,8 +166,8 @@ def test_is_immutable_hashable_and_compares_by_layout():
         ([], 1, "at least one token"),
         ([(0, [])], 1, "at least one token"),
         ([(0, [0, 0])], 16, "at least one token"),
-        ([(2, [1]), (-1, [2])], 1, r"negative, got group 1 = \(-1, \[2\]\)"),
-        ([(2, [1, -3])], 1, r"negative, got group 0 = \(2, \[1, -3\]\)"),
+        ([(2, [1]), (-1, [2])], 1, r"negative, got -1 in \(-1, \[2\]\)"),
+        ([(2, [1, -3])], 1, r"negative, got -3 in \(2, \[1, -3\]\)"),
         ([(2, [1])], 0, "pad_to_multiple must be at least 1, got 0"),
     ],
 )

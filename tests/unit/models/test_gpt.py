@@ -46,10 +46,12 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 @tied
 @cases
-def test_grouped_equals_repeated(case, tied, rng, world):
+@pytest.mark.parametrize("common", [0, 4], ids=["groups", "trees"])
+def test_grouped_equals_repeated(case, tied, common, rng, world):
     """Values, loss and EVERY parameter's gradient through the GRPO loss, with clipping, KL and entropy."""
     model = build(rng, world, share_embeddings_and_output_weights=tied)
-    rollout = make_rollout(rng, CASES[case], 61)
+    rollout = make_rollout(rng, CASES[case], 61, common)
+    assert (pack_rollout(rollout).groups.expand_index is None) == (common == 0)
     results = []
     for share in (True, False):
         batch = pack_rollout(rollout, share)
