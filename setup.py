@@ -27,7 +27,7 @@ setup(
             "nemo_toolkit[common]==3.0.*",  # hydra_runner and exp_manager (the latter needs `common`)
             "transformers",  # reads Hugging Face model configs and tokenizers
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
-            "safetensors",  # Hugging Face weights in and out
+            "safetensors",  # Hugging Face weights in and out (not yet: the next release)
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "tqdm",  # progress bar over global steps
@@ -37,7 +37,7 @@ setup(
             "transformer-engine[pytorch]>=2.9,<2.12",  # fused layers and Adam; Megatron-Core's own range
         ],
         "flash": [
-            "flash-attn",  # variable-length attention kernel; GPU machines only
+            "flash-attn",  # not used yet: a variable-length attention kernel beside PyTorch's own; GPU machines only
         ],
         "test": [
             "pytest",  # test runner

@@ -6,7 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 recipe=${1:?usage: launch/local.sh RECIPE [--config-name NAME] [overrides]}
 shift
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
-exec "$root/.venv/bin/python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+python="$root/.venv/bin/python"
+nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
     "$root/recipes/$recipe.py" "$@" "trainer.devices=$nproc"

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.grouping import pack
-from megatron_ext.losses.grpo import group_advantages, grpo_loss, token_weights
+from megatron_ext.losses.grpo import group_advantages, groups_with_signal, grpo_loss, token_weights
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.runtime.engine import Engine, Microbatch
@@ -70,12 +70,13 @@ class GRPOTrainer:
 
     def fit(self) -> None:
         settings, session = self.settings, self.session
-        if settings.val_check_interval:
+        validating = settings.val_check_interval and self.validation
+        if validating:
             session.metrics.write(0, self.run_validation())
         with session.progress(settings.max_steps, "GRPO") as bar:
             for step in range(1, settings.max_steps + 1):
                 metrics = self.run_step(step)
-                if settings.val_check_interval and step % settings.val_check_interval == 0:
+                if validating and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
                 session.metrics.write(step, metrics)
                 bar.set_postfix_str(_summary(metrics), refresh=False)
@@ -119,15 +120,7 @@ class GRPOTrainer:
 
     def generate_rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         settings = self.settings
-        sampling = settings.sampling_params
-        params = SamplingParams(
-            max_new_tokens=settings.length_params.max_length,
-            stop_token_id=self.session.tokenizer.eos_id,
-            use_greedy=sampling.use_greedy,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        params = settings.sampling(self.session.tokenizer.eos_id)
         g, first = settings.samples_per_prompt, self.session.data_rank * self.local_prompts
         responses = []
         for start, part in _parts(prompts, settings.rollout_micro_batch_size):
@@ -161,8 +154,6 @@ class GRPOTrainer:
 
     def run_validation(self) -> dict[str, float]:
         """Mean reward of greedy answers to the held-out prompts."""
-        if not self.validation:
-            return {}
         params = SamplingParams(self.settings.length_params.max_length, self.session.tokenizer.eos_id, use_greedy=True)
         mine = self.validation[self.session.data_rank :: self.session.data_size]
         with self.session.timers("validation"):
@@ -171,7 +162,7 @@ class GRPOTrainer:
                 answers = generate(self.engine.module, [p.tokens for p in part], 1, params, UniformDraws(0))
                 total += self._rewards(part, answers).sum().item()
             total, count = self.session.sum_over_data(total, len(mine))
-        return {"val_rollouts/reward": total / count}
+        return {"val_rollouts/reward": total / count, **self.session.timers.read()}
 
     def _rewards(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> Tensor:
         """Rewards [prompts, samples], computed once per model-parallel group and told to its other ranks."""
@@ -203,16 +194,21 @@ class GRPOTrainer:
             microbatches.append(
                 Microbatch(batch, settings.sampling_params.temperature, extra={"advantages": advantages})
             )
-        groups = [m.batch.groups for m in microbatches]
-        tokens, responses = self.session.sum_over_data(
-            sum(g.num_predicted_tokens for g in groups), sum(g.num_responses for g in groups)
-        )
+        kept = [[[self._trained(r)] * len(r) for r in rs] for rs in rollouts.responses[first:last]]
+        counted = [mask for masks in kept for mask in masks if any(mask)]  # prompts are never empty: all are predicted
+        tokens, responses = self.session.sum_over_data(sum(map(len, counted)), len(counted))
         level = "token" if settings.token_level_loss else "sequence"
-        for microbatch, g in zip(microbatches, groups, strict=True):
+        for number, microbatch in enumerate(microbatches):
+            part = kept[number * model.micro_batch_size : (number + 1) * model.micro_batch_size]
+            mask = microbatch.batch.loss_mask([m for masks in part for m in masks])
+            groups = microbatch.batch.groups
             microbatch.extra["weights"] = token_weights(
-                g.response_ids, microbatch.batch.loss_mask(), g.num_responses, tokens, responses, level
+                groups.response_ids, mask, groups.num_responses, tokens, responses, level
             )
         return microbatches
+
+    def _trained(self, response: list[int]) -> bool:
+        return self._ended(response) or not self.settings.overlong_filtering
 
     def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor):
         return grpo_loss(
@@ -225,15 +221,21 @@ class GRPOTrainer:
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         lengths = [len(r) for rs in rollouts.responses for r in rs]
-        spread = (rollouts.rewards.std(1) > 0).sum().item() if rollouts.rewards.size(1) > 1 else 0
-        reward, length, useful, responses, prompts = self.session.sum_over_data(
-            rollouts.rewards.sum().item(), sum(lengths), spread, len(lengths), len(rollouts.prompts)
-        )
+        cut = sum(not self._ended(r) for rs in rollouts.responses for r in rs)
+        reward, length, cut, useful, responses, prompts = self.session.sum_over_data(
+            rollouts.rewards.sum().item(), sum(lengths), cut, groups_with_signal(rollouts.rewards).sum().item(),
+            len(lengths), len(rollouts.prompts),
+        )  # fmt: skip
         return {
             "train_rollouts/reward": reward / responses,
             "train_rollouts/response_length": length / responses,
-            "train_rollouts/groups_with_signal": useful / prompts,  # a group of equal rewards teaches nothing
+            "train_rollouts/truncated": cut / responses,
+            "train_rollouts/groups_with_signal": useful / prompts,
         }
+
+    def _ended(self, response: list[int]) -> bool:
+        """Whether it ended by itself, and was not cut at `length_params.max_length`."""
+        return response[-1] == self.session.tokenizer.eos_id
 
 
 def _parts(items: Sequence, size: int | None) -> Iterator[tuple[int, Sequence]]:

@@ -6,7 +6,8 @@ A recipe is started in one of two ways, and runs the same code in both:
   starts N ranks on this machine, waits for them, and ends all of them when one fails;
 - under torchrun: this process is one rank, and reads the configuration itself. SLURM starts one torchrun on each node.
 
-Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it.
+Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it. (Under
+torchrun every rank that finds it prints the line, and torchrun adds its own report.)
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         script: the entry script's path, started again for each rank.
         default_config: file of nemo_configs/ used when the command line names none.
     """
+    # Read when CUDA starts. Megatron overlaps tensor-parallel communication with products only in this order of launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
     try:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recipes.config import ConfigError, UserError, build
+from recipes.data import Prompt
 
-__all__ = ["Reward", "RewardError", "get_reward", "register_reward", "score"]
+__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "score"]
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
@@ -93,6 +94,20 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     return _Named(name, _with_options(name, target, options))
 
 
+def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:
+    """Let a reward refuse rows before the run starts, if it has a method `check(row)` that raises for a bad one.
+
+    Raises:
+        RewardError: with the file and line of the first row that it refuses.
+    """
+    check = getattr(reward.reward, "check", None)
+    for prompt in prompts if check else ():
+        try:
+            check(prompt.row)
+        except ValueError as error:
+            raise RewardError(f"{path}:{prompt.line}: {error}") from error
+
+
 def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
     """One finite number for each response.
 
@@ -130,7 +145,11 @@ class ExactAnswer:
     marker: str | None = None
 
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-        return [float(self._agree(r, _wanted(row, i))) for i, (r, row) in enumerate(zip(responses, rows, strict=True))]
+        return [float(self._agree(r, _wanted(row))) for r, row in zip(responses, rows, strict=True)]
+
+    def check(self, row: dict) -> None:
+        """Refuse a row without an answer."""
+        _wanted(row)
 
     def _agree(self, response: str, wanted: str) -> bool:
         (given, marked), (wanted, _) = self._after_marker(response), self._after_marker(wanted)
@@ -198,11 +217,11 @@ def _parse_number(text: str) -> Decimal | None:
         return None
 
 
-def _wanted(row: Mapping[str, Any], index: int) -> str:
+def _wanted(row: Mapping[str, Any]) -> str:
     answer = row.get("answer")
     if not isinstance(answer, (str, int, float)) or not str(answer).strip():
         found = f"its answer is {answer!r}" if "answer" in row else f"its row has only {', '.join(row) or 'nothing'}"
-        raise RewardError(f"response {index} has no answer to compare with ({found}); add answer, text or a number")
+        raise RewardError(f"no answer to compare with ({found}); add answer, text or a number")
     return str(answer)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ class Session:
         self.tokenizer = self._load_tokenizer()
         model.vocab_size = self.tokenizer.vocab_size
         if info is not None:
-            _check_architecture(model, info["model"], self.checkpoint)
+            _check_architecture(model, info.get("model", {}), self.checkpoint)
         self.sizes = ParallelSizes(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
         self.sizes.data(world_size())
         self._deadline = _deadline(trainer.max_time_per_run)
@@ -78,14 +79,16 @@ class Session:
         set_seed(self.config.model.seed)
 
     def _check_run_folder(self) -> Path:
-        folder = self.config.exp_manager.get("explicit_log_dir")
-        if not folder:
-            raise ValueError("exp_manager.explicit_log_dir is not set: name the folder of this run")
-        folder = Path(folder)
+        folder = Path(self.config.exp_manager.explicit_log_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
                 f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
                 "choose a new folder"
+            )
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(
+                f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to"
             )
         return folder
 
@@ -115,7 +118,8 @@ class Session:
 
             nemo_logging.setLevel(nemo_logging.WARNING)
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-            keys = {"create_checkpoint_callback": False, "seconds_to_sleep": 0, **self.config.exp_manager}
+            keys = dataclasses.asdict(self.config.exp_manager)
+            keys |= {"create_checkpoint_callback": False, "seconds_to_sleep": 0}
             trainer = pl.Trainer(
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
@@ -129,10 +133,9 @@ class Session:
         folder = self.log_dir / "checkpoints" / name
         fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
         description = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
-        save_weights(folder, model, {"model": description})
-        if self.is_main:
-            self.tokenizer.save(folder / "tokenizer")
-        dist.barrier()
+        save_weights(
+            folder, model, {"model": description}, lambda unfinished: self.tokenizer.save(unfinished / "tokenizer")
+        )
         return folder
 
     def progress(self, steps: int, what: str):
@@ -175,5 +178,5 @@ def _deadline(text: str | None) -> float:
     try:
         days, hours, minutes, seconds = (int(part) for part in text.split(":"))
     except ValueError:
-        raise ValueError(f"trainer.max_time_per_run must look like DD:HH:MM:SS, got {text!r}") from None
+        raise ValueError(f'trainer.max_time_per_run must be quoted and look like "DD:HH:MM:SS", got {text!r}') from None
     return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -11,9 +11,19 @@ from typing import Any
 
 from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.generation import SamplingParams
 from megatron_ext.runtime.engine import OptimConfig
 
 __all__ = ["GRPOConfig", "SFTConfig", "check_batch_sizes"]
+
+
+@dataclass
+class ExpManagerSection:
+    """NeMo's exp_manager keys that a Megatron loop can keep."""
+
+    # Folder of this run; must be new or empty.
+    explicit_log_dir: str
+    create_tensorboard_logger: bool = True
 
 
 @dataclass
@@ -30,6 +40,10 @@ class SFTSettings:
     # Largest global gradient norm; 0: no clipping.
     gradient_clip_val: float = 1.0
 
+    def __post_init__(self):
+        _at_least("trainer.sft", self, 1, "max_steps")
+        _at_least("trainer.sft", self, 0, "val_check_interval", "gradient_clip_val")
+
 
 @dataclass
 class SFTTrainerSection:
@@ -45,9 +59,9 @@ class SFTTrainerSection:
 class SamplingSection:
     use_greedy: bool = False
     temperature: float = 1.0
-    # 0: no filter.
+    # 0: no filter. Log-probabilities are those of the unfiltered distribution, so a filter biases the gradient.
     top_k: int = 0
-    # 1: no filter.
+    # 1: no filter; else as for top_k.
     top_p: float = 1.0
 
 
@@ -83,16 +97,47 @@ class GRPOSettings:
     ratio_clip_max: float | None = None
     # True: every token of the batch weighs the same; False: every response does.
     token_level_loss: bool = True
+    # One ratio per response, the mean over its tokens; with token_level_loss=false this is GSPO.
     sequence_level_importance_ratios: bool = False
+    # True: responses cut off at max_length, without an end, are not trained on (DAPO).
+    overlong_filtering: bool = False
     entropy_bonus: float = 0.0
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
 
     def __post_init__(self):
-        for name in ("max_steps", "num_prompts_per_grpo_step", "samples_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.grpo.{name} must be at least 1, got {getattr(self, name)}")
+        _at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
+        _at_least(
+            "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
+            "initial_policy_kl_penalty",
+        )  # fmt: skip
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"trainer.grpo.samples_per_prompt={self.samples_per_prompt}: a response is compared with the others of "
+                "its group, so at least 2 are needed"
+            )
+        if self.sampling_params.use_greedy:
+            raise ValueError(
+                "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
+                "nothing; set it to false (validation is greedy anyway)"
+            )
         self.terms  # noqa: B018  raises on bad coefficients
+        self.sampling(stop_token_id=None)
+
+    def sampling(self, stop_token_id: int | None) -> SamplingParams:
+        """How rollouts are sampled."""
+        chosen = self.sampling_params
+        try:
+            return SamplingParams(
+                max_new_tokens=self.length_params.max_length,
+                stop_token_id=stop_token_id,
+                use_greedy=chosen.use_greedy,
+                temperature=chosen.temperature,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
+            )
+        except ValueError as error:
+            raise ValueError(f"trainer.grpo.sampling_params / length_params: {error}") from error
 
     @property
     def terms(self) -> GrpoTerms:
@@ -128,6 +173,11 @@ class _TrainedModel(GPTModelConfig):
     global_batch_size: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least("model", self, 0, "seed")
+        _at_least("model", self, 1, "micro_batch_size", "global_batch_size")
+
 
 @dataclass
 class SFTModel(_TrainedModel):
@@ -161,8 +211,7 @@ class SFTConfig:
     trainer: SFTTrainerSection
     model: SFTModel
     data: SFTData
-    # Handed to NeMo's exp_manager.
-    exp_manager: dict
+    exp_manager: ExpManagerSection
     pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
 
 
@@ -171,8 +220,7 @@ class GRPOConfig:
     trainer: GRPOTrainerSection
     model: GRPOModel
     data: GRPOData
-    # Handed to NeMo's exp_manager.
-    exp_manager: dict
+    exp_manager: ExpManagerSection
     pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
 
     def __post_init__(self):
@@ -194,6 +242,12 @@ class GRPOConfig:
                 f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
                 f"{prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
             )
+
+
+def _at_least(section: str, settings: object, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise ValueError(f"{section}.{name}={value} must be at least {least}")
 
 
 def check_batch_sizes(key: str, global_count: int, data_parallel: int) -> int:

@@ -29,6 +29,11 @@ class SFTTrainer:
         self.train, self.validation = train, validation
         model = self.config.model
         check_batch_sizes("model.global_batch_size", model.global_batch_size, session.data_size)
+        if 0 < len(validation) < session.data_size:
+            raise ValueError(
+                f"data.validation_path={self.config.data.validation_path} has {len(validation)} rows, fewer than the "
+                f"{session.data_size} data-parallel ranks that share them; add rows"
+            )
         self.sampler = EpochSampler(
             len(train), model.global_batch_size, model.seed, session.data_rank, session.data_size
         )
@@ -38,7 +43,7 @@ class SFTTrainer:
         with session.progress(settings.max_steps, "SFT") as bar:
             for step in range(1, settings.max_steps + 1):
                 metrics = self.run_training([self.train[i] for i in self.sampler.next()])
-                if settings.val_check_interval and step % settings.val_check_interval == 0:
+                if self.validation and settings.val_check_interval and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
                 metrics |= session.timers.read()
                 session.metrics.write(step, metrics)
@@ -59,8 +64,6 @@ class SFTTrainer:
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self) -> dict[str, float]:
-        if not self.validation:
-            return {}
         mine = self.validation[self.session.data_rank :: self.session.data_size]
         with self.session.timers("validation"):
             outputs = self.engine.run(self._microbatches(mine), self._loss, forward_only=True)

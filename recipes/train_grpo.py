@@ -15,7 +15,7 @@ def main(cfg: dict) -> None:
     from recipes.config import build
     from recipes.data import load_prompts
     from recipes.grpo_trainer import GRPOTrainer
-    from recipes.rewards import get_reward
+    from recipes.rewards import check_rows, get_reward
     from recipes.session import Session
     from recipes.settings import GRPOConfig
 
@@ -23,9 +23,12 @@ def main(cfg: dict) -> None:
     reward = get_reward(config.trainer.grpo.reward)
     session = Session(config, cfg)
     limit = config.data.max_prompt_length
-    train = load_prompts(config.data.train_path, session.tokenizer, limit)
-    path = config.data.validation_path
-    validation = load_prompts(path, session.tokenizer, limit) if path else []
+    train, validation = (
+        load_prompts(path, session.tokenizer, limit) if path else []
+        for path in (config.data.train_path, config.data.validation_path)
+    )
+    check_rows(reward, train, config.data.train_path)
+    check_rows(reward, validation, config.data.validation_path)
     session.start()
     model = session.build_model()
     settings = config.trainer.grpo

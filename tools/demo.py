@@ -20,6 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def default_devices() -> int:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return 2 if not gpus else max(n for n in (1, 2, 4, 8) if n <= gpus)  # the batch sizes are powers of two
+
+
 def command(*parts: object) -> list[str]:
     return [sys.executable, *(str(p) for p in parts)]
 
@@ -74,12 +81,13 @@ def table(rows: list[tuple[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--devices", type=int, default=2, help="processes")
+    parser.add_argument("--devices", type=int, help="processes (default: one per GPU, at most 8; without a GPU 2)")
     parser.add_argument("--out", type=Path, help="new folder for everything (default: runs/demo-<time>)")
     parser.add_argument(
         "--short", action="store_true", help="a few steps of each stage: checks that it runs, learns nothing"
     )
     args = parser.parse_args()
+    devices = args.devices or default_devices()
     out = (args.out or ROOT / "runs" / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
     data, compared = out / "data", 3 if args.short else 6
     start = time.monotonic()
@@ -87,7 +95,7 @@ def main() -> None:
     sizes = ["--sft", 640, "--train", 320, "--test", 40] if args.short else []
     run("1/5 the task", command("tools/make_word_problems.py", "--out", data, "--seed", args.seed, *sizes))
     sft = ["trainer.sft.max_steps=20"] if args.short else []
-    common = [f"model.seed={args.seed}", f"trainer.devices={args.devices}"]
+    common = [f"model.seed={args.seed}", f"trainer.devices={devices}"]
     sft_seconds = run(
         "2/5 warm start: supervised fine-tuning",
         command(

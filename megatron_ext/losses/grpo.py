@@ -28,9 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GrpoTerms", "group_advantages", "grpo_loss", "kl_estimate", "token_weights"]
+__all__ = ["GrpoTerms", "group_advantages", "groups_with_signal", "grpo_loss", "kl_estimate", "token_weights"]
 
 KL_TYPES = ("k1", "k2", "k3")
+# Ratios beyond e^20 are clipped anyway, but their overflow would turn a gradient of 0 into NaN.
+LARGEST_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,16 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     advantages = rewards - baseline
     if normalize and samples > 1:
-        # Compared, not std > 0: equal rewards need not average to themselves, and std is then rounding noise.
-        differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
+        # Not std > 0: equal rewards need not average to themselves, and std is then rounding noise.
         std = rewards.std(1, keepdim=True)
-        advantages = torch.where(differ, advantages / (std + 1e-6), torch.zeros_like(advantages))
+        signal = groups_with_signal(rewards).unsqueeze(1)
+        advantages = torch.where(signal, advantages / (std + 1e-6), torch.zeros_like(advantages))
     return advantages
+
+
+def groups_with_signal(rewards: Tensor) -> Tensor:
+    """bool [prompts]: whether the rewards [prompts, samples] of a group differ; a group of equal ones teaches nothing."""
+    return rewards.amax(1) > rewards.amin(1)
 
 
 def token_weights(
@@ -110,7 +117,11 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
         return log_ratio
     if kind == "k2":
         return log_ratio.square() / 2
-    return torch.expm1(-log_ratio) + log_ratio
+    return torch.expm1(-_bounded(log_ratio)) + log_ratio
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 def grpo_loss(
@@ -140,7 +151,7 @@ def grpo_loss(
     log_ratio = logprobs - old_logprobs
     if terms.sequence_level_ratios:
         log_ratio = _sequence_log_ratio(log_ratio, weights, response_ids)
-    ratio = log_ratio.exp()
+    ratio = _bounded(log_ratio).exp()
     clipped = ratio.clamp(1 - terms.ratio_clip_min, 1 + terms.ratio_clip_max)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     metrics = {

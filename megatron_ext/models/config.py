@@ -12,6 +12,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 __all__ = ["GPTModelConfig", "stream_multiple"]
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+# What PyTorch's CUDA flash attention takes.
+CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
+
+
+POSITIVE = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
+    "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,8 +53,8 @@ class GPTModelConfig:
     rotary_percentage: float = 1.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
-    # "32" or "bf16".
-    precision: str = "32"
+    # "32", "bf16", or "auto": bf16 on a GPU, whose attention kernels need it, and fp32 on a CPU.
+    precision: str = "auto"
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
@@ -60,8 +69,13 @@ class GPTModelConfig:
 
     def __post_init__(self):
         self.precision = str(self.precision)
+        if self.precision == "auto":
+            self.precision = "bf16" if torch.cuda.is_available() else "32"
         if self.num_query_groups is None:
             self.num_query_groups = self.num_attention_heads
+        for name in POSITIVE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"model.{name}={value} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads == 0:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         for broken, message in self._rules():
@@ -71,16 +85,27 @@ class GPTModelConfig:
     def _rules(self):
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         yield (
-            tp < 1 or pp < 1,
-            (f"model.tensor_model_parallel_size={tp} and model.pipeline_model_parallel_size={pp} must be at least 1"),
-        )
-        yield (
             self.kv_channels is None,
             (
                 f"model.hidden_size={self.hidden_size} is not divisible by "
                 f"model.num_attention_heads={self.num_attention_heads}; set model.kv_channels"
             ),
         )
+        yield self.kv_channels % 2, f"model.kv_channels={self.kv_channels} must be even: rotary positions turn pairs"
+        yield (
+            not 0 < self.rotary_percentage <= 1,
+            f"model.rotary_percentage={self.rotary_percentage} must lie in (0, 1]",
+        )
+        if torch.cuda.is_available():
+            yield (
+                self.precision == "32",
+                "model.precision=32: the attention kernels of a GPU take bf16 only; set model.precision=bf16",
+            )
+            yield (
+                self.kv_channels % CUDA_HEAD_MULTIPLE or self.kv_channels > CUDA_LARGEST_HEAD,
+                f"model.kv_channels={self.kv_channels}: the attention kernels of a GPU take multiples of "
+                f"{CUDA_HEAD_MULTIPLE} up to {CUDA_LARGEST_HEAD}",
+            )
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(self, name)
             yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"

@@ -185,13 +185,17 @@ def _run_stage(
 def _agree_on_tokens(
     logits: Tensor | None, params: SamplingParams, draws: UniformDraws, count: int, device: torch.device
 ) -> Tensor:
-    """Sample on the last stage and tell the others. Every rank draws, so that the generators stay in step."""
+    """Sample on the last stage and tell the other ranks. Every rank draws, so that the generators stay in step.
+
+    One rank decides for all, its tensor-parallel peers included: a cumulative sum on a GPU need not be the same twice,
+    and ranks that disagree about one token would wait for each other for ever.
+    """
     uniform = draws.next(count)
-    group = parallel_state.get_pipeline_model_parallel_group()
     if logits is None:
         tokens = torch.empty(count, dtype=torch.int64, device=device)
     else:
         tokens = choose_tokens(logits, params, uniform)
+    group = parallel_state.get_model_parallel_group()  # the last of its ranks is on the last stage
     if group.size() > 1:
         dist.broadcast(tokens, src=dist.get_global_rank(group, group.size() - 1), group=group)
     return tokens

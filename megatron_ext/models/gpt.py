@@ -168,5 +168,6 @@ def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
         post_process=parallel_state.is_pipeline_last_stage(),
         device=device,
     ).to(device)
-    logger.info("built a GPT with %d parameters on this rank", sum(p.numel() for p in model.parameters()))
+    count = sum(p.numel() for p in model.parameters())
+    logger.info("built a GPT with %d parameters on this rank, precision %s", count, config.precision)
     return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ __all__ = ["load_weights", "read_checkpoint_info", "save_weights"]
 INFO_FILE, WEIGHTS_FOLDER = "checkpoint.json", "weights"
 
 
-def save_weights(folder: Path, model: torch.nn.Module, info: dict[str, Any]) -> None:
+def save_weights(
+    folder: Path, model: torch.nn.Module, info: dict[str, Any], save_more: Callable[[Path], None] | None = None
+) -> None:
     """Save this run's weights; every rank calls it.
 
     Args:
         folder: must not exist: nothing is ever overwritten.
         info: JSON-serialisable description, e.g. the model's configuration.
+        save_more: called on rank 0 with the unfinished folder, to write what belongs to the checkpoint.
 
     Raises:
         FileExistsError: the folder exists.
@@ -46,6 +50,8 @@ def save_weights(folder: Path, model: torch.nn.Module, info: dict[str, Any]) -> 
         _end_manager_process()
     dist.barrier()
     if dist.get_rank() == 0:
+        if save_more is not None:
+            save_more(unfinished)
         (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2), encoding="utf-8")
         os.replace(unfinished, folder)
     dist.barrier()
@@ -65,14 +71,22 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     """The `info` of `save_weights`.
 
     Raises:
-        ValueError: no checkpoint of ours there.
+        ValueError: no checkpoint of ours there, or a damaged one.
     """
     path = Path(folder) / INFO_FILE
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a complete checkpoint ({INFO_FILE} is missing); check pretrained_checkpoint.restore_from_path"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
+    if not isinstance(info, dict) or not (path.parent / WEIGHTS_FOLDER).is_dir():
+        raise ValueError(
+            f"{folder} is damaged: {INFO_FILE} or {WEIGHTS_FOLDER}/ is not what was saved; take another checkpoint"
+        )
+    return info
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

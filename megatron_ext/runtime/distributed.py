@@ -60,9 +60,18 @@ def world_size() -> int:
 
 
 def local_device() -> torch.device:
-    """This rank's device: its own GPU, or the CPU where there is none."""
+    """This rank's device: its own GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if rank >= gpus:
+            raise ValueError(
+                f"{gpus} GPUs are visible, too few for local rank {rank}; set trainer.devices to {gpus} or less"
+            )
+        return torch.device("cuda", rank)
     return torch.device("cpu")
 
 
@@ -73,7 +82,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.dev
     process is the whole world, and no port is opened.
 
     Raises:
-        ValueError: the world does not divide by the parallel sizes.
+        ValueError: the world does not divide by the parallel sizes, or there are more ranks than GPUs.
     """
     sizes.data(world_size())
     adapt_megatron_to_cpu()

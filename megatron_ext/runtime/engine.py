@@ -56,8 +56,10 @@ class OptimConfig:
         self.betas = tuple(self.betas)
         if self.name not in ("adam", "distributed_fused_adam"):
             raise ValueError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
-        if self.lr <= 0 or len(self.betas) != 2:
-            raise ValueError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} a pair")
+        if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
+        if self.sched.min_lr > self.lr:
+            raise ValueError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Engine:
             OptimizerConfig(
                 optimizer="adam",
                 lr=optim.lr,
-                min_lr=min(optim.sched.min_lr, optim.lr),
+                min_lr=optim.sched.min_lr,
                 weight_decay=optim.weight_decay,
                 adam_beta1=optim.betas[0],
                 adam_beta2=optim.betas[1],
@@ -227,7 +229,7 @@ def _scheduler(optimizer, optim: OptimConfig, total_steps: int) -> OptimizerPara
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
-        min_lr=min(sched.min_lr, optim.lr),
+        min_lr=sched.min_lr,
         lr_warmup_steps=sched.warmup_steps,
         lr_decay_steps=max(sched.decay_steps or total_steps, sched.warmup_steps + 1),
         lr_decay_style=SCHEDULES[sched.name],

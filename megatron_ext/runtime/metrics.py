@@ -8,21 +8,25 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 __all__ = ["MetricsLog", "Timers"]
 
 
 class Timers:
-    """Wall-clock seconds by name, summed until read."""
+    """Wall-clock seconds by name, summed until read. On a GPU its work in hand is waited for, at both ends."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, name: str):
+        _synchronize()
         start = time.perf_counter()
         try:
             yield
         finally:
+            _synchronize()
             self.seconds[name] += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
@@ -30,6 +34,11 @@ class Timers:
         values = {f"timers/{name}": seconds for name, seconds in self.seconds.items()}
         self.seconds.clear()
         return values
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class MetricsLog:

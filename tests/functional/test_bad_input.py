@@ -54,6 +54,11 @@ CASES = {
     "dropout": (["model.attention_dropout=0.1"], ["attention_dropout=0.1", "set it to 0"]),
     "prompt too long": (["data.max_prompt_length=20"], ["train.jsonl:1", "data.max_prompt_length=20"]),
     "empty prompt": (["data.train_path={empty}"], ["empty.jsonl:1", "prompt is empty"]),
+    "no answer": (
+        ["data.train_path={unanswered}", "trainer.grpo.reward=exact_answer"],
+        ["unanswered.jsonl:2", "no answer"],
+    ),
+    "nowhere to write": (["exp_manager.explicit_log_dir={empty}/run"], ["empty.jsonl is no folder to write to"]),
     "unknown reward": (["trainer.grpo.reward=exact_anser"], ["did you mean exact_answer?"]),
     "wrong type": (["model.num_layers=two"], ["model.num_layers", "int"]),
     "group does not fit": (["model.global_batch_size=18"], ["global_batch_size=18", "samples_per_prompt=4"]),
@@ -70,8 +75,14 @@ def test_grpo_refuses(task, tmp_path, name):
     overrides, words = CASES[name]
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"prompt": "", "answer": "1"}) + "\n")
+    unanswered = tmp_path / "unanswered.jsonl"
+    unanswered.write_text(
+        json.dumps({"prompt": "Question", "answer": "1"}) + "\n" + json.dumps({"prompt": "Question"}) + "\n"
+    )
     out = tmp_path / "run"
-    arguments = task.grpo_overrides(out) + ["trainer.devices=1", *(o.format(empty=empty) for o in overrides)]
+    files = {"empty": empty, "unanswered": unanswered}
+    settings = [o if "{name" in o else o.format(**files) for o in overrides]
+    arguments = [*task.grpo_overrides(out), "trainer.devices=1", *settings]
     with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
         cfg = OmegaConf.to_container(compose("grpo_tiny", [f"++{a}" for a in arguments]), resolve=True)
     with pytest.raises(ValueError) as caught:

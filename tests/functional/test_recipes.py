@@ -59,6 +59,20 @@ def test_validation_before_and_after(grouped):
     assert all(0 <= value <= 1 for value in rewards.values())
 
 
+def test_overlong_responses_can_be_left_out(task, tmp_path):
+    """Cut after two tokens nearly all are overlong; the weights of those left add up to 1, and the ratio starts at 1."""
+    done = task.grpo(
+        tmp_path / "run", "trainer.grpo.max_steps=2", "trainer.grpo.length_params.max_length=2",
+        "trainer.grpo.overlong_filtering=true",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    for row in metrics(tmp_path / "run"):
+        expected = 0 if row["train_rollouts/truncated"] == 1 else 1
+        assert row["train_rollouts/truncated"] > 0.5
+        assert row["train_optim/ratio"] == pytest.approx(expected, abs=1e-6)
+        assert (row["train_optim/grad_norm"] > 0) == (expected == 1)
+
+
 @pytest.mark.parametrize(
     "layout",
     [

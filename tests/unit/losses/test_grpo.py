@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.losses.grpo import GrpoTerms, group_advantages, grpo_loss, kl_estimate, token_weights
+from megatron_ext.losses.grpo import (
+    GrpoTerms,
+    group_advantages,
+    groups_with_signal,
+    grpo_loss,
+    kl_estimate,
+    token_weights,
+)
 from tests.layouts import randn
 
 ULPS = 1e-12  # fp64 values of order 1
@@ -240,3 +247,23 @@ def test_refuses_a_penalty_without_a_reference_and_an_unknown_level():
         grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(kl_penalty=0.1))
     with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'batch'"):
         token_weights(IDS, MASK, 4, 1, 1, "batch")
+
+
+def test_equal_rewards_carry_no_signal_whatever_their_rounding():
+    """0.1 some times over need not average to 0.1 in fp32; its standard deviation is then not 0."""
+    groups = [torch.full((1, n), value) for n in range(2, 33) for value in (0.1, 1 / 3, 0.7, 0.9)]
+    assert any(bool(g.std(1) > 0) for g in groups)
+    for group in groups:
+        assert groups_with_signal(group).tolist() == [False]
+        assert torch.count_nonzero(group_advantages(group)) == 0
+    assert groups_with_signal(torch.tensor([[0.1, 0.1, 0.2]])).tolist() == [True]
+
+
+@pytest.mark.parametrize("gap", [-300.0, 300.0])
+def test_extreme_ratios_leave_the_gradient_finite(gap):
+    """e^300 overflows fp32; the clipped term has gradient 0 and not 0 * inf."""
+    old = torch.full((2,), -gap)
+    loss, _, grad = loss_and_grad(
+        torch.zeros(2), old, torch.tensor([1.0, -1.0]), torch.full((2,), 0.5), GrpoTerms(kl_penalty=0.1), old
+    )
+    assert math.isfinite(float(loss)) and bool(grad.isfinite().all())

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recipes.config import ConfigError
-from recipes.rewards import RewardError, get_reward, register_reward, score
+from recipes.data import Prompt
+from recipes.rewards import RewardError, check_rows, get_reward, register_reward, score
 
 numbers = itertools.count()
 
@@ -94,8 +95,15 @@ def test_exact_answer_with_its_own_marker():
 
 @pytest.mark.parametrize("row", [{"prompt": "x"}, {"answer": None}, {"answer": ""}, {"answer": ["7"]}])
 def test_exact_answer_needs_an_answer(row):
-    message = failed(get_reward("exact_answer"), ["7", "7"], [{"answer": "7"}, row])
-    assert "exact_answer" in message and "response 1" in message and "answer" in message
+    """Found when the file is read, with the row's line; and when it is drawn, if nobody looked before."""
+    reward = get_reward("exact_answer")
+    message = failed(reward, ["7", "7"], [{"answer": "7"}, row])
+    assert "exact_answer" in message and "no answer" in message
+    prompts = [Prompt((1,), {"answer": "7"}, 1), Prompt((1,), row, 3)]
+    with pytest.raises(RewardError, match=r"data\.jsonl:3: no answer"):
+        check_rows(reward, prompts, "data.jsonl")
+    check_rows(reward, prompts[:1], "data.jsonl")
+    check_rows(get_reward({"name": "length", "target": 3}), prompts, "data.jsonl")  # needs nothing of a row
 
 
 def test_regex():

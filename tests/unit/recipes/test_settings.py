@@ -27,3 +27,38 @@ def test_the_reference_page_is_up_to_date():
         [sys.executable, "tools/config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.grpo.samples_per_prompt=1", "samples_per_prompt=1: a response is compared"),
+        ("trainer.grpo.sampling_params.use_greedy=true", "use_greedy=true makes all responses"),
+        ("trainer.grpo.sampling_params.temperature=0", "temperature must be positive"),
+        ("trainer.grpo.sampling_params.top_p=0", "top_p must lie in"),
+        ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
+        ("trainer.grpo.rollout_micro_batch_size=-1", "rollout_micro_batch_size=-1 must be at least 1"),
+        ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
+        ("trainer.grpo.save_interval=-1", "save_interval=-1 must be at least 0"),
+        ("model.micro_batch_size=0", "model.micro_batch_size=0 must be at least 1"),
+        ("model.global_batch_size=0", "model.global_batch_size=0 must be at least 1"),
+        ("model.seed=-1", "model.seed=-1 must be at least 0"),
+        ("model.num_attention_heads=0", "model.num_attention_heads=0 must be at least 1"),
+        ("model.num_layers=0", "model.num_layers=0 must be at least 1"),
+        ("++model.kv_channels=5", "model.kv_channels=5 must be even"),
+        ("++model.logprob_chunk_size=0", "model.logprob_chunk_size=0 must be at least 1"),
+        ("model.optim.lr=1e-9", None),
+        ("model.optim.sched.name=cosine", "model.optim.sched.name must be one of"),
+        ("++exp_manager.resume_if_exists=true", "unknown key exp_manager.resume_if_exists"),
+    ],
+)
+def test_impossible_values_are_refused_before_anything_runs(override, words):
+    given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", override]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose("grpo_tiny", given), resolve=True, throw_on_missing=True)
+    if words is None:
+        assert build(GRPOConfig, node).model.optim.lr == 1e-9
+        return
+    with pytest.raises(ValueError) as caught:
+        build(GRPOConfig, node)
+    assert words in str(caught.value)

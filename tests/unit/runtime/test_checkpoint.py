@@ -51,6 +51,15 @@ def test_an_unfinished_checkpoint_is_refused(rng, world, tmp_path: Path):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def test_a_damaged_description_is_refused(rng, world, tmp_path: Path):
+    model = build(rng, world)
+    save_weights(tmp_path / "c", model, {}, lambda folder: (folder / "more").write_text("kept"))
+    assert (tmp_path / "c" / "more").read_text() == "kept"
+    (tmp_path / "c" / "checkpoint.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match="is damaged"):
+        load_weights(tmp_path / "c", model)
+
+
 def test_an_interrupted_save_does_not_block_the_next(rng, world, tmp_path: Path):
     (tmp_path / "c.unfinished" / "weights").mkdir(parents=True)
     (tmp_path / "c.unfinished" / "weights" / "left.distcp").write_bytes(b"from an earlier run")

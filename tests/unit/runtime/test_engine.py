@@ -181,7 +181,9 @@ def test_schedules(sched, expected, rng, world):
     [
         (lambda: OptimConfig(name="sgd"), "must be adam or distributed_fused_adam, got 'sgd'"),
         (lambda: OptimConfig(lr=0.0), "lr=0.0 must be positive"),
-        (lambda: OptimConfig(betas=(0.9,)), "a pair"),
+        (lambda: OptimConfig(betas=(0.9,)), "two numbers"),
+        (lambda: OptimConfig(betas=(0.9, 1.5)), "two numbers"),
+        (lambda: OptimConfig(lr=1e-4, sched=SchedConfig(min_lr=1e-3)), "must not exceed"),
         (lambda: SchedConfig(name="step"), "must be one of constant, CosineAnnealing, linear, got 'step'"),
     ],
 )
