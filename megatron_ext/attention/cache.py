@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ext.attention.function import merge_partials, planned_attention, prefix_grouped_attention
 from megatron_ext.attention.kernels import select_kernel
-from megatron_ext.attention.plan import Call, Rectangle
+from megatron_ext.attention.plan import Call, Rectangle, Run
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["DecodeStep", "PrefillStep", "SharedPrefixCache"]
@@ -76,9 +76,9 @@ class DecodeStep(_Step):
             Rectangle(i * samples, samples, segment.start, segment.length)
             for i, segment in enumerate(cache.prompts.segments)
         ]
-        own = [Rectangle(i, 1, i * room, index + 1) for i in range(cache.num_responses)]
-        self.shared_prefix = Call(tuple(shared), causal=False)
-        self.own_response = Call(tuple(own), causal=False)
+        own = Run(Rectangle(0, 1, 0, index + 1), cache.num_responses, q_step=1, k_step=room)
+        self.shared_prefix = Call.of(shared, causal=False)
+        self.own_response = Call((own,), causal=False)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [r + pad, n, d], k and v [r + pad, m, d] -> [r + pad, n, d]; the pad rows come back zero."""

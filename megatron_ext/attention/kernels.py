@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -106,9 +106,10 @@ class CpuFlashKernel:
         )
 
 
-@lru_cache(maxsize=64)
 def _strided_pieces(call: Call) -> tuple[_StridedPiece, ...]:
-    return tuple(_StridedPiece(run, call.causal) for run in call.runs())
+    if "strided" not in call.cache:
+        call.cache["strided"] = tuple(_StridedPiece(run, call.causal) for run in call.runs)
+    return call.cache["strided"]
 
 
 class _PackedPiece:
@@ -116,12 +117,12 @@ class _PackedPiece:
 
     def __init__(self, call: Call, device: torch.device):
         self.causal = call.causal
-        q_ranges = [(r.q_start, r.q_len) for r in call.rectangles]
-        k_ranges = [(r.k_start, r.k_len) for r in call.rectangles]
-        self.q_rows, self.k_rows = _rows(q_ranges, device), _rows(k_ranges, device)
-        self.cu_seqlens_q, self.cu_seqlens_k = _cu_seqlens(q_ranges, device), _cu_seqlens(k_ranges, device)
-        self.max_seqlen_q = max(length for _, length in q_ranges)
-        self.max_seqlen_k = max(length for _, length in k_ranges)
+        q = [(run.first.q_start, run.first.q_len, run.q_step, run.count) for run in call.runs]
+        k = [(run.first.k_start, run.first.k_len, run.k_step, run.count) for run in call.runs]
+        self.q_rows, self.k_rows = _rows(q, device), _rows(k, device)
+        self.cu_seqlens_q, self.cu_seqlens_k = _cu_seqlens(q, device), _cu_seqlens(k, device)
+        self.max_seqlen_q = max(length for _, length, _, _ in q)
+        self.max_seqlen_k = max(length for _, length, _, _ in k)
 
     def take_q(self, x: Tensor) -> Tensor:
         return x[self.q_rows] if isinstance(self.q_rows, slice) else x.index_select(0, self.q_rows)
@@ -142,16 +143,30 @@ class _PackedPiece:
         x[self.k_rows] += value
 
 
-def _rows(ranges: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
-    """Contiguous ranges become a slice, hence a view; others an int64 index."""
-    contiguous = all(a + n == b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False))
+# (start, length, step, count): `count` stretches of `length` rows, `step` apart.
+_Stretches = list[tuple[int, int, int, int]]
+
+
+def _rows(stretches: _Stretches, device: torch.device) -> slice | Tensor:
+    """Contiguous rows become a slice, hence a view; others an int64 index."""
+    end, contiguous = stretches[0][0], True
+    for start, length, step, count in stretches:
+        contiguous &= start == end and (count == 1 or step == length)
+        end = start + count * length
     if contiguous:
-        return slice(ranges[0][0], ranges[-1][0] + ranges[-1][1])
-    return torch.cat([torch.arange(a, a + n) for a, n in ranges]).to(device)
+        return slice(stretches[0][0], end)
+    parts = [
+        (start + step * torch.arange(count)[:, None] + torch.arange(length)).flatten()
+        for start, length, step, count in stretches
+    ]
+    return torch.cat(parts).to(device)
 
 
-def _cu_seqlens(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.tensor([0, *(n for _, n in ranges)]).cumsum(0, dtype=torch.int32).to(device)
+def _cu_seqlens(stretches: _Stretches, device: torch.device) -> Tensor:
+    lengths = torch.tensor([length for _, length, _, _ in stretches])
+    counts = torch.tensor([count for _, _, _, count in stretches])
+    ends = lengths.repeat_interleave(counts).cumsum(0)
+    return torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32)
 
 
 class TorchFlashKernel:
@@ -178,9 +193,10 @@ class TorchFlashKernel:
         )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
 def _packed_pieces(call: Call, device: torch.device) -> tuple[_PackedPiece, ...]:
-    return (_PackedPiece(call, device),)
+    if ("packed", device) not in call.cache:
+        call.cache["packed", device] = (_PackedPiece(call, device),)
+    return call.cache["packed", device]
 
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuFlashKernel(), TorchFlashKernel())}

@@ -7,9 +7,9 @@ at a time and never needs to know what the rectangles mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.prefix_tree import PrefixTree
@@ -39,37 +39,49 @@ class Run:
 
 @dataclass(frozen=True)
 class Call:
-    """Rectangles of one kind, none empty, with disjoint and ascending query rows."""
+    """Rectangles of one kind, none empty, with disjoint query rows, as runs of equal ones. Build it with `of`.
 
-    rectangles: tuple[Rectangle, ...]
+    Kernels keep in `cache` what they derive from a call, so that it lives as long as the call does.
+    """
+
+    runs: tuple[Run, ...]
     causal: bool
+
+    @classmethod
+    def of(cls, rectangles: Sequence[Rectangle], causal: bool) -> Call:
+        """Group neighbouring rectangles of equal size and even spacing into runs."""
+        runs: list[Run] = []
+        for r in rectangles:
+            last = runs[-1] if runs else None
+            if last and (last.first.q_len, last.first.k_len) == (r.q_len, r.k_len):
+                span = last.count - 1
+                q_step = r.q_start - (last.first.q_start + span * last.q_step)
+                k_step = r.k_start - (last.first.k_start + span * last.k_step)
+                if last.count == 1 or (q_step, k_step) == (last.q_step, last.k_step):
+                    runs[-1] = Run(last.first, last.count + 1, q_step, k_step)
+                    continue
+            runs.append(Run(r, 1, 0, 0))
+        return cls(tuple(runs), causal)
+
+    @cached_property
+    def cache(self) -> dict:
+        return {}
+
+    @property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        return tuple(
+            Rectangle(f.q_start + i * run.q_step, f.q_len, f.k_start + i * run.k_step, f.k_len)
+            for run in self.runs
+            for f in (run.first,)
+            for i in range(run.count)
+        )
 
     @property
     def num_scores(self) -> int:
         """Query-key pairs computed, a causal square counted as its lower half with the diagonal."""
         if self.causal:
-            return sum(r.q_len * (r.q_len + 1) // 2 for r in self.rectangles)
-        return sum(r.q_len * r.k_len for r in self.rectangles)
-
-    def runs(self) -> Iterator[Run]:
-        """Group neighbouring rectangles of equal size and even spacing."""
-        return iter(_runs(self.rectangles))
-
-
-@lru_cache(maxsize=64)
-def _runs(rectangles: tuple[Rectangle, ...]) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    for r in rectangles:
-        last = runs[-1] if runs else None
-        if last and (last.first.q_len, last.first.k_len) == (r.q_len, r.k_len):
-            span = last.count - 1
-            q_step = r.q_start - (last.first.q_start + span * last.q_step)
-            k_step = r.k_start - (last.first.k_start + span * last.k_step)
-            if last.count == 1 or (q_step, k_step) == (last.q_step, last.k_step):
-                runs[-1] = Run(last.first, last.count + 1, q_step, k_step)
-                continue
-        runs.append(Run(r, 1, 0, 0))
-    return tuple(runs)
+            return sum(run.count * run.first.q_len * (run.first.q_len + 1) // 2 for run in self.runs)
+        return sum(run.count * run.first.q_len * run.first.k_len for run in self.runs)
 
 
 def plan_attention(groups: PrefixGroups) -> tuple[Call, ...]:
@@ -100,7 +112,7 @@ def _plan(layout) -> tuple[Call, ...]:
         row += tree.num_tokens
     if num_pad:
         documents.append(Rectangle(row, num_pad, row, num_pad))
-    return (Call(tuple(documents), causal=True), *(Call(tuple(level), causal=False) for level in levels))
+    return (Call.of(documents, causal=True), *(Call.of(level, causal=False) for level in levels))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.attention.kernels import KERNELS
 from megatron_ext.attention.plan import Call, Rectangle, plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.grouping import PrefixGroups
@@ -100,7 +101,7 @@ def test_grouping_lowers_the_number_of_scores():
 )
 def test_equal_neighbours_form_runs(lengths, runs):
     first = plan_attention(PrefixGroups.from_lengths(lengths))[0]
-    assert [(run.first.q_len, run.count) for run in first.runs()] == runs
+    assert [(run.first.q_len, run.count) for run in first.runs] == runs
 
 
 @given(lengths_strategy, pads)
@@ -110,7 +111,25 @@ def test_runs_stand_for_the_same_rectangles(lengths: Lengths, pad: int):
             Rectangle(
                 run.first.q_start + i * run.q_step, run.first.q_len, run.first.k_start + i * run.k_step, run.first.k_len
             )
-            for run in call.runs()
+            for run in call.runs
             for i in range(run.count)
         ]
         assert tuple(expanded) == call.rectangles
+
+
+@given(lengths_strategy, pads)
+def test_packed_pieces_take_the_rows_of_the_rectangles(lengths: Lengths, pad: int):
+    """What the variable-length kernels of a GPU are handed: rows back to back, borders beside them."""
+    groups = PrefixGroups.from_lengths(lengths, pad)
+    rows = torch.arange(groups.num_tokens)
+    for call in plan_attention(groups):
+        (piece,) = KERNELS["torch_flash"].pieces(call, torch.device("cpu"))
+        for side, taken, borders, longest in (
+            ("q", piece.take_q(rows), piece.cu_seqlens_q, piece.max_seqlen_q),
+            ("k", piece.take_k(rows), piece.cu_seqlens_k, piece.max_seqlen_k),
+        ):
+            spans_ = [(getattr(r, f"{side}_start"), getattr(r, f"{side}_len")) for r in call.rectangles]
+            assert taken.tolist() == [row for start, length in spans_ for row in range(start, start + length)]
+            lengths_ = [length for _, length in spans_]
+            assert borders.tolist() == [0, *torch.tensor(lengths_).cumsum(0).tolist()] and longest == max(lengths_)
+            assert borders.dtype == torch.int32
