@@ -72,6 +72,8 @@ class PrefixGroups(PackedSeqParams):
         response_token_index: int64 [r], the token's place within its response.
         num_responses: responses in the stream, empty ones included.
         num_predicted_tokens: r, known without looking at the device.
+        predict_rows: `predict_index` on the host.
+        derived: what others work out from the layout and keep with the record; no part of its identity.
     """
 
     def __init__(self, *, _key: object = None, **fields):
@@ -91,6 +93,7 @@ class PrefixGroups(PackedSeqParams):
         )
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "derived", {})
         object.__setattr__(self, "_frozen", True)
 
     def __setattr__(self, name, value):
@@ -149,6 +152,7 @@ class PrefixGroups(PackedSeqParams):
             segments=segments,
             num_responses=sum(len(tree.leaves) for tree in trees),
             num_predicted_tokens=len(tensors["response_ids"]),
+            predict_rows=tensors["predict_index"],
             **{name: None if x is None else x.to(device) for name, x in tensors.items()},
         )
 

@@ -63,6 +63,7 @@ class GRPOTrainer:
             prompts_per_update,
             session.data_size,
         )
+        self.context_size = parallel_state.get_context_parallel_world_size()
         self.sampler = EpochSampler(
             len(train), settings.num_prompts_per_grpo_step, model.seed, session.data_rank, session.data_size
         )
@@ -122,17 +123,29 @@ class GRPOTrainer:
         settings = self.settings
         params = settings.sampling(self.session.tokenizer.eos_id)
         g, first = settings.samples_per_prompt, self.session.data_rank * self.local_prompts
+        mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
         responses = []
-        for start, part in _parts(prompts, settings.rollout_micro_batch_size):
+        for start, part in _parts(prompts[mine], settings.rollout_micro_batch_size):
             draws = UniformDraws(
                 seed=(self.config.model.seed, step),
-                first=(first + start) * g,
+                first=(first + mine.start + start) * g,
                 total=settings.num_prompts_per_grpo_step * g,
             )
             responses += generate(self.engine.module, [p.tokens for p in part], g, params, draws)
-        rewards = self._rewards(prompts, responses)
+        rewards = self._rewards(prompts[mine], responses)
+        responses, rewards = self._from_all_context_ranks(responses, rewards)
         advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
         return Rollouts(prompts, responses, rewards, advantages)
+
+    def _from_all_context_ranks(self, responses: list, rewards: Tensor) -> tuple[list, Tensor]:
+        """Context-parallel ranks train on the same prompts and sample a part of them each."""
+        if self.context_size == 1:
+            return responses, rewards
+        parts: list = [None] * self.context_size
+        dist.all_gather_object(parts, (responses, rewards.tolist()), group=parallel_state.get_context_parallel_group())
+        responses = [r for part, _ in parts for r in part]
+        rewards = [r for _, part in parts for r in part]
+        return responses, torch.tensor(rewards, device=self.session.device)
 
     def score_rollouts(self, microbatches: list[Microbatch]) -> int:
         """Log-probabilities of the sampling policy and, with a KL penalty, of the initial one. Returns the passes."""
@@ -166,7 +179,7 @@ class GRPOTrainer:
 
     def _rewards(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> Tensor:
         """Rewards [prompts, samples], computed once per model-parallel group and told to its other ranks."""
-        samples = len(responses[0])
+        samples = len(responses[0]) if responses else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
         rewards = torch.empty(len(prompts), samples, device=self.session.device)
         if group.rank() == 0:
@@ -241,6 +254,11 @@ class GRPOTrainer:
 def _parts(items: Sequence, size: int | None) -> Iterator[tuple[int, Sequence]]:
     size = size or max(len(items), 1)
     return ((start, items[start : start + size]) for start in range(0, len(items), size))
+
+
+def _share(count: int, rank: int, ranks: int) -> slice:
+    """A rank's contiguous part of `count` items, sizes as even as can be."""
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def _copy_weights(model: torch.nn.Module) -> list[Tensor]:

@@ -64,7 +64,9 @@ class Session:
         model.vocab_size = self.tokenizer.vocab_size
         if info is not None:
             _check_architecture(model, info.get("model", {}), self.checkpoint)
-        self.sizes = ParallelSizes(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        self.sizes = ParallelSizes(
+            model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+        )
         self.sizes.data(world_size())
         self._deadline = _deadline(trainer.max_time_per_run)
 

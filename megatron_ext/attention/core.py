@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.attention.cache import DecodeStep, PrefillStep
+from megatron_ext.attention.context import CP_COMM_TYPES, ContextShard, context_parallel_attention
 from megatron_ext.attention.function import prefix_grouped_attention
 from megatron_ext.grouping import PrefixGroups
 
@@ -41,8 +42,8 @@ def check_supported(config: TransformerConfig) -> None:
             "fp8_dot_product_attention: prefix-grouped attention runs in bf16, fp16 or fp32; switch it off",
         ),
         (
-            config.context_parallel_size > 1,
-            f"context_parallel_size={config.context_parallel_size} is not supported with prefix grouping yet; set 1",
+            config.context_parallel_size > 1 and config.cp_comm_type not in CP_COMM_TYPES,
+            f"cp_comm_type={config.cp_comm_type!r}: prefix grouping has {', '.join(CP_COMM_TYPES)}",
         ),
         (
             config.window_size is not None,
@@ -60,7 +61,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     """Core attention over a prefix-grouped stream, with Megatron's call contract.
 
     What it does is chosen by the record handed in as `packed_seq_params`: a `PrefixGroups` (training and scoring), a
-    `PrefillStep` or a `DecodeStep` (generation). It holds no state, so recomputation and pipeline stages are safe.
+    `ContextShard` (the same under context parallelism), a `PrefillStep` or a `DecodeStep` (generation). It holds no
+    state, so recomputation and pipeline stages are safe.
 
     Raises:
         ValueError: at construction for settings that grouping cannot honour, at call time for a missing record.
@@ -107,6 +109,10 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         match packed_seq_params:
             case PrefixGroups():
                 out = prefix_grouped_attention(q, k, v, packed_seq_params, self.softmax_scale)
+            case ContextShard():
+                out = context_parallel_attention(
+                    q, k, v, packed_seq_params, self.softmax_scale, self.config.cp_comm_type
+                )
             case PrefillStep() | DecodeStep():
                 out = packed_seq_params.attend(self.layer_number, q, k, v, self.softmax_scale)
             case _:

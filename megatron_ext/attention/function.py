@@ -19,7 +19,7 @@ from megatron_ext.attention.plan import Call, plan_attention
 from megatron_ext.attention.reference import reference_attention
 from megatron_ext.grouping import PrefixGroups
 
-__all__ = ["merge_partials", "planned_attention", "prefix_grouped_attention"]
+__all__ = ["merge_partials", "planned_attention", "planned_attention_backward", "prefix_grouped_attention"]
 
 
 def prefix_grouped_attention(
@@ -83,6 +83,42 @@ def merge_partials(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> 
     return out * weight.unsqueeze(-1) + part * part_weight.unsqueeze(-1), merged
 
 
+def planned_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: tuple[Call, ...],
+    kernel: Kernel,
+    scale: float,
+    dk: Tensor,
+    dv: Tensor,
+    add_keys: bool = False,
+) -> Tensor:
+    """Gradients of `planned_attention`, given its merged out and lse. Returns dq [tq, n, d]; fills dk and dv.
+
+    Args:
+        dk, dv: [tk, m, d]. The first call overwrites them, which is right where it covers every key; with `add_keys`
+            every call adds to what is there.
+    """
+    # A query is in a call per level. One add of two low-precision numbers rounds once, as an fp32 sum of them would;
+    # of more than two it would round each time.
+    dq = torch.empty(query.shape, dtype=_wide(query) if len(plan) > 2 else query.dtype, device=query.device)
+    for number, call in enumerate(plan):
+        for piece in kernel.pieces(call, query.device):
+            part_q, part_k, part_v = kernel.backward(
+                piece.take_q(grad), piece.take_q(query), piece.take_k(key), piece.take_k(value),
+                piece.take_q(out), piece.take_q(lse), piece, scale,
+            )  # fmt: skip
+            (piece.add_q if number else piece.put_q)(dq, part_q)
+            store = piece.add_k if number or add_keys else piece.put_k
+            store(dk, part_k)
+            store(dv, part_v)
+    return dq.to(query.dtype)
+
+
 class _PlannedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, plan, kernel, scale):
@@ -97,23 +133,10 @@ class _PlannedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        # Keys are in two calls at most, their own and that of the rows below; queries in one per level.
-        dq = torch.empty(query.shape, dtype=_wide(query) if len(ctx.plan) > 2 else query.dtype, device=query.device)
+        # The first call covers every key once, and a key is in one other call at most, that of the rows below.
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
-        for number, call in enumerate(ctx.plan):
-            for piece in ctx.kernel.pieces(call, query.device):
-                parts = ctx.kernel.backward(
-                    piece.take_q(grad), piece.take_q(query), piece.take_k(key), piece.take_k(value),
-                    piece.take_q(out), piece.take_q(lse), piece, ctx.scale,
-                )  # fmt: skip
-                # The first call covers every row once; a later one adds. One add of two low-precision numbers
-                # rounds once, exactly as an fp32 sum of the two would.
-                put = (
-                    (piece.put_q, piece.put_k, piece.put_k) if number == 0 else (piece.add_q, piece.add_k, piece.add_k)
-                )
-                for store, total, part in zip(put, (dq, dk, dv), parts, strict=True):
-                    store(total, part)
-        return dq.to(query.dtype), dk, dv, None, None, None
+        dq = planned_attention_backward(grad, query, key, value, out, lse, ctx.plan, ctx.kernel, ctx.scale, dk, dv)
+        return dq, dk, dv, None, None, None
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups) -> None:

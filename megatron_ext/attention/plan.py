@@ -8,13 +8,13 @@ at a time and never needs to know what the rectangles mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.prefix_tree import PrefixTree
 
-__all__ = ["Call", "Rectangle", "Run", "plan_attention"]
+__all__ = ["Call", "Document", "Rectangle", "Run", "documents", "plan_attention"]
 
 
 @dataclass(frozen=True)
@@ -98,51 +98,61 @@ def plan_attention(groups: PrefixGroups) -> tuple[Call, ...]:
 @lru_cache(maxsize=64)
 def _plan(layout) -> tuple[Call, ...]:
     trees, num_pad = layout
-    documents: list[Rectangle] = []
+    found = documents(trees)
+    own = [Rectangle(d.start, d.length, d.start, d.length) for d in found]
     levels: list[list[Rectangle]] = []
-    row = 0
-    for tree in trees:
-        for node, depth in _merge_chains(tree, row):
-            documents.append(Rectangle(node.start, node.length, node.start, node.length))
-            below = node.end - node.start - node.length
-            if below:
-                if depth == len(levels):
-                    levels.append([])
-                levels[depth].append(Rectangle(node.start + node.length, below, node.start, node.length))
-        row += tree.num_tokens
+    for d in found:
+        if d.rows_below:
+            depth = len(d.ancestors)
+            if depth == len(levels):
+                levels.append([])
+            levels[depth].append(Rectangle(d.start + d.length, d.rows_below, d.start, d.length))
     if num_pad:
-        documents.append(Rectangle(row, num_pad, row, num_pad))
-    return (Call.of(documents, causal=True), *(Call.of(level, causal=False) for level in levels))
+        row = sum(tree.num_tokens for tree in trees)
+        own.append(Rectangle(row, num_pad, row, num_pad))
+    return (Call.of(own, causal=True), *(Call.of(level, causal=False) for level in levels))
 
 
-@dataclass
-class _Node:
-    """Rows of one or more nodes that form one causal document, and the end of the rows below them."""
+@dataclass(frozen=True)
+class Document:
+    """Rows that are causal within themselves: a node, or a node and its only continuation.
+
+    Attributes:
+        start, length: rows in the stream.
+        rows_below: rows that follow and see all of these.
+        position: of the first row, which is also how many rows it sees before it.
+        ancestors: documents before it on its path, from the root on, as indices among all documents.
+    """
 
     start: int
     length: int
-    end: int
+    rows_below: int
+    position: int
+    ancestors: tuple[int, ...]
 
 
-def _merge_chains(tree: PrefixTree, first_row: int) -> list[tuple[_Node, int]]:
-    """(node, depth) in stream order: empty nodes left out, a node with a single continuation joined with it."""
-    place: dict[int, int] = {}  # tree node -> its entry in `merged`; of an empty one, its closest ancestor's
-    merged: list[tuple[_Node, int]] = []
-    for number, (length, parent) in enumerate(zip(tree.lengths, tree.parents, strict=True)):
-        above = place.get(parent)
-        start, end = first_row + tree.starts[number], first_row + tree.ends[number]
-        if not length:
+@lru_cache(maxsize=64)
+def documents(trees: tuple[PrefixTree, ...]) -> tuple[Document, ...]:
+    """The documents of a stream, in its order: empty nodes left out, a node with a single continuation joined with it."""
+    found: list[Document] = []
+    first_row = 0
+    for tree in trees:
+        place: dict[int, int] = {}  # node -> its document; of an empty node, its closest ancestor's
+        for node, (length, parent) in enumerate(zip(tree.lengths, tree.parents, strict=True)):
+            above = place.get(parent)
+            start, end = first_row + tree.starts[node], first_row + tree.ends[node]
+            if not length:
+                if above is not None:
+                    place[node] = above
+                continue
             if above is not None:
-                place[number] = above
-            continue
-        if (
-            above is not None
-            and merged[above][0].end == end
-            and merged[above][0].start + merged[above][0].length == start
-        ):
-            merged[above][0].length += length  # nothing else lies below the node above
-            place[number] = above
-            continue
-        place[number] = len(merged)
-        merged.append((_Node(start, length, end), 0 if above is None else merged[above][1] + 1))
-    return merged
+                joined = found[above]
+                if joined.start + joined.length == start and start + joined.rows_below == end:
+                    place[node] = above
+                    found[above] = replace(joined, length=joined.length + length, rows_below=end - start - length)
+                    continue
+            place[node] = len(found)
+            ancestors = () if above is None else (*found[above].ancestors, above)
+            found.append(Document(start, length, end - start - length, tree.first_positions[node], ancestors))
+        first_row += tree.num_tokens
+    return tuple(found)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ext.attention.context import CP_COMM_TYPES
+
 __all__ = ["GPTModelConfig", "stream_multiple"]
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
@@ -19,7 +21,7 @@ CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
 POSITIVE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
     "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
 )  # fmt: skip
 
 
@@ -57,6 +59,10 @@ class GPTModelConfig:
     precision: str = "auto"
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Ranks that share each stream: prefixes are cut, responses stay whole where they can.
+    context_parallel_size: int = 1
+    # "all_gather" (of the prefixes' keys and values; any number of heads) or "a2a" (Ulysses: all rows of some heads).
+    cp_comm_type: str = "all_gather"
     sequence_parallel: bool = False
     # None, "selective" (the core attention) or "full" (whole layers).
     activations_checkpoint_granularity: str | None = None
@@ -121,6 +127,17 @@ class GPTModelConfig:
             (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
         )
         yield (
+            self.cp_comm_type not in CP_COMM_TYPES,
+            f"model.cp_comm_type must be one of {', '.join(CP_COMM_TYPES)}, got {self.cp_comm_type!r}",
+        )
+        for name in ("num_attention_heads", "num_query_groups"):
+            value, both = getattr(self, name), tp * self.context_parallel_size
+            yield (
+                self.cp_comm_type == "a2a" and value % both,
+                f"model.{name}={value} does not divide by tensor_model_parallel_size x context_parallel_size={both}, "
+                "which model.cp_comm_type=a2a needs; use all_gather",
+            )
+        yield (
             self.sequence_parallel and tp == 1,
             ("model.sequence_parallel=true needs model.tensor_model_parallel_size > 1"),
         )
@@ -179,6 +196,8 @@ class GPTModelConfig:
             hidden_dropout=self.hidden_dropout,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
+            cp_comm_type=self.cp_comm_type,
             sequence_parallel=self.sequence_parallel,
             params_dtype=self.dtype,
             pipeline_dtype=self.dtype,

@@ -7,7 +7,6 @@ tokens of the stream, r of its responses (see `megatron_ext.grouping`).
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 
 import torch
 from megatron.core import parallel_state
@@ -20,9 +19,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from megatron_ext.attention.context import ContextShard, gather_predictions
+from megatron_ext.flops import ModelShape
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses.logprobs import vocab_parallel_logprobs
-from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
 
@@ -52,6 +53,9 @@ class PrefixGroupedGPT(GPTModel):
         self.rotary_pos_emb = PositionIdRotaryEmbedding(
             config.kv_channels, config.rotary_base, config.rotary_percentage, device
         )
+        shape = ModelShape.of(config)
+        # A token's linear layers in query-key pairs of attention, for balance over context-parallel ranks.
+        self.token_cost = shape.linear_weights_per_layer / (2 * shape.num_attention_heads * shape.kv_channels)
         assert_all_attention_grouped(self)
 
     def forward(
@@ -77,34 +81,41 @@ class PrefixGroupedGPT(GPTModel):
             hidden states [t (/ tp), 1, h] on every stage but the last; there (log-probabilities [r], entropies [r]),
             or logits [rows, v] over the real vocabulary where `rows` is given.
         """
+        record = packed_seq_params
+        if self.config.context_parallel_size > 1 and isinstance(record, PrefixGroups):
+            record = ContextShard.of(record, self.pg_collection.cp, stream_multiple(self.model_config), self.token_cost)
+            input_ids, position_ids = input_ids[record.rows], record.position_ids
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.view(1, 1, -1),  # [lines, b, t]
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=record,
         )
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
             rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=record,
         )
         if not self.post_process:
             return hidden
         if rows is not None:
             return self._logits(hidden, rows)
-        return self._logprobs(hidden, packed_seq_params, labels, temperature)
+        return self._logprobs(hidden, record, labels, temperature)
 
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _logprobs(self, hidden: Tensor, groups: PrefixGroups, labels: Tensor, temperature: float):
+    def _logprobs(self, hidden: Tensor, record: PrefixGroups | ContextShard, labels: Tensor, temperature: float):
         """hidden [t (/ tp), 1, h] -> log-probabilities and entropies of `labels` [u], [r] each."""
+        sharded = isinstance(record, ContextShard)
+        if sharded:
+            labels = labels[record.entries]
         if self.config.sequence_parallel:
-            hidden = _gather_rows(hidden, groups, self.pg_collection.tp)
+            hidden = _gather_rows(hidden, record, self.pg_collection.tp)
         else:
-            hidden = hidden.squeeze(1).index_select(0, groups.predict_index)  # [u, h]
+            hidden = hidden.squeeze(1).index_select(0, record.predict_index)  # [u, h]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
         logprobs, entropy = vocab_parallel_logprobs(
             hidden,
@@ -115,9 +126,10 @@ class PrefixGroupedGPT(GPTModel):
             self.model_config.logprob_chunk_size,
             self.model_config.vocab_size,
         )
-        if groups.expand_index is None:
-            return logprobs, entropy
-        return logprobs[groups.expand_index], entropy[groups.expand_index]  # [u] -> [r]
+        if sharded:
+            logprobs, entropy = (gather_predictions(x, record) for x in (logprobs, entropy))
+        expand = (record.groups if sharded else record).expand_index
+        return (logprobs, entropy) if expand is None else (logprobs[expand], entropy[expand])  # [u] -> [r]
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """hidden [t (/ tp), 1, h] -> logits [rows, v] in fp32, gathered over the vocabulary. For sampling: no backward."""
@@ -128,26 +140,25 @@ class PrefixGroupedGPT(GPTModel):
         return logits[:, : self.model_config.vocab_size].float()
 
 
-def _gather_rows(hidden: Tensor, groups: PrefixGroups, tp_group) -> Tensor:
+def _gather_rows(hidden: Tensor, record: PrefixGroups | ContextShard, tp_group) -> Tensor:
     """Collect the predicting rows of a sequence-parallel stream: [t / tp, 1, h] -> [u, h].
 
     Only the rows that are asked for travel, each once, padded to the largest count among the ranks. The backward
     reduce-scatters, which also sums the vocabulary shards' shares of the gradient.
     """
-    local, restore = _row_tables(groups.layout, tp_group.size(), tp_group.rank(), hidden.device)
+    key = ("rows", tp_group.size(), tp_group.rank())
+    if key not in record.derived:
+        record.derived[key] = _row_tables(record, *key[1:], hidden.device)
+    local, restore = record.derived[key]
     mine = hidden.index_select(0, local)  # [k, 1, h]
     gathered = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=True, group=tp_group)
     return gathered.squeeze(1).index_select(0, restore)  # [tp * k, h] -> [u, h]
 
 
-@lru_cache(maxsize=64)
-def _row_tables(layout, tp: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _row_tables(record: PrefixGroups | ContextShard, tp: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(local rows to send [k], place of each predicting row among the gathered ones [u]), from lengths only."""
-    trees, num_pad = layout
-    t = sum(tree.num_tokens for tree in trees) + num_pad
-    predict = PrefixGroups.from_trees(trees).predict_index
-    unique, inverse = predict.unique(return_inverse=True)
-    shard = t // tp
+    unique, inverse = record.predict_rows.unique(return_inverse=True)
+    shard = record.num_tokens // tp
     owner = unique // shard
     counts = torch.bincount(owner, minlength=tp)
     k = max(int(counts.max()) if len(unique) else 0, 1)

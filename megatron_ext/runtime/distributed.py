@@ -29,27 +29,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How the world of ranks is divided: world = tensor x pipeline x data."""
+    """How the world of ranks is divided: world = tensor x pipeline x context x data."""
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
 
     def data(self, world: int) -> int:
         """Data-parallel size.
 
         Raises:
-            ValueError: the world is no multiple of tensor x pipeline.
+            ValueError: the world is no multiple of tensor x pipeline x context.
         """
-        if min(self.tensor, self.pipeline) < 1:
+        if min(self.tensor, self.pipeline, self.context) < 1:
             raise ValueError(
-                f"model.tensor_model_parallel_size={self.tensor} and model.pipeline_model_parallel_size={self.pipeline} "
-                "must be at least 1"
+                f"model.tensor_model_parallel_size={self.tensor}, model.pipeline_model_parallel_size={self.pipeline} and "
+                f"model.context_parallel_size={self.context} must be at least 1"
             )
-        model = self.tensor * self.pipeline
+        model = self.tensor * self.pipeline * self.context
         if world % model:
             raise ValueError(
                 f"{world} processes cannot be divided by tensor_model_parallel_size={self.tensor} x "
-                f"pipeline_model_parallel_size={self.pipeline}; set trainer.devices x trainer.num_nodes to a multiple of {model}"
+                f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context}; set "
+                f"trainer.devices x trainer.num_nodes to a multiple of {model}"
             )
         return world // model
 
@@ -100,7 +102,9 @@ def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.dev
             dist.init_process_group(backend, timeout=timeout)
         logger.info("%d ranks on %s, device %s", world_size(), backend, device)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor, pipeline_model_parallel_size=sizes.pipeline
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        context_parallel_size=sizes.context,
     )
     return device
 

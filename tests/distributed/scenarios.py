@@ -11,6 +11,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ext.attention.context import ContextShard, context_parallel_attention
+from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
@@ -22,7 +24,9 @@ from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, randomize, small_config
 
-__all__ = ["DataCase", "LayoutCase", "VocabCase", "data_parallel", "layouts", "optim"]
+__all__ = [
+    "ContextCase", "DataCase", "LayoutCase", "VocabCase", "context_attention", "data_parallel", "layouts", "optim",
+]  # fmt: skip
 
 NEW_TOKENS, SAMPLES = 8, 3
 CLIP = 0.3  # below the gradient's norm
@@ -73,6 +77,7 @@ def layouts(device: torch.device, cases: list[LayoutCase], vocab: list[VocabCase
     return {
         "rank": rank,
         "stage": stage,
+        "context": parallel_state.get_context_parallel_rank(),
         "cases": [_layout_case(device, case) for case in cases],
         "vocab": [_vocab_case(case) for case in vocab],
     }
@@ -137,6 +142,56 @@ def _vocab_case(case: VocabCase) -> dict[str, Tensor]:
         "entropy": outputs[1].detach(),
         "d hidden": hidden.grad,
         "d weight": weight.grad,
+    }
+
+
+@dataclass
+class ContextCase:
+    """Attention over one stream: nested lengths, and the whole stream's q, k, v and output gradient, fp64."""
+
+    lengths: list
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    comm_type: str
+    perturb: int | None = None  # a stream row whose key and value are changed
+
+
+def context_attention(device: torch.device, cases: list[ContextCase]) -> list[dict[str, Any]]:
+    """This rank's part of every case, and how many rows it received through all-gathers."""
+    return [_context_case(case) for case in cases]
+
+
+def _context_case(case: ContextCase) -> dict[str, Any]:
+    group = parallel_state.get_context_parallel_group()
+    groups = PrefixGroups.from_lengths(case.lengths)
+    shard = ContextShard.of(groups, group, 4, pairs_per_token=3.0)
+    real = shard.layout.num_rows[group.rank()]
+    q, k, v, grad = (x[shard.rows].clone() for x in case.inputs)
+    grad[real:] = 0
+    if case.perturb is not None:
+        changed = (shard.rows == case.perturb) & (torch.arange(len(shard.rows)) < real)
+        k[changed] += 1
+        v[changed] -= 1
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    received = []
+    gather = torch.distributed.all_gather_into_tensor
+
+    def counting(out, mine, **kwargs):
+        received.append(out.numel())
+        return gather(out, mine, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = counting
+    try:
+        out = context_parallel_attention(*leaves, shard, q.size(-1) ** -0.5, case.comm_type)
+    finally:
+        torch.distributed.all_gather_into_tensor = gather
+    out.backward(grad)
+    parts = [x.detach()[:real] for x in (out, *(leaf.grad for leaf in leaves))]
+    return {
+        "rows": shard.rows[:real],
+        "parts": parts,
+        "received": sum(received),
+        "gathered": shard.layout.num_gathered,
+        "cut": len(shard.layout.cut),
     }
 
 

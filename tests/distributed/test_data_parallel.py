@@ -31,6 +31,7 @@ SPREADS = {
     "two microbatches": (1, {}, [[[0, 2], [1, 3]]]),
     "three microbatches": (1, {}, [[[3], [0], [1, 2]]]),
     "dp2": (2, {}, [[[0]], [[1], [2, 3]]]),
+    "dp2 cp2": (4, {"context_parallel_size": 2}, [[[0]], [[1], [2, 3]]]),
     "dp2 tp2 sequence parallel": (4, TENSOR_PARALLEL, [[[0, 3]], [[2], [1]]]),
 }
 
@@ -61,7 +62,9 @@ class Spread:
     def __init__(self, name: str, batch: Batch):
         ranks, changes, spread = SPREADS[name]
         self.config = small_config(**(MODEL | changes))
-        sizes = ParallelSizes(tensor=self.config.tensor_model_parallel_size)
+        sizes = ParallelSizes(
+            tensor=self.config.tensor_model_parallel_size, context=self.config.context_parallel_size
+        )
         self.results = run_ranks(data_parallel, ranks, batch.case(changes, spread), sizes=sizes)
 
     def pairs(self, find, batch: Batch):

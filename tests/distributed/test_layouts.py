@@ -1,4 +1,4 @@
-"""Tensor, sequence and pipeline parallelism against one rank: scores, loss, every gradient, a step, sampled tokens.
+"""Tensor, sequence, context and pipeline parallelism against one rank: scores, loss, every gradient, a step, sampled tokens.
 
 The same weights everywhere: made by a run with one rank, cut by hand for the others. fp32; the bound is 1e-5 relative
 to the largest entry, where other orders of summation were seen to change 3e-6 at most.
@@ -6,6 +6,7 @@ to the largest entry, where other orders of summation were seen to change 3e-6 a
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ LENGTHS = [(7, [3, 5]), (4, [6]), (5, [2, 2, 2]), (3, [9, 1]), (5, [4, 0, 14])]
 CUTS = [[0, 1], [2], [3, 4]]  # streams of 32, 16 and 48 tokens
 PROMPTS = [9, 1, 22]
 SEQUENCE = {"sequence_parallel": True}
+ALL_TO_ALL = {"cp_comm_type": "a2a"}
 LAYOUTS = {
     "tp2": (ParallelSizes(tensor=2), [TIED, UNTIED, TIED | SEQUENCE, UNTIED | SEQUENCE]),
     "pp2": (ParallelSizes(pipeline=2), [TIED, UNTIED]),
@@ -39,6 +41,9 @@ LAYOUTS = {
         ParallelSizes(tensor=2, pipeline=2),
         [UNTIED, TIED | SEQUENCE | {"activations_checkpoint_granularity": "full"}],
     ),
+    "cp2": (ParallelSizes(context=2), [TIED, UNTIED, UNTIED | ALL_TO_ALL]),
+    "cp2 tp2": (ParallelSizes(tensor=2, context=2), [UNTIED | SEQUENCE, TIED | ALL_TO_ALL]),
+    "cp2 pp2": (ParallelSizes(pipeline=2, context=2), [TIED | {"activations_checkpoint_granularity": "full"}]),
 }
 
 
@@ -105,6 +110,7 @@ class Layout:
             fields = MODEL | change | {
                 "tensor_model_parallel_size": sizes.tensor,
                 "pipeline_model_parallel_size": sizes.pipeline,
+                "context_parallel_size": sizes.context,
             }  # fmt: skip
             self.saved.append(reference.folder / f"{name}-{number}")
             cases.append(
@@ -113,7 +119,9 @@ class Layout:
                     reference.stop(tied), reference.checkpoint(tied), self.saved[-1],
                 )
             )  # fmt: skip
-        self.ranks = run_ranks(layouts, sizes.tensor * sizes.pipeline, cases, reference.vocab, sizes=sizes)
+        self.ranks = run_ranks(
+            layouts, sizes.tensor * sizes.pipeline * sizes.context, cases, reference.vocab, sizes=sizes
+        )
         for number, case in enumerate(cases):
             config = small_config(**case.fields)
             tied = config.share_embeddings_and_output_weights
@@ -236,8 +244,8 @@ def test_log_probabilities_over_a_sharded_vocabulary(layout: Layout, reference: 
         logprob = logp.gather(1, case.targets.unsqueeze(1)).squeeze(1)
         entropy = -(logp.exp() * logp).sum(-1)
         torch.autograd.backward((logprob, entropy), case.grads)
-        for stage in range(layout.sizes.pipeline):
-            ranks = [r["vocab"][number] for r in layout.ranks if r["stage"] == stage]
+        for place in itertools.product(range(layout.sizes.pipeline), range(layout.sizes.context)):
+            ranks = [r["vocab"][number] for r in layout.ranks if (r["stage"], r["context"]) == place]
             assert len(ranks) == layout.sizes.tensor
             for result in ranks:
                 assert error(result["logprob"], logprob.detach()) <= 1e-10

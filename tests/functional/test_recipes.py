@@ -78,8 +78,9 @@ def test_overlong_responses_can_be_left_out(task, tmp_path):
     [
         ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
         ["model.pipeline_model_parallel_size=2"],
+        ["model.context_parallel_size=2"],
     ],
-    ids=["tp2-sp", "pp2"],
+    ids=["tp2-sp", "pp2", "cp2"],
 )
 def test_model_parallel_grpo_matches_data_parallel(task, grouped, tmp_path, layout):
     """The first step sees the same weights and samples under every layout, so its numbers agree."""

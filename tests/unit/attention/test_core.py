@@ -45,7 +45,10 @@ def test_core_attention_keeps_megatrons_shapes(scale, rng, world):
     [
         ({"attention_dropout": 0.1}, "attention_dropout=0.1.*set attention_dropout: 0"),
         ({"hidden_dropout": 0.2}, "hidden_dropout=0.2.*set hidden_dropout: 0"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2 is not supported"),
+        (
+            {"context_parallel_size": 2, "cp_comm_type": "p2p"},
+            "cp_comm_type='p2p': prefix grouping has all_gather, a2a",
+        ),
         ({"window_size": (4, 0)}, r"window_size=\(4, 0\)"),
         ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' is not supported"),
     ],

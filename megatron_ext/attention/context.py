@@ -1,0 +1,273 @@
+"""Context parallelism: one stream over several ranks, keys and values of its cut documents gathered.
+
+`ContextShard.of` says what this rank holds; `context_parallel_attention` runs it, in one of two forms (`cp_comm_type`,
+Megatron's key):
+
+    all_gather  every rank keeps its rows and gathers the keys and values of prefixes, and of responses that had to be
+                cut; their gradients are summed in fp32 by a reduce-scatter. Any number of heads.
+    a2a         (Ulysses, arXiv 2309.14509) an all-to-all gives every rank all rows of some heads, and another brings
+                them back. Heads must divide by the ranks.
+
+Shape legend: t_i rows of rank i with its pad, u predicted tokens of the stream, n query heads, m key/value heads,
+d head dimension, c ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ext.attention.function import (
+    planned_attention,
+    planned_attention_backward,
+    prefix_grouped_attention,
+)
+from megatron_ext.attention.kernels import select_kernel
+from megatron_ext.attention.plan import Call
+from megatron_ext.attention.sharding import shard_layout
+from megatron_ext.grouping import PrefixGroups
+
+__all__ = ["CP_COMM_TYPES", "ContextShard", "context_parallel_attention", "gather_predictions"]
+
+CP_COMM_TYPES = ("all_gather", "a2a")
+
+
+class ContextShard(PackedSeqParams):
+    """This rank's part of a stream, handed to the model's layers as `packed_seq_params`. Build it with `of`.
+
+    Attributes:
+        groups: the whole stream's record.
+        group: the context-parallel process group.
+        layout: who holds what.
+        num_tokens: t_i.
+        rows: int64 [t_i], the stream's row behind each of mine; the pad repeats row 0, and nobody sees it.
+        position_ids: int64 [t_i].
+        predict_rows, predict_index: int64, which of MY rows predict, on the host and on the device. One for each of
+            my entries of the stream's `predict_index`.
+        entries: int64, those entries.
+        plan: attention of my rows over [gathered rows | my rows].
+    """
+
+    @classmethod
+    def of(cls, groups: PrefixGroups, group: dist.ProcessGroup, multiple: int, pairs_per_token: float) -> ContextShard:
+        """Work out this rank's part. Kept with the record, so that all passes over a microbatch share it.
+
+        Args:
+            multiple: t_i is a multiple of this.
+            pairs_per_token: see `shard_layout`.
+        """
+        key = ("context", group.rank(), group.size(), multiple, pairs_per_token)
+        if key not in groups.derived:
+            groups.derived[key] = cls(groups, group, multiple, pairs_per_token)
+        return groups.derived[key]
+
+    def __init__(self, groups: PrefixGroups, group: dist.ProcessGroup, multiple: int, pairs_per_token: float):
+        super().__init__(qkv_format="sbhd")
+        rank, device = group.rank(), groups.position_ids.device
+        layout = shard_layout(groups.trees, group.size(), pairs_per_token)
+        self.groups, self.group, self.layout = groups, group, layout
+        self.derived: dict = {}
+        rows = torch.cat([torch.arange(p.start, p.start + p.length) for p in layout.pieces[rank]] or [_empty()])
+        # Never nothing: a rank without rows still takes part in every collective.
+        num_pad = -len(rows) % multiple or (0 if len(rows) else multiple)
+        self.num_tokens = len(rows) + num_pad
+        self.plan: tuple[Call, ...] = layout.plan(rank, num_pad)
+        place = torch.full((groups.num_tokens,), -1)  # of each stream row among mine
+        place[rows] = torch.arange(len(rows))
+        mine = place[groups.predict_rows]
+        entries = (mine >= 0).nonzero().squeeze(1)
+        self.predict_rows = mine[entries]
+        self.predict_index, self.entries = self.predict_rows.to(device), entries.to(device)
+        self.rows = torch.cat((rows, torch.zeros(num_pad, dtype=torch.int64))).to(device)
+        self.position_ids = groups.position_ids[self.rows]
+        self._index_gathered(rank, device)
+        self._index_predictions(device)
+
+    def _index_gathered(self, rank: int, device: torch.device) -> None:
+        """My rows to send, padded to what the busiest rank sends, and the place of each gathered row."""
+        layout, cut = self.layout, set(self.layout.cut)
+        parts = [[p for p in pieces if p.document in cut] for pieces in layout.pieces]
+        counts = [sum(p.length for p in part) for part in parts]
+        k = max(counts)
+        local = [torch.arange(p.local_start, p.local_start + p.length) for p in parts[rank]]
+        self.num_sent = counts[rank]
+        self.send = torch.cat([*local, torch.zeros(k - counts[rank], dtype=torch.int64)]).to(device)
+        place = torch.empty(layout.num_gathered, dtype=torch.int64)
+        for number, part in enumerate(parts):
+            sent = number * k
+            for p in part:
+                first = layout.gathered_start[p.document] + p.start - layout.documents[p.document].start
+                place[first : first + p.length] = torch.arange(sent, sent + p.length)
+                sent += p.length
+        self.place = place.to(device)
+
+    def _index_predictions(self, device: torch.device) -> None:
+        """How many entries the busiest rank has, and the place of each entry of the stream among the gathered ones."""
+        rows = torch.empty(self.groups.num_tokens, dtype=torch.int64)
+        for number, pieces in enumerate(self.layout.pieces):
+            for p in pieces:
+                rows[p.start : p.start + p.length] = number
+        holder = rows[self.groups.predict_rows]  # [u]
+        counts = torch.bincount(holder, minlength=self.group.size())
+        self.most_entries = max(int(counts.max()), 1)
+        place = torch.empty(len(holder), dtype=torch.int64)
+        for number in range(self.group.size()):
+            of_rank = (holder == number).nonzero().squeeze(1)
+            place[of_rank] = number * self.most_entries + torch.arange(len(of_rank))
+        self.entry_place = place.to(device)
+
+    @property
+    def stream_rows(self) -> Tensor:
+        """int64, the stream's row behind each row of all ranks' concatenation, without pads; on the host."""
+        if "stream_rows" not in self.derived:
+            parts = [torch.arange(p.start, p.start + p.length) for pieces in self.layout.pieces for p in pieces]
+            self.derived["stream_rows"] = torch.cat(parts)
+        return self.derived["stream_rows"]
+
+
+def _empty() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, softmax_scale: float, comm_type: str = "all_gather"
+) -> Tensor:
+    """Attention of this rank's rows over the whole stream; every rank of the group calls it.
+
+    Args:
+        query: [t_i, n, d], positions already applied.
+        key, value: [t_i, m, d].
+        comm_type: "all_gather" or "a2a".
+
+    Returns:
+        [t_i, n, d]. Rows of the pad hold values without meaning.
+    """
+    if comm_type == "a2a":
+        return _all_to_all_attention(query, key, value, shard, softmax_scale)
+    return _GatheredAttention.apply(query, key, value, shard, select_kernel("auto", query.device), softmax_scale)
+
+
+class _GatheredAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, shard, kernel, scale):
+        value = value.contiguous()
+        keys, values = _gather_keys(key, value, shard)
+        out, lse = planned_attention(query, keys, values, shard.plan, kernel, scale)
+        ctx.save_for_backward(
+            query, key, value, out, lse
+        )  # gathered again in backward: kept, they would not be sharded
+        ctx.shard, ctx.kernel, ctx.scale = shard, kernel, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        shard, count = ctx.shard, ctx.shard.layout.num_gathered
+        keys, values = _gather_keys(key, value, shard)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        dk, dv = (torch.zeros(keys.shape, dtype=wide, device=keys.device) for _ in range(2))
+        dq = planned_attention_backward(
+            grad, query, keys, values, out, lse, shard.plan, ctx.kernel, ctx.scale, dk, dv, add_keys=True
+        )
+        own = torch.cat((dk[count:], dv[count:]), -1)  # [t_i, m, 2d]
+        if count:
+            sent = own.new_zeros(shard.group.size() * len(shard.send), *own.shape[1:])
+            sent[shard.place] = torch.cat((dk[:count], dv[:count]), -1)
+            mine = torch.empty_like(own[:1]).expand(len(shard.send), -1, -1).contiguous()
+            dist.reduce_scatter_tensor(mine, sent, group=shard.group)
+            own.index_add_(0, shard.send[: shard.num_sent], mine[: shard.num_sent])
+        dk, dv = own.to(key.dtype).chunk(2, -1)
+        return dq, dk.contiguous(), dv.contiguous(), None, None, None
+
+
+def _gather_keys(key: Tensor, value: Tensor, shard: ContextShard) -> tuple[Tensor, Tensor]:
+    """key, value [t_i, m, d] -> [gathered rows + t_i, m, d] each, by one collective."""
+    if not shard.layout.num_gathered:
+        return key, value
+    both = torch.cat((key, value), -1)  # [t_i, m, 2d]
+    mine = both.index_select(0, shard.send)
+    received = mine.new_empty(shard.group.size() * len(mine), *mine.shape[1:])
+    dist.all_gather_into_tensor(received, mine, group=shard.group)
+    buffer = torch.cat((received.index_select(0, shard.place), both))
+    keys, values = buffer.chunk(2, -1)
+    return keys, values
+
+
+def _all_to_all_attention(query, key, value, shard: ContextShard, scale: float) -> Tensor:
+    ranks, group = shard.group.size(), shard.group
+    for name, x in (("query", query), ("key/value", key)):
+        if x.size(1) % ranks:
+            raise ValueError(
+                f"cp_comm_type=a2a: {x.size(1)} {name} heads of this tensor-parallel rank do not divide by "
+                f"context_parallel_size={ranks}; use cp_comm_type=all_gather"
+            )
+    real = shard.layout.num_rows[group.rank()]
+    order = shard.stream_rows.argsort().to(query.device)  # stream row -> row of the ranks' concatenation
+    heads = []
+    for x in (query, key, value):
+        # [t, n, d] -> [c t, n / c, d]: the part of every head group goes to its rank.
+        parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
+        rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
+        heads.append(rows.index_select(0, order))  # all rows of the stream, in its order
+    groups = _without_pad(shard)
+    out = prefix_grouped_attention(*heads, groups, scale)
+    back = out.index_select(0, shard.stream_rows.to(out.device))
+    back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
+    back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]
+    return torch.nn.functional.pad(back, (0, 0, 0, 0, 0, shard.num_tokens - real))
+
+
+def _without_pad(shard: ContextShard) -> PrefixGroups:
+    if "groups" not in shard.derived:
+        device = shard.position_ids.device
+        shard.derived["groups"] = PrefixGroups.from_trees(shard.groups.trees, device=device)
+    return shard.derived["groups"]
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to and from every rank; its backward is the way back."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+class _GatherPredictions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, shard):
+        ctx.shard = shard
+        mine = values.new_zeros(shard.most_entries)
+        mine[: len(values)] = values
+        received = values.new_empty(shard.group.size() * shard.most_entries)
+        dist.all_gather_into_tensor(received, mine, group=shard.group)
+        return received.index_select(0, shard.entry_place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.shard.entries), None
+
+
+def gather_predictions(values: Tensor, shard: ContextShard) -> Tensor:
+    """Values of my predicted tokens -> those of all, [u], on every rank.
+
+    Every rank then computes the same loss; backward takes from its gradient what is this rank's own, so that gradients
+    of ranks ADD up, as Megatron sums them over data- and context-parallel ranks.
+    """
+    return _GatherPredictions.apply(values, shard)

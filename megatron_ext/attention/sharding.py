@@ -1,0 +1,145 @@
+"""Context parallelism, on paper: which rank holds which rows of a stream, and each rank's attention plan.
+
+What others need is cut evenly, what nobody else needs stays whole:
+
+- a *shared* document (a prefix: rows below it see it) is cut into 2c chunks, and rank i holds chunks i and 2c - 1 - i,
+  so that every rank has as much causal attention over it as every other;
+- a response stays whole on one rank, placed by load; only one longer than a rank's share is cut like a prefix.
+
+Only keys and values of cut documents travel: P rows of each prefix, never G P and never the whole stream. Everything
+here is Python ints, worked out from lengths alone and alike on every rank.
+
+Vocabulary: a *document* is a node of the plan (a prefix, a response, or a prefix with its only response); a *piece* is
+a contiguous part of a document on one rank. A rank's keys lie in one buffer: [gathered rows of cut documents | own
+rows].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_ext.attention.plan import Call, Document, Rectangle, documents
+
+__all__ = ["ContextLayout", "Piece", "shard_layout"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` rows of a document: `start` in the stream, `local_start` on the rank that holds them."""
+
+    document: int
+    start: int
+    length: int
+    local_start: int
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Rows of a stream over the ranks of a context-parallel group.
+
+    Attributes:
+        pieces: of each rank, in stream order.
+        num_rows: of each rank, without its pad.
+        cut: cut documents, in stream order; their rows are gathered, in this order.
+        documents: all documents of the stream, without the stream's own pad, which is not distributed.
+    """
+
+    documents: tuple[Document, ...]
+    cut: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    num_rows: tuple[int, ...]
+
+    @property
+    def gathered_start(self) -> dict[int, int]:
+        """First row of each cut document among the gathered rows."""
+        starts, row = {}, 0
+        for number in self.cut:
+            starts[number] = row
+            row += self.documents[number].length
+        return starts
+
+    @property
+    def num_gathered(self) -> int:
+        return sum(self.documents[number].length for number in self.cut)
+
+    def plan(self, rank: int, num_pad: int) -> tuple[Call, ...]:
+        """Attention of the rank's own rows over its key buffer, in at most one call more than the unsharded plan."""
+        first_own, starts, cut = self.num_gathered, self.gathered_start, set(self.cut)
+        own = [Rectangle(p.local_start, p.length, first_own + p.local_start, p.length) for p in self.pieces[rank]]
+        levels: list[list[Rectangle]] = []
+        for piece in self.pieces[rank]:
+            document = self.documents[piece.document]
+            seen = [(d, self.documents[d].length) for d in document.ancestors]
+            if piece.document in cut:
+                seen.append((piece.document, piece.start - document.start))
+            for level, (number, length) in enumerate(seen):
+                if not length:
+                    continue
+                while len(levels) <= level:
+                    levels.append([])
+                _add(levels[level], Rectangle(piece.local_start, piece.length, starts[number], length))
+        if num_pad:
+            row = self.num_rows[rank]
+            own.append(Rectangle(row, num_pad, first_own + row, num_pad))
+        calls = [Call.of(own, causal=True)] if own else []
+        return (*calls, *(Call.of(level, causal=False) for level in levels if level))
+
+
+def _add(rectangles: list[Rectangle], new: Rectangle) -> None:
+    """Append, or widen the last one: neighbouring rows that see the same keys are one query sequence."""
+    if rectangles:
+        last = rectangles[-1]
+        if last.q_start + last.q_len == new.q_start and (last.k_start, last.k_len) == (new.k_start, new.k_len):
+            rectangles[-1] = Rectangle(last.q_start, last.q_len + new.q_len, last.k_start, last.k_len)
+            return
+    rectangles.append(new)
+
+
+@lru_cache(maxsize=32)
+def shard_layout(trees: tuple, ranks: int, pairs_per_token: float) -> ContextLayout:
+    """Spread a stream over `ranks` ranks.
+
+    Args:
+        trees: `PrefixGroups.trees`.
+        pairs_per_token: cost of a token's linear layers, in query-key pairs of one layer's attention.
+    """
+    found = documents(trees)
+    total = sum(d.length for d in found)
+    share = -(-total // ranks)
+    cut = tuple(n for n, d in enumerate(found) if d.rows_below or d.length > share)
+    load = [0.0] * ranks
+    holder: dict[int, int] = {}
+
+    def cost(document: Document, length: int) -> float:
+        return length * (pairs_per_token + document.position + document.length / 2)
+
+    for number in cut:
+        for rank in range(ranks):
+            load[rank] += cost(found[number], found[number].length) / ranks
+    whole = sorted(set(range(len(found))) - set(cut), key=lambda n: (-cost(found[n], found[n].length), n))
+    for number in whole:  # the longest first, each to the rank that has least to do
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        holder[number] = rank
+        load[rank] += cost(found[number], found[number].length)
+    pieces: list[list[Piece]] = [[] for _ in range(ranks)]
+    rows = [0] * ranks
+
+    def place(rank: int, number: int, start: int, end: int) -> None:
+        if end > start:
+            pieces[rank].append(Piece(number, start, end - start, rows[rank]))
+            rows[rank] += end - start
+
+    for number, document in enumerate(found):
+        if number in holder:
+            place(holder[number], number, document.start, document.start + document.length)
+            continue
+        borders = [document.start + document.length * i // (2 * ranks) for i in range(2 * ranks + 1)]
+        for rank in range(ranks):
+            head, tail = rank, 2 * ranks - 1 - rank
+            if head + 1 == tail:  # the last rank's chunks are neighbours: one piece
+                place(rank, number, borders[head], borders[tail + 1])
+            else:
+                place(rank, number, borders[head], borders[head + 1])
+                place(rank, number, borders[tail], borders[tail + 1])
+    return ContextLayout(found, cut, tuple(map(tuple, pieces)), tuple(rows))

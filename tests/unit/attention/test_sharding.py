@@ -1,0 +1,73 @@
+"""Which rank holds what under context parallelism: worked out from lengths, for any stream and any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.attention.plan import plan_attention
+from megatron_ext.attention.reference import attention_mask
+from megatron_ext.attention.sharding import shard_layout
+from megatron_ext.grouping import PrefixGroups
+from tests.layouts import nested_strategy
+from tests.unit.attention.test_plan import scores_of
+
+ranks_strategy = st.sampled_from([1, 2, 3, 4])
+
+
+@given(nested_strategy, ranks_strategy, st.sampled_from([0.0, 50.0]))
+def test_every_row_is_on_one_rank_and_every_pair_is_computed_once(forest, ranks, cost):
+    """The ranks' plans together compute exactly the visible pairs, from the gathered rows and their own."""
+    groups = PrefixGroups.from_lengths(forest)
+    layout, total = shard_layout(groups.trees, ranks, cost), groups.num_tokens
+    held = [row for pieces in layout.pieces for p in pieces for row in range(p.start, p.start + p.length)]
+    assert sorted(held) == list(range(total))
+    gathered = [r for n in layout.cut for d in (layout.documents[n],) for r in range(d.start, d.start + d.length)]
+    assert len(gathered) == layout.num_gathered
+    count = torch.zeros(total, total, dtype=torch.long)
+    for rank, pieces in enumerate(layout.pieces):
+        mine = [row for p in pieces for row in range(p.start, p.start + p.length)]
+        assert len(mine) == layout.num_rows[rank]
+        pad = 3
+        size = len(gathered) + len(mine) + pad
+        plan = layout.plan(rank, pad)
+        scores = sum(scores_of(call, size) for call in plan)
+        for i, row in enumerate(mine):
+            count[row].index_add_(0, torch.tensor(gathered + mine), scores[i, : size - pad])
+        assert not bool(scores[: len(mine), size - pad :].any()), "nobody sees the pad"
+        assert len(plan) <= len(plan_attention(groups)) + 1
+    assert torch.equal(count, attention_mask(groups).long())
+
+
+@given(nested_strategy, st.sampled_from([2, 3, 4]))
+def test_only_what_others_need_is_cut(forest, ranks):
+    """Prefixes, and responses longer than a rank's share; every other response is whole on one rank."""
+    groups = PrefixGroups.from_lengths(forest)
+    layout = shard_layout(groups.trees, ranks, 10.0)
+    share = -(-groups.num_tokens // ranks)
+    for number, document in enumerate(layout.documents):
+        holders = {rank for rank, pieces in enumerate(layout.pieces) for p in pieces if p.document == number}
+        cut = number in layout.cut
+        assert cut == (document.rows_below > 0 or document.length > share)
+        assert cut or len(holders) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_work_is_balanced(ranks):
+    """Scores and rows of the busiest rank, for a prompt with many responses of unequal length."""
+    lengths = [(4000, [311, 40, 502, 77, 256, 256, 130, 410, 90, 333, 12, 480])]
+    groups = PrefixGroups.from_lengths(lengths)
+    layout = shard_layout(groups.trees, ranks, 1000.0)
+    scores = [sum(call.num_scores for call in layout.plan(rank, 0)) for rank in range(ranks)]
+    assert max(scores) <= 1.1 * sum(scores) / ranks
+    assert max(layout.num_rows) <= 1.1 * sum(layout.num_rows) / ranks
+    assert layout.num_gathered == 4000, "responses stay whole, and their keys at home"
+
+
+def test_a_long_response_is_cut_too():
+    groups = PrefixGroups.from_lengths([(40, [600, 8, 8])])
+    layout = shard_layout(groups.trees, 2, 10.0)
+    assert [layout.documents[n].length for n in layout.cut] == [40, 600]
+    assert abs(layout.num_rows[0] - layout.num_rows[1]) <= 16
