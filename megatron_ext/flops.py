@@ -31,6 +31,7 @@ __all__ = [
     "model_flops",
     "num_predicted",
     "num_tokens",
+    "sharing_pays",
 ]
 
 # Every group as `PrefixTree.from_nested` reads it: (P, [S1, S2, ...]), or deeper.
@@ -38,6 +39,8 @@ Lengths = Sequence[tuple[int, Sequence[Nested]]]
 
 # A product y = x w has two products in its backward, of the same size.
 BACKWARD_OVER_FORWARD = 2
+# Below this the second attention call of the shared form costs what it saves.
+LEAST_SPEEDUP = 1.05
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ def ideal_attention_speedup(lengths: Lengths) -> float:
 def ideal_speedup(shape: ModelShape, lengths: Lengths) -> float:
     """Operations of the whole repeated form over the shared form's: the speed-up of equal efficiency."""
     return _ratio(model_flops(shape, lengths, False).total, model_flops(shape, lengths, True).total)
+
+
+def sharing_pays(shape: ModelShape, lengths: Lengths) -> bool:
+    """Whether sharing prefixes promises at least LEAST_SPEEDUP."""
+    return ideal_speedup(shape, lengths) >= LEAST_SPEEDUP
 
 
 def _passes(backward: bool) -> int:

@@ -6,6 +6,7 @@ the policy. Sampling, the old-policy pass, the reference pass and the actor pass
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ext.flops import ModelShape, ideal_speedup, sharing_pays
 from megatron_ext.grouping import pack
 from megatron_ext.losses.grpo import group_advantages, groups_with_signal, grpo_loss, token_weights
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.packing import Part, pack_groups
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.data import EpochSampler, Prompt
 from recipes.rewards import Reward, score
@@ -26,6 +29,8 @@ from recipes.session import Session
 from recipes.settings import GRPOConfig, check_batch_sizes
 
 __all__ = ["GRPOTrainer", "Rollouts", "reference_weights"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +41,10 @@ class Rollouts:
     responses: list[list[list[int]]]
     rewards: Tensor
     advantages: Tensor
+
+    def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(prompt length, [response lengths]) of these groups."""
+        return [(len(self.prompts[g].tokens), [len(r) for r in self.responses[g]]) for g in groups]
 
 
 class GRPOTrainer:
@@ -63,6 +72,8 @@ class GRPOTrainer:
             prompts_per_update,
             session.data_size,
         )
+        self.shape = ModelShape.of(model)
+        self._shared_last: bool | None = None
         self.context_size = parallel_state.get_context_parallel_world_size()
         self.sampler = EpochSampler(
             len(train), settings.num_prompts_per_grpo_step, model.seed, session.data_rank, session.data_size
@@ -98,10 +109,7 @@ class GRPOTrainer:
             with timers("generate"):
                 rollouts = self.generate_rollouts([self.train[i] for i in self.sampler.next()], step)
             metrics = self._rollout_metrics(rollouts)
-            updates = [
-                self._microbatches(rollouts, first, first + self.local_update_prompts)
-                for first in range(0, self.local_prompts, self.local_update_prompts)
-            ]
+            updates = self._updates(rollouts)
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 passes = 1 + self.score_rollouts([m for microbatches in updates for m in microbatches])
             with timers("actor_update"):
@@ -190,31 +198,76 @@ class GRPOTrainer:
             dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
         return rewards
 
-    def _microbatches(self, rollouts: Rollouts, first: int, last: int) -> list[Microbatch]:
-        """Streams of `micro_batch_size` groups, each token weighted by the counts of the GLOBAL batch."""
-        model, settings = self.config.model, self.settings
-        microbatches = []
-        for start in range(first, last, model.micro_batch_size):
-            part = slice(start, min(start + model.micro_batch_size, last))
+    def _updates(self, rollouts: Rollouts) -> list[list[Microbatch]]:
+        """The microbatches of each optimizer step on this rank."""
+        model = self.config.model
+        if model.micro_batch_tokens is None:
+            updates = []
+            for first in range(0, self.local_prompts, self.local_update_prompts):
+                groups = range(first, first + self.local_update_prompts)
+                parts = [Part(g, tuple(range(self.settings.samples_per_prompt))) for g in groups]
+                cuts = [cut for _, cut in _parts(parts, model.micro_batch_size)]
+                updates.append(self._microbatches(rollouts, cuts, self._shares_prefix(rollouts.lengths(groups))))
+            return updates
+        everything, data = self._from_all_data_ranks(rollouts), self.session
+        count = self.local_update_prompts * data.data_size
+        updates = []
+        for first in range(0, len(everything.prompts), count):
+            lengths = everything.lengths(range(first, first + count))
+            share = self._shares_prefix(lengths)
+            packed = pack_groups(lengths, model.micro_batch_tokens, data.data_size, self.shape, share)
+            cuts = [[Part(first + p.group, p.responses) for p in cut] for cut in packed[data.data_rank]]
+            updates.append(self._microbatches(everything, cuts, share))
+        return updates
+
+    def _shares_prefix(self, lengths: list[tuple[int, list[int]]]) -> bool:
+        """model.prefix_grouping, and for "auto" what the operations promise; a changed choice is logged."""
+        setting = self.config.model.prefix_grouping
+        if setting != "auto":
+            return setting
+        share = sharing_pays(self.shape, lengths)
+        if share != self._shared_last:
+            logger.info(
+                "prefix grouping is %s: counting operations it is %.2f times as fast",
+                "on" if share else "off",
+                ideal_speedup(self.shape, lengths),
+            )
+            self._shared_last = share
+        return share
+
+    def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
+        """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
+        parts: list = [None] * self.session.data_size
+        mine = (rollouts.prompts, rollouts.responses, rollouts.rewards.tolist(), rollouts.advantages.tolist())
+        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+        prompts, responses, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
+        device = self.session.device
+        return Rollouts(
+            prompts, responses, torch.tensor(rewards, device=device), torch.tensor(advantages, device=device)
+        )
+
+    def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[Microbatch]:
+        """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
+        settings, device = self.settings, self.session.device
+        microbatches, masks = [], []
+        for cut in cuts:
+            responses = [[rollouts.responses[p.group][i] for i in p.responses] for p in cut]
             batch = pack(
-                [p.tokens for p in rollouts.prompts[part]],
-                rollouts.responses[part],
-                stream_multiple(model),
-                device=self.session.device,
-                share_prefix=model.prefix_grouping,
+                [rollouts.prompts[p.group].tokens for p in cut],
+                responses,
+                stream_multiple(self.config.model),
+                device=device,
+                share_prefix=share_prefix,
             )
-            advantages = rollouts.advantages[part].flatten()[batch.groups.response_ids]
-            microbatches.append(
-                Microbatch(batch, settings.sampling_params.temperature, extra={"advantages": advantages})
-            )
-        kept = [[[self._trained(r)] * len(r) for r in rs] for rs in rollouts.responses[first:last]]
-        counted = [mask for masks in kept for mask in masks if any(mask)]  # prompts are never empty: all are predicted
+            advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
+            extra = {"advantages": advantages[batch.groups.response_ids]}
+            microbatches.append(Microbatch(batch, settings.sampling_params.temperature, extra))
+            masks.append([[self._trained(r)] * len(r) for rs in responses for r in rs])
+        counted = [mask for part in masks for mask in part if any(mask)]  # prompts are never empty: all are predicted
         tokens, responses = self.session.sum_over_data(sum(map(len, counted)), len(counted))
         level = "token" if settings.token_level_loss else "sequence"
-        for number, microbatch in enumerate(microbatches):
-            part = kept[number * model.micro_batch_size : (number + 1) * model.micro_batch_size]
-            mask = microbatch.batch.loss_mask([m for masks in part for m in masks])
-            groups = microbatch.batch.groups
+        for microbatch, part in zip(microbatches, masks, strict=True):
+            groups, mask = microbatch.batch.groups, microbatch.batch.loss_mask(part)
             microbatch.extra["weights"] = token_weights(
                 groups.response_ids, mask, groups.num_responses, tokens, responses, level
             )

@@ -187,7 +187,13 @@ class SFTModel(_TrainedModel):
 
 @dataclass
 class GRPOModel(_TrainedModel):
-    pass
+    # Tokens of a stream, instead of micro_batch_size: streams are filled with whole groups up to it, a group that is
+    # longer is split, and work is balanced over data-parallel ranks.
+    micro_batch_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least("model", self, 1, "micro_batch_tokens")
 
 
 @dataclass
@@ -230,6 +236,11 @@ class GRPOConfig:
             raise ValueError(
                 f"data.max_prompt_length={self.data.max_prompt_length} + trainer.grpo.length_params.max_length="
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
+            )
+        if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
+            raise ValueError(
+                f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
+                f"trainer.grpo.length_params.max_length = {longest}: one response must fit with its prompt"
             )
         if model.global_batch_size % grpo.samples_per_prompt:
             raise ValueError(

@@ -66,8 +66,9 @@ class GPTModelConfig:
     sequence_parallel: bool = False
     # None, "selective" (the core attention) or "full" (whole layers).
     activations_checkpoint_granularity: str | None = None
-    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost.
-    prefix_grouping: bool = True
+    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
+    # counting operations promises less than 1.05 times the speed.
+    prefix_grouping: bool | str = "auto"
     # "auto", "local" or "transformer_engine".
     transformer_impl: str = "auto"
     # Rows of logits held at a time; None: by a memory budget.
@@ -125,6 +126,10 @@ class GPTModelConfig:
         yield (
             self.num_layers % pp,
             (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
+        )
+        yield (
+            self.prefix_grouping not in (True, False, "auto"),
+            f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}",
         )
         yield (
             self.cp_comm_type not in CP_COMM_TYPES,

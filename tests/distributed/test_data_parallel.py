@@ -62,9 +62,7 @@ class Spread:
     def __init__(self, name: str, batch: Batch):
         ranks, changes, spread = SPREADS[name]
         self.config = small_config(**(MODEL | changes))
-        sizes = ParallelSizes(
-            tensor=self.config.tensor_model_parallel_size, context=self.config.context_parallel_size
-        )
+        sizes = ParallelSizes(tensor=self.config.tensor_model_parallel_size, context=self.config.context_parallel_size)
         self.results = run_ranks(data_parallel, ranks, batch.case(changes, spread), sizes=sizes)
 
     def pairs(self, find, batch: Batch):

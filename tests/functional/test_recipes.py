@@ -79,11 +79,13 @@ def test_overlong_responses_can_be_left_out(task, tmp_path):
         ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
         ["model.pipeline_model_parallel_size=2"],
         ["model.context_parallel_size=2"],
+        ["model.micro_batch_tokens=300"],
+        ["model.micro_batch_tokens=300", "model.prefix_grouping=false"],
     ],
-    ids=["tp2-sp", "pp2", "cp2"],
+    ids=["tp2-sp", "pp2", "cp2", "token-budget", "token-budget-repeated"],
 )
-def test_model_parallel_grpo_matches_data_parallel(task, grouped, tmp_path, layout):
-    """The first step sees the same weights and samples under every layout, so its numbers agree."""
+def test_the_first_step_is_the_same_however_it_is_run(task, grouped, tmp_path, layout):
+    """It sees the same weights and samples under every layout and packing, so its numbers agree."""
     done = task.grpo(tmp_path / "run", "trainer.grpo.max_steps=2", *layout)
     assert done.code == 0, done.err
     first, other = next(r for r in metrics(grouped) if "train_optim/loss" in r), metrics(tmp_path / "run")[0]

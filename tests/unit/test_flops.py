@@ -21,6 +21,7 @@ from megatron_ext.flops import (
     model_flops,
     num_predicted,
     num_tokens,
+    sharing_pays,
 )
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
@@ -157,3 +158,16 @@ def test_refuses_a_speedup_of_nothing():
 def test_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import megatron_ext.flops"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pays"),
+    [
+        ([(500, [10] * 8)], True),
+        ([(1, [500] * 8)], False),
+        ([(500, [10])], False),
+        ([(500, [10]), (500, [9, 9])], True),
+    ],
+)
+def test_sharing_pays_where_prompts_are_long_and_repeated(lengths, pays):
+    assert sharing_pays(ModelShape(2, 64, 4, 128, 500, 4, 16), lengths) == pays
