@@ -1,15 +1,18 @@
 """Time one layer's attention, forward and backward: this package against repeated sequences and against prefix_grouper.
 
     python tools/bench_attention.py
-    python tools/bench_attention.py --shapes 4096,8,256 --threads 4 --repeats 21
+    python tools/bench_attention.py --shapes 4096,8,256 4096,8,~512 --threads 4 --repeats 21
+
+A shape is P,G,S: prompt length, responses, response length. ~512 draws unequal lengths, log-normal with mean 512, sigma
+0.8, the same every time; they are kept with the results.
 
 - ours: one stream [P | S1 .. SG], `prefix_grouped_attention`.
 - repeated: G sequences [prefix, response] in one batch [G, n, P + S, d], torch's scaled_dot_product_attention with
-  is_causal, the same flash kernel. No padding, contiguous (its fastest layout), and the cost of making the copies is
-  not counted.
+  is_causal, the same flash kernel; of unequal length, one after the other. No padding, contiguous (its fastest layout),
+  and the cost of making the copies is not counted.
 - package: the published `prefix_grouper` on scaled_dot_product_attention, the same flash kernel. Two adapters, because
   the package leaves the attention function to its user: "package" is the fastest we could write (is_causal for the
-  prefix, one additive [S, P + S] mask made before timing, possible because nothing is padded), "package_masks" turns
+  prefix, one additive [S, P + S] mask made before timing, possible because padding comes last), "package_masks" turns
   the padding masks that the package hands over into causal masks, as its interface asks for.
 
 Nothing is timed before all of them agree with fp64. It leaves out everything around attention: see bench_step.py.
@@ -19,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from bench_common import (
     DTYPES,
-    Shape,
     add_common_options,
     device_and_threads,
     interleave,
@@ -44,16 +48,45 @@ from megatron_ext.attention import prefix_grouped_attention
 from megatron_ext.flops import ideal_attention_speedup
 from megatron_ext.grouping import PrefixGroups
 
-SHAPES = ("4096,8,256", "4096,8,1024")
+SHAPES = ("4096,8,256", "4096,8,1024", "4096,8,~512")
+LOGNORMAL_SIGMA = 0.8
 # A relative error that no working kernel reaches, bf16 included: guards the comparison itself.
 PLAUSIBLE_ERROR = 2e-2
+
+
+@dataclass(frozen=True)
+class Group:
+    """The lengths of one prompt and its responses, and how they were asked for."""
+
+    text: str
+    prompt: int
+    responses: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Group:
+        lognormal = text.count(",~") == 1
+        ((p, g, s),) = parse_shapes([text.replace("~", "")])
+        if not lognormal:
+            return cls(text, p, (s,) * g)
+        rng = random.Random(0)
+        mu = math.log(s) - LOGNORMAL_SIGMA**2 / 2
+        drawn = (round(rng.lognormvariate(mu, LOGNORMAL_SIGMA)) for _ in range(g))
+        return cls(text, p, tuple(min(max(n, 16), 4 * s) for n in drawn))
+
+    @property
+    def equal(self) -> bool:
+        return len(set(self.responses)) == 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt + sum(self.responses)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """One group's attention: q [t, n, d], k and v [t, m, d], and the gradient of the output [t, n, d]."""
 
-    shape: Shape
+    group: Group
     q: Tensor
     k: Tensor
     v: Tensor
@@ -61,29 +94,28 @@ class Inputs:
 
     @property
     def groups(self) -> PrefixGroups:
-        p, g, s = self.shape
-        return PrefixGroups.from_lengths([(p, [s] * g)], device=self.q.device)
+        return PrefixGroups.from_lengths([(self.group.prompt, self.group.responses)], device=self.q.device)
 
     @property
     def gqa(self) -> bool:
         return self.q.size(1) != self.k.size(1)
 
-    def sequences(self) -> Tensor:
-        """int64 [G, P + S]: the rows of each [prefix, response]."""
-        p, g, s = self.shape
-        rows = torch.arange(p + g * s, device=self.q.device)
-        return torch.cat((rows[:p].expand(g, p), rows[p:].view(g, s)), 1)
+    def sequences(self) -> list[Tensor]:
+        """int64 [P + S]: the rows of each [prefix, response]."""
+        rows = torch.arange(self.group.num_tokens, device=self.q.device)
+        prompt, *responses = rows.split([self.group.prompt, *self.group.responses])
+        return [torch.cat((prompt, response)) for response in responses]
 
 
-Run = Callable[[], tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
+# What a run returns is (out, (dq, dk, dv)) in its own layout; of "repeated" a list of (out, dq, dk, dv), one per batch.
+Run = Callable[[], object]
 
 
-def make_inputs(shape: Shape, args, device: torch.device) -> Inputs:
-    p, g, s = shape
+def make_inputs(group: Group, args, device: torch.device) -> Inputs:
     torch.manual_seed(0)
     heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    tensors = (torch.randn(p + g * s, n, args.head_dim, dtype=torch.float64) for n in heads)
-    return Inputs(shape, *(x.to(device=device, dtype=DTYPES[args.dtype]) for x in tensors))
+    tensors = (torch.randn(group.num_tokens, n, args.head_dim, dtype=torch.float64) for n in heads)
+    return Inputs(group, *(x.to(device=device, dtype=DTYPES[args.dtype]) for x in tensors))
 
 
 def same_kernel(device: torch.device):
@@ -103,15 +135,20 @@ def ours(x: Inputs) -> Run:
 
 
 def repeated(x: Inputs) -> Run:
-    index = x.sequences()
-    q, k, v, grad = (t[index].transpose(1, 2).contiguous() for t in (x.q, x.k, x.v, x.grad))  # [G, n, P + S, d]
-    grad[:, :, : x.shape[0]] /= x.shape[1]  # the G copies of a prefix row share its gradient
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    rows = x.sequences()
+    batches = []
+    for index in [torch.stack(rows)] if x.group.equal else [r.unsqueeze(0) for r in rows]:
+        q, k, v, grad = (t[index].transpose(1, 2).contiguous() for t in (x.q, x.k, x.v, x.grad))  # [G, n, P + S, d]
+        grad[:, :, : x.group.prompt] /= len(rows)  # the G copies of a prefix row share its gradient
+        batches.append(([t.requires_grad_() for t in (q, k, v)], grad))
 
     def run():
-        with same_kernel(q.device):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=x.gqa)
-        return out, torch.autograd.grad(out, leaves, grad)
+        results = []
+        for leaves, grad in batches:
+            with same_kernel(x.q.device):
+                out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=x.gqa)
+            results.append((out, *torch.autograd.grad(out, leaves, grad)))
+        return results
 
     return run
 
@@ -119,8 +156,8 @@ def repeated(x: Inputs) -> Run:
 def package(x: Inputs, honour_masks: bool) -> Run:
     from prefix_grouper import PrefixGrouper
 
-    p, g, s = x.shape
-    grouper = PrefixGrouper([[p] + [s] * g], device=x.q.device)
+    p, s = x.group.prompt, max(x.group.responses)
+    grouper = PrefixGrouper([[p, *x.group.responses]], device=x.q.device)
     leaves = [t.unsqueeze(0).transpose(1, 2).contiguous().requires_grad_() for t in (x.q, x.k, x.v)]  # [1, n, t, d]
     # Additive: torch would turn a boolean mask into this one at every call.
     bias = torch.full((s, p + s), float("-inf"), dtype=x.q.dtype, device=x.q.device).triu(p + 1)
@@ -149,21 +186,21 @@ def package(x: Inputs, honour_masks: bool) -> Run:
 
 def comparable(name: str, x: Inputs, run: Run) -> list[Tensor]:
     """Run once; [out, dq, dk, dv] of the stream in fp64: copies of a prefix row agree in out and add up in gradients."""
+    if name == "repeated":
+        index = torch.cat(x.sequences())
+        parts = [torch.cat([t.double().transpose(1, 2).flatten(0, 1) for t in ts]) for ts in zip(*run(), strict=True)]
+        result = [t.new_zeros(x.q.size(0), *t.shape[1:]) for t in parts]
+        result[0][index] = parts[0]
+        return [result[0], *(total.index_add_(0, index, t) for total, t in zip(result[1:], parts[1:], strict=True))]
     out, grads = run()
     if name == "ours":
         return [t.double() for t in (out, *grads)]
-    if name.startswith("package"):
-        return [out.squeeze(0).double(), *(t.squeeze(0).transpose(0, 1).double() for t in grads)]
-    index = x.sequences().flatten()
-    rows = [t.double().transpose(1, 2).flatten(0, 1) for t in (out, *grads)]
-    result = [t.new_zeros(x.q.size(0), *t.shape[1:]) for t in rows]
-    result[0][index] = rows[0]
-    return [result[0], *(total.index_add_(0, index, t) for total, t in zip(result[1:], rows[1:], strict=True))]
+    return [out.squeeze(0).double(), *(t.squeeze(0).transpose(0, 1).double() for t in grads)]
 
 
 def truth(x: Inputs) -> list[Tensor]:
     """[out, dq, dk, dv] in fp64, one sequence at a time."""
-    p, g, _ = x.shape
+    p, g = x.group.prompt, len(x.group.responses)
     result = [torch.zeros_like(t, dtype=torch.float64) for t in (x.q, x.q, x.k, x.v)]
     for rows in x.sequences():
         q, k, v, grad = (t[rows].double().transpose(0, 1).unsqueeze(0) for t in (x.q, x.k, x.v, x.grad))
@@ -196,22 +233,28 @@ def check_agreement(x: Inputs, runs: dict[str, Run]) -> dict[str, list[float]]:
             allowed = (2 if part == "out" else 3) * base
             if not (error <= allowed and base < PLAUSIBLE_ERROR):
                 raise SystemExit(
-                    f"{name} disagrees with fp64 in {part} at P,G,S={x.shape}: relative error {error:.2e}, repeated "
+                    f"{name} disagrees with fp64 in {part} at P,G,S={x.group.text}: relative error {error:.2e}, repeated "
                     f"sequences have {base:.2e}; no speed-up is reported"
                 )
     return errors
 
 
-def bench_shape(shape: Shape, args, device: torch.device) -> dict:
-    x = make_inputs(shape, args, device)
+def bench_group(group: Group, args, device: torch.device) -> dict:
+    x = make_inputs(group, args, device)
     runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x)}
     if not args.no_package:
         runs |= {"package": package(x, False), "package_masks": package(x, True)}
     errors = check_agreement(x, runs)
     times = interleave(runs, args.repeats, device)
-    p, g, s = shape
-    ideal = ideal_attention_speedup([(p, (s,) * g)])
-    result = {"P": p, "G": g, "S": s, "flop_ideal": ideal, "relative_errors": errors, "seconds": times}
+    ideal = ideal_attention_speedup([(group.prompt, group.responses)])
+    result = {
+        "shape": group.text,
+        "prompt": group.prompt,
+        "responses": group.responses,
+        "flop_ideal": ideal,
+        "relative_errors": errors,
+        "seconds": times,
+    }
     result["speedup_over"] = {name: vars(ratios(times, name, "ours")) for name in runs if name != "ours"}
     result["share_of_flop_ideal"] = result["speedup_over"]["repeated"]["median"] / ideal
     return result
@@ -223,8 +266,7 @@ def print_results(results: list[dict], args) -> None:
         for name, seconds in r["seconds"].items():
             against = f"{ratios(r['seconds'], name, 'ours'):.2f}" if name != "ours" else ""
             share = f"{r['share_of_flop_ideal']:.2f} of {r['flop_ideal']:.2f}" if name == "repeated" else ""
-            shape = f"{r['P']}, {r['G']}, {r['S']}"
-            rows.append((shape, name, f"{spread(seconds):.3f}", against, share))
+            rows.append((r["shape"].replace(",", ", "), name, f"{spread(seconds):.3f}", against, share))
     title = f"Attention forward + backward, {args.heads} heads of {args.head_dim}, {args.kv_heads} key/value heads, {args.dtype}"
     header = ("P, G, S", "variant", "seconds [quartiles]", "ours is faster by [quartiles]", "share of FLOP-ideal")
     print_table(title, header, rows)
@@ -242,7 +284,7 @@ def main() -> None:
     device = device_and_threads(args.threads)
     args.kv_heads = args.kv_heads or args.heads
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    results = [bench_shape(shape, args, device) for shape in parse_shapes(args.shapes)]
+    results = [bench_group(Group.parse(text), args, device) for text in args.shapes]
     print_results(results, args)
     settings = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "dtype", "repeats")}
     write_json(args.json, record(**settings) | {"results": results})
