@@ -21,7 +21,7 @@ from megatron_ext.grouping import pack
 from megatron_ext.losses.grpo import group_advantages, groups_with_signal, grpo_loss, token_weights
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
-from megatron_ext.packing import Part, pack_groups
+from megatron_ext.packing import Part, pack_groups, saving_kept
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.data import EpochSampler, Prompt
 from recipes.rewards import Reward, score
@@ -108,8 +108,8 @@ class GRPOTrainer:
         with timers("step"):
             with timers("generate"):
                 rollouts = self.generate_rollouts([self.train[i] for i in self.sampler.next()], step)
-            metrics = self._rollout_metrics(rollouts)
-            updates = self._updates(rollouts)
+            updates, packing = self._updates(rollouts)
+            metrics = self._rollout_metrics(rollouts) | packing
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 passes = 1 + self.score_rollouts([m for microbatches in updates for m in microbatches])
             with timers("actor_update"):
@@ -198,8 +198,8 @@ class GRPOTrainer:
             dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
         return rewards
 
-    def _updates(self, rollouts: Rollouts) -> list[list[Microbatch]]:
-        """The microbatches of each optimizer step on this rank."""
+    def _updates(self, rollouts: Rollouts) -> tuple[list[list[Microbatch]], dict[str, float]]:
+        """The microbatches of each optimizer step on this rank, and what their packing is worth."""
         model = self.config.model
         if model.micro_batch_tokens is None:
             updates = []
@@ -208,17 +208,19 @@ class GRPOTrainer:
                 parts = [Part(g, tuple(range(self.settings.samples_per_prompt))) for g in groups]
                 cuts = [cut for _, cut in _parts(parts, model.micro_batch_size)]
                 updates.append(self._microbatches(rollouts, cuts, self._shares_prefix(rollouts.lengths(groups))))
-            return updates
+            return updates, {}
         everything, data = self._from_all_data_ranks(rollouts), self.session
         count = self.local_update_prompts * data.data_size
-        updates = []
+        updates, kept = [], []
         for first in range(0, len(everything.prompts), count):
             lengths = everything.lengths(range(first, first + count))
             share = self._shares_prefix(lengths)
             packed = pack_groups(lengths, model.micro_batch_tokens, data.data_size, self.shape, share)
             cuts = [[Part(first + p.group, p.responses) for p in cut] for cut in packed[data.data_rank]]
             updates.append(self._microbatches(everything, cuts, share))
-        return updates
+            if share:
+                kept.append(saving_kept(lengths, [cut for rank in packed for cut in rank]))
+        return updates, {"train_optim/saving_kept": sum(kept) / len(kept)} if kept else {}
 
     def _shares_prefix(self, lengths: list[tuple[int, list[int]]]) -> bool:
         """model.prefix_grouping, and for "auto" what the operations promise; a changed choice is logged."""

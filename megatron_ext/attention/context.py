@@ -14,6 +14,8 @@ d head dimension, c ranks.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -119,13 +121,17 @@ class ContextShard(PackedSeqParams):
             place[of_rank] = number * self.most_entries + torch.arange(len(of_rank))
         self.entry_place = place.to(device)
 
-    @property
-    def stream_rows(self) -> Tensor:
-        """int64, the stream's row behind each row of all ranks' concatenation, without pads; on the host."""
-        if "stream_rows" not in self.derived:
-            parts = [torch.arange(p.start, p.start + p.length) for pieces in self.layout.pieces for p in pieces]
-            self.derived["stream_rows"] = torch.cat(parts)
-        return self.derived["stream_rows"]
+    @cached_property
+    def concatenation(self) -> tuple[Tensor, Tensor]:
+        """int64 each: the row of all ranks' concatenation (without pads) behind each stream row, and the other way."""
+        parts = [torch.arange(p.start, p.start + p.length) for pieces in self.layout.pieces for p in pieces]
+        rows = torch.cat(parts)
+        return rows.argsort().to(self.rows.device), rows.to(self.rows.device)
+
+    @cached_property
+    def whole_stream(self) -> PrefixGroups:
+        """The stream's record without its pad, which is not distributed."""
+        return PrefixGroups.from_trees(self.groups.trees, device=self.rows.device)
 
 
 def _empty() -> Tensor:
@@ -177,7 +183,7 @@ class _GatheredAttention(torch.autograd.Function):
         if count:
             sent = own.new_zeros(shard.group.size() * len(shard.send), *own.shape[1:])
             sent[shard.place] = torch.cat((dk[:count], dv[:count]), -1)
-            mine = torch.empty_like(own[:1]).expand(len(shard.send), -1, -1).contiguous()
+            mine = own.new_empty(len(shard.send), *own.shape[1:])
             dist.reduce_scatter_tensor(mine, sent, group=shard.group)
             own.index_add_(0, shard.send[: shard.num_sent], mine[: shard.num_sent])
         dk, dv = own.to(key.dtype).chunk(2, -1)
@@ -206,26 +212,18 @@ def _all_to_all_attention(query, key, value, shard: ContextShard, scale: float) 
                 f"context_parallel_size={ranks}; use cp_comm_type=all_gather"
             )
     real = shard.layout.num_rows[group.rank()]
-    order = shard.stream_rows.argsort().to(query.device)  # stream row -> row of the ranks' concatenation
+    of_stream, of_ranks = shard.concatenation
     heads = []
     for x in (query, key, value):
         # [t, n, d] -> [c t, n / c, d]: the part of every head group goes to its rank.
         parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
-        heads.append(rows.index_select(0, order))  # all rows of the stream, in its order
-    groups = _without_pad(shard)
-    out = prefix_grouped_attention(*heads, groups, scale)
-    back = out.index_select(0, shard.stream_rows.to(out.device))
+        heads.append(rows.index_select(0, of_stream))  # all rows of the stream, in its order
+    out = prefix_grouped_attention(*heads, shard.whole_stream, scale)
+    back = out.index_select(0, of_ranks)
     back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
     back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]
     return torch.nn.functional.pad(back, (0, 0, 0, 0, 0, shard.num_tokens - real))
-
-
-def _without_pad(shard: ContextShard) -> PrefixGroups:
-    if "groups" not in shard.derived:
-        device = shard.position_ids.device
-        shard.derived["groups"] = PrefixGroups.from_trees(shard.groups.trees, device=device)
-    return shard.derived["groups"]
 
 
 class _AllToAll(torch.autograd.Function):

@@ -31,6 +31,10 @@ def test_every_response_is_in_one_microbatch_and_none_is_over_budget(lengths, bu
     for rank in packed:
         for microbatch in rank:
             assert sum(tokens(p, lengths) for p in microbatch) <= budget
+    repeated = pack_groups(lengths, budget, ranks, SHAPE, share_prefix=False)
+    alone = [p for rank in repeated for microbatch in rank for p in microbatch]
+    assert sorted((p.group, *p.responses) for p in alone) == sorted(seen), "every response with a prompt of its own"
+    assert all(sum(tokens(p, lengths) for p in m) <= budget for rank in repeated for m in rank)
     whole = [g for g, (p, r) in enumerate(lengths) if p + sum(r) <= budget]
     parts = [p.group for rank in packed for microbatch in rank for p in microbatch]
     assert all(parts.count(g) == 1 for g in whole), "a group that fits is never split"
