@@ -16,8 +16,6 @@ __all__ = ["GPTModelConfig", "stream_multiple"]
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 # What PyTorch's CUDA flash attention takes.
 CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
-
-
 POSITIVE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
     "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",

@@ -16,7 +16,6 @@ from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
 
 __all__ = [
     "ParallelSizes",
-    "all_reduce_sums",
     "initialize",
     "local_device",
     "set_seed",
@@ -128,10 +127,3 @@ def set_seed(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002  libraries draw from the global generator
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def all_reduce_sums(values: dict[str, float], group: dist.ProcessGroup, device: torch.device) -> dict[str, float]:
-    """Sum named numbers over a group in one fp64 collective."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    return dict(zip(values, total.tolist(), strict=True))

@@ -18,7 +18,6 @@ from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.runtime.checkpoint import load_weights, save_weights
-from megatron_ext.runtime.distributed import all_reduce_sums
 from megatron_ext.runtime.engine import Engine, OptimConfig
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
@@ -229,7 +228,10 @@ def _data_run(device: torch.device, case: DataCase, level: str, optimizer: str, 
     started = copies(model)
     cuts = case.spread[number]
     mine = case.rollout.pick([g for numbers in cuts for g in numbers])
-    totals = all_reduce_sums(counts(mine), parallel_state.get_data_parallel_group(), device)
+    local = counts(mine)
+    sums = torch.tensor(list(local.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    totals = dict(zip(local, sums.tolist(), strict=True))
     microbatches = make_microbatches(case.rollout, cuts, totals, level, pad=stream_multiple(config))
     engine.zero_grad()
     result = {"started": started, "totals": totals}
