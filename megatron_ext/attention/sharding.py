@@ -17,7 +17,7 @@ rows].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_ext.attention.plan import Call, Document, Rectangle, documents
 
@@ -50,7 +50,7 @@ class ContextLayout:
     pieces: tuple[tuple[Piece, ...], ...]
     num_rows: tuple[int, ...]
 
-    @property
+    @cached_property
     def gathered_start(self) -> dict[int, int]:
         """First row of each cut document among the gathered rows."""
         starts, row = {}, 0
@@ -59,7 +59,7 @@ class ContextLayout:
             row += self.documents[number].length
         return starts
 
-    @property
+    @cached_property
     def num_gathered(self) -> int:
         return sum(self.documents[number].length for number in self.cut)
 
