@@ -37,12 +37,13 @@ setup(
             "transformer-engine[pytorch]>=2.9,<2.12",  # fused layers and Adam; Megatron-Core's own range
         ],
         "flash": [
-            "flash-attn",  # not used yet: a variable-length attention kernel beside PyTorch's own; GPU machines only
+            "flash-attn>=2.7",  # attention kernels beside PyTorch's own, with a soft cap; GPU machines only
         ],
         "test": [
             "pytest",  # test runner
             "pytest-xdist",  # `make test` runs NPROC workers
             "hypothesis",  # random shapes and lengths for the invariants
+            'triton>=3.4; platform_system == "Linux"',  # its interpreter runs our GPU kernel on the CPU
         ],
         "bench": [
             "prefix_grouper==0.0.1.post1",  # the paper authors' own code: the peer we measure against

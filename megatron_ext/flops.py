@@ -15,6 +15,7 @@ heads, d head size, f width of the MLP, v vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ class ModelShape:
     vocab_size: int
     num_query_groups: int
     kv_channels: int
+    # Of each layer, the rows before a query that it sees, None for all; empty: all rows in every layer.
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, config) -> ModelShape:
@@ -66,6 +69,7 @@ class ModelShape:
             vocab_size=config.padded_vocab_size,
             num_query_groups=config.num_query_groups,
             kv_channels=config.kv_channels,
+            windows=tuple(config.layer_windows) if config.window_size is not None else (),
         )
 
     @property
@@ -108,18 +112,25 @@ def num_predicted(lengths: Lengths, share_prefix: bool = True) -> int:
     return total
 
 
-def attention_pairs(lengths: Lengths, share_prefix: bool = True) -> float:
+def attention_pairs(lengths: Lengths, share_prefix: bool = True, window: int | None = None) -> float:
     """Query-key pairs of one head, a causal square of n rows as n^2 / 2.
 
     Shared: every node sees itself and what lies before it, P^2/2 + sum(S^2/2 + S P) for a plain group. Repeated:
-    sum((P + S)^2/2).
+    sum((P + S)^2/2). With a window a row sees at most that many rows before it.
     """
+
+    def below(end: int) -> float:  # pairs of the rows at positions 0 .. end - 1
+        full = end if window is None else min(end, window)
+        return full * full / 2 + (end - full) * ((window or 0) + 0.5)
+
     pairs = 0.0
     for tree in _trees(lengths):
         if share_prefix:
-            pairs += sum(n * n / 2 + n * first for n, first in zip(tree.lengths, tree.first_positions, strict=True))
+            pairs += sum(
+                below(first + n) - below(first) for n, first in zip(tree.lengths, tree.first_positions, strict=True)
+            )
         else:
-            pairs += sum((tree.prompt_length + s) ** 2 / 2 for s in tree.response_lengths)
+            pairs += sum(below(tree.prompt_length + s) for s in tree.response_lengths)
     return pairs
 
 
@@ -128,19 +139,27 @@ def _trees(lengths: Lengths) -> list[PrefixTree]:
 
 
 def attention_flops(
-    lengths: Lengths, num_heads: int, head_dim: int, share_prefix: bool = True, backward: bool = True
+    lengths: Lengths,
+    num_heads: int,
+    head_dim: int,
+    share_prefix: bool = True,
+    backward: bool = True,
+    window: int | None = None,
 ) -> float:
     """Attention of one layer: 4 n d per pair forward (scores, and their product with the values)."""
-    return _passes(backward) * 4 * num_heads * head_dim * attention_pairs(lengths, share_prefix)
+    return _passes(backward) * 4 * num_heads * head_dim * attention_pairs(lengths, share_prefix, window)
 
 
 def model_flops(shape: ModelShape, lengths: Lengths, share_prefix: bool = True, backward: bool = True) -> Flops:
     """A GPT over a stream: 2 operations per weight and token, attention, and 2hv per predicted token."""
     passes, tokens = _passes(backward), num_tokens(lengths, share_prefix)
-    per_layer = attention_flops(lengths, shape.num_attention_heads, shape.kv_channels, share_prefix, backward)
+    layers = Counter(shape.windows or (None,) * shape.num_layers)
+    heads = (shape.num_attention_heads, shape.kv_channels)
     return Flops(
         linear=passes * 2 * shape.num_layers * shape.linear_weights_per_layer * tokens,
-        attention=shape.num_layers * per_layer,
+        attention=sum(
+            count * attention_flops(lengths, *heads, share_prefix, backward, window) for window, count in layers.items()
+        ),
         vocabulary=passes * 2 * shape.hidden_size * shape.vocab_size * num_predicted(lengths, share_prefix),
     )
 

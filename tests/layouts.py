@@ -119,37 +119,45 @@ def spans(lengths: Lengths) -> list[tuple[range, list[range]]]:
     return groups
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float | None = None) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float | None = None, **rules
+) -> Tensor:
     """Causal softmax attention over [prefix, response], one response after the other, in the inputs' precision.
 
-    query [t, n, d], key and value [t, m, d] -> [rows without the pad, n, d]. Differentiable.
+    query [t, n, d], key and value [t, m, d] -> [rows without the pad, n, d]. Differentiable. `rules`: softcap, window.
     """
     parts = []
     for prefix, responses in spans(lengths):
         documents = [[*prefix, *response] for response in responses] or [list(prefix)]
-        outs = [_causal(query[rows], key[rows], value[rows], scale) for rows in documents]
+        outs = [_causal(query[rows], key[rows], value[rows], scale, **rules) for rows in documents]
         parts.append(outs[0][: len(prefix)])
         parts.extend(out[len(prefix) :] for out in outs)
     return torch.cat(parts)
 
 
-def plain_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: list) -> Tensor:
+def plain_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: list, **rules) -> Tensor:
     """The same for nested lengths: every path is a document, and each row is taken from the shortest that holds it."""
     out: dict[int, Tensor] = {}
     for rows, _ in documents(forest):
         if any(row not in out for row in rows):
-            part = _causal(query[rows], key[rows], value[rows], None)
+            part = _causal(query[rows], key[rows], value[rows], None, **rules)
             out |= {row: part[i] for i, row in enumerate(rows) if row not in out}
     return torch.stack([out[row] for row in sorted(out)])
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None = None, window: int | None = None
+) -> Tensor:
     """One document: q [s, n, d], k and v [s, m, d] -> [s, n, d]."""
     s, n, d = q.shape
     k, v = (x.repeat_interleave(n // x.size(1), dim=1).transpose(0, 1) for x in (k, v))  # [n, s, d]
     scores = q.transpose(0, 1) @ k.transpose(1, 2) * (1 / math.sqrt(d) if scale is None else scale)  # [n, s, s]
-    future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
-    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    hidden = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(-window - 1)
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
 def error(value: Tensor, truth: Tensor) -> float:

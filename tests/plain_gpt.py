@@ -21,7 +21,7 @@ def plain_logits(weights: Weights, config: GPTModelConfig, tokens: list[int]) ->
     """Logits [s, v] over the real vocabulary, in the weights' precision."""
     x = weights["embedding.word_embeddings.weight"][torch.tensor(tokens)]
     for layer in range(config.num_layers):
-        x = x + _attention(weights, f"decoder.layers.{layer}.", config, x)
+        x = x + _attention(weights, f"decoder.layers.{layer}.", config, x, _window(config, layer))
         x = x + _mlp(weights, f"decoder.layers.{layer}.", config, x)
     x = _norm(x, weights["decoder.final_layernorm.weight"], config)
     tied = config.share_embeddings_and_output_weights
@@ -63,7 +63,7 @@ def _rotate(x: Tensor, config: GPTModelConfig) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., dim:]), -1)
 
 
-def _attention(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor) -> Tensor:
+def _attention(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor, window: int | None) -> Tensor:
     s, m, d = x.size(0), config.num_query_groups, config.kv_channels
     per_group = config.num_attention_heads // m
     name = layer + "self_attention."
@@ -78,9 +78,21 @@ def _attention(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor) 
         k = _norm(k, weights[name + "k_layernorm.weight"], config)
     q, k = _rotate(q, config).view(s, m, per_group, d), _rotate(k, config)
     scores = torch.einsum("imgd,jmd->mgij", q, k) / d**0.5
-    scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    if config.attn_logit_softcapping is not None:
+        scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
+    hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden |= torch.ones(s, s, dtype=torch.bool).tril(-window - 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
     out = torch.einsum("mgij,jmd->imgd", scores.softmax(-1), v.reshape(s, m, d))
     return out.reshape(s, -1) @ weights[name + "linear_proj.weight"].t()
+
+
+def _window(config: GPTModelConfig, layer: int) -> int | None:
+    """Megatron's rule: all layers slide, or all but every n-th, or those marked in a list."""
+    skip = config.window_attn_skip_freq
+    slides = skip is None or (skip[layer] if isinstance(skip, list) else (layer + 1) % skip)
+    return config.window_size[0] if config.window_size is not None and slides else None
 
 
 def _mlp(weights: Weights, layer: str, config: GPTModelConfig, x: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_ext.attention.function import merge_partials, planned_attention, prefix_grouped_attention
-from megatron_ext.attention.kernels import select_kernel
-from megatron_ext.attention.plan import Call, Rectangle, Run
+from megatron_ext.attention.function import planned_attention, prefix_grouped_attention
+from megatron_ext.attention.kernels import Scoring, select_kernel
+from megatron_ext.attention.merge import merge_partials
+from megatron_ext.attention.plan import Call, Plan, Rectangle, Run
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["DecodeStep", "PrefillStep", "SharedPrefixCache"]
@@ -59,10 +60,10 @@ class _Step(PackedSeqParams):
 class PrefillStep(_Step):
     """Record of the forward pass over the prompts: causal attention, keys and values kept."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: str = "auto") -> Tensor:
         """q [t, n, d], k and v [t, m, d] -> [t, n, d]."""
         self.cache.prefix[layer] = (k.contiguous(), v.contiguous())
-        return prefix_grouped_attention(q, k, v, self.cache.prompts, scale)
+        return prefix_grouped_attention(q, k, v, self.cache.prompts, scoring, backend)
 
 
 class DecodeStep(_Step):
@@ -71,24 +72,36 @@ class DecodeStep(_Step):
     def __init__(self, cache: SharedPrefixCache, index: int):
         super().__init__(cache)
         self.index = index
-        samples, room = cache.samples_per_prompt, cache.max_new_tokens
-        shared = [
-            Rectangle(i * samples, samples, segment.start, segment.length)
-            for i, segment in enumerate(cache.prompts.segments)
-        ]
-        own = Run(Rectangle(0, 1, 0, index + 1), cache.num_responses, q_step=1, k_step=room)
-        self.shared_prefix = Call.of(shared, causal=False)
-        self.own_response = Call((own,), causal=False)
+        self._calls: dict[int | None, tuple[Call | None, Call]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def calls(self, window: int | None) -> tuple[Call | None, Call]:
+        """Attention to the prompts, None where the window has left all of them behind, and to the responses so far."""
+        if window not in self._calls:
+            cache, index = self.cache, self.index
+            samples, room = cache.samples_per_prompt, cache.max_new_tokens
+            within = index if window is None else min(index, window)  # earlier tokens of the response
+            shared = []
+            for i, segment in enumerate(cache.prompts.segments):
+                seen = segment.length if window is None else min(segment.length, window - within)
+                if seen:
+                    shared.append(Rectangle(i * samples, samples, segment.start + segment.length - seen, seen))
+            own = Run(Rectangle(0, 1, index - within, within + 1), cache.num_responses, q_step=1, k_step=room)
+            self._calls[window] = Call.of(shared, causal=False) if shared else None, Call((own,), causal=False)
+        return self._calls[window]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: str = "auto") -> Tensor:
         """q [r + pad, n, d], k and v [r + pad, m, d] -> [r + pad, n, d]; the pad rows come back zero."""
         cache, rows = self.cache, self.cache.num_responses
         keys, values = cache.response_memory(layer, k)
         keys[:, self.index], values[:, self.index] = k[:rows], v[:rows]
-        kernel = select_kernel("auto", q.device)
-        own = planned_attention(q[:rows], keys.flatten(0, 1), values.flatten(0, 1), (self.own_response,), kernel, scale)
-        shared = planned_attention(q[:rows], *cache.prefix[layer], (self.shared_prefix,), kernel, scale)
-        merged, _ = merge_partials(*own, *shared)
+        kernel = select_kernel(backend, q.device, scoring)
+        shared, own = self.calls(scoring.window)
+        merged, lse = planned_attention(
+            q[:rows], keys.flatten(0, 1), values.flatten(0, 1), Plan((own,)), kernel, scoring
+        )
+        if shared:
+            prompt = planned_attention(q[:rows], *cache.prefix[layer], Plan((shared,)), kernel, scoring)
+            merged, _ = merge_partials(merged, lse, *prompt)
         out = torch.zeros_like(q)
         out[:rows] = merged
         return out

@@ -27,8 +27,8 @@ from megatron_ext.attention.function import (
     planned_attention_backward,
     prefix_grouped_attention,
 )
-from megatron_ext.attention.kernels import select_kernel
-from megatron_ext.attention.plan import Call
+from megatron_ext.attention.kernels import Scoring, select_kernel
+from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.sharding import shard_layout
 from megatron_ext.grouping import PrefixGroups
 
@@ -50,7 +50,6 @@ class ContextShard(PackedSeqParams):
         predict_rows, predict_index: int64, which of MY rows predict, on the host and on the device. One for each of
             my entries of the stream's `predict_index`.
         entries: int64, those entries.
-        plan: attention of my rows over [gathered rows | my rows].
     """
 
     @classmethod
@@ -76,7 +75,8 @@ class ContextShard(PackedSeqParams):
         # Never nothing: a rank without rows still takes part in every collective.
         num_pad = -len(rows) % multiple or (0 if len(rows) else multiple)
         self.num_tokens = len(rows) + num_pad
-        self.plan: tuple[Call, ...] = layout.plan(rank, num_pad)
+        self.rank, self.num_pad = rank, num_pad
+        self._plans: dict[int | None, Plan] = {}
         place = torch.full((groups.num_tokens,), -1)  # of each stream row among mine
         place[rows] = torch.arange(len(rows))
         mine = place[groups.predict_rows]
@@ -121,6 +121,12 @@ class ContextShard(PackedSeqParams):
             place[of_rank] = number * self.most_entries + torch.arange(len(of_rank))
         self.entry_place = place.to(device)
 
+    def plan(self, window: int | None = None) -> Plan:
+        """Attention of my rows over [gathered rows | my rows]."""
+        if window not in self._plans:
+            self._plans[window] = self.layout.plan(self.rank, self.num_pad, window)
+        return self._plans[window]
+
     @cached_property
     def concatenation(self) -> tuple[Tensor, Tensor]:
         """int64 each: the row of all ranks' concatenation (without pads) behind each stream row, and the other way."""
@@ -139,7 +145,13 @@ def _empty() -> Tensor:
 
 
 def context_parallel_attention(
-    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, softmax_scale: float, comm_type: str = "all_gather"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shard: ContextShard,
+    scoring: Scoring,
+    comm_type: str = "all_gather",
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of this rank's rows over the whole stream; every rank of the group calls it.
 
@@ -147,25 +159,26 @@ def context_parallel_attention(
         query: [t_i, n, d], positions already applied.
         key, value: [t_i, m, d].
         comm_type: "all_gather" or "a2a".
+        scoring, backend: as in `prefix_grouped_attention`; "reference" and "flex", which know no plan, run with a2a only.
 
     Returns:
         [t_i, n, d]. Rows of the pad hold values without meaning.
     """
     if comm_type == "a2a":
-        return _all_to_all_attention(query, key, value, shard, softmax_scale)
-    return _GatheredAttention.apply(query, key, value, shard, select_kernel("auto", query.device), softmax_scale)
+        return _all_to_all_attention(query, key, value, shard, backend, scoring)
+    kernel = select_kernel(backend, query.device, scoring)
+    return _GatheredAttention.apply(query, key, value, shard, kernel, scoring)
 
 
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, shard, kernel, scale):
+    def forward(ctx, query, key, value, shard, kernel, scoring):
         value = value.contiguous()
         keys, values = _gather_keys(key, value, shard)
-        out, lse = planned_attention(query, keys, values, shard.plan, kernel, scale)
-        ctx.save_for_backward(
-            query, key, value, out, lse
-        )  # gathered again in backward: kept, they would not be sharded
-        ctx.shard, ctx.kernel, ctx.scale = shard, kernel, scale
+        out, lse = planned_attention(query, keys, values, shard.plan(scoring.window), kernel, scoring)
+        # Keys are gathered again in backward: kept, they would not be sharded.
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.shard, ctx.kernel, ctx.scoring = shard, kernel, scoring
         return out
 
     @staticmethod
@@ -174,10 +187,8 @@ class _GatheredAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         shard, count = ctx.shard, ctx.shard.layout.num_gathered
         keys, values = _gather_keys(key, value, shard)
-        wide = torch.promote_types(key.dtype, torch.float32)
-        dk, dv = (torch.zeros(keys.shape, dtype=wide, device=keys.device) for _ in range(2))
-        dq = planned_attention_backward(
-            grad, query, keys, values, out, lse, shard.plan, ctx.kernel, ctx.scale, dk, dv, add_keys=True
+        dq, dk, dv = planned_attention_backward(
+            grad, query, keys, values, out, lse, shard.plan(ctx.scoring.window), ctx.kernel, ctx.scoring
         )
         own = torch.cat((dk[count:], dv[count:]), -1)  # [t_i, m, 2d]
         if count:
@@ -203,7 +214,9 @@ def _gather_keys(key: Tensor, value: Tensor, shard: ContextShard) -> tuple[Tenso
     return keys, values
 
 
-def _all_to_all_attention(query, key, value, shard: ContextShard, scale: float) -> Tensor:
+def _all_to_all_attention(
+    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, backend: str, scoring: Scoring
+) -> Tensor:
     ranks, group = shard.group.size(), shard.group
     for name, x in (("query", query), ("key/value", key)):
         if x.size(1) % ranks:
@@ -219,7 +232,7 @@ def _all_to_all_attention(query, key, value, shard: ContextShard, scale: float) 
         parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
         heads.append(rows.index_select(0, of_stream))  # all rows of the stream, in its order
-    out = prefix_grouped_attention(*heads, shard.whole_stream, scale)
+    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, backend)
     back = out.index_select(0, of_ranks)
     back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
     back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]

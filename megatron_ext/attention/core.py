@@ -10,11 +10,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_ext.attention.cache import DecodeStep, PrefillStep
 from megatron_ext.attention.context import CP_COMM_TYPES, ContextShard, context_parallel_attention
 from megatron_ext.attention.function import prefix_grouped_attention
+from megatron_ext.attention.kernels import Scoring
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["PrefixGroupedCoreAttention", "check_supported"]
@@ -46,8 +48,8 @@ def check_supported(config: TransformerConfig) -> None:
             f"cp_comm_type={config.cp_comm_type!r}: prefix grouping has {', '.join(CP_COMM_TYPES)}",
         ),
         (
-            config.window_size is not None,
-            f"window_size={config.window_size}: sliding windows are not supported with prefix grouping yet",
+            config.window_size is not None and (config.window_size[0] < -1 or config.window_size[1] > 0),
+            f"window_size={config.window_size}: attention here is causal; give (rows before a query, 0), -1 for all",
         ),
         (config.apply_rope_fusion, "apply_rope_fusion restarts positions at every segment: set it to False"),
         (config.softmax_type != "vanilla", f"softmax_type={config.softmax_type!r} is not supported, only 'vanilla'"),
@@ -64,6 +66,12 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     `ContextShard` (the same under context parallelism), a `PrefillStep` or a `DecodeStep` (generation). It holds no
     state, so recomputation and pipeline stages are safe.
 
+    Args:
+        config: `window_size` and `window_attn_skip_freq` are honoured, as Megatron defines them.
+        softcap: bound of attention scores, see `Scoring`; None for none.
+        backend: see `prefix_grouped_attention`.
+        All others: Megatron's.
+
     Raises:
         ValueError: at construction for settings that grouping cannot honour, at call time for a missing record.
     """
@@ -78,6 +86,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
+        softcap: float | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         check_supported(config)
@@ -88,7 +98,13 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             )
         self.config = config
         self.layer_number = layer_number
-        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.scoring = Scoring(
+            scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
+            softcap=softcap,
+            window=config.window_size[0] if windowed and config.window_size[0] >= 0 else None,
+        )
+        self.backend = backend
 
     def forward(
         self,
@@ -108,13 +124,13 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
         match packed_seq_params:
             case PrefixGroups():
-                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.softmax_scale)
+                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.scoring, self.backend)
             case ContextShard():
                 out = context_parallel_attention(
-                    q, k, v, packed_seq_params, self.softmax_scale, self.config.cp_comm_type
+                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.backend
                 )
             case PrefillStep() | DecodeStep():
-                out = packed_seq_params.attend(self.layer_number, q, k, v, self.softmax_scale)
+                out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.backend)
             case _:
                 raise ValueError(
                     f"layer {self.layer_number}: packed_seq_params must be a PrefixGroups, got "

@@ -6,6 +6,8 @@ each call gives (o_c, l_c); with l = logaddexp_c l_c, the output is o = sum_c ex
 Backward: a flash backward rebuilds P_ij = exp(scale q_i k_j - l_i) and D_i = sum_d dO_id O_id. Run with the MERGED o
 and l, each call yields exactly its own scores' share of dq, dk and dv, and the shares add up. No gradient flows
 through l, so nothing else is needed. Saved: q, k, v, o, l.
+
+A plan of one call has nothing to merge; the keys it copies are copied again in backward rather than kept.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.attention.kernels import Kernel, select_kernel
-from megatron_ext.attention.plan import Call, plan_attention
+from megatron_ext.attention.flex import flex_attention
+from megatron_ext.attention.forms import one_call_pays
+from megatron_ext.attention.kernels import Kernel, Scoring, select_kernel
+from megatron_ext.attention.merge import select_merge, wide_dtype
+from megatron_ext.attention.plan import Plan, plan_attention
 from megatron_ext.attention.reference import reference_attention
 from megatron_ext.grouping import PrefixGroups
 
-__all__ = ["merge_partials", "planned_attention", "planned_attention_backward", "prefix_grouped_attention"]
+__all__ = ["planned_attention", "planned_attention_backward", "prefix_grouped_attention"]
 
 
 def prefix_grouped_attention(
@@ -27,7 +32,7 @@ def prefix_grouped_attention(
     key: Tensor,
     value: Tensor,
     groups: PrefixGroups,
-    softmax_scale: float | None = None,
+    scoring: Scoring | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over a prefix-grouped stream, equal to causal attention over each [prefix, response] by itself.
@@ -36,9 +41,9 @@ def prefix_grouped_attention(
         query: [t, n, d], positions already applied.
         key, value: [t, m, d] with n a multiple of m (grouped-query attention; never repeated in memory).
         groups: the stream's record, `groups.num_tokens == t`.
-        softmax_scale: defaults to d ** -0.5.
-        backend: "auto" (by device, logged once), "cpu", "torch_flash" (CUDA, bf16/fp16), or "reference" (any
-            device, fp64 over a dense [t, t] mask: for tests).
+        scoring: scale, soft cap and sliding window; defaults to the plain scale d ** -0.5.
+        backend: "auto" (the first that can run here, logged once) or a name of `kernels.KERNELS`; "reference" (any
+            device, fp64 over a dense [t, t] mask: for tests) or "flex" (FlexAttention, which has no backward on CPU).
 
     Returns:
         [t, n, d] in query's dtype. Rows of the tail pad hold values without meaning.
@@ -47,40 +52,47 @@ def prefix_grouped_attention(
         ValueError: shapes that do not fit each other or the record, or a backend that cannot run here.
     """
     _check_shapes(query, key, value, groups)
-    scale = query.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
+    scoring = scoring or Scoring(query.size(-1) ** -0.5)
     if backend == "reference":
-        return reference_attention(query, key, value, groups, scale)
-    kernel = select_kernel(backend, query.device)
-    return _PlannedAttention.apply(query, key, value, plan_attention(groups), kernel, scale)
+        return reference_attention(query, key, value, groups, scoring)
+    if backend == "flex":
+        return flex_attention(query, key, value, groups, scoring)
+    kernel = select_kernel(backend, query.device, scoring)
+    one_call = one_call_pays(groups, query.size(1), key.size(1), query.device.type)
+    plan = plan_attention(groups, scoring.window, one_call)
+    return _PlannedAttention.apply(query, key, value, plan, kernel, scoring)
 
 
 def planned_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: tuple[Call, ...], kernel: Kernel, scale: float
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, kernel: Kernel, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Run a plan and merge. query [tq, n, d], key/value [tk, m, d] -> (out [tq, n, d], lse [tq, n]); no autograd."""
-    wide = _wide(query)
-    out = torch.empty(query.shape, dtype=wide if len(plan) > 2 else query.dtype, device=query.device)
+    wide = wide_dtype(query)
+    out = torch.empty(query.shape, dtype=wide if len(plan.calls) > 2 else query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=wide, device=query.device)
-    for number, call in enumerate(plan):
+    key, value = _copied(plan, key), _copied(plan, value)
+    merge = select_merge(query.device)
+    for number, call in enumerate(plan.calls):
         for piece in kernel.pieces(call, query.device):
-            part, part_lse = kernel.forward(piece.take_q(query), piece.take_k(key), piece.take_k(value), piece, scale)
+            part, part_lse = kernel.forward(piece.take_q(query), piece.take_k(key), piece.take_k(value), piece, scoring)
             if number:
-                part, part_lse = merge_partials(piece.take_q(out), piece.take_q(lse), part, part_lse)
-            piece.put_q(out, part)
-            piece.put_q(lse, part_lse)
+                merge(piece, out, lse, part, part_lse)
+            else:
+                piece.put_q(out, part)
+                piece.put_q(lse, part_lse)
     return out.to(query.dtype), lse
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64. More than two results of lower precision are added in it: two are rounded once anyway."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _copied(plan: Plan, x: Tensor) -> Tensor:
+    """Keys or values as the plan's calls count their rows."""
+    return x if plan.copied is None else x.index_select(0, _copied_rows(plan, x.device))
 
 
-def merge_partials(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial results in the lse's dtype (fp32 or fp64)."""
-    merged = torch.logaddexp(lse, part_lse)
-    weight, part_weight = (lse - merged).exp_(), (part_lse - merged).exp_()
-    return out * weight.unsqueeze(-1) + part * part_weight.unsqueeze(-1), merged
+def _copied_rows(plan: Plan, device: torch.device) -> Tensor:
+    if device not in plan.cache:
+        rows = [torch.arange(start, start + length) for start, length in plan.copied]
+        plan.cache[device] = torch.cat(rows).to(device)
+    return plan.cache[device]
 
 
 def planned_attention_backward(
@@ -90,53 +102,66 @@ def planned_attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: tuple[Call, ...],
+    plan: Plan,
     kernel: Kernel,
-    scale: float,
-    dk: Tensor,
-    dv: Tensor,
-    add_keys: bool = False,
-) -> Tensor:
-    """Gradients of `planned_attention`, given its merged out and lse. Returns dq [tq, n, d]; fills dk and dv.
+    scoring: Scoring,
+    every_key_once: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `planned_attention`, given its merged out and lse: dq [tq, n, d], dk and dv [tk, m, d].
+
+    dq has query's dtype. dk and dv have key's where every key is in two calls at most, else fp32 (or fp64): one add of
+    two low-precision numbers rounds once, as an fp32 sum of them would; more of them would round each time.
 
     Args:
-        dk, dv: [tk, m, d]. The first call overwrites them, which is right where it covers every key; with `add_keys`
-            every call adds to what is there.
+        every_key_once: the first call covers every key, once.
     """
-    # A query is in a call per level. One add of two low-precision numbers rounds once, as an fp32 sum of them would;
-    # of more than two it would round each time.
-    dq = torch.empty(query.shape, dtype=_wide(query) if len(plan) > 2 else query.dtype, device=query.device)
-    for number, call in enumerate(plan):
+    wide = wide_dtype(query)
+    dq = torch.empty(query.shape, dtype=wide if len(plan.calls) > 2 else query.dtype, device=query.device)
+    keys, values = _copied(plan, key), _copied(plan, value)
+    overwrite = every_key_once and plan.copied is None and not kernel.keys_overlap(plan.calls[0])
+    if overwrite:
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (keys, values))
+    else:
+        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (keys, values))
+    for number, call in enumerate(plan.calls):
         for piece in kernel.pieces(call, query.device):
             part_q, part_k, part_v = kernel.backward(
-                piece.take_q(grad), piece.take_q(query), piece.take_k(key), piece.take_k(value),
-                piece.take_q(out), piece.take_q(lse), piece, scale,
+                piece.take_q(grad), piece.take_q(query), piece.take_k(keys), piece.take_k(values),
+                piece.take_q(out), piece.take_q(lse), piece, scoring,
             )  # fmt: skip
             (piece.add_q if number else piece.put_q)(dq, part_q)
-            store = piece.add_k if number or add_keys else piece.put_k
+            store = piece.put_k if overwrite and not number else piece.add_k
             store(dk, part_k)
             store(dv, part_v)
-    return dq.to(query.dtype)
+    if plan.copied is not None:
+        rows = _copied_rows(plan, key.device)
+        dk, dv = (
+            torch.zeros(x.shape, dtype=wide, device=x.device).index_add_(0, rows, d)
+            for x, d in ((key, dk), (value, dv))
+        )
+    return dq.to(query.dtype), dk, dv
 
 
 class _PlannedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, plan, kernel, scale):
+    def forward(ctx, query, key, value, plan, kernel, scoring):
         # A value sliced from a fused QKV projection would keep the whole projection alive until backward.
         value = value.contiguous()
-        out, lse = planned_attention(query, key, value, plan, kernel, scale)
+        out, lse = planned_attention(query, key, value, plan, kernel, scoring)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan, ctx.kernel, ctx.scale = plan, kernel, scale
+        ctx.plan, ctx.kernel, ctx.scoring = plan, kernel, scoring
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        # The first call covers every key once, and a key is in one other call at most, that of the rows below.
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
-        dq = planned_attention_backward(grad, query, key, value, out, lse, ctx.plan, ctx.kernel, ctx.scale, dk, dv)
-        return dq, dk, dv, None, None, None
+        # In the form of levels the first call covers every key once, and a key is in one other call at most, that of
+        # the rows below.
+        dq, dk, dv = planned_attention_backward(
+            grad, query, key, value, out, lse, ctx.plan, ctx.kernel, ctx.scoring, every_key_once=True
+        )
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None, None, None
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups) -> None:

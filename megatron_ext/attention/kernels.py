@@ -1,33 +1,63 @@
 """Attention kernels behind one contract, and the registry that chooses among them.
 
-THE LOG-SUM-EXP CONVENTION, stated once: `lse[row, head] = ln(sum_j exp(softmax_scale * q_row . k_j))`, natural
-logarithm, in fp32 (fp64 for fp64 inputs). A kernel whose library uses another base or layout converts at its border.
+THE LOG-SUM-EXP CONVENTION, stated once: `lse[row, head] = ln(sum_j exp(score_j))`, natural logarithm, in fp32 (fp64 for
+fp64 inputs), the score being `softmax_scale * q_row . k_j`, after the soft cap if there is one. A kernel whose library
+uses another base or layout converts at its border.
 
-A kernel runs one `Call` of a plan in *pieces*. A piece knows how to take its query rows and its key rows out of a
-[t, n, d] tensor in the layout that the kernel wants, and how to put results back:
-
-    CPU     a `Run`, viewed as [b, n, s, d] without copying
-    CUDA    the whole call, rows packed as [rows, n, d] with cu_seqlens
+    cpu           PyTorch's CPU flash attention                             CPU, fp64/fp32/bf16/fp16
+    blockwise     matrix products and a softmax, a block of queries at a time: the slow one that can do everything
+    torch_flash   PyTorch's own CUDA flash attention, no extra package      CUDA, bf16/fp16
+    flash_attn_2  flash-attn 2, where installed                             CUDA, bf16/fp16, soft cap
+    flash_attn_3  flash-attn 3, where installed, on Hopper                  CUDA, bf16/fp16, soft cap
 
 Shape legend: t rows of the stream, n query heads, m key/value heads (n is a multiple of m, K/V never repeated),
-d head dimension.
+d head dimension; b, s, k: rectangles of a piece, queries and keys of one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ext.attention.plan import Call, Run
+from megatron_ext.attention.pieces import PackedPiece, StridedPiece, packed_pieces, strided_pieces
+from megatron_ext.attention.plan import Call
 
-__all__ = ["KERNELS", "Kernel", "Piece", "select_kernel"]
+__all__ = ["KERNELS", "Kernel", "Piece", "Scoring", "select_kernel"]
 
 logger = logging.getLogger(__name__)
+
+# Queries of a block. Wider blocks waste scores above the diagonal, narrower ones launches; 256 was the fastest of
+# 64 to 1024 for windows of 128 to 1024 on two threads.
+CPU_BLOCK = 256
+HOPPER = 9  # major compute capability
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a score is made from a query and a key.
+
+    Attributes:
+        scale: factor of their product.
+        softcap: c > 0 bounds scores smoothly, s -> c tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2).
+        window: a row sees itself and at most this many rows before it on its path.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+    def __post_init__(self):
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"the soft cap of attention scores must be above 0, got {self.softcap}")
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"a sliding window counts the rows before a query, 0 or more, got {self.window}")
 
 
 class Piece(Protocol):
@@ -42,182 +72,281 @@ class Piece(Protocol):
 
 
 class Kernel(Protocol):
-    """What the executor needs of a kernel. Tensors are in the piece's layout; `lse` follows the convention above."""
+    """What the executor needs of a kernel. Tensors are in the piece's layout; `lse` follows the convention above.
+
+    Attributes:
+        softcap: whether it can cap scores.
+        device: the type it runs on, None for any.
+    """
 
     name: str
+    softcap: bool
+    device: str | None
+
+    def missing(self) -> str | None:
+        """What this machine lacks to run it, in words; None if nothing."""
+        ...
 
     def pieces(self, call: Call, device: torch.device) -> Sequence[Piece]: ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+    def keys_overlap(self, call: Call) -> bool:
+        """Whether a key row is in several pieces of the call, so that its gradients have to be added up."""
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """Return (out, lse)."""
         ...
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece, scale: float
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) for the scores of this piece, given the MERGED out and lse."""
         ...
 
 
-class _StridedPiece:
-    """A run of equal rectangles as a [b, n, s, d] (or [b, n, s] for lse) view of a [t, n, d] ([t, n]) tensor."""
-
-    def __init__(self, run: Run, causal: bool):
-        self.run, self.causal = run, causal
-
-    def _view(self, x: Tensor, start: int, length: int, step: int) -> Tensor:
-        row, *rest = x.stride()
-        shape = (self.run.count, x.size(1), length, *x.shape[2:])
-        return x.as_strided(shape, (step * row, rest[0], row, *rest[1:]), x.storage_offset() + start * row)
-
-    def take_q(self, x: Tensor) -> Tensor:
-        return self._view(x, self.run.first.q_start, self.run.first.q_len, self.run.q_step)
-
-    def take_k(self, x: Tensor) -> Tensor:
-        return self._view(x, self.run.first.k_start, self.run.first.k_len, self.run.k_step)
-
-    def put_q(self, x: Tensor, value: Tensor) -> None:
-        self.take_q(x).copy_(value)
-
-    def add_q(self, x: Tensor, value: Tensor) -> None:
-        self.take_q(x).add_(value)
-
-    def put_k(self, x: Tensor, value: Tensor) -> None:
-        self.take_k(x).copy_(value)
-
-    def add_k(self, x: Tensor, value: Tensor) -> None:
-        self.take_k(x).add_(value)
-
-
 class CpuFlashKernel:
     """PyTorch's CPU flash attention, which takes and gives the log-sum-exp. Not variable-length: one launch a run."""
 
-    name = "cpu"
+    name, softcap, device = "cpu", False, "cpu"
 
-    def pieces(self, call: Call, device: torch.device) -> Sequence[Piece]:
-        return _strided_pieces(call)
+    def missing(self):
+        return None
 
-    def forward(self, q, k, v, piece, scale):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, piece.causal, scale=scale)
+    def pieces(self, call: Call, device: torch.device) -> Sequence[StridedPiece]:
+        return strided_pieces(call, CPU_BLOCK)
 
-    def backward(self, grad, q, k, v, out, lse, piece, scale):
+    def keys_overlap(self, call: Call) -> bool:
+        return call.banded
+
+    def forward(self, q, k, v, piece: StridedPiece, scoring):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, piece.causal, attn_mask=_band(piece, q), scale=scoring.scale
+        )
+
+    def backward(self, grad, q, k, v, out, lse, piece: StridedPiece, scoring):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, piece.causal, scale=scale
+            grad, q, k, v, out, lse, 0.0, piece.causal, attn_mask=_band(piece, q), scale=scoring.scale
         )
 
 
-def _strided_pieces(call: Call) -> tuple[_StridedPiece, ...]:
-    if "strided" not in call.cache:
-        call.cache["strided"] = tuple(_StridedPiece(run, call.causal) for run in call.runs)
-    return call.cache["strided"]
+def _band(piece: StridedPiece, q: Tensor) -> Tensor | None:
+    return piece.mask(q) if piece.banded else None  # plain squares are the kernel's own
 
 
-class _PackedPiece:
-    """All rectangles of a call with their rows packed back to back: [rows, n, d], cu_seqlens beside them."""
+class BlockwiseKernel:
+    """Explicit scores, a block of queries at a time, in fp32 or fp64: any device and every score rule, slowly."""
 
-    def __init__(self, call: Call, device: torch.device):
-        self.causal = call.causal
-        q = [(run.first.q_start, run.first.q_len, run.q_step, run.count) for run in call.runs]
-        k = [(run.first.k_start, run.first.k_len, run.k_step, run.count) for run in call.runs]
-        self.q_rows, self.k_rows = _rows(q, device), _rows(k, device)
-        self.cu_seqlens_q, self.cu_seqlens_k = _cu_seqlens(q, device), _cu_seqlens(k, device)
-        self.max_seqlen_q = max(length for _, length, _, _ in q)
-        self.max_seqlen_k = max(length for _, length, _, _ in k)
+    name, softcap, device = "blockwise", True, None
+    block = 128
 
-    def take_q(self, x: Tensor) -> Tensor:
-        return x[self.q_rows] if isinstance(self.q_rows, slice) else x.index_select(0, self.q_rows)
+    def missing(self):
+        return None
 
-    def take_k(self, x: Tensor) -> Tensor:
-        return x[self.k_rows] if isinstance(self.k_rows, slice) else x.index_select(0, self.k_rows)
+    def pieces(self, call: Call, device: torch.device) -> Sequence[StridedPiece]:
+        return strided_pieces(call, self.block, always=True)
 
-    def put_q(self, x: Tensor, value: Tensor) -> None:
-        x[self.q_rows] = value
+    def keys_overlap(self, call: Call) -> bool:
+        return True
 
-    def add_q(self, x: Tensor, value: Tensor) -> None:
-        x[self.q_rows] += value
+    def forward(self, q, k, v, piece: StridedPiece, scoring):
+        scores, _ = self._scores(q, k, piece, scoring)  # [b, m, n / m, s, k]
+        lse = scores.logsumexp(-1)
+        out = (scores - lse.unsqueeze(-1)).exp_() @ _wide(v).unsqueeze(2)
+        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
-    def put_k(self, x: Tensor, value: Tensor) -> None:
-        x[self.k_rows] = value
+    def backward(self, grad, q, k, v, out, lse, piece: StridedPiece, scoring):
+        m = k.size(1)
+        scores, slope = self._scores(q, k, piece, scoring)
+        weights = (scores - lse.unflatten(1, (m, -1)).unsqueeze(-1)).exp_()
+        g, o = (_wide(x).unflatten(1, (m, -1)) for x in (grad, out))
+        dv = (weights.transpose(-1, -2) @ g).sum(2)
+        delta = (g * o).sum(-1, keepdim=True)  # D_i of the executor's docstring
+        ds = weights * (g @ _wide(v).unsqueeze(2).transpose(-1, -2) - delta) * slope
+        dq = ds @ _wide(k).unsqueeze(2)
+        dk = (ds.transpose(-1, -2) @ _wide(q).unflatten(1, (m, -1))).sum(2)
+        return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def add_k(self, x: Tensor, value: Tensor) -> None:
-        x[self.k_rows] += value
-
-
-# (start, length, step, count): `count` stretches of `length` rows, `step` apart.
-_Stretches = list[tuple[int, int, int, int]]
-
-
-def _rows(stretches: _Stretches, device: torch.device) -> slice | Tensor:
-    """Contiguous rows become a slice, hence a view; others an int64 index."""
-    end, contiguous = stretches[0][0], True
-    for start, length, step, count in stretches:
-        contiguous &= start == end and (count == 1 or step == length)
-        end = start + count * length
-    if contiguous:
-        return slice(stretches[0][0], end)
-    parts = [
-        (start + step * torch.arange(count)[:, None] + torch.arange(length)).flatten()
-        for start, length, step, count in stretches
-    ]
-    return torch.cat(parts).to(device)
+    def _scores(self, q: Tensor, k: Tensor, piece: StridedPiece, scoring: Scoring) -> tuple[Tensor, Tensor | float]:
+        """Scores, -inf where hidden, and their derivative by q . k."""
+        grouped = _wide(q).unflatten(1, (k.size(1), -1))
+        scores, slope = grouped @ _wide(k).unsqueeze(2).transpose(-1, -2) * scoring.scale, scoring.scale
+        if scoring.softcap is not None:
+            bounded = (scores / scoring.softcap).tanh()
+            scores, slope = bounded * scoring.softcap, (1 - bounded.square()) * scoring.scale
+        mask = piece.mask(scores)
+        return scores if mask is None else scores + mask, slope
 
 
-def _cu_seqlens(stretches: _Stretches, device: torch.device) -> Tensor:
-    lengths = torch.tensor([length for _, length, _, _ in stretches])
-    counts = torch.tensor([count for _, _, _, count in stretches])
-    ends = lengths.repeat_interleave(counts).cumsum(0)
-    return torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32)
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class TorchFlashKernel:
+class _PackedKernel:
+    """What the CUDA kernels share: one launch a call, keys of one rectangle after the other."""
+
+    device = "cuda"
+
+    def pieces(self, call: Call, device: torch.device) -> Sequence[PackedPiece]:
+        return packed_pieces(call, device)
+
+    def keys_overlap(self, call: Call) -> bool:
+        return False
+
+
+class TorchFlashKernel(_PackedKernel):
     """Stock PyTorch's CUDA flash attention with cu_seqlens: no extra package. bf16/fp16, d up to 256."""
 
-    name = "torch_flash"
+    name, softcap = "torch_flash", False
 
-    def pieces(self, call: Call, device: torch.device) -> Sequence[Piece]:
-        return _packed_pieces(call, device)
+    def missing(self):
+        return None if torch.cuda.is_available() else "a CUDA GPU"
 
-    def forward(self, q, k, v, piece, scale):
+    def forward(self, q, k, v, piece: PackedPiece, scoring):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, piece.cu_seqlens_q, piece.cu_seqlens_k, piece.max_seqlen_q, piece.max_seqlen_k,
-            0.0, piece.causal, False, scale=scale,
+            0.0, piece.causal, False, scale=scoring.scale, **_torch_window(piece),
         )  # fmt: skip
         return out, lse.transpose(0, 1)  # the library's lse is [n, rows]
 
-    def backward(self, grad, q, k, v, out, lse, piece, scale):
+    def backward(self, grad, q, k, v, out, lse, piece: PackedPiece, scoring):
         no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         return torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
             piece.cu_seqlens_q, piece.cu_seqlens_k, piece.max_seqlen_q, piece.max_seqlen_k,
-            0.0, piece.causal, *no_dropout, scale=scale,
+            0.0, piece.causal, *no_dropout, scale=scoring.scale, **_torch_window(piece),
         )  # fmt: skip
 
 
-def _packed_pieces(call: Call, device: torch.device) -> tuple[_PackedPiece, ...]:
-    if ("packed", device) not in call.cache:
-        call.cache["packed", device] = (_PackedPiece(call, device),)
-    return call.cache["packed", device]
+def _torch_window(piece: PackedPiece) -> dict[str, int]:
+    return {} if piece.window is None else {"window_size_left": piece.window, "window_size_right": 0}
 
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuFlashKernel(), TorchFlashKernel())}
+class _FlashAttnKernel(_PackedKernel):
+    """A flash-attn package. Both versions give lse as [n, rows], natural logarithm, and write gradients in place."""
+
+    softcap = True
+    module: str  # what has to be importable
+
+    def missing(self):
+        if not torch.cuda.is_available():
+            return "a CUDA GPU"
+        return None if _installed(self.module) else f"the Python module {self.module}"
+
+    @staticmethod
+    def rules(piece: PackedPiece, scoring: Scoring) -> dict:
+        """Keywords that both versions take, forward and backward."""
+        return {
+            "softmax_scale": scoring.scale,
+            "window_size_left": -1 if piece.window is None else piece.window,
+            "window_size_right": -1 if piece.window is None else 0,
+            "softcap": scoring.softcap or 0.0,
+        }
+
+    @staticmethod
+    def lengths(piece: PackedPiece) -> dict:
+        return {name: getattr(piece, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
+
+    def forward(self, q, k, v, piece: PackedPiece, scoring):
+        out, lse = self.launch_forward(q, k, v, piece, scoring)
+        return out, lse.transpose(0, 1)
+
+    def backward(self, grad, q, k, v, out, lse, piece: PackedPiece, scoring):
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        lse = lse.transpose(0, 1).contiguous()
+        self.launch_backward(grad.contiguous(), q, k, v, out.contiguous(), lse, gradients, piece, scoring)
+        return gradients
 
 
-def select_kernel(backend: str, device: torch.device) -> Kernel:
-    """Find a kernel by name; "auto" takes the device's own and logs the choice once.
+class FlashAttn2Kernel(_FlashAttnKernel):
+    name, module = "flash_attn_2", "flash_attn"
 
-    Raises:
-        ValueError: an unknown backend, or one that cannot run on this device.
-    """
-    name = {"cpu": "cpu", "cuda": "torch_flash"}.get(device.type) if backend == "auto" else backend
-    if name not in KERNELS:
-        raise ValueError(f"unknown attention backend {backend!r}: choose one of auto, reference, {', '.join(KERNELS)}")
-    if (name == "cpu") != (device.type == "cpu"):
-        raise ValueError(f"attention backend {name!r} cannot run on {device.type} tensors; use backend='auto'")
-    if backend == "auto":
-        _log_choice(name, device.type)
-    return KERNELS[name]
+    def launch_forward(self, q, k, v, piece, scoring):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, *_ = _flash_attn_varlen_forward(
+            q, k, v, **self.lengths(piece), **self.rules(piece, scoring), dropout_p=0.0, causal=piece.causal
+        )
+        return out, lse
+
+    def launch_backward(self, grad, q, k, v, out, lse, gradients, piece, scoring):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        _flash_attn_varlen_backward(
+            grad, q, k, v, out, lse, *gradients, **self.lengths(piece), **self.rules(piece, scoring),
+            dropout_p=0.0, causal=piece.causal, alibi_slopes=None, deterministic=False,
+        )  # fmt: skip
+
+
+class FlashAttn3Kernel(_FlashAttnKernel):
+    name, module = "flash_attn_3", "flash_attn_interface"
+
+    def missing(self):
+        if lacking := super().missing():
+            return lacking
+        return None if torch.cuda.get_device_capability()[0] == HOPPER else "a Hopper GPU"
+
+    def launch_forward(self, q, k, v, piece, scoring):
+        from flash_attn_interface import _flash_attn_forward
+
+        out, lse, *_ = _flash_attn_forward(
+            q, k, v, **self.lengths(piece), **self.rules(piece, scoring), causal=piece.causal
+        )
+        return out, lse
+
+    def launch_backward(self, grad, q, k, v, out, lse, gradients, piece, scoring):
+        from flash_attn_interface import _flash_attn_backward
+
+        dq, dk, dv = gradients
+        _flash_attn_backward(
+            grad, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **self.lengths(piece), **self.rules(piece, scoring),
+            is_causal=piece.causal,
+        )  # fmt: skip
 
 
 @cache
-def _log_choice(name: str, device_type: str) -> None:
-    logger.info("prefix-grouped attention uses the %r kernel on %s", name, device_type)
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (CpuFlashKernel(), BlockwiseKernel(), TorchFlashKernel(), FlashAttn2Kernel(), FlashAttn3Kernel())
+}
+# What "auto" looks for, in order: an installed flash-attn is there on purpose.
+_PREFERRED = {
+    "cpu": ("cpu", "blockwise"),
+    "cuda": ("flash_attn_3", "flash_attn_2", "torch_flash", "blockwise"),
+}
+
+
+def select_kernel(backend: str, device: torch.device, scoring: Scoring) -> Kernel:
+    """Find a kernel by name; "auto" takes the first that this machine can run, and logs the choice once.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here, on this device or with a soft cap.
+    """
+    softcap = scoring.softcap is not None
+    if backend == "auto":
+        for name in _PREFERRED.get(device.type, ()):
+            kernel = KERNELS[name]
+            if not kernel.missing() and (kernel.softcap or not softcap):
+                _log_choice(name, device.type, softcap)
+                return kernel
+        raise ValueError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
+    if backend not in KERNELS:
+        known = ", ".join(("auto", *KERNELS, "reference", "flex"))
+        raise ValueError(f"unknown attention backend {backend!r}: choose one of {known}")
+    kernel = KERNELS[backend]
+    if kernel.device not in (None, device.type):
+        raise ValueError(f"attention backend {backend!r} cannot run on {device.type} tensors; use backend='auto'")
+    if lacking := kernel.missing():
+        raise ValueError(f"attention backend {backend!r} needs {lacking}; use backend='auto'")
+    if softcap and not kernel.softcap:
+        able = ", ".join(name for name, k in KERNELS.items() if k.softcap)
+        raise ValueError(f"attention backend {backend!r} cannot cap scores; use one of auto, {able}")
+    return kernel
+
+
+@cache
+def _log_choice(name: str, device_type: str, softcap: bool) -> None:
+    logger.info("prefix-grouped attention%s uses the %r kernel on %s", " with a soft cap" * softcap, name, device_type)

@@ -19,7 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from megatron_ext.attention.plan import Call, Document, Rectangle, documents
+from megatron_ext.attention.plan import (
+    Call,
+    Document,
+    Part,
+    Plan,
+    Rectangle,
+    binding,
+    documents,
+    one_call_plan,
+)
 
 __all__ = ["ContextLayout", "Piece", "shard_layout"]
 
@@ -63,9 +72,23 @@ class ContextLayout:
     def num_gathered(self) -> int:
         return sum(self.documents[number].length for number in self.cut)
 
-    def plan(self, rank: int, num_pad: int) -> tuple[Call, ...]:
-        """Attention of the rank's own rows over its key buffer, in at most one call more than the unsharded plan."""
+    def plan(self, rank: int, num_pad: int, window: int | None = None) -> Plan:
+        """Attention of the rank's own rows over its key buffer.
+
+        At most one call more than the unsharded plan; one call where the window hides anything.
+        """
         first_own, starts, cut = self.num_gathered, self.gathered_start, set(self.cut)
+        row = self.num_rows[rank]
+        pad = [Rectangle(row, num_pad, first_own + row, num_pad)] if num_pad else []
+        window = binding(window, self.documents, num_pad)
+        if window is not None:
+            key_start = dict(starts)
+            parts = []
+            for p in self.pieces[rank]:
+                document = self.documents[p.document]
+                key_start.setdefault(p.document, first_own + p.local_start)  # whole, where it was not gathered
+                parts.append(Part(p.document, p.start - document.start, p.length, p.local_start))
+            return one_call_plan(self.documents, parts, key_start, pad, window)
         own = [Rectangle(p.local_start, p.length, first_own + p.local_start, p.length) for p in self.pieces[rank]]
         levels: list[list[Rectangle]] = []
         for piece in self.pieces[rank]:
@@ -79,11 +102,8 @@ class ContextLayout:
                 while len(levels) <= level:
                     levels.append([])
                 _add(levels[level], Rectangle(piece.local_start, piece.length, starts[number], length))
-        if num_pad:
-            row = self.num_rows[rank]
-            own.append(Rectangle(row, num_pad, first_own + row, num_pad))
-        calls = [Call.of(own, causal=True)] if own else []
-        return (*calls, *(Call.of(level, causal=False) for level in levels if level))
+        calls = [Call.of(own + pad, causal=True)] if own or pad else []
+        return Plan((*calls, *(Call.of(level, causal=False) for level in levels if level)))
 
 
 def _add(rectangles: list[Rectangle], new: Rectangle) -> None:

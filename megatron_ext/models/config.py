@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.attention.context import CP_COMM_TYPES
+from megatron_ext.attention.kernels import KERNELS
 
 __all__ = ["GPTModelConfig", "stream_multiple"]
 
@@ -67,6 +69,15 @@ class GPTModelConfig:
     # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
     # counting operations promises less than 1.05 times the speed.
     prefix_grouping: bool | str = "auto"
+    # Sliding windows: [rows before a query that it sees, 0]; null: all rows. (A Hugging Face sliding_window counts the
+    # query itself: one more.)
+    window_size: list[int] | None = None
+    # Which layers slide, as Megatron has it: n, all but every n-th; or a list with a 1 for each that does. null: all.
+    window_attn_skip_freq: int | list[int] | None = None
+    # c bounds attention scores to (-c, c) by c tanh(score / c), Gemma 2's key; null: no bound.
+    attn_logit_softcapping: float | None = None
+    # "auto": the first that can run here. Or cpu, blockwise, torch_flash, flash_attn_2, flash_attn_3.
+    attention_kernel: str = "auto"
     # "auto", "local" or "transformer_engine".
     transformer_impl: str = "auto"
     # Rows of logits held at a time; None: by a memory budget.
@@ -78,6 +89,10 @@ class GPTModelConfig:
             self.precision = "bf16" if torch.cuda.is_available() else "32"
         if self.num_query_groups is None:
             self.num_query_groups = self.num_attention_heads
+        if self.window_size is not None:
+            self.window_size = list(self.window_size)
+        if self.window_attn_skip_freq is not None and not isinstance(self.window_attn_skip_freq, int):
+            self.window_attn_skip_freq = list(self.window_attn_skip_freq)
         for name in POSITIVE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1")
@@ -125,6 +140,26 @@ class GPTModelConfig:
             self.num_layers % pp,
             (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
         )
+        size = self.window_size
+        yield (
+            size is not None and (len(size) != 2 or size[0] < 0 or size[1] != 0),
+            f"model.window_size={size}: give [rows before a query, 0]; attention is causal, so the second is 0",
+        )
+        skip = self.window_attn_skip_freq
+        yield (
+            isinstance(skip, list) and len(skip) != self.num_layers,
+            f"model.window_attn_skip_freq={skip}: give one number for each of the {self.num_layers} layers",
+        )
+        yield (
+            isinstance(skip, int) and skip < 1,
+            f"model.window_attn_skip_freq={skip} must be at least 1",
+        )
+        cap = self.attn_logit_softcapping
+        yield cap is not None and cap <= 0, f"model.attn_logit_softcapping={cap} must be above 0; null for no bound"
+        yield (
+            self.attention_kernel not in ("auto", *KERNELS),
+            f"model.attention_kernel must be one of auto, {', '.join(KERNELS)}, got {self.attention_kernel!r}",
+        )
         yield (
             self.prefix_grouping not in (True, False, "auto"),
             f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}",
@@ -170,6 +205,15 @@ class GPTModelConfig:
         return PRECISIONS[self.precision]
 
     @property
+    def layer_windows(self) -> list[int | None]:
+        """Of each layer, how many rows before a query it sees; None: all."""
+        slides = (
+            is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer)
+            for layer in range(1, self.num_layers + 1)
+        )
+        return [self.window_size[0] if s else None for s in slides]
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary padded so that every tensor-parallel rank holds as many."""
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
@@ -202,6 +246,8 @@ class GPTModelConfig:
             context_parallel_size=self.context_parallel_size,
             cp_comm_type=self.cp_comm_type,
             sequence_parallel=self.sequence_parallel,
+            window_size=None if self.window_size is None else tuple(self.window_size),
+            window_attn_skip_freq=self.window_attn_skip_freq,
             params_dtype=self.dtype,
             pipeline_dtype=self.dtype,
             bf16=self.precision == "bf16",

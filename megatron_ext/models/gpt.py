@@ -41,7 +41,13 @@ class PrefixGroupedGPT(GPTModel):
         stage_layers = config.num_layers // config.pipeline_model_parallel_size
         super().__init__(
             config=transformer,
-            transformer_layer_spec=block_spec(stage_layers, config.qk_layernorm, config.transformer_impl),
+            transformer_layer_spec=block_spec(
+                stage_layers,
+                config.qk_layernorm,
+                config.transformer_impl,
+                config.attn_logit_softcapping,
+                config.attention_kernel,
+            ),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.encoder_seq_length,
             pre_process=pre_process,

@@ -29,27 +29,37 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(num_layers: int, qk_layernorm: bool, implementation: str = "auto") -> TransformerBlockSubmodules:
+def block_spec(
+    num_layers: int,
+    qk_layernorm: bool,
+    implementation: str = "auto",
+    softcap: float | None = None,
+    attention_kernel: str = "auto",
+) -> TransformerBlockSubmodules:
     """Spec of a decoder block whose every layer attends over prefix groups.
 
     Args:
         num_layers: layers on THIS pipeline stage.
         implementation: "local" (Megatron's own linears and our RMSNorm), "transformer_engine" (its linears and
             norms), or "auto": Transformer Engine where it can run. The choice is logged.
+        softcap, attention_kernel: of the core attention.
     """
     if implementation == "auto":
         implementation = "transformer_engine" if has_transformer_engine() else "local"
     logger.info("layers use the %r implementation", implementation)
+    core = ModuleSpec(PrefixGroupedCoreAttention, params={"softcap": softcap, "backend": attention_kernel})
     if implementation == "local":
-        layer, final_norm = _local_layer(qk_layernorm), RMSNorm
+        layer, final_norm = _local_layer(core, qk_layernorm), RMSNorm
     elif implementation == "transformer_engine":
-        layer, final_norm = _transformer_engine_layer(qk_layernorm)
+        layer, final_norm = _transformer_engine_layer(core, qk_layernorm)
     else:
         raise ValueError(f"transformer_impl must be auto, local or transformer_engine, got {implementation!r}")
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
-def _layer(linear_qkv, linear_proj, linear_fc1, linear_fc2, input_norm, mlp_norm, qk_norm, keys_map) -> ModuleSpec:
+def _layer(
+    core, linear_qkv, linear_proj, linear_fc1, linear_fc2, input_norm, mlp_norm, qk_norm, keys_map
+) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -59,7 +69,7 @@ def _layer(linear_qkv, linear_proj, linear_fc1, linear_fc2, input_norm, mlp_norm
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,
-                    core_attention=PrefixGroupedCoreAttention,
+                    core_attention=core,
                     linear_proj=linear_proj,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
@@ -74,8 +84,9 @@ def _layer(linear_qkv, linear_proj, linear_fc1, linear_fc2, input_norm, mlp_norm
     )
 
 
-def _local_layer(qk_layernorm: bool) -> ModuleSpec:
+def _local_layer(core: ModuleSpec, qk_layernorm: bool) -> ModuleSpec:
     return _layer(
+        core,
         linear_qkv=ColumnParallelLinear,
         linear_proj=RowParallelLinear,
         linear_fc1=ColumnParallelLinear,
@@ -91,7 +102,7 @@ def _local_layer(qk_layernorm: bool) -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(qk_layernorm: bool) -> tuple[ModuleSpec, type]:
+def _transformer_engine_layer(core: ModuleSpec, qk_layernorm: bool) -> tuple[ModuleSpec, type]:
     """Transformer Engine's fused norm + linear. Not yet run: it needs a GPU."""
     from megatron.core.extensions.transformer_engine import (
         TELayerNormColumnParallelLinear,
@@ -100,6 +111,7 @@ def _transformer_engine_layer(qk_layernorm: bool) -> tuple[ModuleSpec, type]:
     )
 
     layer = _layer(
+        core,
         linear_qkv=TELayerNormColumnParallelLinear,
         linear_proj=TERowParallelLinear,
         linear_fc1=TELayerNormColumnParallelLinear,

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ext.attention import Scoring
 from megatron_ext.attention.context import ContextShard, context_parallel_attention
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
@@ -24,7 +25,8 @@ from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, randomize, small_config
 
 __all__ = [
-    "ContextCase", "DataCase", "LayoutCase", "VocabCase", "context_attention", "data_parallel", "layouts", "optim",
+    "ContextCase", "DataCase", "LayoutCase", "VocabCase", "context_attention", "data_parallel", "gradients", "layouts",
+    "optim",
 ]  # fmt: skip
 
 NEW_TOKENS, SAMPLES = 8, 3
@@ -113,6 +115,25 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     return result
 
 
+def gradients(device: torch.device, cases: list[LayoutCase]) -> list[dict[str, Tensor]]:
+    """This rank's gradients of every case, and how often its first layer's attention ran."""
+    results = []
+    for case in cases:
+        config = small_config(**case.fields)
+        model = build_gpt(config, device)
+        randomize(model, torch.Generator().manual_seed(case.weights + torch.distributed.get_rank()))
+        passes: list[int] = []
+        attention = model.decoder.layers[0].self_attention.core_attention
+        attention.register_forward_hook(lambda *args, seen=passes: seen.append(1))
+        engine = Engine(model, optim(), clip_grad=CLIP)
+        microbatches = make_microbatches(case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config))
+        engine.zero_grad()
+        engine.run(microbatches, grpo)
+        results.append({name: p.main_grad.clone() for name, p in model.named_parameters()})
+        results[-1]["passes"] = torch.tensor(len(passes))
+    return results
+
+
 def _sample(model, case: LayoutCase) -> dict[str, Any]:
     greedy = SamplingParams(NEW_TOKENS, stop_token_id=case.stop, use_greedy=True)
     sampling = SamplingParams(NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.95)
@@ -151,6 +172,8 @@ class ContextCase:
     lengths: list
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     comm_type: str
+    scoring: Scoring
+    backend: str = "auto"
     perturb: int | None = None  # a stream row whose key and value are changed
 
 
@@ -180,7 +203,7 @@ def _context_case(case: ContextCase) -> dict[str, Any]:
 
     torch.distributed.all_gather_into_tensor = counting
     try:
-        out = context_parallel_attention(*leaves, shard, q.size(-1) ** -0.5, case.comm_type)
+        out = context_parallel_attention(*leaves, shard, case.scoring, case.comm_type, case.backend)
     finally:
         torch.distributed.all_gather_into_tensor = gather
     out.backward(grad)

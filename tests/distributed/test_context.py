@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ext.attention import Scoring
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.runtime.distributed import ParallelSizes
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.distributed
 
 BOUND = 1e-10
 HEADS, KV_HEADS, DIM = 8, 4, 16
+PLAIN = Scoring(DIM**-0.5)
 FIXED = [
     [(37, [11, 5, 0, 8]), (3, [2, 2])],
     [(4, [90, 3])],  # a response longer than a rank's share
@@ -32,9 +34,19 @@ def make_cases(rng: torch.Generator, comm_types: list[str]) -> list[ContextCase]
     for forest in forests:
         t = PrefixGroups.from_lengths(forest).num_tokens
         inputs = tuple(randn(rng, t, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
-        cases += [ContextCase(forest, inputs, comm_type) for comm_type in comm_types]
+        for comm_type in comm_types:
+            cases.append(ContextCase(forest, inputs, comm_type, PLAIN))
+            cases.append(
+                ContextCase(
+                    forest, inputs, comm_type, Scoring(DIM**-0.5, window=int(torch.randint(7, (), generator=rng)))
+                )
+            )
+            cases.append(ContextCase(forest, inputs, comm_type, Scoring(DIM**-0.5, 0.8, window=9)))
     perturbed = PrefixGroups.from_lengths(FIXED[0]).num_tokens
-    cases += [ContextCase(FIXED[0], cases[0].inputs, comm_types[0], row) for row in range(0, perturbed, 9)]
+    for row in range(0, perturbed, 9):
+        for scoring in (PLAIN, Scoring(DIM**-0.5, window=6)):
+            cases.append(ContextCase(FIXED[0], cases[0].inputs, comm_types[0], scoring, perturb=row))
+    cases += [ContextCase(FIXED[0], cases[0].inputs, comm_types[0], Scoring(DIM**-0.5, window=6))]
     return cases
 
 
@@ -60,11 +72,11 @@ def test_equals_one_rank(runs):
             continue
         q, k, v, grad = case.inputs
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = plain_tree_attention(*leaves, case.lengths)
+        out = plain_tree_attention(*leaves, case.lengths, softcap=case.scoring.softcap, window=case.scoring.window)
         out.backward(grad)
         expected = [out.detach(), *(x.grad for x in leaves)]
         for name, a, b in zip(("out", "dq", "dk", "dv"), whole([r[number] for r in ranks]), expected, strict=True):
-            assert error(a, b) <= BOUND, f"{name} of {case.lengths} with {case.comm_type} differs by {error(a, b)}"
+            assert error(a, b) <= BOUND, f"{name} of {case} differs by {error(a, b)}"
 
 
 def test_only_shared_keys_travel(runs):
@@ -83,13 +95,19 @@ def test_only_shared_keys_travel(runs):
 
 def test_a_perturbed_token_changes_only_rows_that_may_see_it(runs):
     cases, ranks = runs
-    before = whole([r[0] for r in ranks])[0]
-    mask = attention_mask(PrefixGroups.from_lengths(FIXED[0]))
+    groups = PrefixGroups.from_lengths(FIXED[0])
     seen = 0
     for number, case in enumerate(cases):
         if case.perturb is None:
             continue
+        undisturbed = next(
+            i
+            for i, c in enumerate(cases)
+            if c.perturb is None and (c.lengths, c.scoring) == (case.lengths, case.scoring)
+        )
+        before = whole([r[undisturbed] for r in ranks])[0]
+        mask = attention_mask(groups, case.scoring.window)
         changed = (whole([r[number] for r in ranks])[0] != before).flatten(1).any(1)
         assert not bool((changed & ~mask[:, case.perturb]).any()) and bool(changed[case.perturb])
         seen += 1
-    assert seen >= 6
+    assert seen >= 12

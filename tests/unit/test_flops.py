@@ -51,7 +51,7 @@ def repeat(lengths) -> list[tuple[int, list[int]]]:
 @streams
 def test_pairs_are_those_of_the_attention_plan(lengths):
     """The plan counts the diagonal whole, the formula half: t / 2 pairs less."""
-    planned = sum(call.num_scores for call in plan_attention(PrefixGroups.from_lengths(lengths)))
+    planned = plan_attention(PrefixGroups.from_lengths(lengths)).num_scores
     assert attention_pairs(lengths) == planned - num_tokens(lengths) / 2
 
 

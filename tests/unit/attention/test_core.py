@@ -10,7 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ext.attention import PrefixGroupedCoreAttention, kernels, prefix_grouped_attention
+from megatron_ext.attention import PrefixGroupedCoreAttention, Scoring, kernels, prefix_grouped_attention
 from megatron_ext.attention.kernels import KERNELS, select_kernel
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
@@ -49,7 +49,7 @@ def test_core_attention_keeps_megatrons_shapes(scale, rng, world):
             {"context_parallel_size": 2, "cp_comm_type": "p2p"},
             "cp_comm_type='p2p': prefix grouping has all_gather, a2a",
         ),
-        ({"window_size": (4, 0)}, r"window_size=\(4, 0\)"),
+        ({"window_size": (4, 4)}, r"window_size=\(4, 4\): attention here is causal"),
         ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' is not supported"),
     ],
 )
@@ -112,27 +112,36 @@ def test_refuses_shapes_that_do_not_fit(shapes, words):
         prefix_grouped_attention(*(torch.zeros(s) for s in shapes), GROUPS)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 @pytest.mark.parametrize(
     ("backend", "device", "words"),
     [
-        ("flash9", "cpu", "unknown attention backend 'flash9': choose one of auto, reference, cpu, torch_flash"),
+        ("flash9", "cpu", "unknown attention backend 'flash9': choose one of auto, cpu, blockwise, torch_flash"),
         ("torch_flash", "cpu", "'torch_flash' cannot run on cpu"),
         ("cpu", "cuda", "'cpu' cannot run on cuda"),
-        ("auto", "meta", "backend 'auto'"),
+        ("torch_flash", "cuda", "'torch_flash' needs a CUDA GPU"),
+        ("flash_attn_2", "cuda", "'flash_attn_2' needs a CUDA GPU"),
+        ("auto", "meta", "no attention kernel runs on meta"),
     ],
 )
 def test_refuses_a_kernel_that_cannot_run_here(backend, device, words):
     with pytest.raises(ValueError, match=words):
-        select_kernel(backend, torch.device(device))
+        select_kernel(backend, torch.device(device), Scoring(1.0))
 
 
-def test_the_choice_of_auto_is_the_devices_own_and_is_logged(caplog):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+def test_refuses_a_soft_cap_that_a_kernel_cannot_do():
+    with pytest.raises(ValueError, match="'cpu' cannot cap scores; use one of auto, blockwise, flash_attn_2"):
+        select_kernel("cpu", torch.device("cpu"), Scoring(1.0, softcap=30.0))
+
+
+@pytest.mark.parametrize(("softcap", "name"), [(None, "cpu"), (30.0, "blockwise")])
+def test_auto_takes_a_kernel_that_can_and_logs_it_once(softcap, name, caplog):
     kernels._log_choice.cache_clear()
+    scoring = Scoring(1.0, softcap)
     with caplog.at_level(logging.INFO, logger="megatron_ext.attention.kernels"):
-        assert select_kernel("auto", torch.device("cpu")) is KERNELS["cpu"]
-        assert select_kernel("auto", torch.device("cuda")) is KERNELS["torch_flash"]
-        select_kernel("auto", torch.device("cpu"))
-    assert [r.getMessage() for r in caplog.records] == [
-        "prefix-grouped attention uses the 'cpu' kernel on cpu",
-        "prefix-grouped attention uses the 'torch_flash' kernel on cuda",
-    ]
+        assert select_kernel("auto", torch.device("cpu"), scoring) is KERNELS[name]
+        select_kernel("auto", torch.device("cpu"), scoring)
+    (record,) = caplog.records
+    cap = " with a soft cap" if softcap else ""
+    assert record.getMessage() == f"prefix-grouped attention{cap} uses the {name!r} kernel on cpu"

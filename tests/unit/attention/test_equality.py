@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.attention import prefix_grouped_attention
+from megatron_ext.attention import Scoring, prefix_grouped_attention
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import LAYOUTS, error, plain_attention, randn, random_lengths, spans
 
@@ -84,7 +84,7 @@ def test_softmax_scale(scale, rng):
     lengths, pad = LAYOUTS["several groups, pad"]
     groups = PrefixGroups.from_lengths(lengths, pad)
     inputs, grad = draw(rng, groups, 4, 2)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, scale), inputs, grad)
+    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, Scoring(scale)), inputs, grad)
     plain = outputs_and_grads(lambda q, k, v: plain_attention(q, k, v, lengths, scale), inputs, grad)
     default = prefix_grouped_attention(*inputs, groups)
     assert_close(found, plain)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.attention.kernels import KERNELS
-from megatron_ext.attention.plan import Call, Rectangle, plan_attention
+from megatron_ext.attention.plan import Call, Plan, Rectangle, plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import Lengths, lengths_strategy, spans
@@ -30,15 +30,26 @@ def visible_pairs(lengths: Lengths, total: int) -> torch.Tensor:
     return mask
 
 
-def scores_of(call: Call, total: int) -> torch.Tensor:
-    """int [t, t]: how often the call computes each pair."""
-    count = torch.zeros(total, total, dtype=torch.long)
+def scores_of(call: Call, queries: int, keys: int) -> torch.Tensor:
+    """int [queries, keys]: how often the call computes each pair."""
+    count = torch.zeros(queries, keys, dtype=torch.long)
     for r in call.rectangles:
         block = torch.ones(r.q_len, r.k_len, dtype=torch.long)
-        count[r.q_start : r.q_start + r.q_len, r.k_start : r.k_start + r.k_len] += (
-            block.tril() if call.causal else block
-        )
+        if call.causal:
+            block = block.tril(r.k_len - r.q_len)
+        if call.window is not None:
+            block = block.triu(r.k_len - r.q_len - call.window)
+        count[r.q_start : r.q_start + r.q_len, r.k_start : r.k_start + r.k_len] += block
     return count
+
+
+def scores_of_plan(plan: Plan, queries: int, keys: int) -> torch.Tensor:
+    """The same for all calls, keys that were copied counted where they came from."""
+    if plan.copied is None:
+        return sum(scores_of(call, queries, keys) for call in plan.calls)
+    source = torch.tensor([row for start, length in plan.copied for row in range(start, start + length)])
+    count = torch.zeros(queries, keys, dtype=torch.long)
+    return count.index_add_(1, source, sum(scores_of(call, queries, len(source)) for call in plan.calls))
 
 
 @given(lengths_strategy, pads)
@@ -46,9 +57,8 @@ def test_plan_and_reference_mask_cover_the_visible_pairs_exactly_once(lengths: L
     groups = PrefixGroups.from_lengths(lengths, pad)
     expected = visible_pairs(lengths, groups.num_tokens)
     plan = plan_attention(groups)
-    count = sum(scores_of(call, groups.num_tokens) for call in plan)
-    assert torch.equal(count, expected.long())
-    assert sum(call.num_scores for call in plan) == int(expected.sum())
+    assert torch.equal(scores_of_plan(plan, groups.num_tokens, groups.num_tokens), expected.long())
+    assert plan.num_scores == int(expected.sum())
     assert torch.equal(attention_mask(groups), expected)
     assert bool(attention_mask(groups).any(1).all())  # no row without a key, the pad's included
 
@@ -57,7 +67,7 @@ def test_plan_and_reference_mask_cover_the_visible_pairs_exactly_once(lengths: L
 def test_two_calls_and_the_first_covers_every_row_once(lengths: Lengths, pad: int):
     """However many groups; and a prefix's keys appear once in the second call, never once per response."""
     groups = PrefixGroups.from_lengths(lengths, pad)
-    plan = plan_attention(groups)
+    plan = plan_attention(groups).calls
     shared = [g for g, (p, s) in enumerate(lengths) if p and sum(n > 0 for n in s) > 1]
     assert len(plan) == (2 if shared else 1)
     first = plan[0]
@@ -76,7 +86,7 @@ def test_two_calls_and_the_first_covers_every_row_once(lengths: Lengths, pad: in
 
 def test_a_single_response_is_fused_with_its_prefix():
     """One causal document, one call: the plain form of a batch costs what plain attention costs."""
-    (call,) = plan_attention(PrefixGroups.from_lengths([(7, [4]), (3, [0, 5, 0])]))
+    (call,) = plan_attention(PrefixGroups.from_lengths([(7, [4]), (3, [0, 5, 0])])).calls
     assert call.rectangles == (Rectangle(0, 11, 0, 11), Rectangle(11, 8, 11, 8))
 
 
@@ -84,8 +94,8 @@ def test_grouping_lowers_the_number_of_scores():
     """The FLOP count of the paper: G(P+S)^2/2 becomes P^2/2 + G S(2P+S)/2, diagonals apart."""
     p, s, g = 40, 6, 8
     groups = PrefixGroups.from_lengths([(p, [s] * g)])
-    shared = sum(c.num_scores for c in plan_attention(groups))
-    repeated = sum(c.num_scores for c in plan_attention(groups.repeated()))
+    shared = plan_attention(groups).num_scores
+    repeated = plan_attention(groups.repeated()).num_scores
     assert shared == p * (p + 1) // 2 + g * (s * p + s * (s + 1) // 2)
     assert repeated == g * (p + s) * (p + s + 1) // 2
 
@@ -100,13 +110,13 @@ def test_grouping_lowers_the_number_of_scores():
     ],
 )
 def test_equal_neighbours_form_runs(lengths, runs):
-    first = plan_attention(PrefixGroups.from_lengths(lengths))[0]
+    first = plan_attention(PrefixGroups.from_lengths(lengths)).calls[0]
     assert [(run.first.q_len, run.count) for run in first.runs] == runs
 
 
 @given(lengths_strategy, pads)
 def test_runs_stand_for_the_same_rectangles(lengths: Lengths, pad: int):
-    for call in plan_attention(PrefixGroups.from_lengths(lengths, pad)):
+    for call in plan_attention(PrefixGroups.from_lengths(lengths, pad)).calls:
         expanded = [
             Rectangle(
                 run.first.q_start + i * run.q_step, run.first.q_len, run.first.k_start + i * run.k_step, run.first.k_len
@@ -122,7 +132,7 @@ def test_packed_pieces_take_the_rows_of_the_rectangles(lengths: Lengths, pad: in
     """What the variable-length kernels of a GPU are handed: rows back to back, borders beside them."""
     groups = PrefixGroups.from_lengths(lengths, pad)
     rows = torch.arange(groups.num_tokens)
-    for call in plan_attention(groups):
+    for call in plan_attention(groups).calls:
         (piece,) = KERNELS["torch_flash"].pieces(call, torch.device("cpu"))
         for side, taken, borders, longest in (
             ("q", piece.take_q(rows), piece.cu_seqlens_q, piece.max_seqlen_q),

@@ -12,13 +12,13 @@ from megatron_ext.attention.reference import attention_mask
 from megatron_ext.attention.sharding import shard_layout
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import nested_strategy
-from tests.unit.attention.test_plan import scores_of
+from tests.unit.attention.test_plan import scores_of_plan
 
 ranks_strategy = st.sampled_from([1, 2, 3, 4])
 
 
-@given(nested_strategy, ranks_strategy, st.sampled_from([0.0, 50.0]))
-def test_every_row_is_on_one_rank_and_every_pair_is_computed_once(forest, ranks, cost):
+@given(nested_strategy, ranks_strategy, st.sampled_from([0.0, 50.0]), st.sampled_from([None, 0, 1, 5]))
+def test_every_row_is_on_one_rank_and_every_pair_is_computed_once(forest, ranks, cost, window):
     """The ranks' plans together compute exactly the visible pairs, from the gathered rows and their own."""
     groups = PrefixGroups.from_lengths(forest)
     layout, total = shard_layout(groups.trees, ranks, cost), groups.num_tokens
@@ -32,13 +32,13 @@ def test_every_row_is_on_one_rank_and_every_pair_is_computed_once(forest, ranks,
         assert len(mine) == layout.num_rows[rank]
         pad = 3
         size = len(gathered) + len(mine) + pad
-        plan = layout.plan(rank, pad)
-        scores = sum(scores_of(call, size) for call in plan)
+        plan = layout.plan(rank, pad, window)
+        scores = scores_of_plan(plan, len(mine) + pad, size)
         for i, row in enumerate(mine):
             count[row].index_add_(0, torch.tensor(gathered + mine), scores[i, : size - pad])
         assert not bool(scores[: len(mine), size - pad :].any()), "nobody sees the pad"
-        assert len(plan) <= len(plan_attention(groups)) + 1
-    assert torch.equal(count, attention_mask(groups).long())
+        assert len(plan.calls) <= len(plan_attention(groups, window).calls) + 1
+    assert torch.equal(count, attention_mask(groups, window).long())
 
 
 @given(nested_strategy, st.sampled_from([2, 3, 4]))
@@ -60,7 +60,7 @@ def test_work_is_balanced(ranks):
     lengths = [(4000, [311, 40, 502, 77, 256, 256, 130, 410, 90, 333, 12, 480])]
     groups = PrefixGroups.from_lengths(lengths)
     layout = shard_layout(groups.trees, ranks, 1000.0)
-    scores = [sum(call.num_scores for call in layout.plan(rank, 0)) for rank in range(ranks)]
+    scores = [layout.plan(rank, 0).num_scores for rank in range(ranks)]
     assert max(scores) <= 1.1 * sum(scores) / ranks
     assert max(layout.num_rows) <= 1.1 * sum(layout.num_rows) / ranks
     assert layout.num_gathered == 4000, "responses stay whole, and their keys at home"

@@ -14,7 +14,7 @@ from megatron_ext.flops import attention_pairs, num_predicted, num_tokens
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import documents, error, nested_strategy, plain_tree_attention, randn, random_nested
 from tests.unit.attention.test_equality import assert_close, outputs_and_grads
-from tests.unit.attention.test_plan import scores_of
+from tests.unit.attention.test_plan import scores_of_plan
 
 BOUND = 1e-10
 
@@ -39,11 +39,10 @@ def visible(forest, total: int) -> torch.Tensor:
 def test_plan_covers_the_visible_pairs_once_with_a_call_per_level(forest, pad):
     groups = PrefixGroups.from_lengths(forest, pad)
     plan, expected = plan_attention(groups), visible(forest, groups.num_tokens)
-    count = sum(scores_of(call, groups.num_tokens) for call in plan)
-    assert torch.equal(count, expected.long())
+    assert torch.equal(scores_of_plan(plan, groups.num_tokens, groups.num_tokens), expected.long())
     assert torch.equal(attention_mask(groups), expected)
-    assert len(plan) <= 1 + max(depth(tree) for tree in forest)
-    for call in plan[1:]:
+    assert len(plan.calls) <= 1 + max(depth(tree) for tree in forest)
+    for call in plan.calls[1:]:
         ends = [0] + [r.q_start + r.q_len for r in call.rectangles]
         starts = [r.q_start for r in call.rectangles]
         assert all(start >= end for start, end in zip(starts, ends, strict=False)), "queries of a call are disjoint"
@@ -51,7 +50,7 @@ def test_plan_covers_the_visible_pairs_once_with_a_call_per_level(forest, pad):
 
 def test_calls_follow_depth_and_not_width():
     wide = (4, [(3, [(2, [1] * 9)] * 9)] * 9)
-    assert len(plan_attention(PrefixGroups.from_lengths([wide] * 3))) == 4
+    assert len(plan_attention(PrefixGroups.from_lengths([wide] * 3)).calls) == 4
 
 
 @pytest.mark.parametrize("trial", range(12))
@@ -97,7 +96,7 @@ def test_deep_trees_in_bf16_round_once(rng):
     rows = torch.tensor([r for path, ends in documents(forest) if ends for r in path])
     first = torch.tensor([rows.tolist().index(r) for r in range(groups.num_tokens)])
     out = prefix_grouped_attention(*(x[rows] for x in low), flat)[first]
-    assert len(plan_attention(groups)) == 6
+    assert len(plan_attention(groups).calls) == 6
     assert error(found[0], exact[0]) <= 2 * error(out, exact[0])
 
 
@@ -105,7 +104,7 @@ def test_deep_trees_in_bf16_round_once(rng):
 def test_the_flops_count_what_the_plan_computes(forest):
     """A causal square of n rows has n^2 / 2 pairs there, n (n + 1) / 2 here. And repeated, the paths' squares."""
     groups = PrefixGroups.from_lengths(forest)
-    computed = sum(call.num_scores for call in plan_attention(groups))
+    computed = plan_attention(groups).num_scores
     assert attention_pairs(forest) == pytest.approx(computed - groups.num_tokens / 2)
     assert num_tokens(forest) == groups.num_tokens
     paths = [len(rows) for rows, ends in documents(forest) if ends]

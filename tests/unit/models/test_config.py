@@ -79,3 +79,27 @@ def test_refuses_a_model_with_an_ordinary_attention_layer(world):
         assert_all_attention_grouped(model)
     with pytest.raises(ValueError, match="no attention layer"):
         assert_all_attention_grouped(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window_size": [4]}, r"model.window_size=\[4\]: give \[rows before a query, 0\]"),
+        ({"window_size": [-1, 0]}, r"model.window_size=\[-1, 0\]"),
+        ({"window_size": [4, 1]}, r"model.window_size=\[4, 1\].*the second is 0"),
+        ({"window_attn_skip_freq": [1]}, "give one number for each of the 2 layers"),
+        ({"window_attn_skip_freq": 0}, "model.window_attn_skip_freq=0 must be at least 1"),
+        ({"attn_logit_softcapping": 0.0}, "model.attn_logit_softcapping=0.0 must be above 0"),
+        ({"attention_kernel": "flash"}, "model.attention_kernel must be one of auto, cpu, blockwise"),
+    ],
+)
+def test_refuses_attention_rules_without_meaning(changes, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(**changes)
+
+
+def test_layers_slide_as_megatron_has_it():
+    assert small_config(window_size=[4, 0]).layer_windows == [4, 4]
+    assert small_config(window_size=[4, 0], window_attn_skip_freq=2).layer_windows == [4, None]
+    assert small_config(window_size=[4, 0], window_attn_skip_freq=[0, 1]).layer_windows == [None, 4]
+    assert small_config().layer_windows == [None, None]

@@ -29,7 +29,15 @@ def draw_prompts(rng, *lengths: int) -> list[list[int]]:
     return [torch.randint(61, (n,), generator=rng).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_embeddings_and_output_weights": False, "qk_layernorm": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"share_embeddings_and_output_weights": False, "qk_layernorm": False},
+        {"window_size": [5, 0]},
+        {"window_size": [14, 0], "window_attn_skip_freq": [0, 1], "attn_logit_softcapping": 2.0},
+    ],
+)
 def test_greedy_equals_the_full_forward_token_by_token(changes, rng, world):
     """Prompts of unequal length in one batch, several samples of each (all alike when greedy)."""
     model = build(rng, world, **changes)

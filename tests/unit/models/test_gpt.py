@@ -24,6 +24,12 @@ CASES = {
 }
 tied = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 cases = pytest.mark.parametrize("case", CASES)
+# Windows that hide a part of some prompts, in one layer or both; scores that the cap bends.
+RULES = {
+    "window": {"window_size": [4, 0]},
+    "window in layer 1, softcap": {"window_size": [3, 0], "window_attn_skip_freq": 2, "attn_logit_softcapping": 1.5},
+    "window in layer 2": {"window_size": [0, 0], "window_attn_skip_freq": [0, 1]},
+}
 
 
 def build(rng, world, **changes) -> PrefixGroupedGPT:
@@ -64,11 +70,15 @@ def test_grouped_equals_repeated(case, tied, common, rng, world):
     assert_same_gradients(results[0][3], results[1][3])
 
 
-@tied
+@pytest.mark.parametrize(
+    "changes",
+    [{"share_embeddings_and_output_weights": True}, {"share_embeddings_and_output_weights": False}, *RULES.values()],
+    ids=["tied", "untied", *RULES],
+)
 @cases
-def test_grouped_equals_a_plain_gpt(case, tied, rng, world):
+def test_grouped_equals_a_plain_gpt(case, changes, rng, world):
     """The same against a model that shares no code with Megatron, one document after the other."""
-    model = build(rng, world, share_embeddings_and_output_weights=tied)
+    model = build(rng, world, **changes)
     rollout = make_rollout(rng, CASES[case], 61)
     batch = pack_rollout(rollout)
     logprobs, entropy = run(model, batch, temperature=0.9)
@@ -84,6 +94,20 @@ def test_grouped_equals_a_plain_gpt(case, tied, rng, world):
     assert error(entropy.detach(), plain_entropy.detach()) <= BOUND
     assert error(loss.detach(), plain_loss.detach()) <= BOUND
     assert_same_gradients(named_gradients(model), {name: w.grad for name, w in weights.items()})
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_trees_equal_repeated_with_windows_and_softcap(rules, rng, world):
+    model = build(rng, world, **rules)
+    rollout = make_rollout(rng, CASES["several groups"], 61, common=4)
+    results = []
+    for share in (True, False):
+        batch = pack_rollout(rollout, share)
+        logprobs, entropy = run(model, batch)
+        objective(rollout, batch.groups, logprobs, entropy).backward()
+        results.append((logprobs.detach(), named_gradients(model)))
+    assert error(results[0][0], results[1][0]) <= BOUND
+    assert_same_gradients(results[0][1], results[1][1])
 
 
 def test_grouped_equals_one_response_at_a_time(rng, world):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_ext.models import build_gpt
 from tests.gpt_cases import make_rollout, named_gradients, objective, pack_rollout, randomize, run, small_config
 
 
-def test_selective_and_full_recompute_equal_none_bitwise(rng, world):
+@pytest.mark.parametrize("common", [0, 4], ids=["groups", "trees"])
+@pytest.mark.parametrize("rules", [{}, {"window_size": [4, 0], "attn_logit_softcapping": 2.0}], ids=["plain", "rules"])
+def test_selective_and_full_recompute_equal_none_bitwise(common, rules, rng, world):
     """fp32, several groups: the recomputed pass must see the same record and do the same sums."""
     weights = build_gpt(small_config(), world)
     randomize(weights, rng)
-    rollout = make_rollout(rng, [(11, [2, 7, 7]), (1, [1, 3]), (6, [0, 5])], 61)
+    rollout = make_rollout(rng, [(11, [2, 7, 7]), (1, [1, 3]), (6, [0, 5])], 61, common)
     batch = pack_rollout(rollout)
     results, passes = {}, {}
     for granularity in (None, "selective", "full"):
-        model = build_gpt(small_config(activations_checkpoint_granularity=granularity), world)
+        model = build_gpt(small_config(activations_checkpoint_granularity=granularity, **rules), world)
         model.load_state_dict(weights.state_dict())
         count: list[int] = []
         attention = model.decoder.layers[0].self_attention.core_attention
