@@ -41,7 +41,10 @@ def small_config(**changes) -> GPTModelConfig:
         "qk_layernorm": True,
         "encoder_seq_length": 128,
         "logprob_chunk_size": 5,
+        "attention_plan": "levels",  # "auto" would copy prompts as short as these
     }
+    if changes.get("window_size"):
+        fields["attention_plan"] = "auto"
     return GPTModelConfig(**(fields | changes))
 
 

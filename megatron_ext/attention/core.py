@@ -69,7 +69,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     Args:
         config: `window_size` and `window_attn_skip_freq` are honoured, as Megatron defines them.
         softcap: bound of attention scores, see `Scoring`; None for none.
-        backend: see `prefix_grouped_attention`.
+        backend, form: see `prefix_grouped_attention`.
         All others: Megatron's.
 
     Raises:
@@ -88,6 +88,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         pg_collection=None,
         softcap: float | None = None,
         backend: str = "auto",
+        form: str = "auto",
     ):
         super().__init__()
         check_supported(config)
@@ -104,7 +105,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             softcap=softcap,
             window=config.window_size[0] if windowed and config.window_size[0] >= 0 else None,
         )
-        self.backend = backend
+        self.backend, self.form = backend, form
 
     def forward(
         self,
@@ -124,7 +125,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
         match packed_seq_params:
             case PrefixGroups():
-                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.scoring, self.backend)
+                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.scoring, self.backend, self.form)
             case ContextShard():
                 out = context_parallel_attention(
                     q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.backend

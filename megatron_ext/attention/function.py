@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.attention.flex import flex_attention
-from megatron_ext.attention.forms import one_call_pays
+from megatron_ext.attention.forms import choose_plan
 from megatron_ext.attention.kernels import Kernel, Scoring, select_kernel
 from megatron_ext.attention.merge import select_merge, wide_dtype
-from megatron_ext.attention.plan import Plan, plan_attention
+from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.reference import reference_attention
 from megatron_ext.grouping import PrefixGroups
 
@@ -34,6 +34,7 @@ def prefix_grouped_attention(
     groups: PrefixGroups,
     scoring: Scoring | None = None,
     backend: str = "auto",
+    form: str = "auto",
 ) -> Tensor:
     """Attention over a prefix-grouped stream, equal to causal attention over each [prefix, response] by itself.
 
@@ -44,6 +45,7 @@ def prefix_grouped_attention(
         scoring: scale, soft cap and sliding window; defaults to the plain scale d ** -0.5.
         backend: "auto" (the first that can run here, logged once) or a name of `kernels.KERNELS`; "reference" (any
             device, fp64 over a dense [t, t] mask: for tests) or "flex" (FlexAttention, which has no backward on CPU).
+        form: of the plan, see `forms`: "auto" (by a measured rule, logged once), "levels" or "one_call".
 
     Returns:
         [t, n, d] in query's dtype. Rows of the tail pad hold values without meaning.
@@ -58,8 +60,7 @@ def prefix_grouped_attention(
     if backend == "flex":
         return flex_attention(query, key, value, groups, scoring)
     kernel = select_kernel(backend, query.device, scoring)
-    one_call = one_call_pays(groups, query.size(1), key.size(1), query.device.type)
-    plan = plan_attention(groups, scoring.window, one_call)
+    plan = choose_plan(groups, scoring.window, query.size(1), key.size(1), query.device.type, form)
     return _PlannedAttention.apply(query, key, value, plan, kernel, scoring)
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.attention.context import CP_COMM_TYPES
+from megatron_ext.attention.forms import FORMS
 from megatron_ext.attention.kernels import KERNELS
 
 __all__ = ["GPTModelConfig", "stream_multiple"]
@@ -78,6 +79,9 @@ class GPTModelConfig:
     attn_logit_softcapping: float | None = None
     # "auto": the first that can run here. Or cpu, blockwise, torch_flash, flash_attn_2, flash_attn_3.
     attention_kernel: str = "auto"
+    # "levels": a call for the prompts and one for each level below, merged. "one_call": shared keys copied for each
+    # response. "auto": the faster by a measured rule, logged once.
+    attention_plan: str = "auto"
     # "auto", "local" or "transformer_engine".
     transformer_impl: str = "auto"
     # Rows of logits held at a time; None: by a memory budget.
@@ -159,6 +163,14 @@ class GPTModelConfig:
         yield (
             self.attention_kernel not in ("auto", *KERNELS),
             f"model.attention_kernel must be one of auto, {', '.join(KERNELS)}, got {self.attention_kernel!r}",
+        )
+        yield (
+            self.attention_plan not in FORMS,
+            f"model.attention_plan must be one of {', '.join(FORMS)}, got {self.attention_plan!r}",
+        )
+        yield (
+            self.attention_plan == "levels" and size is not None,
+            "model.attention_plan=levels cannot run sliding windows (model.window_size); set it to auto",
         )
         yield (
             self.prefix_grouping not in (True, False, "auto"),

@@ -47,6 +47,7 @@ class PrefixGroupedGPT(GPTModel):
                 config.transformer_impl,
                 config.attn_logit_softcapping,
                 config.attention_kernel,
+                config.attention_plan,
             ),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.encoder_seq_length,

@@ -35,6 +35,7 @@ def block_spec(
     implementation: str = "auto",
     softcap: float | None = None,
     attention_kernel: str = "auto",
+    attention_plan: str = "auto",
 ) -> TransformerBlockSubmodules:
     """Spec of a decoder block whose every layer attends over prefix groups.
 
@@ -42,12 +43,15 @@ def block_spec(
         num_layers: layers on THIS pipeline stage.
         implementation: "local" (Megatron's own linears and our RMSNorm), "transformer_engine" (its linears and
             norms), or "auto": Transformer Engine where it can run. The choice is logged.
-        softcap, attention_kernel: of the core attention.
+        softcap, attention_kernel, attention_plan: of the core attention.
     """
     if implementation == "auto":
         implementation = "transformer_engine" if has_transformer_engine() else "local"
     logger.info("layers use the %r implementation", implementation)
-    core = ModuleSpec(PrefixGroupedCoreAttention, params={"softcap": softcap, "backend": attention_kernel})
+    core = ModuleSpec(
+        PrefixGroupedCoreAttention,
+        params={"softcap": softcap, "backend": attention_kernel, "form": attention_plan},
+    )
     if implementation == "local":
         layer, final_norm = _local_layer(core, qk_layernorm), RMSNorm
     elif implementation == "transformer_engine":

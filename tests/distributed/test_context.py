@@ -36,11 +36,8 @@ def make_cases(rng: torch.Generator, comm_types: list[str]) -> list[ContextCase]
         inputs = tuple(randn(rng, t, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
         for comm_type in comm_types:
             cases.append(ContextCase(forest, inputs, comm_type, PLAIN))
-            cases.append(
-                ContextCase(
-                    forest, inputs, comm_type, Scoring(DIM**-0.5, window=int(torch.randint(7, (), generator=rng)))
-                )
-            )
+            window = int(torch.randint(7, (), generator=rng))
+            cases.append(ContextCase(forest, inputs, comm_type, Scoring(DIM**-0.5, window=window)))
             cases.append(ContextCase(forest, inputs, comm_type, Scoring(DIM**-0.5, 0.8, window=9)))
     perturbed = PrefixGroups.from_lengths(FIXED[0]).num_tokens
     for row in range(0, perturbed, 9):

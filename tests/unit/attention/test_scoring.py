@@ -193,6 +193,7 @@ def test_refuses_rules_without_meaning(fields, words):
         Scoring(1.0, **fields)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_agrees_forward(softcap, window, rng):
@@ -205,6 +206,7 @@ def test_flex_agrees_forward(softcap, window, rng):
     assert (found - plain).abs().max() <= 1e-10
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_takes_a_score_modifier(rng):
     """ALiBi by positions, against plain attention with the same bias."""
     from megatron_ext.attention.flex import flex_attention

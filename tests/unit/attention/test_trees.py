@@ -54,33 +54,33 @@ def test_calls_follow_depth_and_not_width():
 
 
 @pytest.mark.parametrize("trial", range(12))
-def test_equals_repeated_sequences(trial, rng):
+def test_equals_repeated_sequences(form, trial, rng):
     forest = [random_nested(rng, depth=1 + trial % 4) for _ in range(2)]
     groups = PrefixGroups.from_lengths(forest, (1, 16)[trial % 2])
     inputs = [randn(rng, groups.num_tokens, heads, 16) for heads in (4, 2, 2)]
     grad = randn(rng, groups.num_tokens - groups.num_pad_tokens, 4, 16)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups), inputs, grad)
+    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
     plain = outputs_and_grads(lambda q, k, v: plain_tree_attention(q, k, v, forest), inputs, grad)
     assert_close(found, plain)
 
 
-def test_a_perturbed_token_changes_only_rows_that_may_see_it(rng):
+def test_a_perturbed_token_changes_only_rows_that_may_see_it(form, rng):
     """Bitwise: rows off its paths, siblings among them, stay the same."""
     forest = [(9, [(5, [4, (3, [2, 6])]), 7, (2, [3, 3])])]
     groups = PrefixGroups.from_lengths(forest, 16)
     mask = attention_mask(groups)
     q, k, v = (randn(rng, groups.num_tokens, heads, 16) for heads in (4, 2, 2))
-    before = prefix_grouped_attention(q, k, v, groups)
+    before = prefix_grouped_attention(q, k, v, groups, form=form)
     for row in range(0, groups.num_tokens, 3):
         k2, v2 = k.clone(), v.clone()
         k2[row] += 1
         v2[row] -= 1
-        changed = (prefix_grouped_attention(q, k2, v2, groups) != before).flatten(1).any(1)
+        changed = (prefix_grouped_attention(q, k2, v2, groups, form=form) != before).flatten(1).any(1)
         assert not bool((changed & ~mask[:, row]).any())
         assert bool(changed[row])
 
 
-def test_deep_trees_in_bf16_round_once(rng):
+def test_deep_trees_in_bf16_round_once(form, rng):
     """Merged in fp32: the error does not grow with the number of levels beyond that of the repeated form."""
     chain = 8
     for _ in range(5):
@@ -91,11 +91,13 @@ def test_deep_trees_in_bf16_round_once(rng):
     grad = randn(rng, groups.num_tokens, 4, 32)
     exact = outputs_and_grads(lambda q, k, v: plain_tree_attention(q, k, v, forest), inputs, grad)
     low = [x.bfloat16() for x in inputs]
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups), low, grad.bfloat16())
+    found = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), low, grad.bfloat16()
+    )
     flat = groups.repeated()
     rows = torch.tensor([r for path, ends in documents(forest) if ends for r in path])
     first = torch.tensor([rows.tolist().index(r) for r in range(groups.num_tokens)])
-    out = prefix_grouped_attention(*(x[rows] for x in low), flat)[first]
+    out = prefix_grouped_attention(*(x[rows] for x in low), flat, form=form)[first]
     assert len(plan_attention(groups).calls) == 6
     assert error(found[0], exact[0]) <= 2 * error(out, exact[0])
 

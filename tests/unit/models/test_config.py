@@ -91,6 +91,8 @@ def test_refuses_a_model_with_an_ordinary_attention_layer(world):
         ({"window_attn_skip_freq": 0}, "model.window_attn_skip_freq=0 must be at least 1"),
         ({"attn_logit_softcapping": 0.0}, "model.attn_logit_softcapping=0.0 must be above 0"),
         ({"attention_kernel": "flash"}, "model.attention_kernel must be one of auto, cpu, blockwise"),
+        ({"attention_plan": "tree"}, "model.attention_plan must be one of auto, levels, one_call"),
+        ({"attention_plan": "levels", "window_size": [4, 0]}, "model.attention_plan=levels cannot run sliding windows"),
     ],
 )
 def test_refuses_attention_rules_without_meaning(changes, words):

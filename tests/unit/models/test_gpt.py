@@ -26,6 +26,7 @@ tied = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 cases = pytest.mark.parametrize("case", CASES)
 # Windows that hide a part of some prompts, in one layer or both; scores that the cap bends.
 RULES = {
+    "one call": {"attention_plan": "one_call"},
     "window": {"window_size": [4, 0]},
     "window in layer 1, softcap": {"window_size": [3, 0], "window_attn_skip_freq": 2, "attn_logit_softcapping": 1.5},
     "window in layer 2": {"window_size": [0, 0], "window_attn_skip_freq": [0, 1]},

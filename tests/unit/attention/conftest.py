@@ -1,0 +1,11 @@
+"""Fixtures of the attention tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(params=["levels", "one_call"])
+def form(request) -> str:
+    """Both forms of plan; what "auto" takes depends on the lengths."""
+    return request.param
