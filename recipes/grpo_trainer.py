@@ -6,45 +6,23 @@ the policy. Sampling, the old-policy pass, the reference pass and the actor pass
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.flops import ModelShape, ideal_speedup, sharing_pays
-from megatron_ext.grouping import pack
-from megatron_ext.losses.grpo import group_advantages, groups_with_signal, grpo_loss, token_weights
-from megatron_ext.models.config import stream_multiple
+from megatron_ext.losses.grpo import group_advantages, groups_with_signal, grpo_loss
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
-from megatron_ext.packing import Part, pack_groups, saving_kept
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.data import EpochSampler, Prompt
+from recipes.grpo_batches import BatchMaker, Rollouts, in_parts
 from recipes.rewards import Reward, score
 from recipes.session import Session
-from recipes.settings import GRPOConfig, check_batch_sizes
+from recipes.settings import GRPOConfig
 
-__all__ = ["GRPOTrainer", "Rollouts", "reference_weights"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Rollouts:
-    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g]."""
-
-    prompts: list[Prompt]
-    responses: list[list[list[int]]]
-    rewards: Tensor
-    advantages: Tensor
-
-    def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(prompt length, [response lengths]) of these groups."""
-        return [(len(self.prompts[g].tokens), [len(r) for r in self.responses[g]]) for g in groups]
+__all__ = ["GRPOTrainer", "reference_weights"]
 
 
 class GRPOTrainer:
@@ -62,23 +40,16 @@ class GRPOTrainer:
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.train, self.validation = train, validation
-        model, settings = self.config.model, self.settings
-        self.local_prompts = check_batch_sizes(
-            "trainer.grpo.num_prompts_per_grpo_step", settings.num_prompts_per_grpo_step, session.data_size
-        )
-        prompts_per_update = model.global_batch_size // settings.samples_per_prompt
-        self.local_update_prompts = check_batch_sizes(
-            "the prompts of an optimizer step (model.global_batch_size / trainer.grpo.samples_per_prompt)",
-            prompts_per_update,
-            session.data_size,
-        )
-        self.shape = ModelShape.of(model)
-        self._shared_last: bool | None = None
+        self.batches = BatchMaker(session)
         self.context_size = parallel_state.get_context_parallel_world_size()
         self.sampler = EpochSampler(
-            len(train), settings.num_prompts_per_grpo_step, model.seed, session.data_rank, session.data_size
+            len(train),
+            self.settings.num_prompts_per_grpo_step,
+            self.config.model.seed,
+            session.data_rank,
+            session.data_size,
         )
-        self.initial_weights = _copy_weights(engine.module) if settings.initial_policy_kl_penalty else None
+        self.initial_weights = _copy_weights(engine.module) if self.settings.initial_policy_kl_penalty else None
 
     def fit(self) -> None:
         settings, session = self.settings, self.session
@@ -108,7 +79,7 @@ class GRPOTrainer:
         with timers("step"):
             with timers("generate"):
                 rollouts = self.generate_rollouts([self.train[i] for i in self.sampler.next()], step)
-            updates, packing = self._updates(rollouts)
+            updates, packing = self.batches.updates(rollouts)
             metrics = self._rollout_metrics(rollouts) | packing
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 passes = 1 + self.score_rollouts([m for microbatches in updates for m in microbatches])
@@ -130,10 +101,10 @@ class GRPOTrainer:
     def generate_rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         settings = self.settings
         params = settings.sampling(self.session.tokenizer.eos_id)
-        g, first = settings.samples_per_prompt, self.session.data_rank * self.local_prompts
+        g, first = settings.samples_per_prompt, self.session.data_rank * self.batches.local_prompts
         mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
         responses = []
-        for start, part in _parts(prompts[mine], settings.rollout_micro_batch_size):
+        for start, part in in_parts(prompts[mine], settings.rollout_micro_batch_size):
             draws = UniformDraws(
                 seed=(self.config.model.seed, step),
                 first=(first + mine.start + start) * g,
@@ -179,7 +150,7 @@ class GRPOTrainer:
         mine = self.validation[self.session.data_rank :: self.session.data_size]
         with self.session.timers("validation"):
             total = 0.0
-            for _, part in _parts(mine, self.settings.rollout_micro_batch_size):
+            for _, part in in_parts(mine, self.settings.rollout_micro_batch_size):
                 answers = generate(self.engine.module, [p.tokens for p in part], 1, params, UniformDraws(0))
                 total += self._rewards(part, answers).sum().item()
             total, count = self.session.sum_over_data(total, len(mine))
@@ -198,86 +169,6 @@ class GRPOTrainer:
             dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
         return rewards
 
-    def _updates(self, rollouts: Rollouts) -> tuple[list[list[Microbatch]], dict[str, float]]:
-        """The microbatches of each optimizer step on this rank, and what their packing is worth."""
-        model = self.config.model
-        if model.micro_batch_tokens is None:
-            updates = []
-            for first in range(0, self.local_prompts, self.local_update_prompts):
-                groups = range(first, first + self.local_update_prompts)
-                parts = [Part(g, tuple(range(self.settings.samples_per_prompt))) for g in groups]
-                cuts = [cut for _, cut in _parts(parts, model.micro_batch_size)]
-                updates.append(self._microbatches(rollouts, cuts, self._shares_prefix(rollouts.lengths(groups))))
-            return updates, {}
-        everything, data = self._from_all_data_ranks(rollouts), self.session
-        count = self.local_update_prompts * data.data_size
-        updates, kept = [], []
-        for first in range(0, len(everything.prompts), count):
-            lengths = everything.lengths(range(first, first + count))
-            share = self._shares_prefix(lengths)
-            packed = pack_groups(lengths, model.micro_batch_tokens, data.data_size, self.shape, share)
-            cuts = [[Part(first + p.group, p.responses) for p in cut] for cut in packed[data.data_rank]]
-            updates.append(self._microbatches(everything, cuts, share))
-            if share:
-                kept.append(saving_kept(lengths, [cut for rank in packed for cut in rank]))
-        return updates, {"train_optim/saving_kept": sum(kept) / len(kept)} if kept else {}
-
-    def _shares_prefix(self, lengths: list[tuple[int, list[int]]]) -> bool:
-        """model.prefix_grouping, and for "auto" what the operations promise; a changed choice is logged."""
-        setting = self.config.model.prefix_grouping
-        if setting != "auto":
-            return setting
-        share = sharing_pays(self.shape, lengths)
-        if share != self._shared_last:
-            logger.info(
-                "prefix grouping is %s: counting operations it is %.2f times as fast",
-                "on" if share else "off",
-                ideal_speedup(self.shape, lengths),
-            )
-            self._shared_last = share
-        return share
-
-    def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
-        """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
-        parts: list = [None] * self.session.data_size
-        mine = (rollouts.prompts, rollouts.responses, rollouts.rewards.tolist(), rollouts.advantages.tolist())
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
-        prompts, responses, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
-        device = self.session.device
-        return Rollouts(
-            prompts, responses, torch.tensor(rewards, device=device), torch.tensor(advantages, device=device)
-        )
-
-    def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[Microbatch]:
-        """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
-        settings, device = self.settings, self.session.device
-        microbatches, masks = [], []
-        for cut in cuts:
-            responses = [[rollouts.responses[p.group][i] for i in p.responses] for p in cut]
-            batch = pack(
-                [rollouts.prompts[p.group].tokens for p in cut],
-                responses,
-                stream_multiple(self.config.model),
-                device=device,
-                share_prefix=share_prefix,
-            )
-            advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
-            extra = {"advantages": advantages[batch.groups.response_ids]}
-            microbatches.append(Microbatch(batch, settings.sampling_params.temperature, extra))
-            masks.append([[self._trained(r)] * len(r) for rs in responses for r in rs])
-        counted = [mask for part in masks for mask in part if any(mask)]  # prompts are never empty: all are predicted
-        tokens, responses = self.session.sum_over_data(sum(map(len, counted)), len(counted))
-        level = "token" if settings.token_level_loss else "sequence"
-        for microbatch, part in zip(microbatches, masks, strict=True):
-            groups, mask = microbatch.batch.groups, microbatch.batch.loss_mask(part)
-            microbatch.extra["weights"] = token_weights(
-                groups.response_ids, mask, groups.num_responses, tokens, responses, level
-            )
-        return microbatches
-
-    def _trained(self, response: list[int]) -> bool:
-        return self._ended(response) or not self.settings.overlong_filtering
-
     def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor):
         return grpo_loss(
             logprobs,
@@ -289,7 +180,7 @@ class GRPOTrainer:
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         lengths = [len(r) for rs in rollouts.responses for r in rs]
-        cut = sum(not self._ended(r) for rs in rollouts.responses for r in rs)
+        cut = sum(not self.batches.ended(r) for rs in rollouts.responses for r in rs)
         reward, length, cut, useful, responses, prompts = self.session.sum_over_data(
             rollouts.rewards.sum().item(), sum(lengths), cut, groups_with_signal(rollouts.rewards).sum().item(),
             len(lengths), len(rollouts.prompts),
@@ -300,15 +191,6 @@ class GRPOTrainer:
             "train_rollouts/truncated": cut / responses,
             "train_rollouts/groups_with_signal": useful / prompts,
         }
-
-    def _ended(self, response: list[int]) -> bool:
-        """Whether it ended by itself, and was not cut at `length_params.max_length`."""
-        return response[-1] == self.session.tokenizer.eos_id
-
-
-def _parts(items: Sequence, size: int | None) -> Iterator[tuple[int, Sequence]]:
-    size = size or max(len(items), 1)
-    return ((start, items[start : start + size]) for start in range(0, len(items), size))
 
 
 def _share(count: int, rank: int, ranks: int) -> slice:

@@ -6,7 +6,9 @@
 A shape is P,G,S: prompt length, responses, response length. ~512 draws unequal lengths, log-normal with mean 512, sigma
 0.8, the same every time; they are kept with the results.
 
-- ours: one stream [P | S1 .. SG], `prefix_grouped_attention`.
+- ours: one stream [P | S1 .. SG], `prefix_grouped_attention` as it chooses by itself.
+- one_call: the same with the prompt's keys copied for each response.
+- flex: PyTorch's FlexAttention over the stream, with a mask; on a GPU only, for it has no backward on the CPU.
 - repeated: G sequences [prefix, response] in one batch [G, n, P + S, d], torch's scaled_dot_product_attention with
   is_causal, the same flash kernel; of unequal length, one after the other. No padding, contiguous (its fastest layout),
   and the cost of making the copies is not counted.
@@ -45,11 +47,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.attention import prefix_grouped_attention
-from megatron_ext.flops import ideal_attention_speedup
+from megatron_ext.flops import attention_pairs, ideal_attention_speedup
 from megatron_ext.grouping import PrefixGroups
 
-SHAPES = ("4096,8,256", "4096,8,1024", "4096,8,~512")
+SHAPES = (
+    "512,8,128",
+    "1024,8,128",
+    "4096,8,256",
+    "4096,8,1024",
+    "4096,16,512",
+    "16384,8,512",
+    "4096,8,~512",
+)
 LOGNORMAL_SIGMA = 0.8
+LARGE = 5e8  # query-key pairs of the repeated form beyond which three rounds must do: they take minutes each
 # A relative error that no working kernel reaches, bf16 included: guards the comparison itself.
 PLAUSIBLE_ERROR = 2e-2
 
@@ -123,12 +134,12 @@ def same_kernel(device: torch.device):
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def ours(x: Inputs) -> Run:
+def ours(x: Inputs, **how) -> Run:
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     groups = x.groups
 
     def run():
-        out = prefix_grouped_attention(q, k, v, groups)
+        out = prefix_grouped_attention(q, k, v, groups, **how)
         return out, torch.autograd.grad(out, (q, k, v), x.grad)
 
     return run
@@ -193,7 +204,7 @@ def comparable(name: str, x: Inputs, run: Run) -> list[Tensor]:
         result[0][index] = parts[0]
         return [result[0], *(total.index_add_(0, index, t) for total, t in zip(result[1:], parts[1:], strict=True))]
     out, grads = run()
-    if name == "ours":
+    if name in ("ours", "one_call", "flex"):
         return [t.double() for t in (out, *grads)]
     return [out.squeeze(0).double(), *(t.squeeze(0).transpose(0, 1).double() for t in grads)]
 
@@ -241,11 +252,15 @@ def check_agreement(x: Inputs, runs: dict[str, Run]) -> dict[str, list[float]]:
 
 def bench_group(group: Group, args, device: torch.device) -> dict:
     x = make_inputs(group, args, device)
-    runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x)}
+    runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x), "one_call": ours(x, form="one_call")}
+    if device.type == "cuda":
+        runs["flex"] = ours(x, backend="flex")
     if not args.no_package:
         runs |= {"package": package(x, False), "package_masks": package(x, True)}
     errors = check_agreement(x, runs)
-    times = interleave(runs, args.repeats, device)
+    num_pairs = attention_pairs([(group.prompt, group.responses)], share_prefix=False)
+    repeats = args.repeats if num_pairs < LARGE else min(args.repeats, 3)
+    times = interleave(runs, repeats, device)
     ideal = ideal_attention_speedup([(group.prompt, group.responses)])
     result = {
         "shape": group.text,

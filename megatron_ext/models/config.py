@@ -67,9 +67,6 @@ class GPTModelConfig:
     sequence_parallel: bool = False
     # None, "selective" (the core attention) or "full" (whole layers).
     activations_checkpoint_granularity: str | None = None
-    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
-    # counting operations promises less than 1.05 times the speed.
-    prefix_grouping: bool | str = "auto"
     # Sliding windows: [rows before a query that it sees, 0]; null: all rows. (A Hugging Face sliding_window counts the
     # query itself: one more.)
     window_size: list[int] | None = None
@@ -171,10 +168,6 @@ class GPTModelConfig:
         yield (
             self.attention_plan == "levels" and size is not None,
             "model.attention_plan=levels cannot run sliding windows (model.window_size); set it to auto",
-        )
-        yield (
-            self.prefix_grouping not in (True, False, "auto"),
-            f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}",
         )
         yield (
             self.cp_comm_type not in CP_COMM_TYPES,

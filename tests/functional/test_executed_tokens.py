@@ -51,3 +51,15 @@ def test_rows_of_all_three_passes(task, tmp_path):
     assert sum(grouped) == told["train_optim/tokens_executed"]
     assert sum(repeated) == told_repeated["train_optim/tokens_executed"]
     assert sum(grouped) < 0.45 * sum(repeated)  # 4 responses of 8 tokens behind some 100 tokens of prompt
+
+
+def test_responses_that_begin_alike_share_their_beginning(task, tmp_path):
+    """Drawn from two tokens each, responses of a prompt agree for a while: a tree of them trains the same and costs less."""
+    few = ("trainer.grpo.sampling_params.top_k=2", "model.micro_batch_size=4")
+    groups, told = executed_rows(task, tmp_path / "groups", *few)
+    trees, told_trees = executed_rows(task, tmp_path / "trees", *few, "model.min_shared_tokens=1")
+    assert sum(trees) < sum(groups)
+    assert told_trees["train_optim/tokens_repeated"] == told["train_optim/tokens_repeated"]
+    assert told_trees["train_rollouts/reward"] == told["train_rollouts/reward"]
+    for name in ("train_optim/grad_norm", "train_optim/loss", "train_optim/kl"):
+        assert told_trees[name] == pytest.approx(told[name], rel=1e-4, abs=1e-6)

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_ext.attention import PrefixGroupedCoreAttention, prefix_grouped_attention
+from megatron_ext.attention import PrefixGroupedCoreAttention, Scoring, prefix_grouped_attention
+from megatron_ext.attention.merge import merge_partials
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
-from tests.layouts import Lengths, plain_attention
+from tests.layouts import plain_tree_attention
 
-__all__ = ["AttentionCase", "attention", "layer_without_sync"]
+__all__ = ["AttentionCase", "MergeCase", "attention", "layer_without_sync", "merge"]
 
 
 @dataclass
 class AttentionCase:
-    """Inputs of one attention call: q, k, v and the gradient of the rows before the pad."""
+    """Inputs of one attention call: nested lengths, q, k, v and the gradient of the rows before the pad."""
 
-    lengths: Lengths
+    forest: list
     pad: int
     inputs: list[Tensor]
     grad: Tensor
+    scoring: Scoring
+    how: dict[str, str] = field(default_factory=dict)  # backend, form
 
 
 def attention(device: torch.device, cases: list[AttentionCase]) -> list[dict[str, list[Tensor]]]:
-    """[out, dq, dk, dv] of the device's own kernel and of plain attention, both in the inputs' precision."""
+    """[out, dq, dk, dv] of prefix-grouped and of plain attention, both in the inputs' precision."""
     results = []
     for case in cases:
-        groups = PrefixGroups.from_lengths(case.lengths, case.pad, device)
-        results.append(
-            {
-                "grouped": _run(device, case, lambda q, k, v, g=groups: prefix_grouped_attention(q, k, v, g)),
-                "plain": _run(device, case, lambda q, k, v, n=case.lengths: plain_attention(q, k, v, n)),
-            }
-        )
+        groups = PrefixGroups.from_lengths(case.forest, case.pad, device)
+
+        def grouped(q, k, v, case=case, groups=groups):
+            return prefix_grouped_attention(q, k, v, groups, case.scoring, **case.how)
+
+        def plain(q, k, v, case=case):
+            rules = {"softcap": case.scoring.softcap, "window": case.scoring.window}
+            return plain_tree_attention(q, k, v, case.forest, **rules)
+
+        results.append({"grouped": _run(device, case, grouped), "plain": _run(device, case, plain)})
     return results
 
 
@@ -55,6 +61,7 @@ def layer_without_sync(device: torch.device, case: AttentionCase) -> list[bool]:
 
     q, k, v = (x.detach().clone().to(device).unsqueeze(1).requires_grad_() for x in case.inputs)
     heads, head_dim = q.size(2), q.size(3)
+    window = case.scoring.window
     config = GPTModelConfig(
         num_layers=1,
         hidden_size=heads * head_dim,
@@ -62,9 +69,10 @@ def layer_without_sync(device: torch.device, case: AttentionCase) -> list[bool]:
         num_query_groups=k.size(2),
         ffn_hidden_size=64,
         precision="bf16",
+        window_size=None if window is None else [window, 0],
     ).transformer_config()
-    layer = PrefixGroupedCoreAttention(config, 1, AttnMaskType.causal, "self")
-    groups = PrefixGroups.from_lengths(case.lengths, case.pad, device)
+    layer = PrefixGroupedCoreAttention(config, 1, AttnMaskType.causal, "self", **case.how)
+    groups = PrefixGroups.from_lengths(case.forest, case.pad, device)
     grad = torch.ones(q.size(0), 1, heads * head_dim, dtype=q.dtype, device=device)
 
     def step() -> list[Tensor]:
@@ -82,3 +90,30 @@ def layer_without_sync(device: torch.device, case: AttentionCase) -> list[bool]:
             torch.cuda.set_sync_debug_mode("default")
     # The backward of flash attention adds up in no fixed order: only the output repeats bitwise.
     return [torch.equal(first[0], second[0]), *(bool(x.isfinite().all()) for x in second)]
+
+
+@dataclass
+class MergeCase:
+    """out [t, n, d], lse [t, n] and a part of r rows at `rows`."""
+
+    out: Tensor
+    lse: Tensor
+    part: Tensor
+    part_lse: Tensor
+    rows: Tensor | slice
+
+
+def merge(device: torch.device, cases: list[MergeCase]) -> list[dict[str, Tensor]]:
+    """The Triton kernel, compiled, beside the torch operations."""
+    from megatron_ext.attention.merge_triton import merge_rows
+
+    results = []
+    for case in cases:
+        out, lse, part, part_lse = (x.to(device).clone() for x in (case.out, case.lse, case.part, case.part_lse))
+        rows = case.rows if isinstance(case.rows, slice) else case.rows.to(device)
+        merged, merged_lse = merge_partials(out[rows], lse[rows], part, part_lse)
+        merge_rows(out, lse, part, part_lse, rows)
+        results.append(
+            {"out": out[rows].cpu(), "lse": lse[rows].cpu(), "torch out": merged.cpu(), "torch lse": merged_lse.cpu()}
+        )
+    return results
