@@ -1,0 +1,224 @@
+"""Position schemes: where the tokens of texts, images and videos stand, and which coordinate turns which frequency.
+
+A scheme is two independent choices:
+
+    position design        what ids [axes, tokens] a medium's tokens get, and where the text after it goes on
+    frequency allocation   which axis drives each of the head dimension's pairs
+
+Text stands at start + k on every axis in every scheme, so that all of them agree on text.
+
+Sources: RoPE (arXiv 2104.09864); M-RoPE (Qwen2-VL, arXiv 2409.12191); interleaved M-RoPE (Qwen3-VL, arXiv 2511.21631);
+VideoRoPE (arXiv 2502.05173); VRoPE (arXiv 2502.11664).
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SCHEMES", "Image", "Item", "PositionTable", "Scheme", "SharedText", "Text", "Video", "find_scheme", "layout",
+    "register_scheme",
+]  # fmt: skip
+
+LARGEST_ID = 1 << 24  # beyond it fp32 no longer tells neighbours apart
+
+
+@dataclass(frozen=True)
+class Text:
+    """`length` tokens, one after the other."""
+
+    length: int
+
+    def __post_init__(self):
+        if self.length < 0:
+            raise ValueError(f"{self}: a text has 0 tokens or more")
+
+
+@dataclass(frozen=True)
+class SharedText(Text):
+    """A text that starts where the last item ended and does not advance it: one of several continuations."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """t frames of h rows and w columns, counted in tokens (after patches are merged); order t, h, w."""
+
+    t: int
+    h: int
+    w: int
+
+    def __post_init__(self):
+        if min(self.t, self.h, self.w) < 1:
+            raise ValueError(f"{self}: a medium has at least one frame, row and column of tokens")
+
+    @property
+    def length(self) -> int:
+        return self.t * self.h * self.w
+
+
+def Image(h: int, w: int) -> Video:
+    """h rows and w columns: a video of one frame."""
+    return Video(1, h, w)
+
+
+Item = Text | Video
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A position design and a frequency allocation.
+
+    Attributes:
+        name: how a configuration asks for it.
+        axes: coordinates of a token.
+        media: (t, h, w, start) -> (int64 [axes, t h w], index at which what follows goes on).
+        allocation: number of pairs -> the axis that drives each, a list of that many numbers in 0 .. axes - 1.
+    """
+
+    name: str
+    axes: int
+    media: Callable[[int, int, int, int], tuple[Tensor, int]]
+    allocation: Callable[[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """Positions of a sequence of items.
+
+    Attributes:
+        ids: int64 [axes, tokens].
+        next_index: where a text after the last item starts, on every axis.
+        scheme: whose frequency allocation belongs to these ids.
+    """
+
+    ids: Tensor
+    next_index: int
+    scheme: Scheme
+
+
+def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0) -> PositionTable:
+    """Positions of texts and media that follow each other.
+
+    Raises:
+        ValueError: an unknown scheme, or ids past 2^24, which fp32 angles cannot tell apart.
+    """
+    scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
+    parts, index = [torch.empty(scheme.axes, 0, dtype=torch.int64)], start
+    for item in items:
+        if isinstance(item, Text):
+            parts.append((index + torch.arange(item.length)).expand(scheme.axes, -1))
+            index += 0 if isinstance(item, SharedText) else item.length
+        else:
+            ids, index = scheme.media(item.t, item.h, item.w, index)
+            parts.append(ids)
+    ids = torch.cat(parts, 1)
+    largest = max(index, int(ids.abs().max()) if ids.numel() else 0)
+    if largest > LARGEST_ID:
+        raise ValueError(
+            f"positions reach {largest} under scheme {scheme.name!r}: past 2^24 = {LARGEST_ID} neighbouring positions have "
+            "the same fp32 angle; use fewer frames or a smaller grid"
+        )
+    return PositionTable(ids, index, scheme)
+
+
+def _grid(t: int, h: int, w: int) -> Tensor:
+    """int64 [3, t h w]: frame, row and column of every token."""
+    return torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).view(-1, 3).t()
+
+
+def _flattened(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
+    """RoPE: one token after the other, as if it were text."""
+    return start + torch.arange(t * h * w).unsqueeze(0), start + t * h * w
+
+
+def _axis_by_axis(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
+    """RoPE-3D: frame, row and column, all counted from the start."""
+    return start + _grid(t, h, w), start + max(t, h, w)
+
+
+def _diagonal(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
+    """VideoRoPE: frames two apart, rows and columns counted from the frame's own index at its centre."""
+    frame, row, column = _grid(t, h, w)
+    frame = start + 2 * frame
+    return torch.stack((frame, frame + row - (h - 1) // 2, frame + column - (w - 1) // 2)), start + 2 * (t - 1) + 1
+
+
+def _corner_lines(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
+    """VRoPE: the distance from each of a frame's four corners; frames follow each other without overlap.
+
+    The four lines' mean is the same for every token of a frame (no place is nearer to the text), and neighbouring
+    frames, and video and text, are one step apart.
+    """
+    frame, row, column = _grid(t, h, w)
+    stride = h + w - 1
+    lines = [r + c for r, c in itertools.product((row, h - 1 - row), (column, w - 1 - column))]
+    return start + frame * stride + torch.stack(lines), start + t * stride
+
+
+def _contiguous(pairs: int) -> list[int]:
+    """Quarter, three eighths, three eighths: [16, 24, 24] of 64 pairs, as Qwen2-VL has it."""
+    t = pairs // 4
+    h = (pairs - t) // 2
+    return [0] * t + [1] * h + [2] * (pairs - t - h)
+
+
+def _interleaved(pairs: int) -> list[int]:
+    """t h w t h w .., then t alone: [24, 20, 20] of 64 pairs, as Qwen3-VL has it."""
+    spatial = pairs * 5 // 16
+    return [i % 3 if i < 3 * spatial else 0 for i in range(pairs)]
+
+
+def _low_frequencies_to_time(pairs: int) -> list[int]:
+    """h w h w .. on three quarters, t on the last: on the slow pairs, which do not come round within a video."""
+    spatial = pairs * 3 // 4
+    return [1 + i % 2 if i < spatial else 0 for i in range(pairs)]
+
+
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register_scheme(scheme: Scheme) -> Scheme:
+    """Make a scheme known by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if SCHEMES.get(scheme.name, scheme) is not scheme:
+        raise ValueError(f"there is a position scheme {scheme.name!r} already")
+    SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+register_scheme(Scheme("rope", 1, _flattened, lambda pairs: [0] * pairs))
+register_scheme(Scheme("mrope", 3, _axis_by_axis, _contiguous))
+register_scheme(Scheme("mrope_interleaved", 3, _axis_by_axis, _interleaved))
+register_scheme(Scheme("videorope", 3, _diagonal, _low_frequencies_to_time))
+register_scheme(Scheme("vrope", 4, _corner_lines, lambda pairs: [i % 4 for i in range(pairs)]))
+
+
+def find_scheme(name: str) -> Scheme:
+    """A registered scheme, or the one at a dotted path: "my_package.my_module.my_scheme".
+
+    Raises:
+        ValueError: no such scheme.
+    """
+    if name in SCHEMES:
+        return SCHEMES[name]
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"no position scheme at {name!r}: {error}") from error
+        if isinstance(found, Scheme):
+            return found
+        raise ValueError(f"{name!r} is a {type(found).__name__}, not a position Scheme")
+    raise ValueError(
+        f"unknown position scheme {name!r}: choose one of {', '.join(SCHEMES)}, or a dotted path to your own"
+    )
