@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_ext.prefix_tree import Nested, PrefixTree
 
-__all__ = ["PackedTokens", "PrefixGroups", "Segment", "pack", "unpack"]
+__all__ = ["PackedTokens", "PrefixGroups", "Segment", "StreamMedia", "pack", "unpack"]
 
 PAD_GROUP = -1
 
@@ -264,12 +264,32 @@ def _predict_tensors(trees: Sequence[PrefixTree]) -> dict[str, Tensor | None]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class StreamMedia:
+    """What stands in a stream instead of token embeddings: `features` [n, f] at `rows` int64 [n]."""
+
+    features: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """A packed token batch: `tokens` int64 [t] and the record that says what is where."""
+    """A packed token batch: `tokens` int64 [t] and the record that says what is where.
+
+    Attributes:
+        media: images and videos in the stream.
+        scheme_ids: int64 [axes, t], positions where they differ from the record's, which is where there are media.
+    """
 
     tokens: Tensor
     groups: PrefixGroups
+    media: StreamMedia | None = None
+    scheme_ids: Tensor | None = None
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [axes, t]; one axis, which stands for all, where there is only text."""
+        return self.groups.position_ids.unsqueeze(0) if self.scheme_ids is None else self.scheme_ids
 
     @property
     def labels(self) -> Tensor:

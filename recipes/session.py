@@ -32,7 +32,7 @@ __all__ = ["Session"]
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "vocab_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
-    "rotary_base", "rotary_percentage",
+    "position_embedding",
 )  # fmt: skip
 
 

@@ -46,7 +46,6 @@ class ContextShard(PackedSeqParams):
         layout: who holds what.
         num_tokens: t_i.
         rows: int64 [t_i], the stream's row behind each of mine; the pad repeats row 0, and nobody sees it.
-        position_ids: int64 [t_i].
         predict_rows, predict_index: int64, which of MY rows predict, on the host and on the device. One for each of
             my entries of the stream's `predict_index`.
         entries: int64, those entries.
@@ -84,7 +83,6 @@ class ContextShard(PackedSeqParams):
         self.predict_rows = mine[entries]
         self.predict_index, self.entries = self.predict_rows.to(device), entries.to(device)
         self.rows = torch.cat((rows, torch.zeros(num_pad, dtype=torch.int64))).to(device)
-        self.position_ids = groups.position_ids[self.rows]
         self._index_gathered(rank, device)
         self._index_predictions(device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_ext.attention.context import CP_COMM_TYPES
 from megatron_ext.attention.forms import FORMS
 from megatron_ext.attention.kernels import KERNELS
+from megatron_ext.rotary import RopeScaling, find_scheme
 
-__all__ = ["GPTModelConfig", "stream_multiple"]
+__all__ = ["GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 # What PyTorch's CUDA flash attention takes.
@@ -24,6 +25,41 @@ POSITIVE = (
     "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
 )  # fmt: skip
+
+
+@dataclass
+class PositionEmbedding:
+    """Rotary positions: which scheme places the tokens, and how fast the channels turn."""
+
+    # rope, mrope, mrope_interleaved, videorope, vrope, or the dotted path of a Scheme of your own. All agree on text.
+    scheme: str = "rope"
+    # Of the frequencies.
+    base: float = 10000.0
+    # Share of the head dimension that is rotated.
+    percent: float = 1.0
+    # A pair is two neighbouring channels, not one from each half.
+    interleaved: bool = False
+    # Llama 3's stretching of low frequencies: {factor: 8, ...} as in a Hugging Face config.json; null: none.
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        find_scheme(self.scheme)
+        if not 0 < self.percent <= 1:
+            raise ValueError(f"model.position_embedding.percent={self.percent} must lie in (0, 1]")
+        if self.base <= 0:
+            raise ValueError(f"model.position_embedding.base={self.base} must be positive")
+
+
+@dataclass
+class VisionConfig:
+    """What stands for a token of an image or video."""
+
+    # Numbers per media token: pixels of its patch (times channels and frames), or what another encoder computed.
+    feature_size: int
+
+    def __post_init__(self):
+        if self.feature_size < 1:
+            raise ValueError(f"model.vision.feature_size={self.feature_size} must be at least 1")
 
 
 @dataclass
@@ -52,8 +88,9 @@ class GPTModelConfig:
     qk_layernorm: bool = False
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
-    rotary_base: float = 10000.0
-    rotary_percentage: float = 1.0
+    position_embedding: PositionEmbedding = field(default_factory=PositionEmbedding)
+    # How images and videos are seen; null: a text model.
+    vision: VisionConfig | None = None
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     # "32", "bf16", or "auto": bf16 on a GPU, whose attention kernels need it, and fp32 on a CPU.
@@ -113,10 +150,6 @@ class GPTModelConfig:
             ),
         )
         yield self.kv_channels % 2, f"model.kv_channels={self.kv_channels} must be even: rotary positions turn pairs"
-        yield (
-            not 0 < self.rotary_percentage <= 1,
-            f"model.rotary_percentage={self.rotary_percentage} must lie in (0, 1]",
-        )
         if torch.cuda.is_available():
             yield (
                 self.precision == "32",
@@ -268,6 +301,7 @@ class GPTModelConfig:
             # GPTModel hands position ids to the rotary module in 'mrope' mode only.
             mrope_section=[self.kv_channels // 2, 0, 0],
             apply_rope_fusion=False,
+            rotary_interleaved=self.position_embedding.interleaved,
             use_cpu_initialization=on_cpu,
             gradient_accumulation_fusion=False,
             bias_dropout_fusion=not on_cpu,

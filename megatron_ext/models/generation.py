@@ -19,9 +19,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.attention.cache import DecodeStep, PrefillStep, SharedPrefixCache
-from megatron_ext.grouping import pack
+from megatron_ext.grouping import StreamMedia
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts
 
 __all__ = ["SamplingParams", "UniformDraws", "choose_tokens", "generate"]
 
@@ -101,7 +102,7 @@ def choose_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Te
 @torch.no_grad()
 def generate(
     model: PrefixGroupedGPT,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | MediaPrompt],
     samples_per_prompt: int,
     params: SamplingParams,
     draws: UniformDraws,
@@ -110,7 +111,7 @@ def generate(
 
     Args:
         model: this rank's pipeline stage, without a DDP wrapper.
-        prompts: token ids, none empty.
+        prompts: token ids, or prompts with media; none empty.
 
     Returns:
         For each prompt its responses; each ends with the stop token, or was cut at `max_new_tokens`.
@@ -121,12 +122,14 @@ def generate(
     _check_lengths(model, prompts, params)
     device = next(model.parameters()).device
     multiple = stream_multiple(model.model_config)
-    batch = pack(prompts, [[] for _ in prompts], multiple, device=device)
+    scheme = model.model_config.position_embedding.scheme
+    batch = pack_prompts(prompts, [[] for _ in prompts], scheme, multiple, device)
     cache = SharedPrefixCache(batch.groups, samples_per_prompt, params.max_new_tokens)
     ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
-    first_position = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(samples_per_prompt)
+    first_position = torch.tensor([next_position(p, scheme) for p in prompts], device=device)
+    first_position = first_position.repeat_interleave(samples_per_prompt)
 
-    logits = _run_stage(model, batch.tokens, batch.groups.position_ids, PrefillStep(cache), ends)
+    logits = _run_stage(model, batch.tokens, batch.position_ids, PrefillStep(cache), ends, batch.media)
     if logits is not None:
         logits = logits.repeat_interleave(samples_per_prompt, 0)  # [r, v]
     columns: list[Tensor] = []
@@ -164,7 +167,12 @@ def _until_stop(tokens: list[int], stop: int | None) -> list[int]:
 
 
 def _run_stage(
-    model: PrefixGroupedGPT, tokens: Tensor, positions: Tensor, record: PackedSeqParams, rows: Tensor
+    model: PrefixGroupedGPT,
+    tokens: Tensor,
+    positions: Tensor,
+    record: PackedSeqParams,
+    rows: Tensor,
+    media: StreamMedia | None = None,
 ) -> Tensor | None:
     """One forward pass through the pipeline: logits on the last stage, None on the others."""
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -175,7 +183,7 @@ def _run_stage(
         hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
         dist.recv(hidden, src=dist.get_global_rank(group, stage - 1), group=group)
         model.set_input_tensor(hidden)
-    out = model(tokens, positions, record, rows=rows)
+    out = model(tokens, positions, record, rows=rows, media=media)
     if stage == stages - 1:
         return out
     dist.send(out.contiguous(), dst=dist.get_global_rank(group, stage + 1), group=group)

@@ -16,14 +16,16 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
 from megatron_ext.attention.context import ContextShard, gather_predictions
 from megatron_ext.flops import ModelShape
-from megatron_ext.grouping import PrefixGroups
+from megatron_ext.grouping import PrefixGroups, StreamMedia
 from megatron_ext.losses.logprobs import vocab_parallel_logprobs
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
+from megatron_ext.models.media import MediaProjector
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
 
@@ -55,11 +57,24 @@ class PrefixGroupedGPT(GPTModel):
             post_process=post_process,
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
             position_embedding_type="mrope",
+            scatter_embedding_sequence_parallel=config.vision is None,  # else media go in before the rows are split
         )
         self.model_config = config
+        position = config.position_embedding
         self.rotary_pos_emb = PositionIdRotaryEmbedding(
-            config.kv_channels, config.rotary_base, config.rotary_percentage, device
+            config.kv_channels,
+            position.base,
+            position.percent,
+            device,
+            position.scheme,
+            position.interleaved,
+            position.scaling,
         )
+        if config.vision is not None and pre_process:
+            self.media_projector = MediaProjector(
+                config.vision.feature_size, config.hidden_size, config.init_method_std
+            )
+            self.media_projector.to(config.dtype)
         shape = ModelShape.of(config)
         # A token's linear layers in query-key pairs of attention, for balance over context-parallel ranks.
         self.token_cost = shape.linear_weights_per_layer / (2 * shape.num_attention_heads * shape.kv_channels)
@@ -73,28 +88,35 @@ class PrefixGroupedGPT(GPTModel):
         labels: Tensor | None = None,
         rows: Tensor | None = None,
         temperature: float = 1.0,
+        media: StreamMedia | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run this pipeline stage on one stream.
 
         Args:
             input_ids: int64 [t].
-            position_ids: int64 [t].
+            position_ids: int64 [t], or [axes, t] by the model's position scheme.
             packed_seq_params: a `PrefixGroups`, or a prefill or decode step.
             labels: int64 [u], tokens predicted from the record's `predict_index` rows.
             rows: int64 rows whose logits are wanted, instead of labels.
             temperature: divides the logits behind log-probabilities.
+            media: images and videos of the stream; only the first stage looks at them.
 
         Returns:
             hidden states [t (/ tp), 1, h] on every stage but the last; there (log-probabilities [r], entropies [r]),
             or logits [rows, v] over the real vocabulary where `rows` is given.
         """
         record = packed_seq_params
+        if position_ids.dim() == 1:
+            position_ids = position_ids.unsqueeze(0)
+        slots = self._media_slots(media, input_ids)
         if self.config.context_parallel_size > 1 and isinstance(record, PrefixGroups):
             record = ContextShard.of(record, self.pg_collection.cp, stream_multiple(self.model_config), self.token_cost)
-            input_ids, position_ids = input_ids[record.rows], record.position_ids
+            input_ids, position_ids = input_ids[record.rows], position_ids[:, record.rows]
+            slots = None if slots is None else slots[record.rows]
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=input_ids.unsqueeze(0),
-            position_ids=position_ids.view(1, 1, -1),  # [lines, b, t]
+            position_ids=position_ids.unsqueeze(1),  # [axes, b, t]
+            decoder_input=self._embed(input_ids, media, slots),
             packed_seq_params=record,
         )
         hidden = self.decoder(
@@ -108,6 +130,28 @@ class PrefixGroupedGPT(GPTModel):
         if rows is not None:
             return self._logits(hidden, rows)
         return self._logprobs(hidden, record, labels, temperature)
+
+    def _media_slots(self, media: StreamMedia | None, input_ids: Tensor) -> Tensor | None:
+        """int64 [t]: which media token stands in each row, -1 for none."""
+        if media is None or not self.pre_process:
+            return None
+        if self.model_config.vision is None:
+            raise ValueError("the stream has media, but the model has no model.vision to see them with")
+        slots = torch.full_like(input_ids, -1)
+        slots[media.rows] = torch.arange(len(media.rows), device=slots.device)
+        return slots
+
+    def _embed(self, input_ids: Tensor, media: StreamMedia | None, slots: Tensor | None) -> Tensor | None:
+        """Token embeddings with media in their places, [t (/ tp), 1, h]; None where Megatron's own embedding will do."""
+        if self.model_config.vision is None or not self.pre_process:
+            return None
+        hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)  # [t, 1, h]
+        if slots is not None:
+            seen = self.media_projector(media.features)[slots.clamp(min=0)].unsqueeze(1)
+            hidden = torch.where((slots >= 0).view(-1, 1, 1), seen, hidden)
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        return hidden
 
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:

@@ -4,6 +4,7 @@ from megatron_ext.rotary.embedding import PositionIdRotaryEmbedding, RopeScaling
 from megatron_ext.rotary.schemes import (
     SCHEMES,
     Image,
+    Item,
     PositionTable,
     Scheme,
     SharedText,
@@ -15,6 +16,6 @@ from megatron_ext.rotary.schemes import (
 )
 
 __all__ = [
-    "SCHEMES", "Image", "PositionIdRotaryEmbedding", "PositionTable", "RopeScaling", "Scheme", "SharedText", "Text",
+    "SCHEMES", "Image", "Item", "PositionIdRotaryEmbedding", "PositionTable", "RopeScaling", "Scheme", "SharedText", "Text",
     "Video", "find_scheme", "layout", "register_scheme",
 ]  # fmt: skip

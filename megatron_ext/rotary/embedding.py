@@ -78,15 +78,17 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
     def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group=None) -> Tensor:
         """position_ids int64 [axes, b, s] -> embedding fp32 [s, b, 1, dim], as Megatron rotates with it.
 
+        One axis stands for all: text.
+
         Raises:
             ValueError: ids of another number of axes than the scheme has.
         """
-        if position_ids.size(0) != self.scheme.axes:
+        if position_ids.size(0) not in (1, self.scheme.axes):
             raise ValueError(
                 f"position scheme {self.scheme.name!r} has {self.scheme.axes} axes, got ids {tuple(position_ids.shape)}; "
                 "make them with megatron_ext.rotary.layout"
             )
-        if self.scheme.axes == 1:
+        if position_ids.size(0) == 1:
             angles = position_ids[0].t().unsqueeze(-1).float() * self.inv_freq  # [s, b, dim / 2]
         else:
             ids = position_ids.permute(2, 1, 0).float()  # [s, b, axes]

@@ -143,10 +143,11 @@ class Engine:
             batch = microbatch.batch
             output = model(
                 batch.tokens,
-                batch.groups.position_ids,
+                batch.position_ids,
                 packed_seq_params=batch.groups,
                 labels=batch.labels,
                 temperature=microbatch.temperature,
+                media=batch.media,
             )
 
             def reduce(output):

@@ -30,7 +30,7 @@ def test_equals_stock_megatron_on_one_document(rng, world):
         config.encoder_seq_length,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=config.rotary_base,
+        rotary_base=config.position_embedding.base,
     ).double()
     stock.load_state_dict(model.state_dict(), strict=False)
     assert not [n for n, p in stock.named_parameters() if not torch.equal(p, model.get_parameter(n))]

@@ -75,8 +75,8 @@ def test_omegaconf_is_resolved():
 
 
 def test_the_real_sections():
-    model = build(GPTModelConfig, {**MODEL, "precision": 32, "rotary_base": 500000}, "model")
-    assert model.precision == "32" and isinstance(model.rotary_base, float)
+    model = build(GPTModelConfig, {**MODEL, "precision": 32, "position_embedding": {"base": 500000}}, "model")
+    assert model.precision == "32" and isinstance(model.position_embedding.base, float)
     optim = build(OptimConfig, OmegaConf.create({"lr": "1e-4", "betas": [0.9, 0.99], "eps": "1e-8"}), "model.optim")
     assert optim.lr == 1e-4 and optim.eps == 1e-8 and optim.betas == (0.9, 0.99)
 

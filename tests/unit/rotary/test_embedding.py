@@ -166,8 +166,8 @@ def test_llama_3_scaling_equals_hugging_face_and_megatron(world):
 
 def test_refuses_ids_of_another_scheme_and_scalings_without_meaning():
     rotary = PositionIdRotaryEmbedding(32, 1e4, 1.0, "cpu", "vrope")
-    with pytest.raises(ValueError, match=r"scheme 'vrope' has 4 axes, got ids \(1, 1, 5\)"):
-        rotary(torch.arange(5).view(1, 1, 5))
+    with pytest.raises(ValueError, match=r"scheme 'vrope' has 4 axes, got ids \(3, 1, 5\)"):
+        rotary(torch.arange(15).view(3, 1, 5))
     with pytest.raises(ValueError, match="expected factor >= 1"):
         RopeScaling(factor=0.5)
     with pytest.raises(ValueError, match="low_freq_factor < high_freq_factor"):
