@@ -31,6 +31,7 @@ setup(
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "tqdm",  # progress bar over global steps
+            "av",  # FFmpeg with its libraries in one wheel: decodes the clips of video prompts
         ],
         # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
         "te": [

@@ -10,12 +10,16 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.config import UserError
 
-__all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts", "load_tokenizer",
-           "read_jsonl"]  # fmt: skip
+if TYPE_CHECKING:  # reading text needs no torch
+    from megatron_ext.models.media import MediaPrompt
+    from recipes.video import Clip, VideoReader
+
+__all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts",
+           "load_tokenizer", "read_jsonl"]  # fmt: skip
 
 
 class DataError(UserError):
@@ -24,20 +28,32 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, the whole row for the reward, and the row's line in its file, from 1."""
+    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, and its video.
+
+    Where there is a video, `placeholder` stands among the tokens once for each of the video's tokens.
+    """
 
     tokens: tuple[int, ...]
     row: dict[str, Any]
     line: int
+    clip: Clip | None = None
+    placeholder: int = -1
+
+    def for_model(self) -> Sequence[int] | MediaPrompt:
+        """The tokens, with the video's features beside them if there is one; it is read now."""
+        if self.clip is None:
+            return self.tokens
+        from megatron_ext.models.media import MediaPrompt
+
+        return MediaPrompt.of(self.tokens, self.placeholder, [self.clip.grid], self.clip.features())
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the response to learn, in tokens, and the row's line in its file, from 1."""
+    """A prompt and the response to learn, in tokens."""
 
-    prompt: tuple[int, ...]
+    prompt: Prompt
     response: tuple[int, ...]
-    line: int
 
 
 class Tokenizer:
@@ -66,6 +82,16 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """All of the text: a truncation or padding that tokenizer.json carries is not applied."""
         return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def token_id(self, text: str, key: str) -> int:
+        """The id of a single token, named by its text."""
+        found = self._tokenizer.get_vocab().get(text)
+        if found is None:
+            raise DataError(
+                f"tokenizer {self.path} has no token {text!r} ({key}): add it as a special token, so that text never "
+                "becomes it by chance"
+            )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens and otherwise untouched."""
@@ -138,7 +164,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [row for _, row in _rows(path)]
 
 
-def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+def load_prompts(
+    path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, video: VideoReader | None = None
+) -> list[Prompt]:
     """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant."""
     prompts = []
     for line, row in _rows(path):
@@ -150,16 +178,29 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int)
             tokens = _encode_chat(tokenizer, messages, True, where)
         else:
             tokens = _encode(tokenizer, row, "prompt", where)
-        if len(tokens) > max_prompt_tokens:
+        prompt = _with_video(video, tokenizer, tokens, row, line, path)
+        if len(prompt.tokens) > max_prompt_tokens:
             raise DataError(
-                f"{where}: the prompt has {len(tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}: "
+                f"{where}: the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}: "
                 "shorten it or raise the limit"
             )
-        prompts.append(Prompt(tokens, row, line))
+        prompts.append(prompt)
     return prompts
 
 
-def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[Pair]:
+def _with_video(
+    video: VideoReader | None, tokenizer: Tokenizer, tokens: tuple[int, ...], row: dict, line: int, path: str | Path
+) -> Prompt:
+    if video is None:
+        if row.get("video") is not None or row.get("features") is not None:
+            raise DataError(f"{path}:{line}: the row has a video, but data.video is not set")
+        return Prompt(tokens, row, line)
+    placeholder = tokenizer.token_id(video.settings.placeholder, "data.video.placeholder")
+    clip, expanded = video.read_row(row, tokens, placeholder, Path(path).parent, f"{path}:{line}")
+    return Prompt(tuple(expanded), row, line, clip, placeholder)
+
+
+def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int, video: VideoReader | None = None) -> list[Pair]:
     """Pairs to learn: rows with `prompt` and `response`, strings, or `messages` that end with the assistant's.
 
     The end token is appended to a `response`; a chat template ends its responses itself.
@@ -176,12 +217,13 @@ def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
             response = _encode(tokenizer, row, "response", where)
             if response[-1] != tokenizer.eos_id:
                 response += (tokenizer.eos_id,)
-        if len(prompt) + len(response) > max_length:
+        prompt = _with_video(video, tokenizer, prompt, row, line, path)
+        if len(prompt.tokens) + len(response) > max_length:
             raise DataError(
-                f"{where}: prompt and response have {len(prompt)} + {len(response)} tokens, more than "
+                f"{where}: prompt and response have {len(prompt.tokens)} + {len(response)} tokens, more than "
                 f"model.encoder_seq_length={max_length}: shorten them or raise the limit"
             )
-        pairs.append(Pair(prompt, response, line))
+        pairs.append(Pair(prompt, response))
     return pairs
 
 

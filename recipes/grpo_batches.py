@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.flops import ModelShape, ideal_speedup, sharing_pays
-from megatron_ext.grouping import pack
 from megatron_ext.losses.grpo import token_weights
 from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
 from megatron_ext.runtime.engine import Microbatch
 from recipes.data import Prompt
@@ -121,11 +121,12 @@ class BatchMaker:
         microbatches, masks = [], []
         for cut in cuts:
             responses = [[rollouts.responses[p.group][i] for i in p.responses] for p in cut]
-            batch = pack(
-                [rollouts.prompts[p.group].tokens for p in cut],
+            batch = pack_prompts(
+                [rollouts.prompts[p.group].for_model() for p in cut],
                 responses,
+                self.config.model.position_embedding.scheme,
                 stream_multiple(self.config.model),
-                device=device,
+                device,
                 share_prefix=share_prefix,
                 min_shared=self.config.model.min_shared_tokens if share_prefix else None,
             )

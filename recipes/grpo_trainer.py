@@ -110,7 +110,7 @@ class GRPOTrainer:
                 first=(first + mine.start + start) * g,
                 total=settings.num_prompts_per_grpo_step * g,
             )
-            responses += generate(self.engine.module, [p.tokens for p in part], g, params, draws)
+            responses += generate(self.engine.module, [p.for_model() for p in part], g, params, draws)
         rewards = self._rewards(prompts[mine], responses)
         responses, rewards = self._from_all_context_ranks(responses, rewards)
         advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
@@ -151,7 +151,7 @@ class GRPOTrainer:
         with self.session.timers("validation"):
             total = 0.0
             for _, part in in_parts(mine, self.settings.rollout_micro_batch_size):
-                answers = generate(self.engine.module, [p.tokens for p in part], 1, params, UniformDraws(0))
+                answers = generate(self.engine.module, [p.for_model() for p in part], 1, params, UniformDraws(0))
                 total += self._rewards(part, answers).sum().item()
             total, count = self.session.sum_over_data(total, len(mine))
         return {"val_rollouts/reward": total / count, **self.session.timers.read()}

@@ -32,7 +32,7 @@ __all__ = ["Session"]
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "vocab_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
-    "position_embedding",
+    "position_embedding", "vision", "window_size", "window_attn_skip_freq", "attn_logit_softcapping",
 )  # fmt: skip
 
 
@@ -168,8 +168,9 @@ class Session:
 
 
 def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None:
+    fields = dataclasses.asdict(model)
     for name in ARCHITECTURE:
-        here, there = getattr(model, name), saved.get(name)
+        here, there = fields[name], saved.get(name)
         if here != there:
             raise ValueError(f"model.{name}={here}, but the checkpoint {folder} was made with {name}={there}")
 

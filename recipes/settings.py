@@ -13,6 +13,7 @@ from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.generation import SamplingParams
 from megatron_ext.runtime.engine import OptimConfig
+from recipes.video import VideoSettings
 
 __all__ = ["GRPOConfig", "SFTConfig", "check_batch_sizes"]
 
@@ -206,18 +207,22 @@ class GRPOModel(_TrainedModel):
 
 @dataclass
 class SFTData:
-    # JSONL rows {"prompt", "response"} or {"messages"}.
+    # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
     train_path: str
     validation_path: str | None = None
+    # How videos become tokens; null: text only.
+    video: VideoSettings | None = None
 
 
 @dataclass
 class GRPOData:
-    # JSONL rows {"prompt" or "messages", and what the reward reads}.
+    # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
     train_path: str
     validation_path: str | None = None
-    # Longest prompt, in tokens.
+    # Longest prompt, in tokens; those of its videos count.
     max_prompt_length: int = 1024
+    # How videos become tokens; null: text only.
+    video: VideoSettings | None = None
 
 
 @dataclass
@@ -227,6 +232,13 @@ class SFTConfig:
     data: SFTData
     exp_manager: ExpManagerSection
     pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+    def __post_init__(self):
+        _check_video(self.model, self.data.video)
+        if self.model.loss_on_prompt and self.data.video is not None:
+            raise ValueError(
+                "model.loss_on_prompt=true cannot learn to write videos: set it to false, or data.video to null"
+            )
 
 
 @dataclass
@@ -239,6 +251,7 @@ class GRPOConfig:
 
     def __post_init__(self):
         grpo, model = self.trainer.grpo, self.model
+        _check_video(model, self.data.video)
         longest = self.data.max_prompt_length + grpo.length_params.max_length
         if longest > model.encoder_seq_length:
             raise ValueError(
@@ -261,6 +274,15 @@ class GRPOConfig:
                 f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
                 f"{prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
             )
+
+
+def _check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:
+    if video is None:
+        return
+    if model.vision is None:
+        raise ValueError(
+            f"data.video is set, but the model has no eyes: set model.vision.feature_size={video.feature_size}"
+        )
 
 
 def _at_least(section: str, settings: object, least: int, *names: str) -> None:

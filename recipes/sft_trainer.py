@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_ext.grouping import pack
 from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.data import EpochSampler, Pair
 from recipes.session import Session
@@ -76,10 +76,11 @@ class SFTTrainer:
         for start in range(0, len(pairs), model.micro_batch_size):
             part = pairs[start : start + model.micro_batch_size]
             if model.loss_on_prompt:  # one document without a prefix: every token but the first is predicted
-                prompts, responses = [() for _ in part], [[p.prompt + p.response] for p in part]
+                prompts, responses = [() for _ in part], [[p.prompt.tokens + p.response] for p in part]
             else:
-                prompts, responses = [p.prompt for p in part], [[p.response] for p in part]
-            batch = pack(prompts, responses, stream_multiple(model), device=self.session.device)
+                prompts, responses = [p.prompt.for_model() for p in part], [[p.response] for p in part]
+            scheme = model.position_embedding.scheme
+            batch = pack_prompts(prompts, responses, scheme, stream_multiple(model), self.session.device)
             microbatches.append(Microbatch(batch))
         (tokens,) = self.session.sum_over_data(sum(m.batch.groups.num_predicted_tokens for m in microbatches))
         for microbatch in microbatches:

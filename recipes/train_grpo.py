@@ -18,13 +18,15 @@ def main(cfg: dict) -> None:
     from recipes.rewards import check_rows, get_reward
     from recipes.session import Session
     from recipes.settings import GRPOConfig
+    from recipes.video import VideoReader
 
     config = build(GRPOConfig, cfg)
     reward = get_reward(config.trainer.grpo.reward)
     session = Session(config, cfg)
     limit = config.data.max_prompt_length
+    video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     train, validation = (
-        load_prompts(path, session.tokenizer, limit) if path else []
+        load_prompts(path, session.tokenizer, limit, video) if path else []
         for path in (config.data.train_path, config.data.validation_path)
     )
     check_rows(reward, train, config.data.train_path)

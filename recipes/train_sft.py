@@ -16,13 +16,15 @@ def main(cfg: dict) -> None:
     from recipes.session import Session
     from recipes.settings import SFTConfig
     from recipes.sft_trainer import SFTTrainer
+    from recipes.video import VideoReader
 
     config = build(SFTConfig, cfg)
     session = Session(config, cfg)
     limit = config.model.encoder_seq_length
-    train = load_pairs(config.data.train_path, session.tokenizer, limit)
+    video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
+    train = load_pairs(config.data.train_path, session.tokenizer, limit, video)
     path = config.data.validation_path
-    validation = load_pairs(path, session.tokenizer, limit) if path else []
+    validation = load_pairs(path, session.tokenizer, limit, video) if path else []
     session.start()
     model = session.build_model()
     settings = config.trainer.sft

@@ -66,3 +66,30 @@ class Task:
 
     def grpo(self, out: Path, *overrides: str) -> Finished:
         return run("recipes/train_grpo.py", "--config-name", "grpo_tiny", *self.grpo_overrides(out), *overrides)
+
+
+@dataclass
+class VideoTask:
+    """Clips with questions."""
+
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def sft(self, out: Path, *overrides: str) -> Finished:
+        return run(
+            "recipes/train_sft.py", "--config-name", "sft_video_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
+            f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *SMALL,
+            "trainer.sft.max_steps=3", "model.global_batch_size=8", "model.micro_batch_size=4", *overrides,
+        )  # fmt: skip
+
+    def grpo(self, out: Path, checkpoint: Path, *overrides: str) -> Finished:
+        return run(
+            "recipes/train_grpo.py", "--config-name", "grpo_video_tiny", f"data.train_path={self.data / 'train.jsonl'}",
+            f"exp_manager.explicit_log_dir={out}", f"pretrained_checkpoint.restore_from_path={checkpoint}", *SMALL,
+            "trainer.grpo.max_steps=2", "trainer.grpo.num_prompts_per_grpo_step=4", "trainer.grpo.samples_per_prompt=4",
+            "model.global_batch_size=16", "model.micro_batch_size=2", "trainer.grpo.val_check_interval=0",
+            "trainer.grpo.reward={name:length,target:12}", *overrides,
+        )  # fmt: skip

@@ -59,15 +59,19 @@ def write_rows(path: Path, count: int, rng: random.Random, args, sloppy: float, 
     return rows
 
 
-def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> None:
-    """A Hugging Face tokenizer folder, so that `AutoTokenizer.from_pretrained` reads it."""
+def train_tokenizer(folder: Path, texts: list[str], vocab_size: int, special: tuple[str, ...] = ()) -> None:
+    """A Hugging Face tokenizer folder, so that `AutoTokenizer.from_pretrained` reads it.
+
+    `special` tokens are never made of text, nor split.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD, *special], show_progress=False),
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -41,7 +41,7 @@ def plot(found: dict[str, Bias], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.6), squeeze=False)
     for axis, (name, bias) in zip(axes[0], found.items(), strict=True):
         image = axis.imshow(bias.map.log2(), cmap="RdBu_r", vmin=-math.log2(span), vmax=math.log2(span))
-        axis.set_title(f"{name}\nmax/min {bias.largest_over_smallest:.2f}, asymmetry {bias.asymmetry:.3f}", fontsize=9)
+        axis.set_title(f"{name}\nmax/min {bias.largest_over_smallest:.2f}\nasymmetry {bias.asymmetry:.3f}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
     bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 FORMS = ("auto", "levels", "one_call")
 # Copied rows per document, times key/value heads over query heads, up to which one call is the faster form. Measured on
 # two CPU threads (tools/bench_attention_forms.py, docs/benchmarks.md). Not measured on a GPU, so never chosen there.
-MOST_COPIED_ROWS = {"cpu": 16.0}
+MOST_COPIED_ROWS = {"cpu": 8.0}
 
 
 def choose_plan(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.recipe_runs import Task, run
+from tests.recipe_runs import Task, VideoTask, run
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +15,12 @@ def task(tmp_path_factory) -> Task:
         folder / "sft", f"data.validation_path={task.data / 'test.jsonl'}", "trainer.sft.val_check_interval=3"
     )
     assert done.code == 0, done.err
+    return task
+
+
+@pytest.fixture(scope="session")
+def video_task(tmp_path_factory) -> VideoTask:
+    task = VideoTask(tmp_path_factory.mktemp("video_task"))
+    made = run("tools/make_video_problems.py", "--out", task.data, "--seed", 3, "--sft", 32, "--train", 16, "--test", 8)
+    assert made.code == 0, made.err
     return task

@@ -272,16 +272,16 @@ def test_pairs_end_with_eos_once(tmp_path, plain):
         tmp_path / "a.jsonl", {"prompt": "the ", "response": "fox"}, {"prompt": "the ", "response": f"fox{EOS}"}
     )
     first, second = load_pairs(path, plain, 100)
-    assert first.prompt == tuple(plain.encode("the "))
+    assert first.prompt.tokens == tuple(plain.encode("the "))
     assert first.response == (*plain.encode("fox"), plain.eos_id)
-    assert second.response == first.response and (first.line, second.line) == (1, 2)
+    assert second.response == first.response and (first.prompt.line, second.prompt.line) == (1, 2)
 
 
 def test_conversations_are_cut_at_the_last_answer(tmp_path, chat):
     talk = [{"role": "system", "content": "the quick"}, USER, ANSWER, USER, ANSWER]
     (pair,) = load_pairs(write_rows(tmp_path / "a.jsonl", {"messages": talk}), chat, 1000)
-    assert pair.prompt + pair.response == tuple(chat.encode_chat(talk, False))
-    assert pair.prompt == tuple(chat.encode_chat(talk[:-1], True))
+    assert pair.prompt.tokens + pair.response == tuple(chat.encode_chat(talk, False))
+    assert pair.prompt.tokens == tuple(chat.encode_chat(talk[:-1], True))
     assert chat.decode(pair.response) == "it is 3" and pair.response[-1] == chat.eos_id
 
 

@@ -1,0 +1,251 @@
+"""Videos and images in: decode, sample frames, resize, cut into patches; or features that another encoder made.
+
+A row of a JSONL file names one with "video" (a clip that FFmpeg reads, through PyAV; a picture counts as one frame) or
+"features" (.npy or .safetensors, [t, h, w, f]). Every clip becomes the same grid of tokens, so that prompts can be laid
+out without opening it; frames are decoded when a prompt is used.
+
+Shape legend: t, h, w tokens of the grid, f numbers of a token: 3 colours x frames x pixels of its patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rotary import Video
+from recipes.config import UserError
+
+__all__ = [
+    "Clip",
+    "VideoError",
+    "VideoReader",
+    "VideoSettings",
+    "open_clip",
+    "patchify",
+    "read_frames",
+    "sample_frames",
+]
+
+
+class VideoError(UserError):
+    """A video or feature file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How clips become tokens."""
+
+    # Frames taken from every clip, evenly spaced; a shorter clip shows some twice.
+    num_frames: int = 8
+    # Pixels that frames are resized to.
+    height: int = 32
+    width: int = 32
+    # Pixels of a token's square.
+    patch_size: int = 8
+    # Frames of a token.
+    frames_per_patch: int = 1
+    # The tokenizer's token that stands for a token of a video. "<video>" in a row's text becomes one for each.
+    placeholder: str = "<video>"
+
+    def __post_init__(self):
+        for name in ("num_frames", "height", "width", "patch_size", "frames_per_patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.video.{name}={getattr(self, name)} must be at least 1")
+        for name, part in (("height", "patch_size"), ("width", "patch_size"), ("num_frames", "frames_per_patch")):
+            if getattr(self, name) % getattr(self, part):
+                raise ValueError(
+                    f"data.video.{name}={getattr(self, name)} is not divisible by data.video.{part}={getattr(self, part)}"
+                )
+
+    @property
+    def grid(self) -> Video:
+        return Video(
+            self.num_frames // self.frames_per_patch, self.height // self.patch_size, self.width // self.patch_size
+        )
+
+    @property
+    def feature_size(self) -> int:
+        return 3 * self.frames_per_patch * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video of a row. Plain data, so that ranks can exchange prompts.
+
+    Attributes:
+        path: of the clip or of its features.
+        grid: its tokens.
+        settings: how frames become tokens; None for features.
+        where: file and line of the row, for messages.
+    """
+
+    path: str
+    grid: Video
+    settings: VideoSettings | None
+    where: str
+
+    def features(self) -> Tensor:
+        """fp32 [t h w, f], read now or lately."""
+        return _clip_features(self)
+
+
+@lru_cache(maxsize=256)  # a prompt is used for sampling, scoring and training
+def _clip_features(clip: Clip) -> Tensor:
+    how = clip.settings
+    if how is None:
+        return _read_features(Path(clip.path), clip.where).flatten(0, 2)
+    frames = read_frames(clip.path, how.num_frames, how.height, how.width, clip.where)
+    return patchify(frames, how.patch_size, how.frames_per_patch)
+
+
+def open_clip(row: dict, folder: Path, settings: VideoSettings, feature_size: int, where: str) -> Clip | None:
+    """The clip a row names, relative to its file's folder; None for a row without one. Reads no frames yet.
+
+    Raises:
+        VideoError: the file does not exist, or its features do not fit the model.
+    """
+    named = [key for key in ("video", "features") if row.get(key) is not None]
+    if not named:
+        return None
+    if len(named) == 2:
+        raise VideoError(f"{where}: both video and features; a row carries one of them")
+    name = row[named[0]]
+    if not isinstance(name, str) or not name:
+        raise VideoError(f"{where}: {named[0]} must be the name of a file, got {name!r}")
+    path = folder / Path(name).expanduser()
+    if not path.is_file():
+        raise VideoError(f"{where}: {named[0]} {path} does not exist (names are relative to the JSONL file)")
+    if named[0] == "features":
+        t, h, w, f = _read_features(path, where).shape
+        if f != feature_size:
+            raise VideoError(f"{where}: {path} has {f} features per token, model.vision.feature_size is {feature_size}")
+        return Clip(str(path), Video(t, h, w), None, where)
+    if settings.feature_size != feature_size:
+        raise VideoError(
+            f"{where}: data.video makes {settings.feature_size} numbers of a token (3 x frames_per_patch x patch_size^2), "
+            f"model.vision.feature_size is {feature_size}"
+        )
+    return Clip(str(path), settings.grid, settings, where)
+
+
+@dataclass(frozen=True)
+class VideoReader:
+    """What finds the videos of rows: `data.video`, and how many numbers of a token the model sees."""
+
+    settings: VideoSettings
+    feature_size: int
+
+    def read_row(
+        self, row: dict, tokens: Sequence[int], placeholder: int, folder: Path, where: str
+    ) -> tuple[Clip | None, list[int]]:
+        """The row's clip, and its tokens with one placeholder for each token of the clip.
+
+        Raises:
+            VideoError: a clip that cannot be used, or not as many placeholders as clips.
+        """
+        clip = open_clip(row, folder, self.settings, self.feature_size, where)
+        return clip, _expand(tokens, placeholder, [] if clip is None else [clip.grid.length], where)
+
+
+def sample_frames(total: int, count: int) -> list[int]:
+    """Numbers of `count` frames out of `total`, from the middle of equal stretches."""
+    return [int((i + 0.5) * total / count) for i in range(count)]
+
+
+def read_frames(path: str | Path, count: int, height: int, width: int, where: str = "") -> Tensor:
+    """Evenly spaced frames of a clip, resized: uint8 [count, 3, height, width].
+
+    Raises:
+        VideoError: FFmpeg cannot read it, it holds no picture, or it ends before its own table says.
+    """
+    import av
+    from av.error import FFmpegError
+
+    place = f"{where}: " if where else ""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{place}{path} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            packets = sum(1 for packet in container.demux(stream) if packet.size)
+            total = max(packets, stream.frames)
+            if container.duration and stream.average_rate:  # what the header promises, where it counts no frames
+                promised = round(container.duration / av.time_base * stream.average_rate)
+                total = promised if packets < 0.9 * promised else total
+        wanted = sample_frames(total, count)
+        kept: dict[int, Tensor] = {}
+        with av.open(str(path)) as container:
+            decoded = 0
+            for frame in container.decode(video=0):
+                if decoded in wanted:
+                    picture = frame.reformat(width, height, format="rgb24").to_ndarray()  # [height, width, 3]
+                    kept[decoded] = torch.from_numpy(picture).permute(2, 0, 1)
+                decoded += 1
+                if decoded > wanted[-1]:
+                    break
+    except (FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{place}cannot decode {path}: {reason}; it must be a video that FFmpeg reads") from error
+    missing = [number for number in wanted if number not in kept]
+    if not total or missing:
+        raise VideoError(
+            f"{place}{path} is cut short: {decoded} of {total} frames can be decoded; encode or download it again"
+        )
+    return torch.stack([kept[number] for number in wanted])
+
+
+def patchify(frames: Tensor, patch: int, frames_per_patch: int = 1) -> Tensor:
+    """uint8 [T, 3, H, W] -> fp32 [t h w, f] in [-1, 1], tokens in the order t, h, w; numbers in that of a 3D convolution."""
+    total, channels, height, width = frames.shape
+    x = frames.float() / 127.5 - 1
+    x = x.reshape(
+        total // frames_per_patch, frames_per_patch, channels, height // patch, patch, width // patch, patch
+    )  # [t, frames, 3, h, y, w, x]
+    return x.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(0, 2)
+
+
+def _read_features(path: Path, where: str) -> Tensor:
+    """fp32 [t, h, w, f] of a .npy or of a .safetensors with one tensor."""
+    try:
+        if path.suffix == ".npy":
+            import numpy as np
+
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+            if len(tensors) != 1:
+                raise ValueError(f"it holds {len(tensors)} tensors, expected one")
+            (found,) = tensors.values()
+        else:
+            raise ValueError("features are a .npy or a .safetensors file")
+    except VideoError:
+        raise
+    except Exception as error:  # safetensors raises its own, numpy several
+        raise VideoError(f"{where}: cannot read features {path}: {str(error)[:200]}") from error
+    if found.dim() != 4 or not found.numel() or not found.is_floating_point():
+        raise VideoError(f"{where}: {path} holds {found.dtype} {tuple(found.shape)}, expected floats [t, h, w, f]")
+    return found.float()
+
+
+def _expand(tokens: Sequence[int], placeholder: int, lengths: Sequence[int], where: str) -> list[int]:
+    """One placeholder for each video -> one for each of its tokens.
+
+    Raises:
+        VideoError: not as many placeholders as videos.
+    """
+    found = sum(token == placeholder for token in tokens)
+    if found != len(lengths):
+        raise VideoError(f"{where}: the text has {found} video placeholders, the row has {len(lengths)} videos")
+    expanded: list[int] = []
+    waiting = iter(lengths)
+    for token in tokens:
+        expanded += [token] * (next(waiting) if token == placeholder else 1)
+    return expanded

@@ -1,0 +1,249 @@
+"""Real clips in: made with PyAV, decoded, sampled, cut into patches; and every file that cannot be used, in one line."""
+
+from __future__ import annotations
+
+import pickle
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.rotary import Text, Video
+from recipes.data import DataError, load_pairs, load_prompts, load_tokenizer
+from recipes.video import (
+    Clip,
+    VideoError,
+    VideoReader,
+    VideoSettings,
+    open_clip,
+    patchify,
+    read_frames,
+    sample_frames,
+)
+
+SETTINGS = VideoSettings(num_frames=4, height=16, width=24, patch_size=8)
+
+
+def write_clip(path, frames: int, codec: str = "libx264", size=(48, 64)) -> None:
+    """Frame i is grey of 10 i, modulo 256."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = np.full((*size, 3), 10 * i % 256, dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """With a <video> token, as tools/make_video_problems.py makes it."""
+    from tools.make_word_problems import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(folder, ["see no clip well a without a file yes"], 300, special=("<video>",))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    write_clip(tmp_path / "clip.mp4", 20)
+    return tmp_path / "clip.mp4"
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("b.mp4", "mpeg4"), ("c.webm", "libvpx-vp9")])
+def test_frames_are_those_of_the_middle_of_equal_stretches(name, codec, tmp_path):
+    write_clip(tmp_path / name, 20, codec)
+    frames = read_frames(tmp_path / name, 4, 24, 32)
+    assert frames.shape == (4, 3, 24, 32) and frames.dtype == torch.uint8
+    assert sample_frames(20, 4) == [2, 7, 12, 17]
+    greys = frames.float().mean((1, 2, 3))
+    assert (greys - torch.tensor([20.0, 70, 120, 170])).abs().max() <= 6  # the codec's loss
+
+
+def test_a_short_clip_shows_some_frames_twice(tmp_path):
+    write_clip(tmp_path / "short.mp4", 2)
+    frames = read_frames(tmp_path / "short.mp4", 4, 16, 16)
+    assert torch.equal(frames[0], frames[1]) and torch.equal(frames[2], frames[3])
+    assert not torch.equal(frames[1], frames[2])
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save(tmp_path / "picture.png")
+    frames = read_frames(tmp_path / "picture.png", 1, 16, 16)
+    assert frames.shape == (1, 3, 16, 16) and float(frames.float().mean()) == pytest.approx(200, abs=2)
+
+
+@pytest.mark.parametrize("frames_per_patch", [1, 2])
+def test_patches_hold_their_own_pixels(frames_per_patch, rng):
+    frames = torch.randint(256, (4, 3, 16, 24), generator=rng, dtype=torch.uint8)
+    tokens = patchify(frames, 8, frames_per_patch)
+    assert tokens.shape == (4 // frames_per_patch * 2 * 3, frames_per_patch * 3 * 64)
+    number = 0
+    for t in range(0, 4, frames_per_patch):
+        for h in range(2):
+            for w in range(3):
+                pixels = frames[t : t + frames_per_patch, :, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8]
+                assert torch.equal(tokens[number], pixels.transpose(0, 1).flatten().float() / 127.5 - 1)
+                number += 1
+
+
+def test_rows_become_prompts_with_media(clip, tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"video": "clip.mp4", "prompt": "see <video>well"}\n{"prompt": "no clip"}\n', encoding="utf-8"
+    )
+    reader = VideoReader(SETTINGS, SETTINGS.feature_size)
+    seen, blind = load_prompts(tmp_path / "rows.jsonl", tokenizer, 100, reader)
+    assert seen.tokens.count(seen.placeholder) == SETTINGS.grid.length == 4 * 2 * 3
+    prompt = seen.for_model()
+    before, after = (len(tokenizer.encode(text)) for text in ("see ", "well"))
+    assert prompt.items == (Text(before), Video(4, 2, 3), Text(after))
+    expected = patchify(read_frames(clip, 4, 16, 24), 8)
+    assert torch.equal(prompt.features, expected)
+    assert blind.for_model() == blind.tokens and blind.clip is None
+    assert pickle.loads(pickle.dumps(seen)) == seen, "ranks exchange prompts"
+
+
+def test_rows_become_pairs_with_media(clip, tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"video": "clip.mp4", "prompt": "<video>", "response": "yes"}\n')
+    (pair,) = load_pairs(tmp_path / "rows.jsonl", tokenizer, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
+    assert pair.prompt.for_model().items == (Video(4, 2, 3),)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_precomputed_features(suffix, tmp_path, rng):
+    from safetensors.torch import save_file
+
+    features = torch.randn(2, 3, 4, 10, generator=rng)
+    path = tmp_path / f"features{suffix}"
+    np.save(path, features.numpy()) if suffix == ".npy" else save_file({"features": features}, path)
+    found = open_clip({"features": path.name}, tmp_path, SETTINGS, 10, "rows.jsonl:1")
+    assert found.grid == Video(2, 3, 4) and torch.equal(found.features(), features.flatten(0, 2))
+
+
+def truncated(folder):
+    write_clip(folder / "whole.mp4", 40, "mpeg4")
+    whole = (folder / "whole.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    return "cut.mp4"
+
+
+def sound(folder):
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    return "sound.mp4"
+
+
+def noise(folder):
+    (folder / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    return "noise.mp4"
+
+
+def empty(folder):
+    (folder / "empty.webm").write_bytes(b"")
+    return "empty.webm"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "cannot decode .*cut.mp4: .*it must be a video that FFmpeg reads"),
+        (sound, "sound.mp4 has no video stream"),
+        (noise, "cannot decode .*noise.mp4"),
+        (empty, "cannot decode .*empty.webm"),
+    ],
+)
+def test_files_that_are_no_videos(make, words, tmp_path):
+    clip = Clip(str(tmp_path / make(tmp_path)), SETTINGS.grid, SETTINGS, "rows.jsonl:7")
+    with pytest.raises(VideoError, match=f"^rows.jsonl:7: .*{words}") as caught:
+        clip.features()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_clip_that_ends_early(tmp_path):
+    """Its table promises frames that are not there."""
+    truncated(tmp_path)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    # The table stands at the end: keep it, and overwrite the second half of the pictures.
+    place = whole.index(b"moov") - 4
+    broken = whole[: place // 3] + bytes(place - place // 3) + whole[place:]
+    (tmp_path / "broken.mp4").write_bytes(broken)
+    with pytest.raises(VideoError, match="broken.mp4 is cut short|cannot decode .*broken.mp4"):
+        read_frames(tmp_path / "broken.mp4", 40, 16, 16)
+
+
+def test_a_download_that_stopped(tmp_path):
+    """A .webm can be read as far as it goes; its header says how long it should be."""
+    write_clip(tmp_path / "whole.webm", 40, "libvpx-vp9")
+    whole = (tmp_path / "whole.webm").read_bytes()
+    assert read_frames(tmp_path / "whole.webm", 4, 16, 16).shape == (4, 3, 16, 16)
+    (tmp_path / "part.webm").write_bytes(whole[: len(whole) * 6 // 10])
+    with pytest.raises(VideoError, match=r"part.webm is cut short: \d+ of 40 frames can be decoded"):
+        read_frames(tmp_path / "part.webm", 4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"video": "none.mp4"}, "video .*none.mp4 does not exist"),
+        ({"video": 3}, "video must be the name of a file, got 3"),
+        ({"video": "a", "features": "b"}, "both video and features"),
+        ({"features": "wide.npy"}, "wide.npy has 5 features per token, model.vision.feature_size is 10"),
+        ({"features": "flat.npy"}, r"flat.npy holds torch.float32 \(3, 4\), expected floats \[t, h, w, f\]"),
+        ({"features": "noise.npy"}, "cannot read features .*noise.npy"),
+        ({"features": "text.txt"}, "features are a .npy or a .safetensors file"),
+        ({"video": "clip.mp4"}, "data.video makes 192 numbers of a token .* model.vision.feature_size is 10"),
+    ],
+)
+def test_rows_that_name_nothing_usable(row, words, tmp_path, clip):
+    np.save(tmp_path / "wide.npy", np.zeros((1, 2, 2, 5), dtype=np.float32))
+    np.save(tmp_path / "flat.npy", np.zeros((3, 4), dtype=np.float32))
+    (tmp_path / "noise.npy").write_bytes(b"not numpy")
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(VideoError, match=f"rows.jsonl:1: .*{words}"):
+        open_clip(row, tmp_path, SETTINGS, 10, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"video": "clip.mp4", "prompt": "no place"}', "has 0 video placeholders, the row has 1 videos"),
+        ('{"prompt": "a <video> without a file"}', "has 1 video placeholders, the row has 0 videos"),
+    ],
+)
+def test_placeholders_and_files_belong_together(row, words, tmp_path, clip, tokenizer):
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    with pytest.raises(VideoError, match=f"rows.jsonl:1: .*{words}"):
+        load_prompts(tmp_path / "rows.jsonl", tokenizer, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
+
+
+def test_a_video_needs_its_settings_and_its_token(tmp_path, clip, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"video": "clip.mp4", "prompt": "<video>"}\n')
+    with pytest.raises(DataError, match="rows.jsonl:1: the row has a video, but data.video is not set"):
+        load_prompts(tmp_path / "rows.jsonl", tokenizer, 100)
+    other = VideoReader(VideoSettings(placeholder="<film>"), 192)
+    with pytest.raises(DataError, match="no token '<film>' .data.video.placeholder."):
+        load_prompts(tmp_path / "rows.jsonl", tokenizer, 100, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_frames": 0}, "data.video.num_frames=0 must be at least 1"),
+        ({"height": 30}, "data.video.height=30 is not divisible by data.video.patch_size=8"),
+        ({"num_frames": 5, "frames_per_patch": 2}, "num_frames=5 is not divisible by data.video.frames_per_patch=2"),
+    ],
+)
+def test_settings_without_meaning(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VideoSettings(**fields)
