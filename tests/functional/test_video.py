@@ -29,7 +29,7 @@ def test_grpo_is_the_same_however_it_is_run(video_task, checkpoint, tmp_path):
     assert grouped["train_optim/tokens_saved"] > 0.6
     for name, overrides in {
         "repeated": ["model.prefix_grouping=false"],
-        "context, tokens": ["model.context_parallel_size=2", "model.micro_batch_tokens=400"],
+        "context-tokens": ["model.context_parallel_size=2", "model.micro_batch_tokens=400"],
     }.items():
         other = first_step(video_task, checkpoint, tmp_path / name, "trainer.grpo.max_steps=1", *overrides)
         for key in ("train_rollouts/reward", "train_optim/grad_norm", "train_optim/loss"):

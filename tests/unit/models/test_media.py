@@ -127,6 +127,17 @@ def test_positions_of_a_stream_are_those_of_each_continuation(scheme, rng):
     assert batch.groups.num_tokens - row == batch.groups.num_pad_tokens
 
 
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_the_embedding_is_built_once_for_all_layers(granularity, rng, world):
+    model = build(rng, world, "vrope", activations_checkpoint_granularity=granularity)
+    calls = []
+    model.rotary_pos_emb.register_forward_hook(lambda *args: calls.append(1))
+    prompts, responses = cases(rng)
+    logprobs, _ = run(model, pack_prompts(prompts, responses, "vrope"))
+    logprobs.sum().backward()
+    assert len(calls) == 1 and model.model_config.num_layers == 2
+
+
 def test_the_video_matters_and_so_does_where_its_tokens_stand(rng, world):
     model = build(rng, world, "vrope")
     prompts, responses = cases(rng)

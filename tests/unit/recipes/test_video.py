@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import av
@@ -114,6 +115,23 @@ def test_rows_become_pairs_with_media(clip, tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"video": "clip.mp4", "prompt": "<video>", "response": "yes"}\n')
     (pair,) = load_pairs(tmp_path / "rows.jsonl", tokenizer, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
     assert pair.prompt.for_model().items == (Video(4, 2, 3),)
+
+
+def test_conversations_with_a_video(clip, tmp_path, tokenizer):
+    """The shape of the field's VLM trainers: a clip, and messages that say where it stands."""
+    folder = tmp_path / "chat"
+    tokenizer.save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    row = {"video": "clip.mp4", "messages": [{"role": "u", "content": "<video>see well"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    chat = load_tokenizer(folder)
+    (prompt,) = load_prompts(tmp_path / "rows.jsonl", chat, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
+    before, after = (len(chat.encode(text)) for text in ("u: ", "see well\na: "))
+    assert prompt.for_model().items == (Text(before), Video(4, 2, 3), Text(after))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
