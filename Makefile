@@ -53,7 +53,7 @@ env: ## make or update .venv; nothing to do when setup.py and constraints.txt ar
 	  $(PYTHON) -m venv $(VENV); \
 	fi; \
 	rm -f $(VENV)/stamp; touch $(VENV)/installing; \
-	echo "Installing into $(VENV): about 2 GB, some minutes"; \
+	echo "Installing into $(VENV): about 3 GB, some minutes"; \
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"; \
 	$(PIP) -e '.[recipes,test]'; \
 	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
