@@ -266,7 +266,7 @@ def _predict_tensors(trees: Sequence[PrefixTree]) -> dict[str, Tensor | None]:
 
 @dataclass(frozen=True, eq=False)
 class StreamMedia:
-    """What stands in a stream instead of token embeddings: `features` [n, f] at `rows` int64 [n]."""
+    """What stands in a stream instead of token embeddings: `features` [n, f] at `rows` int64 [n], the latter on the host."""
 
     features: Tensor
     rows: Tensor

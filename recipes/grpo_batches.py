@@ -94,6 +94,8 @@ class BatchMaker:
         setting = self.config.model.prefix_grouping
         if setting != "auto":
             return setting
+        if self.config.model.min_shared_tokens is not None:
+            return True  # asked for, and what a tree saves is not told by these lengths
         share = sharing_pays(self.shape, lengths)
         if share != self._shared_last:
             logger.info(

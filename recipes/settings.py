@@ -195,7 +195,7 @@ class GRPOModel(_TrainedModel):
     # counting operations promises less than 1.05 times the speed.
     prefix_grouping: bool | str = "auto"
     # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns
-    # of a conversation or steps of an agent. null: they share the prompt only.
+    # of a conversation or steps of an agent; prefix_grouping: auto is then on. null: they share the prompt only.
     min_shared_tokens: int | None = None
 
     def __post_init__(self):
@@ -203,6 +203,11 @@ class GRPOModel(_TrainedModel):
         _at_least("model", self, 1, "micro_batch_tokens", "min_shared_tokens")
         if self.prefix_grouping not in (True, False, "auto"):
             raise ValueError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
+        if self.prefix_grouping is False and self.min_shared_tokens is not None:
+            raise ValueError(
+                f"model.min_shared_tokens={self.min_shared_tokens} shares beginnings, model.prefix_grouping=false shares "
+                "nothing: set one of them otherwise"
+            )
 
 
 @dataclass

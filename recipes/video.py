@@ -189,6 +189,8 @@ def read_frames(path: str | Path, count: int, height: int, width: int, where: st
                 decoded += 1
                 if decoded > wanted[-1]:
                     break
+    except VideoError:
+        raise
     except (FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{place}cannot decode {path}: {reason}; it must be a video that FFmpeg reads") from error
@@ -226,8 +228,6 @@ def _read_features(path: Path, where: str) -> Tensor:
             (found,) = tensors.values()
         else:
             raise ValueError("features are a .npy or a .safetensors file")
-    except VideoError:
-        raise
     except Exception as error:  # safetensors raises its own, numpy several
         raise VideoError(f"{where}: cannot read features {path}: {str(error)[:200]}") from error
     if found.dim() != 4 or not found.numel() or not found.is_floating_point():

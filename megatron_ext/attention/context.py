@@ -49,6 +49,7 @@ class ContextShard(PackedSeqParams):
         predict_rows, predict_index: int64, which of MY rows predict, on the host and on the device. One for each of
             my entries of the stream's `predict_index`.
         entries: int64, those entries.
+        local_rows: int64 [t] on the host, the place of each of the stream's rows among mine, -1 for others'.
     """
 
     @classmethod
@@ -76,8 +77,9 @@ class ContextShard(PackedSeqParams):
         self.num_tokens = len(rows) + num_pad
         self.rank, self.num_pad = rank, num_pad
         self._plans: dict[int | None, Plan] = {}
-        place = torch.full((groups.num_tokens,), -1)  # of each stream row among mine
+        place = torch.full((groups.num_tokens,), -1)
         place[rows] = torch.arange(len(rows))
+        self.local_rows = place
         mine = place[groups.predict_rows]
         entries = (mine >= 0).nonzero().squeeze(1)
         self.predict_rows = mine[entries]
@@ -150,6 +152,7 @@ def context_parallel_attention(
     scoring: Scoring,
     comm_type: str = "all_gather",
     backend: str = "auto",
+    form: str = "auto",
 ) -> Tensor:
     """Attention of this rank's rows over the whole stream; every rank of the group calls it.
 
@@ -157,13 +160,17 @@ def context_parallel_attention(
         query: [t_i, n, d], positions already applied.
         key, value: [t_i, m, d].
         comm_type: "all_gather" or "a2a".
-        scoring, backend: as in `prefix_grouped_attention`; "reference" and "flex", which know no plan, run with a2a only.
+        scoring, backend, form: as in `prefix_grouped_attention`. "reference" and "flex", which know no plan, and the form
+            "one_call" of a stream without windows run with a2a only.
 
     Returns:
         [t_i, n, d]. Rows of the pad hold values without meaning.
     """
     if comm_type == "a2a":
-        return _all_to_all_attention(query, key, value, shard, backend, scoring)
+        return _all_to_all_attention(query, key, value, shard, backend, scoring, form)
+    if backend in ("reference", "flex") or (form == "one_call" and scoring.window is None):
+        asked = f"backend={backend!r}" if form != "one_call" else "form='one_call'"
+        raise ValueError(f"attention with {asked} runs with cp_comm_type=a2a only, got all_gather")
     kernel = select_kernel(backend, query.device, scoring)
     return _GatheredAttention.apply(query, key, value, shard, kernel, scoring)
 
@@ -213,7 +220,7 @@ def _gather_keys(key: Tensor, value: Tensor, shard: ContextShard) -> tuple[Tenso
 
 
 def _all_to_all_attention(
-    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, backend: str, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, backend: str, scoring: Scoring, form: str
 ) -> Tensor:
     ranks, group = shard.group.size(), shard.group
     for name, x in (("query", query), ("key/value", key)):
@@ -230,7 +237,7 @@ def _all_to_all_attention(
         parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
         heads.append(rows.index_select(0, of_stream))  # all rows of the stream, in its order
-    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, backend)
+    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, backend, form)
     back = out.index_select(0, of_ranks)
     back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
     back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]

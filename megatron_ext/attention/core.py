@@ -128,7 +128,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 out = prefix_grouped_attention(q, k, v, packed_seq_params, self.scoring, self.backend, self.form)
             case ContextShard():
                 out = context_parallel_attention(
-                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.backend
+                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.backend, self.form
                 )
             case PrefillStep() | DecodeStep():
                 out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.backend)

@@ -16,9 +16,11 @@ d head dimension; b, s, k: rectangles of a piece, queries and keys of one.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -225,12 +227,17 @@ class _FlashAttnKernel(_PackedKernel):
     """A flash-attn package. Both versions give lse as [n, rows], natural logarithm, and write gradients in place."""
 
     softcap = True
-    module: str  # what has to be importable
+    version: str  # that has the functions below, with these arguments
+    extension: str  # the compiled module: the plain name may belong to another version of the package
+    module: str
+    functions: tuple[str, str]
 
     def missing(self):
         if not torch.cuda.is_available():
             return "a CUDA GPU"
-        return None if _installed(self.module) else f"the Python module {self.module}"
+        if not _installed(self.extension) or not _takes_windows(self.module, self.functions):
+            return self.version
+        return None
 
     @staticmethod
     def rules(piece: PackedPiece, scoring: Scoring) -> dict:
@@ -258,7 +265,9 @@ class _FlashAttnKernel(_PackedKernel):
 
 
 class FlashAttn2Kernel(_FlashAttnKernel):
-    name, module = "flash_attn_2", "flash_attn"
+    name, version = "flash_attn_2", "flash-attn 2.7 or newer"
+    extension, module = "flash_attn_2_cuda", "flash_attn.flash_attn_interface"
+    functions = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
 
     def launch_forward(self, q, k, v, piece, scoring):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
@@ -278,7 +287,9 @@ class FlashAttn2Kernel(_FlashAttnKernel):
 
 
 class FlashAttn3Kernel(_FlashAttnKernel):
-    name, module = "flash_attn_3", "flash_attn_interface"
+    name, version = "flash_attn_3", "flash-attn 3 of November 2025 or newer"
+    extension, module = "flash_attn_interface", "flash_attn_interface"
+    functions = ("_flash_attn_forward", "_flash_attn_backward")
 
     def missing(self):
         if lacking := super().missing():
@@ -306,6 +317,23 @@ class FlashAttn3Kernel(_FlashAttnKernel):
 @cache
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+@cache
+def _takes_windows(module: str, functions: tuple[str, str]) -> bool:
+    """Whether the library's functions are there and name their arguments as we do; older versions had a tuple."""
+    try:
+        found = [getattr(importlib.import_module(module), function) for function in functions]
+    except (ImportError, AttributeError):
+        return False
+    return all("window_size_left" in _arguments(function) for function in found)
+
+
+def _arguments(function: Callable) -> Container[str]:
+    """Argument names of a function, or of one that is registered as a PyTorch operation."""
+    if hasattr(function, "_opoverload"):
+        return [argument.name for argument in function._opoverload._schema.arguments]
+    return inspect.signature(function).parameters
 
 
 KERNELS: dict[str, Kernel] = {

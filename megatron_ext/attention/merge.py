@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_ext.attention.pieces import PackedPiece
+
 __all__ = ["merge_partials", "select_merge", "wide_dtype"]
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ def _merge_with_torch(piece, out: Tensor, lse: Tensor, part: Tensor, part_lse: T
 
 
 def _merge_with_triton(piece, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    if not isinstance(piece, PackedPiece):  # of the blockwise kernel, which is slow anyway
+        _merge_with_torch(piece, out, lse, part, part_lse)
+        return
     from megatron_ext.attention.merge_triton import merge_rows
 
     merge_rows(out, lse, part, part_lse, piece.q_rows)

@@ -38,7 +38,10 @@ class StridedPiece:
         """[q_len, k_len] of zeros where the key is visible and -inf where it is not; None where all are."""
         if not (self.causal or self.banded):
             return None
-        return _band(self.run.first.q_len, self.run.first.k_len, self.window, like.dtype, like.device)
+        size = (self.run.first.q_len, self.run.first.k_len)
+        if self.window is None:  # every block has its own shape, and kept they would fill the memory
+            return _band(*size, None, like.dtype, like.device)
+        return _window_band(*size, self.window, like.dtype, like.device)
 
     def _view(self, x: Tensor, start: int, length: int, step: int) -> Tensor:
         row, *rest = x.stride()
@@ -64,7 +67,6 @@ class StridedPiece:
         self.take_k(x).add_(value)
 
 
-@lru_cache(maxsize=32)  # blocks of a window are all alike
 def _band(q_len: int, k_len: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     own = torch.arange(k_len - q_len, k_len, device=device)[:, None]  # the query's own place
     key = torch.arange(k_len, device=device)
@@ -72,6 +74,9 @@ def _band(q_len: int, k_len: int, window: int | None, dtype: torch.dtype, device
     if window is not None:
         hidden |= key < own - window
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+_window_band = lru_cache(maxsize=32)(_band)  # blocks of a window are all alike
 
 
 def strided_pieces(call: Call, block: int, always: bool = False) -> Sequence[StridedPiece]:
@@ -138,7 +143,10 @@ class PackedPiece:
         x[self.k_rows] = value.to(x.dtype)
 
     def add_k(self, x: Tensor, value: Tensor) -> None:
-        x[self.k_rows] += value
+        if isinstance(self.k_rows, slice):
+            x[self.k_rows] += value
+        else:  # under context parallelism rows repeat: two rectangles see the beginning of one prefix
+            x.index_add_(0, self.k_rows, value.to(x.dtype))
 
 
 def packed_pieces(call: Call, device: torch.device) -> Sequence[PackedPiece]:

@@ -12,7 +12,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.attention.context import CP_COMM_TYPES
 from megatron_ext.attention.forms import FORMS
-from megatron_ext.attention.kernels import KERNELS
+from megatron_ext.attention.kernels import KERNELS, Scoring, select_kernel
 from megatron_ext.rotary import RopeScaling, find_scheme
 
 __all__ = ["GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
@@ -150,10 +150,10 @@ class GPTModelConfig:
             ),
         )
         yield self.kv_channels % 2, f"model.kv_channels={self.kv_channels} must be even: rotary positions turn pairs"
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and self.attention_kernel != "blockwise":
             yield (
                 self.precision == "32",
-                "model.precision=32: the attention kernels of a GPU take bf16 only; set model.precision=bf16",
+                "model.precision=32: the fast attention kernels of a GPU take bf16 only; set model.precision=bf16",
             )
             yield (
                 self.kv_channels % CUDA_HEAD_MULTIPLE or self.kv_channels > CUDA_LARGEST_HEAD,
@@ -185,14 +185,28 @@ class GPTModelConfig:
             f"model.window_attn_skip_freq={skip}: give one number for each of the {self.num_layers} layers",
         )
         yield (
-            isinstance(skip, int) and skip < 1,
-            f"model.window_attn_skip_freq={skip} must be at least 1",
+            (isinstance(skip, int) and skip < 1) or (isinstance(skip, list) and not set(skip) <= {0, 1}),
+            f"model.window_attn_skip_freq={skip} must be a number of at least 1, or a list of 0 and 1",
+        )
+        yield (
+            skip is not None and size is None,
+            f"model.window_attn_skip_freq={skip} says which layers slide, but model.window_size is not set",
         )
         cap = self.attn_logit_softcapping
         yield cap is not None and cap <= 0, f"model.attn_logit_softcapping={cap} must be above 0; null for no bound"
         yield (
             self.attention_kernel not in ("auto", *KERNELS),
             f"model.attention_kernel must be one of auto, {', '.join(KERNELS)}, got {self.attention_kernel!r}",
+        )
+        if self.attention_kernel in KERNELS:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            try:
+                select_kernel(self.attention_kernel, device, Scoring(1.0, cap))
+            except ValueError as error:
+                yield True, f"model.attention_kernel={self.attention_kernel}: {error}"
+        yield (
+            self.attention_plan == "one_call" and self.context_parallel_size > 1 and self.cp_comm_type == "all_gather",
+            "model.attention_plan=one_call needs model.cp_comm_type=a2a: gathered keys are not copied for each response",
         )
         yield (
             self.attention_plan not in FORMS,

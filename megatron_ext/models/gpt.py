@@ -108,15 +108,13 @@ class PrefixGroupedGPT(GPTModel):
         record = packed_seq_params
         if position_ids.dim() == 1:
             position_ids = position_ids.unsqueeze(0)
-        slots = self._media_slots(media, input_ids)
         if self.config.context_parallel_size > 1 and isinstance(record, PrefixGroups):
             record = ContextShard.of(record, self.pg_collection.cp, stream_multiple(self.model_config), self.token_cost)
             input_ids, position_ids = input_ids[record.rows], position_ids[:, record.rows]
-            slots = None if slots is None else slots[record.rows]
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(1),  # [axes, b, t]
-            decoder_input=self._embed(input_ids, media, slots),
+            decoder_input=self._embed(input_ids, media, record),
             packed_seq_params=record,
         )
         hidden = self.decoder(
@@ -131,24 +129,22 @@ class PrefixGroupedGPT(GPTModel):
             return self._logits(hidden, rows)
         return self._logprobs(hidden, record, labels, temperature)
 
-    def _media_slots(self, media: StreamMedia | None, input_ids: Tensor) -> Tensor | None:
-        """int64 [t]: which media token stands in each row, -1 for none."""
-        if media is None or not self.pre_process:
+    def _embed(self, input_ids: Tensor, media: StreamMedia | None, record: PackedSeqParams) -> Tensor | None:
+        """Token embeddings with media in their places, [t (/ tp), 1, h]; None where Megatron's own embedding will do."""
+        if not self.pre_process:
             return None
         if self.model_config.vision is None:
-            raise ValueError("the stream has media, but the model has no model.vision to see them with")
-        slots = torch.full_like(input_ids, -1)
-        slots[media.rows] = torch.arange(len(media.rows), device=slots.device)
-        return slots
-
-    def _embed(self, input_ids: Tensor, media: StreamMedia | None, slots: Tensor | None) -> Tensor | None:
-        """Token embeddings with media in their places, [t (/ tp), 1, h]; None where Megatron's own embedding will do."""
-        if self.model_config.vision is None or not self.pre_process:
+            if media is not None:
+                raise ValueError("the stream has media, but the model has no model.vision to see them with")
             return None
         hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)  # [t, 1, h]
-        if slots is not None:
-            seen = self.media_projector(media.features)[slots.clamp(min=0)].unsqueeze(1)
-            hidden = torch.where((slots >= 0).view(-1, 1, 1), seen, hidden)
+        if media is not None:
+            rows, seen = media.rows, self.media_projector(media.features)  # [n], [n, h]
+            if isinstance(record, ContextShard):  # all ranks project all media: their gradients add up
+                mine = record.local_rows[rows]
+                kept = (mine >= 0).nonzero().squeeze(1)
+                rows, seen = mine[kept], seen.index_select(0, kept.to(seen.device))
+            hidden = hidden.index_put((rows.to(hidden.device),), seen.unsqueeze(1))
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         return hidden

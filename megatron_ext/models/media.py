@@ -145,7 +145,7 @@ def pack_prompts(
             rows.append(first + prompt.media_rows)
             features.append(prompt.features)
         first += tree.num_tokens
-    media = StreamMedia(torch.cat(features).to(device), torch.cat(rows).to(device))
+    media = StreamMedia(torch.cat(features).to(device), torch.cat(rows))
     return dataclasses.replace(batch, media=media, scheme_ids=stream_positions(batch.groups, prompts, scheme))
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_ext.attention import merge
+from megatron_ext.attention import function, merge, prefix_grouped_attention
 from megatron_ext.attention.pieces import PackedPiece
 from megatron_ext.attention.plan import plan_attention
 from megatron_ext.grouping import PrefixGroups
@@ -83,3 +83,14 @@ def test_no_rows_is_no_work(rng, merge_rows):
 
 def test_the_cpu_merges_with_torch():
     assert merge.select_merge(torch.device("cpu")) is merge._merge_with_torch
+
+
+def test_what_a_gpu_merges_with_takes_strided_pieces_too(monkeypatch, rng):
+    """The blockwise kernel's, on a GPU: by torch."""
+    forest = FORESTS["index"]
+    groups = PrefixGroups.from_lengths(forest)
+    q, k, v = (randn(rng, groups.num_tokens, heads, 8) for heads in (4, 2, 2))
+    expected = prefix_grouped_attention(q, k, v, groups, backend="blockwise", form="levels")
+    monkeypatch.setattr(function, "select_merge", lambda device: merge._merge_with_triton)
+    found = prefix_grouped_attention(q, k, v, groups, backend="blockwise", form="levels")
+    assert torch.equal(found, expected)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.attention import Scoring, prefix_grouped_attention
 from megatron_ext.attention.function import planned_attention, planned_attention_backward
-from megatron_ext.attention.kernels import KERNELS, BlockwiseKernel
+from megatron_ext.attention.kernels import KERNELS
 from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs
@@ -97,7 +97,7 @@ def test_kernels_agree_where_rows_fill_several_blocks(kernel, window, one_call, 
     plain = outputs_and_grads(
         lambda q, k, v: plain_tree_attention(q * SCALE * 4, k, v, forest, window=window), inputs, grad
     )
-    plain[1], found[0] = plain[1], found[0][: len(grad)]
+    found[0] = found[0][: len(grad)]
     assert_close(found, plain)
 
 
@@ -181,7 +181,6 @@ def test_the_blockwise_kernel_repeats_bitwise(rng):
 
     for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)
-    assert BlockwiseKernel.softcap
 
 
 @pytest.mark.parametrize(

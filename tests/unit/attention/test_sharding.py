@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.attention import Scoring
+from megatron_ext.attention.function import planned_attention, planned_attention_backward
+from megatron_ext.attention.kernels import KERNELS
 from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.attention.sharding import shard_layout
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import nested_strategy
+from tests.layouts import nested_strategy, plain_tree_attention
+from tests.unit.attention.test_equality import assert_close, draw, outputs_and_grads
 from tests.unit.attention.test_plan import scores_of_plan
+from tests.varlen import VarlenKernel
 
 ranks_strategy = st.sampled_from([1, 2, 3, 4])
 
@@ -71,3 +76,34 @@ def test_a_long_response_is_cut_too():
     layout = shard_layout(groups.trees, 2, 10.0)
     assert [layout.documents[n].length for n in layout.cut] == [40, 600]
     assert abs(layout.num_rows[0] - layout.num_rows[1]) <= 16
+
+
+@settings(max_examples=40, deadline=None)
+@given(nested_strategy, st.sampled_from([2, 3, 4]), st.sampled_from([None, 0, 3]), st.integers(0, 2**31))
+def test_every_kernel_gives_each_ranks_share(forest, ranks, window, seed):
+    """Outputs, and gradients added over ranks, from every rank's own plan over its own buffer of keys, in fp64.
+
+    By the CPU's kernel, by explicit scores, and by packed rows as a GPU's kernels take them, where a level's key rows repeat.
+    """
+    groups = PrefixGroups.from_lengths(forest)
+    layout, rng = shard_layout(groups.trees, ranks, 3.0), torch.Generator().manual_seed(seed)
+    (q, k, v), grad = draw(rng, groups, 4, 2)
+    scoring, pad = Scoring(0.25, window=window), 2
+    rules = {"window": window}
+    expected = outputs_and_grads(lambda *x: plain_tree_attention(*x, forest, **rules), [q, k, v], grad)
+    gathered = [r for n in layout.cut for d in (layout.documents[n],) for r in range(d.start, d.start + d.length)]
+    for kernel in (KERNELS["cpu"], KERNELS["blockwise"], VarlenKernel()):
+        found = [torch.zeros_like(x) for x in expected]
+        for rank, pieces in enumerate(layout.pieces):
+            mine = [row for p in pieces for row in range(p.start, p.start + p.length)]
+            rows, buffer = mine + [0] * pad, gathered + mine + [0] * pad
+            plan = layout.plan(rank, pad, window)
+            out, lse = planned_attention(q[rows], k[buffer], v[buffer], plan, kernel, scoring)
+            g = grad[rows].clone()
+            g[len(mine) :] = 0
+            dq, dk, dv = planned_attention_backward(g, q[rows], k[buffer], v[buffer], out, lse, plan, kernel, scoring)
+            for total, part in ((found[0], out), (found[1], dq)):
+                total[mine] += part[: len(mine)]
+            for total, part in ((found[2], dk), (found[3], dv)):
+                total.index_add_(0, torch.tensor(buffer), part)
+        assert_close(found, expected)

@@ -87,8 +87,21 @@ def test_refuses_a_model_with_an_ordinary_attention_layer(world):
         ({"window_size": [4]}, r"model.window_size=\[4\]: give \[rows before a query, 0\]"),
         ({"window_size": [-1, 0]}, r"model.window_size=\[-1, 0\]"),
         ({"window_size": [4, 1]}, r"model.window_size=\[4, 1\].*the second is 0"),
-        ({"window_attn_skip_freq": [1]}, "give one number for each of the 2 layers"),
-        ({"window_attn_skip_freq": 0}, "model.window_attn_skip_freq=0 must be at least 1"),
+        ({"window_size": [4, 0], "window_attn_skip_freq": [1]}, "give one number for each of the 2 layers"),
+        (
+            {"window_size": [4, 0], "window_attn_skip_freq": 0},
+            "model.window_attn_skip_freq=0 must be a number of at least 1",
+        ),
+        ({"window_size": [4, 0], "window_attn_skip_freq": [1, 2]}, r"=\[1, 2\] must be .* a list of 0 and 1"),
+        ({"window_attn_skip_freq": 2}, "says which layers slide, but model.window_size is not set"),
+        (
+            {"attention_kernel": "cpu", "attn_logit_softcapping": 30.0},
+            "model.attention_kernel=cpu: .*cannot cap scores",
+        ),
+        (
+            {"attention_plan": "one_call", "context_parallel_size": 2},
+            "model.attention_plan=one_call needs model.cp_comm_type=a2a",
+        ),
         ({"attn_logit_softcapping": 0.0}, "model.attn_logit_softcapping=0.0 must be above 0"),
         ({"attention_kernel": "flash"}, "model.attention_kernel must be one of auto, cpu, blockwise"),
         ({"attention_plan": "tree"}, "model.attention_plan must be one of auto, levels, one_call"),
@@ -105,3 +118,10 @@ def test_layers_slide_as_megatron_has_it():
     assert small_config(window_size=[4, 0], window_attn_skip_freq=2).layer_windows == [4, None]
     assert small_config(window_size=[4, 0], window_attn_skip_freq=[0, 1]).layer_windows == [None, 4]
     assert small_config().layer_windows == [None, None]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+@pytest.mark.parametrize("name", ["torch_flash", "flash_attn_2", "flash_attn_3"])
+def test_refuses_a_kernel_that_cannot_run_here(name):
+    with pytest.raises(ValueError, match=f"model.attention_kernel={name}: .*cannot run on cpu"):
+        small_config(attention_kernel=name)

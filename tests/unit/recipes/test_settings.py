@@ -12,7 +12,15 @@ from recipes.settings import GRPOConfig, SFTConfig
 from tests.recipe_runs import ROOT
 
 
-@pytest.mark.parametrize(("name", "cls"), [("sft_tiny", SFTConfig), ("grpo_tiny", GRPOConfig)])
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("sft_tiny", SFTConfig),
+        ("grpo_tiny", GRPOConfig),
+        ("sft_video_tiny", SFTConfig),
+        ("grpo_video_tiny", GRPOConfig),
+    ],
+)
 def test_every_yaml_fills_its_dataclass(name, cls):
     given = ["data.train_path=x", "model.tokenizer=y", "pretrained_checkpoint.restore_from_path=z"]
     with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
@@ -32,6 +40,8 @@ def test_the_reference_page_is_up_to_date():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("model.min_shared_tokens=0", "min_shared_tokens=0 must be at least 1"),
+        ("model.prefix_grouping=maybe", "prefix_grouping must be auto, true or false, got 'maybe'"),
         ("trainer.grpo.samples_per_prompt=1", "samples_per_prompt=1: a response is compared"),
         ("trainer.grpo.sampling_params.use_greedy=true", "use_greedy=true makes all responses"),
         ("trainer.grpo.sampling_params.temperature=0", "temperature must be positive"),
@@ -53,12 +63,23 @@ def test_the_reference_page_is_up_to_date():
     ],
 )
 def test_impossible_values_are_refused_before_anything_runs(override, words):
-    given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", override]
-    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
-        node = OmegaConf.to_container(compose("grpo_tiny", given), resolve=True, throw_on_missing=True)
     if words is None:
-        assert build(GRPOConfig, node).model.optim.lr == 1e-9
+        assert build_grpo(override).model.optim.lr == 1e-9
         return
     with pytest.raises(ValueError) as caught:
-        build(GRPOConfig, node)
+        build_grpo(override)
     assert words in str(caught.value)
+
+
+def build_grpo(*overrides: str) -> GRPOConfig:
+    given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", *overrides]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose("grpo_tiny", given), resolve=True, throw_on_missing=True)
+    return build(GRPOConfig, node)
+
+
+def test_beginnings_cannot_be_shared_without_sharing():
+    with pytest.raises(
+        ValueError, match="min_shared_tokens=4 shares beginnings, model.prefix_grouping=false shares nothing"
+    ):
+        build_grpo("model.prefix_grouping=false", "model.min_shared_tokens=4")
