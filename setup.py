@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*", "recipes", "recipes.*"]),
+    package_data={"megatron_ext.bias": ["data/*.txt"]},
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed; 2.6 is also Megatron-Core's floor
         "megatron-core>=0.16.1,<0.17",  # the host we extend; its internals move between minor versions

@@ -1,0 +1,72 @@
+"""AFGB, UB and what stands beside them: hand-made cases hit 0, 1 and -1 exactly; random ones follow the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ext.bias import afgb_score, bootstrap_interval, profession_table, pronoun_mass, ub_score
+from megatron_ext.bias.scores import share_preferring_first
+
+ONE, ZERO, HALF = torch.ones(4), torch.zeros(4), torch.full((4,), 0.5)
+HINT = torch.tensor([1, -1, 1, -1])
+
+
+def test_hand_made_cases_are_exact():
+    assert afgb_score(ONE, ZERO) == afgb_score(ZERO, ONE) == 1
+    assert afgb_score(HALF, HALF) == afgb_score(ZERO, ZERO) == 0
+    he, she = (HINT > 0).float(), (HINT < 0).float()
+    assert ub_score(he, she, HINT) == 1 and ub_score(she, he, HINT) == -1
+    assert ub_score(HALF, HALF, HINT) == 0 and ub_score(ONE, ZERO, HINT) == 0
+    assert pronoun_mass(ZERO, ZERO) == 0 and pronoun_mass(HALF, HALF) == 1
+    assert share_preferring_first(ONE, ZERO) == 1 and share_preferring_first(ZERO, ONE) == 0
+    assert share_preferring_first(HALF, HALF) == 0.5
+
+
+def test_random_cases_follow_the_definitions(rng):
+    p = torch.rand(50, 3, generator=rng).double().softmax(-1)
+    he, she, hint = p[:, 0], p[:, 1], torch.randint(2, (50,), generator=rng) * 2 - 1
+    rows = list(zip(he.tolist(), she.tolist(), hint.tolist(), strict=True))
+    assert afgb_score(he, she) == pytest.approx(sum(abs(a - b) for a, b, _ in rows) / 50, abs=1e-12)
+    assert ub_score(he, she, hint) == pytest.approx(sum(f * (a - b) for a, b, f in rows) / 50, abs=1e-12)
+    assert pronoun_mass(he, she) == pytest.approx(sum(a + b for a, b, _ in rows) / 50, abs=1e-12)
+    assert share_preferring_first(he, she) == sum(a > b for a, b, _ in rows) / 50
+
+
+def test_the_table_goes_from_female_to_male():
+    he, she = torch.tensor([0.9, 0.1, 0.3, 0.5]), torch.tensor([0.1, 0.8, 0.1, 0.3])
+    table = profession_table(he, she, ["smith", "nurse", "smith", "clerk"])
+    assert list(table) == ["nurse", "clerk", "smith"]
+    assert table == pytest.approx({"nurse": -0.7, "clerk": 0.2, "smith": 0.5}, abs=1e-7)
+
+
+def test_the_interval_resamples_professions(rng):
+    """With all prompts of a profession alike, its width is that of the professions' mean, however many prompts they have."""
+    values = torch.randn(100, generator=rng).double()
+    exact = 1.96 * float(values.std()) / 10
+    widths = []
+    for prompts in (1, 9):
+        clusters = [str(i) for i in range(100) for _ in range(prompts)]
+        data = values.repeat_interleave(prompts)
+        low, high = bootstrap_interval(lambda index, data=data: float(data[index].mean()), clusters, samples=2000)
+        assert low < float(values.mean()) < high
+        widths.append((high - low) / 2)
+    assert widths[0] == pytest.approx(exact, rel=0.12) and widths[1] == pytest.approx(exact, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: afgb_score(torch.empty(0), torch.empty(0)), r"expected probabilities \[n\]"),
+        (lambda: afgb_score(ONE, ZERO[:2]), r"got \(4,\) and \(2,\)"),
+        (lambda: afgb_score(ONE, ONE), "add up to 1 at most"),
+        (lambda: afgb_score(-HALF, HALF), "must not be negative"),
+        (lambda: ub_score(HALF, HALF, HINT * 2), r"a hint of \+1 or -1"),
+        (lambda: ub_score(HALF, HALF, HINT[:1]), r"\(1,\) for \(4,\) prompts"),
+        (lambda: profession_table(HALF, HALF, ["nurse"]), "1 professions for 4 prompts"),
+        (lambda: bootstrap_interval(float, [], 10), "an interval needs prompts"),
+    ],
+)
+def test_refuses_what_has_no_score(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
