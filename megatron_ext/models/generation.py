@@ -24,7 +24,7 @@ from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts
 
-__all__ = ["SamplingParams", "UniformDraws", "choose_tokens", "generate"]
+__all__ = ["SamplingParams", "UniformDraws", "choose_tokens", "generate", "next_token_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, or prompt plus response longer than the model's `encoder_seq_length`.
     """
-    _check_lengths(model, prompts, params)
+    _check_lengths(model, prompts, params.max_new_tokens)
     device = next(model.parameters()).device
     multiple = stream_multiple(model.model_config)
     scheme = model.model_config.position_embedding.scheme
@@ -150,15 +150,61 @@ def generate(
     return [responses[i : i + samples_per_prompt] for i in range(0, len(responses), samples_per_prompt)]
 
 
-def _check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+@torch.no_grad()
+def next_token_probabilities(
+    model: PrefixGroupedGPT,
+    prompts: Sequence[Sequence[int] | MediaPrompt],
+    tokens: Sequence[int],
+    stream_tokens: int = 8192,
+) -> Tensor:
+    """How likely each of some tokens is to continue each prompt.
+
+    Args:
+        model: this rank's pipeline stage, without a DDP wrapper.
+        prompts: token ids, or prompts with media; none empty.
+        tokens: ids, not repeated.
+        stream_tokens: prompts are packed into streams of about this many tokens.
+
+    Returns:
+        fp32 [prompts, tokens], known on every rank of the model-parallel group.
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the model's `encoder_seq_length`.
+    """
+    _check_lengths(model, prompts, 0)
+    device = next(model.parameters()).device
+    scheme, multiple = model.model_config.position_embedding.scheme, stream_multiple(model.model_config)
+    group = parallel_state.get_model_parallel_group()
+    wanted = torch.tensor(tokens, device=device)
+    parts, first = [], 0
+    while first < len(prompts):
+        last, total = first + 1, len(prompts[first])
+        while last < len(prompts) and total + len(prompts[last]) <= stream_tokens:
+            total += len(prompts[last])
+            last += 1
+        part = prompts[first:last]
+        batch = pack_prompts(part, [[] for _ in part], scheme, multiple, device)
+        ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
+        logits = _run_stage(model, batch.tokens, batch.position_ids, batch.groups, ends, batch.media)
+        found = torch.empty(len(part), len(tokens), device=device)
+        if logits is not None:
+            found = logits.softmax(-1).index_select(1, wanted)
+        if group.size() > 1:
+            dist.broadcast(found, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        parts.append(found)
+        first = last
+    return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=device)
+
+
+def _check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], new_tokens: int) -> None:
     limit = model.model_config.encoder_seq_length
     for number, prompt in enumerate(prompts):
-        if not prompt:
+        if not len(prompt):
             raise ValueError(f"prompt {number} is empty: there is nothing to continue")
-        if len(prompt) + params.max_new_tokens > limit:
+        if len(prompt) + new_tokens > limit:
+            more = f" with max_new_tokens={new_tokens} that" if new_tokens else " that"
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} that exceeds "
-                f"model.encoder_seq_length={limit}"
+                f"prompt {number} has {len(prompt)} tokens;{more} exceeds model.encoder_seq_length={limit}"
             )
 
 

@@ -17,7 +17,7 @@ from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.models.generation import SamplingParams, UniformDraws, generate, next_token_probabilities
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.checkpoint import load_weights, save_weights
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
@@ -188,6 +188,7 @@ def _sample(model, case: LayoutCase) -> dict[str, Any]:
     return {
         "greedy": generate(model, case.prompts, SAMPLES, greedy, UniformDraws(0)),
         "sampled": generate(model, case.prompts, SAMPLES, sampling, UniformDraws(11)),
+        "next": next_token_probabilities(model, case.prompts, [3, 60, 0]),
     }
 
 

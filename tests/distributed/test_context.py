@@ -100,7 +100,7 @@ def test_a_perturbed_token_changes_only_rows_that_may_see_it(runs):
         undisturbed = next(
             i
             for i, c in enumerate(cases)
-            if c.perturb is None and (c.lengths, c.scoring) == (case.lengths, case.scoring)
+            if c.perturb is None and (c.lengths, c.scoring, c.comm_type) == (case.lengths, case.scoring, case.comm_type)
         )
         before = whole([r[undisturbed] for r in ranks])[0]
         mask = attention_mask(groups, case.scoring.window)

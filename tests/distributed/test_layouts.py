@@ -219,6 +219,12 @@ def test_sampled_tokens_equal_one_ranks_under_the_same_draws(layout: Layout, ref
         assert all(result["sampled"] == expected for result in results)
 
 
+def test_next_token_probabilities_equal_one_ranks(layout: Layout, reference: Reference):
+    for _, tied, results in layout.cases:
+        for result in results:
+            assert relative_error(result["next"], reference.results[tied]["next"]) <= BOUND
+
+
 def test_weights_saved_by_one_rank_load_here_bitwise(layout: Layout, reference: Reference):
     """Megatron's own cutting of the checkpoint agrees with the cutting by hand."""
     for _, where, found, expected in layout.tensors("weights", reference):

@@ -8,7 +8,13 @@ import torch
 from megatron_ext.attention.cache import SharedPrefixCache
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
-from megatron_ext.models.generation import SamplingParams, UniformDraws, choose_tokens, generate
+from megatron_ext.models.generation import (
+    SamplingParams,
+    UniformDraws,
+    choose_tokens,
+    generate,
+    next_token_probabilities,
+)
 from tests.gpt_cases import randomize, small_config
 from tests.plain_gpt import greedy, plain_logits
 
@@ -126,6 +132,20 @@ def test_short_responses(new_tokens, rng, world):
     params = SamplingParams(max_new_tokens=new_tokens, use_greedy=True)
     found = generate(model, prompts, 2, params, UniformDraws(0))
     assert found == [[greedy(weights_of(model), model.model_config, prompts[0], new_tokens, None)] * 2]
+
+
+@pytest.mark.parametrize("stream_tokens", [1, 20, 8192])
+def test_next_token_probabilities_equal_the_full_forward(stream_tokens, rng, world):
+    """However prompts are packed; logits are fp32."""
+    model = build(rng, world)
+    prompts, tokens = draw_prompts(rng, 13, 1, 5, 30), [7, 0, 60]
+    found = next_token_probabilities(model, prompts, tokens, stream_tokens)
+    weights = weights_of(model)
+    expected = torch.stack([plain_logits(weights, model.model_config, p)[-1].softmax(-1)[tokens] for p in prompts])
+    assert found.shape == (4, 3) and (found - expected).abs().max() <= 1e-6
+    assert next_token_probabilities(model, [], tokens).shape == (0, 3)
+    with pytest.raises(ValueError, match="prompt 0 has 200 tokens; that exceeds model.encoder_seq_length=128"):
+        next_token_probabilities(model, [[1] * 200], tokens)
 
 
 def test_refuses_prompts_that_cannot_be_continued(rng, world):
