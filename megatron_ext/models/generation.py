@@ -185,7 +185,9 @@ def next_token_probabilities(
         part = prompts[first:last]
         batch = pack_prompts(part, [[] for _ in part], scheme, multiple, device)
         ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
-        logits = _run_stage(model, batch.tokens, batch.position_ids, batch.groups, ends, batch.media)
+        # As in sampling, every context-parallel rank runs the whole stream.
+        step = PrefillStep(SharedPrefixCache(batch.groups, samples_per_prompt=1, max_new_tokens=1))
+        logits = _run_stage(model, batch.tokens, batch.position_ids, step, ends, batch.media)
         found = torch.empty(len(part), len(tokens), device=device)
         if logits is not None:
             found = logits.softmax(-1).index_select(1, wanted)
