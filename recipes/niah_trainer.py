@@ -61,6 +61,13 @@ class NiahSettings:
                 f"trainer.niah.train_frames={self.train_frames} must be [fewest, most] and test_frames={self.test_frames} "
                 "not empty, with 2 frames or more: the two needles stand in different ones"
             )
+        if min(self.test_frames) > high or max(self.test_frames) <= high:
+            raise ValueError(
+                f"trainer.niah.test_frames={self.test_frames} must have lengths within the trained {low} to {high} and beyond"
+            )
+        for name in ("test_frames", "schemes", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"trainer.niah.{name}={getattr(self, name)} names something twice")
         for name in ("max_steps", "videos_per_step", "test_depths", "test_videos", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.niah.{name}={getattr(self, name)} must be at least 1")

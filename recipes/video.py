@@ -172,16 +172,20 @@ def read_frames(path: str | Path, count: int, height: int, width: int, where: st
             if not container.streams.video:
                 raise VideoError(f"{place}{path} has no video stream")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            packets = sum(1 for packet in container.demux(stream) if packet.size)
-            total = max(packets, stream.frames)
-            if container.duration and stream.average_rate:  # what the header promises, where it counts no frames
-                promised = round(container.duration / av.time_base * stream.average_rate)
-                total = promised if packets < 0.9 * promised else total
+            packets = [p for p in container.demux(stream) if p.size]
+            # A clip cut without encoding keeps packets that are never shown.
+            total = sum(not p.is_discard for p in packets)
+            total += max(stream.frames - len(packets), 0)  # frames that the table promises and the file does not hold
+            if not stream.frames and len(container.streams) == 1 and container.duration and packets:
+                ends = [(p.pts or 0) + (p.duration or 0) for p in packets]
+                held, promised = float(max(ends) * stream.time_base), container.duration / av.time_base
+                if held < 0.9 * promised:
+                    total = round(total * promised / max(held, 1e-9))
         wanted = sample_frames(total, count)
         kept: dict[int, Tensor] = {}
         with av.open(str(path)) as container:
             decoded = 0
+            container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 if decoded in wanted:
                     picture = frame.reformat(width, height, format="rgb24").to_ndarray()  # [height, width, 3]

@@ -214,7 +214,7 @@ def find_scheme(name: str) -> Scheme:
         module, _, attribute = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"no position scheme at {name!r}: {error}") from error
         if isinstance(found, Scheme):
             return found

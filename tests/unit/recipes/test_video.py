@@ -200,6 +200,24 @@ def test_a_clip_that_ends_early(tmp_path):
         read_frames(tmp_path / "broken.mp4", 40, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["talk.mp4", "talk.mkv"])
+def test_sound_may_be_longer_than_the_picture(name, tmp_path):
+    with av.open(str(tmp_path / name), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=8), container.add_stream("aac", rate=16000, layout="mono")
+        picture.width = picture.height = 32
+        picture.pix_fmt = "yuv420p"
+        for _ in range(20):  # 2.5 seconds
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), dtype=np.uint8), format="rgb24")
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode())
+        for number in range(80):  # 5 seconds
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.rate, frame.pts = 16000, 1024 * number
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    assert read_frames(tmp_path / name, 20, 16, 16).shape == (20, 3, 16, 16)
+
+
 def test_a_download_that_stopped(tmp_path):
     """A .webm can be read as far as it goes; its header says how long it should be."""
     write_clip(tmp_path / "whole.webm", 40, "libvpx-vp9")
