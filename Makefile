@@ -2,6 +2,7 @@
 PYTHON      ?= python3
 NPROC       ?= 2
 DEMO_ARGS   ?=
+LFTF_ARGS   ?=
 TEST_ARGS   ?=
 BENCH_ARGS  ?=
 TORCH_INDEX ?=
@@ -10,7 +11,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test env lint bench clean
+.PHONY: help demo lftf test env lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,10 +20,13 @@ help: ## this list
 	@echo "  PYTHON=python3.12   interpreter that makes $(VENV) (3.11 or newer)"
 	@echo "  TORCH_INDEX=URL     package index for torch alone, used when $(VENV) is made. On Linux PyPI's torch brings several"
 	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
-	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, BENCH_ARGS   passed on to the command"
+	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, BENCH_ARGS   passed on to the command"
 
 demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
 	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+lftf: env ## make a biased model, locate, fine-tune, compare in minutes on CPU: tools/lftf.py
+	@$(PY) tools/lftf.py $(LFTF_ARGS)
 
 test: env ## all tests that this machine can run
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) tests $(TEST_ARGS)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # reading text needs no torch
     from recipes.video import Clip, VideoReader
 
 __all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts",
-           "load_tokenizer", "read_jsonl"]  # fmt: skip
+           "load_tokenizer", "numbered_rows", "read_jsonl"]  # fmt: skip
 
 
 class DataError(UserError):
@@ -63,6 +63,7 @@ class Tokenizer:
         path: where it was loaded from, as given.
         eos_id: ends a response.
         pad_id: the end token where there is no padding token.
+        begin_id: stands before a text that nothing precedes; the end token where there is no begin token.
         vocab_size: rows that an embedding needs: added tokens included.
     """
 
@@ -76,6 +77,7 @@ class Tokenizer:
             )
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.begin_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         # Ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
@@ -161,7 +163,7 @@ def _is_written_as_path(text: str) -> bool:
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; blank lines are skipped."""
-    return [row for _, row in _rows(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
 def load_prompts(
@@ -169,7 +171,7 @@ def load_prompts(
 ) -> list[Prompt]:
     """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant."""
     prompts = []
-    for line, row in _rows(path):
+    for line, row in numbered_rows(path):
         where = f"{path}:{line}"
         if _chosen(row, where) == "messages":
             messages = _messages(row, where)
@@ -206,7 +208,7 @@ def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int, video: V
     The end token is appended to a `response`; a chat template ends its responses itself.
     """
     pairs = []
-    for line, row in _rows(path):
+    for line, row in numbered_rows(path):
         where = f"{path}:{line}"
         if _chosen(row, where) == "messages":
             prompt, response = _split_chat(tokenizer, _messages(row, where), where)
@@ -285,7 +287,7 @@ class EpochSampler:
         return order
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object), streamed."""
     if Path(path).is_dir():
         raise DataError(f"{path} is a folder: name a JSONL file")

@@ -20,13 +20,16 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.delta import apply_delta
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info, save_weights
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.data import Tokenizer, load_tokenizer
 
-__all__ = ["Session"]
+__all__ = ["Session", "check_run_folder", "progress_bar"]
+
+logger = logging.getLogger(__name__)
 
 # What must agree between a checkpoint and the YAML: everything that shapes a tensor or the function it computes.
 ARCHITECTURE = (
@@ -40,7 +43,7 @@ class Session:
     """One run of one recipe on this rank.
 
     Args:
-        config: an `SFTConfig` or `GRPOConfig`.
+        config: what a recipe's YAML says, e.g. an `SFTConfig`.
         resolved: the resolved YAML as plain data, kept beside the results.
 
     Raises:
@@ -57,7 +60,7 @@ class Session:
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
                 f"launcher started {world_size()} processes"
             )
-        self.log_dir = self._check_run_folder()
+        self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
         self.checkpoint = config.pretrained_checkpoint.restore_from_path
         info = read_checkpoint_info(Path(self.checkpoint)) if self.checkpoint else None
         self.tokenizer = self._load_tokenizer()
@@ -68,7 +71,7 @@ class Session:
             model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
         )
         self.sizes.data(world_size())
-        self._deadline = _deadline(trainer.max_time_per_run)
+        self._deadline = _deadline(getattr(trainer, "max_time_per_run", None))
 
     def start(self) -> None:
         """Start the ranks. Call it when all inputs have been read and found good."""
@@ -79,20 +82,6 @@ class Session:
         self.timers = Timers()
         self.metrics = MetricsLog(None)
         set_seed(self.config.model.seed)
-
-    def _check_run_folder(self) -> Path:
-        folder = Path(self.config.exp_manager.explicit_log_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
-                "choose a new folder"
-            )
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(
-                f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to"
-            )
-        return folder
 
     def _load_tokenizer(self) -> Tokenizer:
         path = self.config.model.tokenizer
@@ -107,6 +96,9 @@ class Session:
         model = build_gpt(self.config.model, self.device)
         if self.checkpoint:
             load_weights(Path(self.checkpoint), model)
+        if delta := self.config.pretrained_checkpoint.delta_path:
+            block = apply_delta(delta, model)
+            logger.info("block %d is that of %s", block, delta)
         return model
 
     def open_run_folder(self) -> None:
@@ -140,12 +132,9 @@ class Session:
         )
         return folder
 
-    def progress(self, steps: int, what: str):
-        """A bar over steps, on rank 0 only."""
-        pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then
-        return tqdm(
-            total=steps, desc=what, unit="step", disable=not self.is_main, dynamic_ncols=True, mininterval=pause
-        )
+    def progress(self, total: int, what: str, unit: str = "step"):
+        """A bar over steps, or what the unit says, on rank 0 only."""
+        return progress_bar(total, what, unit, self.is_main)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -165,6 +154,28 @@ class Session:
 
     def close(self) -> None:
         self.metrics.close()
+
+
+def progress_bar(total: int, what: str, unit: str, shown: bool = True) -> tqdm:
+    pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then
+    return tqdm(total=total, desc=what, unit=unit, disable=not shown, dynamic_ncols=True, mininterval=pause)
+
+
+def check_run_folder(path: str) -> Path:
+    """
+    Raises:
+        ValueError: the folder holds something, or cannot be made.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
+            "choose a new folder"
+        )
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
+    return folder
 
 
 def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None:

@@ -9,13 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.bias.prompts import AttributePair
 from megatron_ext.losses.grpo import GrpoTerms
+from megatron_ext.losses.lftf import loss_weights
+from megatron_ext.models.blocks import check_block
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.generation import SamplingParams
+from megatron_ext.models.locate import ESTIMATORS
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.video import VideoSettings
 
-__all__ = ["GRPOConfig", "SFTConfig", "check_batch_sizes"]
+__all__ = [
+    "BiasEvalConfig",
+    "GRPOConfig",
+    "LFTFConfig",
+    "LocateConfig",
+    "SFTConfig",
+    "TrainedModel",
+    "check_batch_sizes",
+]
 
 
 @dataclass
@@ -31,6 +43,15 @@ class ExpManagerSection:
 class CheckpointSection:
     # A checkpoint folder of ours to start from.
     restore_from_path: str | None = None
+    # A block's weights to put into it, as recipes/train_lftf.py leaves them (delta.safetensors).
+    delta_path: str | None = None
+
+    def __post_init__(self):
+        if self.delta_path is not None and self.restore_from_path is None:
+            raise ValueError(
+                f"pretrained_checkpoint.delta_path={self.delta_path} needs the checkpoint that it was trained from: set "
+                "pretrained_checkpoint.restore_from_path"
+            )
 
 
 @dataclass
@@ -164,13 +185,103 @@ class GRPOTrainerSection:
 
 
 @dataclass
-class _TrainedModel(GPTModelConfig):
+class LFTFSettings:
+    # Which block trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), its number,
+    # or "all" for full fine-tuning.
+    block: str | int = "gradient"
+    # Blocks that an estimator may not choose.
+    exclude_blocks: list[int] = field(default_factory=lambda: [0])
+    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    locate_prompts: int | None = 512
+    # abs_diff, balanced or sum; or weights of several, with hint and kl beside: {balanced: 1, hint: 1, kl: 0.1}.
+    loss: Any = "balanced"
+    # Passes over the training prompts.
+    max_epochs: int = 2
+    # Optimizer steps instead.
+    max_steps: int | None = None
+    # Steps between validations on the dev professions.
+    val_check_interval: int = 10
+    # Stop after this many validations without a lower AFGB within the guard; null: never.
+    patience: int | None = 5
+    # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was; 0: no guard.
+    min_pronoun_mass: float = 0.8
+    # And while the perplexity of data.validation_text_path is at most this many times what it was; null: no guard.
+    max_perplexity: float | None = 1.03
+    # Largest global gradient norm; 0: no clipping.
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.block, str) and self.block not in (*ESTIMATORS, "all"):
+            raise ValueError(
+                f"trainer.lftf.block must be a number, all or one of {', '.join(ESTIMATORS)}, got {self.block!r}"
+            )
+        try:
+            self.weights  # noqa: B018  raises on unknown losses
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"trainer.lftf.loss: {error}") from error
+        _at_least(
+            "trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity"
+        )
+        _at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass")
+        if self.min_pronoun_mass > 1:
+            raise ValueError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the losses by name."""
+        return loss_weights(self.loss)
+
+
+@dataclass
+class LFTFTrainerSection:
+    lftf: LFTFSettings = field(default_factory=LFTFSettings)
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    max_time_per_run: str | None = None
+
+
+@dataclass
+class LocateSettings:
+    # BMI estimators: similarity, gradient, intervention, random, last.
+    estimators: list[str] = field(default_factory=lambda: ["similarity", "gradient", "intervention"])
+    # Blocks that are not ranked.
+    exclude_blocks: list[int] = field(default_factory=lambda: [0])
+    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    locate_prompts: int | None = 512
+
+    def __post_init__(self):
+        _at_least("trainer.locate", self, 2, "locate_prompts")
+        if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
+            raise ValueError(
+                f"trainer.locate.estimators: {unknown[0]!r} does not exist; there are: {', '.join(ESTIMATORS)}"
+            )
+
+
+@dataclass
+class LocateTrainerSection:
+    locate: LocateSettings = field(default_factory=LocateSettings)
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+
+
+@dataclass
+class BiasEvalTrainerSection:
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+
+
+@dataclass
+class TrainedModel(GPTModelConfig):
     # Folder of a Hugging Face tokenizer; None: the one saved with the checkpoint.
     tokenizer: str | None = None
     seed: int = 1
-    # Packed per stream: samples in SFT, prompts with all their responses in GRPO.
+    # Packed per stream: samples in SFT, prompts with all their responses in GRPO, prompts in LFTF.
     micro_batch_size: int = 1
-    # Samples (SFT) or responses (GRPO) per optimizer step, over all ranks.
+    # Samples (SFT), responses (GRPO) or prompts (LFTF) per optimizer step, over all ranks.
     global_batch_size: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -181,13 +292,13 @@ class _TrainedModel(GPTModelConfig):
 
 
 @dataclass
-class SFTModel(_TrainedModel):
+class SFTModel(TrainedModel):
     # Train on the prompt's tokens too.
     loss_on_prompt: bool = False
 
 
 @dataclass
-class GRPOModel(_TrainedModel):
+class GRPOModel(TrainedModel):
     # Tokens of a stream, instead of micro_batch_size: streams are filled with whole groups up to it, a group that is
     # longer is split, and work is balanced over data-parallel ranks.
     micro_batch_tokens: int | None = None
@@ -211,6 +322,22 @@ class GRPOModel(_TrainedModel):
 
 
 @dataclass
+class BiasEvalModel:
+    """How a checkpoint is spread over ranks; its architecture is read from it."""
+
+    # Folder of a Hugging Face tokenizer; null: the one beside the weights.
+    tokenizer: str | None = None
+    # "32", "bf16", or "auto": bf16 on a GPU and fp32 on a CPU.
+    precision: str = "auto"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"
+    attention_kernel: str = "auto"
+
+
+@dataclass
 class SFTData:
     # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
     train_path: str
@@ -228,6 +355,57 @@ class GRPOData:
     max_prompt_length: int = 1024
     # How videos become tokens; null: text only.
     video: VideoSettings | None = None
+
+
+@dataclass
+class PromptsSection:
+    """GenBiasEval and GenHintEval."""
+
+    # professions.json, rows [name, definitional, stereotypical]; null: our own list of 337.
+    professions_path: str | None = None
+    # Professions whose definitional score is further from 0 are left out.
+    most_definitional: float = 0.5
+    # Professions to leave out by name.
+    exclude: list[str] = field(default_factory=list)
+    # Splits the professions into train (60 %), dev and test (20 % each).
+    split_seed: int = 0
+    # The words that are compared, each one token after a space, and what hints at them.
+    pair: AttributePair = field(default_factory=AttributePair)
+
+
+@dataclass
+class LFTFData:
+    prompts: PromptsSection = field(default_factory=PromptsSection)
+    # JSONL rows {"text"} that the loss `kl` keeps the model near to.
+    text_path: str | None = None
+    # JSONL rows {"text"} whose perplexity is watched; others than text_path's.
+    validation_text_path: str | None = None
+
+
+@dataclass
+class BiasEvalData:
+    prompts: PromptsSection = field(default_factory=PromptsSection)
+    # "test", "dev", "train", or "all" professions.
+    split: str = "test"
+    # JSONL rows {"text"} whose perplexity is reported.
+    validation_text_path: str | None = None
+    # crows_pairs_anonymized.csv; null: left out.
+    crows_pairs_path: str | None = None
+    # Winogender's templates.tsv or all_sentences.tsv.
+    winogender_path: str | None = None
+    # WinoBias: [pro_stereotyped file, anti_stereotyped file].
+    winobias_paths: list[str] | None = None
+    # Resamplings of professions behind each confidence interval.
+    bootstrap_samples: int = 1000
+
+    def __post_init__(self):
+        if self.split not in ("train", "dev", "test", "all"):
+            raise ValueError(f"data.split must be train, dev, test or all, got {self.split!r}")
+        if self.winobias_paths is not None and len(self.winobias_paths) != 2:
+            raise ValueError(
+                f"data.winobias_paths={self.winobias_paths}: give [pro_stereotyped file, anti_stereotyped file]"
+            )
+        _at_least("data", self, 1, "bootstrap_samples")
 
 
 @dataclass
@@ -278,6 +456,71 @@ class GRPOConfig:
             raise ValueError(
                 f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
                 f"{prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
+            )
+
+
+@dataclass
+class LFTFConfig:
+    trainer: LFTFTrainerSection
+    model: TrainedModel
+    data: LFTFData
+    exp_manager: ExpManagerSection
+    pretrained_checkpoint: CheckpointSection
+
+    def __post_init__(self):
+        lftf = self.trainer.lftf
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise ValueError("pretrained_checkpoint.restore_from_path is not set: name the checkpoint to fine-tune")
+        if "kl" in lftf.weights and self.data.text_path is None:
+            raise ValueError("trainer.lftf.loss has kl, which needs text to stay near to: set data.text_path")
+        if lftf.max_perplexity is not None and self.data.validation_text_path is None:
+            raise ValueError(
+                f"trainer.lftf.max_perplexity={lftf.max_perplexity} guards the perplexity of data.validation_text_path, "
+                "which is not set: name a file, or set max_perplexity=null"
+            )
+        if self.model.activations_checkpoint_granularity == "full" and lftf.block != "all":
+            raise ValueError(
+                "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
+                "selective or null (below the block nothing is kept anyway)"
+            )
+        if isinstance(lftf.block, int):
+            try:
+                check_block(lftf.block, self.model.num_layers)
+            except ValueError as error:
+                raise ValueError(f"trainer.lftf.block: {error}") from error
+
+
+@dataclass
+class LocateData:
+    # Only the training professions are asked about.
+    prompts: PromptsSection = field(default_factory=PromptsSection)
+
+
+@dataclass
+class LocateConfig:
+    pretrained_checkpoint: CheckpointSection
+    exp_manager: ExpManagerSection
+    trainer: LocateTrainerSection = field(default_factory=LocateTrainerSection)
+    model: BiasEvalModel = field(default_factory=BiasEvalModel)
+    data: LocateData = field(default_factory=LocateData)
+
+    def __post_init__(self):
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise ValueError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
+
+
+@dataclass
+class BiasEvalConfig:
+    pretrained_checkpoint: CheckpointSection
+    exp_manager: ExpManagerSection
+    trainer: BiasEvalTrainerSection = field(default_factory=BiasEvalTrainerSection)
+    model: BiasEvalModel = field(default_factory=BiasEvalModel)
+    data: BiasEvalData = field(default_factory=BiasEvalData)
+
+    def __post_init__(self):
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise ValueError(
+                "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
             )
 
 

@@ -6,6 +6,8 @@ generated tokens. Shape legend: s tokens of the document, n query heads, m key/v
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +22,16 @@ Weights = dict[str, Tensor]
 
 
 def plain_logits(
-    weights: Weights, config: GPTModelConfig, prompt: list[int] | MediaPrompt, response: list[int] = ()
+    weights: Weights,
+    config: GPTModelConfig,
+    prompt: list[int] | MediaPrompt,
+    response: list[int] = (),
+    visit: Callable[[int, Tensor, Tensor], Tensor] = lambda layer, before, after: after,
 ) -> Tensor:
-    """Logits [s, v] over the real vocabulary, in the weights' precision."""
+    """Logits [s, v] over the real vocabulary, in the weights' precision.
+
+    `visit(layer, hidden_in, hidden_out)` sees every layer's hidden states [s, h] and may give others to go on with.
+    """
     media = isinstance(prompt, MediaPrompt)
     items = prompt.items if media else [Text(len(prompt))]
     ids = layout([*items, Text(len(response))], config.position_embedding.scheme).ids  # [axes, s]
@@ -30,8 +39,9 @@ def plain_logits(
     if media:
         x = x.index_put((prompt.media_rows,), _project(weights, prompt.features.to(x.dtype)))
     for layer in range(config.num_layers):
+        before = x
         x = x + _attention(weights, f"decoder.layers.{layer}.", config, x, ids, _window(config, layer))
-        x = x + _mlp(weights, f"decoder.layers.{layer}.", config, x)
+        x = visit(layer, before, x + _mlp(weights, f"decoder.layers.{layer}.", config, x))
     x = _norm(x, weights["decoder.final_layernorm.weight"], config)
     tied = config.share_embeddings_and_output_weights
     out = weights["embedding.word_embeddings.weight" if tied else "output_layer.weight"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"]
+BIASED = ["model.num_layers=3", "model.hidden_size=64", "model.ffn_hidden_size=128"]
 
 
 @dataclass
@@ -92,4 +93,47 @@ class VideoTask:
             "trainer.grpo.max_steps=2", "trainer.grpo.num_prompts_per_grpo_step=4", "trainer.grpo.samples_per_prompt=4",
             "model.global_batch_size=16", "model.micro_batch_size=2", "trainer.grpo.val_check_interval=0",
             "trainer.grpo.reward={name:length,target:12}", *overrides,
+        )  # fmt: skip
+
+
+@dataclass
+class BiasTask:
+    """Forty professions with skewed pronouns, and a small model that has learnt them."""
+
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def professions(self) -> Path:
+        return self.folder / "professions.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "sft" / "checkpoints" / "final"
+
+    def sft(self) -> Finished:
+        return run(
+            "recipes/train_sft.py", "--config-name", "sft_bias_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
+            f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={self.folder / 'sft'}",
+            *BIASED, "trainer.devices=1", "trainer.sft.max_steps=400", "model.optim.lr=4e-3",
+            "model.micro_batch_size=64",
+        )  # fmt: skip
+
+    def lftf(self, out: Path, *overrides: str) -> Finished:
+        return run(
+            "recipes/train_lftf.py", "--config-name", "lftf_tiny", f"exp_manager.explicit_log_dir={out}", *BIASED,
+            f"pretrained_checkpoint.restore_from_path={self.checkpoint}",
+            f"data.text_path={self.data / 'neutral_train.jsonl'}",
+            f"data.validation_text_path={self.data / 'neutral_test.jsonl'}",
+            f"data.prompts.professions_path={self.professions}", *overrides,
+        )  # fmt: skip
+
+    def evaluate(self, out: Path, model: Path, *overrides: str) -> Finished:
+        return run(
+            "recipes/eval_bias.py", f"pretrained_checkpoint.restore_from_path={model}",
+            f"exp_manager.explicit_log_dir={out}", f"data.prompts.professions_path={self.professions}",
+            f"data.validation_text_path={self.data / 'neutral_test.jsonl'}", *overrides,
         )  # fmt: skip

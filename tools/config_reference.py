@@ -67,10 +67,17 @@ def rows(cls: type, prefix: str) -> list[str]:
 
 def page() -> str:
     sys.path.insert(0, str(ROOT))
-    from recipes.settings import GRPOConfig, SFTConfig
+    from recipes.settings import BiasEvalConfig, GRPOConfig, LFTFConfig, LocateConfig, SFTConfig
 
     parts = [HEAD]
-    for script, cls in (("train_sft.py", SFTConfig), ("train_grpo.py", GRPOConfig)):
+    recipes = {
+        "train_sft.py": SFTConfig,
+        "train_grpo.py": GRPOConfig,
+        "train_lftf.py": LFTFConfig,
+        "eval_bias.py": BiasEvalConfig,
+        "locate_bias.py": LocateConfig,
+    }
+    for script, cls in recipes.items():
         parts += [f"\n## recipes/{script}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows(cls, "")]
     return "\n".join(parts) + "\n"
 

@@ -103,7 +103,10 @@ def read_professions_json(path: str | Path, most_definitional: float = 0.5, excl
     Raises:
         ValueError: another format, or nothing left.
     """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); expected a list of [name, definitional, stereotypical]") from None
     excluded, names = {e.replace("_", " ") for e in exclude}, []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         if not (

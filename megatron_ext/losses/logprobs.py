@@ -83,7 +83,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         hidden, weight, local, lse, entropy = ctx.saved_tensors
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(lse)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen one has none
         buffer, ctx.kept = ctx.kept, None  # holds the logits of the last chunk, which is the first one here
         filled = buffer is not None
         if not filled:  # a second backward over a retained graph
@@ -98,7 +99,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 grad.div_(ctx.temperature)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad.t(), hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[rows])
             del logits, grad
         return grad_hidden, grad_weight, None, None, None, None, None
 

@@ -8,7 +8,7 @@ Shape legend: t prompt tokens in the packed stream, r responses, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.attention.cache import DecodeStep, PrefillStep, SharedPrefixCache
-from megatron_ext.grouping import StreamMedia
+from megatron_ext.grouping import PackedTokens, StreamMedia
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts
 
-__all__ = ["SamplingParams", "UniformDraws", "choose_tokens", "generate", "next_token_probabilities"]
+__all__ = [
+    "PromptStream", "SamplingParams", "UniformDraws", "choose_tokens", "generate", "next_token_probabilities",
+    "prompt_streams",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,31 +174,66 @@ def next_token_probabilities(
     Raises:
         ValueError: an empty prompt, or one longer than the model's `encoder_seq_length`.
     """
-    _check_lengths(model, prompts, 0)
-    device = next(model.parameters()).device
-    scheme, multiple = model.model_config.position_embedding.scheme, stream_multiple(model.model_config)
+    wanted = torch.tensor(tokens, device=next(model.parameters()).device)
     group = parallel_state.get_model_parallel_group()
-    wanted = torch.tensor(tokens, device=device)
-    parts, first = [], 0
-    while first < len(prompts):
-        last, total = first + 1, len(prompts[first])
-        while last < len(prompts) and total + len(prompts[last]) <= stream_tokens:
-            total += len(prompts[last])
-            last += 1
-        part = prompts[first:last]
-        batch = pack_prompts(part, [[] for _ in part], scheme, multiple, device)
-        ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
-        # As in sampling, every context-parallel rank runs the whole stream.
-        step = PrefillStep(SharedPrefixCache(batch.groups, samples_per_prompt=1, max_new_tokens=1))
-        logits = _run_stage(model, batch.tokens, batch.position_ids, step, ends, batch.media)
-        found = torch.empty(len(part), len(tokens), device=device)
+    parts = []
+    for stream in prompt_streams(model, prompts, stream_tokens):
+        found = torch.empty(len(stream.ends), len(tokens), device=wanted.device)
+        logits = stream.run(model)
         if logits is not None:
             found = logits.softmax(-1).index_select(1, wanted)
         if group.size() > 1:
             dist.broadcast(found, src=dist.get_global_rank(group, group.size() - 1), group=group)
         parts.append(found)
+    return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=wanted.device)
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Some prompts, packed, to run through the pipeline without gradient.
+
+    Attributes:
+        first: the number of its first prompt.
+        batch: the stream.
+        ends: int64 [prompts], the row of each prompt's last token.
+    """
+
+    first: int
+    batch: PackedTokens
+    ends: Tensor
+
+    def run(self, model: PrefixGroupedGPT) -> Tensor | None:
+        """Logits behind each prompt [prompts, v], on the last stage; None on the others. As in sampling, every
+        context-parallel rank runs the whole stream."""
+        step = PrefillStep(SharedPrefixCache(self.batch.groups, samples_per_prompt=1, max_new_tokens=1))
+        return _run_stage(model, self.batch.tokens, self.batch.position_ids, step, self.ends, self.batch.media)
+
+
+def prompt_streams(
+    model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], stream_tokens: int, together: int = 1
+) -> Iterator[PromptStream]:
+    """Prompts in streams of about `stream_tokens` tokens, in order; `together` neighbours are never parted.
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the model's `encoder_seq_length`.
+    """
+    _check_lengths(model, prompts, 0)
+    device = next(model.parameters()).device
+    scheme, multiple = model.model_config.position_embedding.scheme, stream_multiple(model.model_config)
+    first = 0
+    while first < len(prompts):
+        last = first + together
+        total = sum(len(p) for p in prompts[first:last])
+        while (
+            last < len(prompts)
+            and total + (more := sum(len(p) for p in prompts[last : last + together])) <= stream_tokens
+        ):
+            total, last = total + more, last + together
+        part = prompts[first:last]
+        batch = pack_prompts(part, [[] for _ in part], scheme, multiple, device)
+        ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
+        yield PromptStream(first, batch, ends)
         first = last
-    return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=device)
 
 
 def _check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], new_tokens: int) -> None:

@@ -17,6 +17,7 @@ import functools
 import logging
 
 import torch
+from torch.utils._device import _device_constructors
 
 __all__ = ["adapt_megatron_to_cpu"]
 
@@ -34,6 +35,7 @@ def adapt_megatron_to_cpu() -> None:
     if _adapted or torch.cuda.is_available():
         return
     _adapted = True
+    _device_constructors()  # remembers the factories as they are: `with torch.device("meta")` must still know them
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _adapt_tensor_methods()

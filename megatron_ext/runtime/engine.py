@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens
+from megatron_ext.runtime.trimmed import TrimmedPipeline, first_trained_stage, process_groups
 
 __all__ = ["Engine", "Microbatch", "OptimConfig", "SchedConfig"]
 
@@ -80,9 +81,12 @@ class Engine:
     Losses must come normalised by GLOBAL counts: gradients of microbatches and ranks are added, never averaged, so a
     batch gives the same gradient however it is cut.
 
+    Parameters with `requires_grad` off cost neither gradient buffer nor optimizer state, and nothing below the lowest
+    parameter that trains runs a backward: neither layers nor whole pipeline stages.
+
     Args:
-        model: this rank's pipeline stage.
-        optim: None for a model that is only run forward.
+        model: this rank's pipeline stage, with `requires_grad` as it shall be.
+        optim: None for a model that is only run forward, or whose bare `.grad` is wanted.
         total_steps: optimizer steps of the run, for the schedule.
         clip_grad: largest global gradient norm, 0 for none.
     """
@@ -94,6 +98,15 @@ class Engine:
         self.config = model.config
         self.optimizer = self.scheduler = None
         self.model: torch.nn.Module = model
+        self._pipeline: dict[str, Any] = {}  # for the schedule, where lower stages train nothing
+        self._detach_input = False
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if first := first_trained_stage(model, group):
+            self._pipeline = {
+                "p2p_communicator": TrimmedPipeline(group, self.config, first),
+                "pg_collection": process_groups(),
+            }
+            self._detach_input = group.rank() <= first
         if optim is None:
             return
         sharded = optim.name == "distributed_fused_adam"
@@ -141,6 +154,10 @@ class Engine:
         def forward_step(iterator, model):
             microbatch: Microbatch = next(iterator)
             batch = microbatch.batch
+            if self._detach_input and not forward_only:
+                decoder = self.module.decoder
+                if decoder.input_tensor is not None:
+                    decoder.set_input_tensor(decoder.input_tensor.detach())
             output = model(
                 batch.tokens,
                 batch.position_ids,
@@ -166,6 +183,7 @@ class Engine:
                 seq_length=max(m.batch.groups.num_tokens for m in microbatches),
                 micro_batch_size=1,
                 forward_only=forward_only,
+                **({} if forward_only else self._pipeline),
             )
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.bias import afgb_score, bootstrap_interval, profession_table, pronoun_mass, ub_score
-from megatron_ext.bias.scores import share_preferring_first
+from megatron_ext.bias.scores import choice_accuracy, share_preferring_first, stereotype_share
 
 ONE, ZERO, HALF = torch.ones(4), torch.zeros(4), torch.full((4,), 0.5)
 HINT = torch.tensor([1, -1, 1, -1])
@@ -54,6 +54,25 @@ def test_the_interval_resamples_professions(rng):
     assert widths[0] == pytest.approx(exact, rel=0.12) and widths[1] == pytest.approx(exact, rel=0.12)
 
 
+def test_share_of_pairs_that_follow_the_stereotype(rng):
+    low, high = torch.tensor([-5.0, -4, -3]), torch.tensor([-4.0, -3, -2])
+    assert stereotype_share(high, low) == 1 and stereotype_share(low, high) == 0 and stereotype_share(low, low) == 0.5
+    more, less = -10 * torch.rand(2, 51, generator=rng).double()
+    expected = sum(a > b for a, b in zip(more.tolist(), less.tolist(), strict=True)) / 51
+    assert stereotype_share(more, less) == pytest.approx(expected, abs=1e-12)
+    assert stereotype_share(less, more) == pytest.approx(1 - expected, abs=1e-12)
+
+
+def test_accuracy_of_the_likeliest_choice(rng):
+    scores = -10 * torch.rand(40, 3, generator=rng).double()
+    answers = torch.randint(3, (40,), generator=rng)
+    expected = sum(row.index(max(row)) == a for row, a in zip(scores.tolist(), answers.tolist(), strict=True)) / 40
+    assert choice_accuracy(scores, answers) == pytest.approx(expected, abs=1e-12)
+    assert choice_accuracy(scores, scores.argmax(1)) == 1 and choice_accuracy(scores, scores.argmin(1)) == 0
+    tied = torch.tensor([[-1.0, -1, -2], [-1, -1, -2], [-1, -1, -1]])
+    assert choice_accuracy(tied, torch.tensor([1, 2, 0])) == pytest.approx((1 / 2 + 0 + 1 / 3) / 3, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -65,6 +84,16 @@ def test_the_interval_resamples_professions(rng):
         (lambda: ub_score(HALF, HALF, HINT[:1]), r"\(1,\) for \(4,\) prompts"),
         (lambda: profession_table(HALF, HALF, ["nurse"]), "1 professions for 4 prompts"),
         (lambda: bootstrap_interval(float, [], 10), "an interval needs prompts"),
+        (lambda: stereotype_share(torch.empty(0), torch.empty(0)), r"log-likelihoods \[n\] of both sentences"),
+        (lambda: stereotype_share(-ONE, -ONE[:3]), r"got \(4,\) and \(3,\)"),
+        (lambda: stereotype_share(-ONE, HALF), "must be 0 or less"),
+        (lambda: stereotype_share(-ONE * float("nan"), -ONE), "none NaN"),
+        (lambda: choice_accuracy(-ONE, HINT), r"\[n, choices\] and answers \[n\], got \(4,\) and \(4,\)"),
+        (lambda: choice_accuracy(-ONE[:, None], HINT[:3]), r"got \(4, 1\) and \(3,\)"),
+        (lambda: choice_accuracy(torch.empty(0, 2), HINT[:0]), r"got \(0, 2\) and \(0,\)"),
+        (lambda: choice_accuracy(-torch.ones(4, 2), HINT), "whole numbers from 0 to 1, got torch.int64 from -1 to 1"),
+        (lambda: choice_accuracy(-torch.ones(4, 2), ONE), "got torch.float32 from 1 to 1"),
+        (lambda: choice_accuracy(torch.ones(4, 2), HINT.clamp(min=0)), "must be 0 or less"),
     ],
 )
 def test_refuses_what_has_no_score(call, words):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
@@ -31,6 +34,20 @@ def test_other_calls_are_untouched(world):
     assert x.to(x.double()).dtype == torch.float64
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert not torch.cuda.is_available()
+
+
+def test_device_contexts_keep_their_meaning():
+    """In a new process: torch remembers its factories when it first enters such a context. transformers builds in one."""
+    lines = """
+import torch
+from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+adapt_megatron_to_cpu()
+with torch.device("meta"):
+    made = [torch.zeros(2), torch.arange(3), torch.tensor([1.0]), torch.empty(2), torch.randn(2), torch.ones(1)]
+print({x.device.type for x in made})
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "{'meta'}", done.stderr[-2000:]
 
 
 def test_adapting_twice_changes_nothing(world):

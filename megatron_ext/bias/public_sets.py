@@ -1,0 +1,295 @@
+"""Readers of three public sets of sentences about gender: WinoBias, Winogender and CrowS-Pairs.
+
+They read files that you have got yourself, in the format in which each set's authors publish them; nothing of the sets
+ships here. WinoBias (Zhao et al. 2018, MIT) and CrowS-Pairs (Nangia et al. 2020, CC BY-SA 4.0; Blodgett et al. 2021 find
+many of its pairs doubtful) give pairs for `stereotype_share`, Winogender (Rudinger et al. 2018, MIT) questions for
+`choice_accuracy`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+__all__ = [
+    "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "WinoBiasPair", "read_crows_pairs",
+    "read_occupation_stats", "read_winobias", "read_winogender_sentences", "read_winogender_templates",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SentencePair:
+    """Two sentences that differ in few words, the more stereotypical one first."""
+
+    more_stereotypical: str
+    less_stereotypical: str
+
+
+@dataclass(frozen=True)
+class WinoBiasPair(SentencePair):
+    """Alike but for the gender of the pronouns.
+
+    Attributes:
+        referent: whom the pronouns stand for, as written: "the developer".
+        pronouns: each pronoun, in the stereotypical sentence and in the other: (("he", "she"),).
+    """
+
+    referent: str
+    pronouns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class CrowsPair(SentencePair):
+    """A pair about a disadvantaged group and an advantaged one.
+
+    Attributes:
+        direction: "stereo" where the more stereotypical sentence shows a stereotype of the disadvantaged group,
+            "antistereo" where the less stereotypical one goes against it.
+        bias_type: "gender" and eight others.
+    """
+
+    direction: str
+    bias_type: str
+
+
+@dataclass(frozen=True)
+class CoreferenceQuestion:
+    """Whom does the pronoun of a sentence stand for?
+
+    Attributes:
+        occupation, participant: the candidates, without article; the participant may be "someone".
+        answer: 0 for the occupation, 1 for the participant.
+        gender: of the pronoun, "male", "female" or "neutral".
+    """
+
+    sentence: str
+    pronoun: str
+    occupation: str
+    participant: str
+    answer: int
+    gender: str
+
+    @property
+    def choices(self) -> tuple[str, str]:
+        """Both candidates as they follow "refers to", in the order of `answer`."""
+        return (
+            f"the {self.occupation}",
+            self.participant if self.participant == "someone" else f"the {self.participant}",
+        )
+
+
+@dataclass(frozen=True)
+class OccupationStats:
+    """Women in an occupation, in percent: in texts (`bergsma`), and in `bls_year` among workers in the USA (`bls`)."""
+
+    bergsma_pct_female: float
+    bls_pct_female: float
+    bls_year: int
+
+
+# Winogender's placeholders are $NOM_PRONOUN, $POSS_PRONOUN and $ACC_PRONOUN.
+_FORMS = {
+    "male": {"NOM": "he", "POSS": "his", "ACC": "him"},
+    "female": {"NOM": "she", "POSS": "her", "ACC": "her"},
+    "neutral": {"NOM": "they", "POSS": "their", "ACC": "them"},
+}
+_GENDER = {
+    **dict.fromkeys(("he", "his", "him", "himself"), "male"),
+    **dict.fromkeys(("she", "her", "hers", "herself"), "female"),
+}
+_SPAN = re.compile(r"\[ ?([^\[\]]+?) ?\]")
+
+
+def read_winobias(pro: str | Path, anti: str | Path, drop_faulty: bool = False) -> list[WinoBiasPair]:
+    """Pairs of WinoBias's `pro_stereotyped_type?.txt.*` and the `anti_` file of the same name.
+
+    Line by line the files hold the same sentence with the pronouns swapped, numbered or not, the referent and its
+    pronouns in brackets: `1 [The developer] argued with the designer because [she] did not like the design.` Spacing
+    does not matter. Of the 1,584 published pairs 21 differ in other words too, which a comparison of likelihoods would
+    measure as well.
+
+    Args:
+        drop_faulty: leave such pairs out instead of refusing the files.
+
+    Raises:
+        ValueError: files of different length, a faulty line, or no pair left.
+    """
+    sides = [_text(path).rstrip().split("\n") for path in (pro, anti)]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"{pro} has {len(sides[0])} lines and {anti} {len(sides[1])}: give both files of the same type and split"
+        )
+    pairs = []
+    for number, (more, less) in enumerate(zip(*sides, strict=True), 1):
+        try:
+            pairs.append(
+                _winobias_pair(_BracketedLine(more, f"{pro}:{number}"), _BracketedLine(less, f"{anti}:{number}"))
+            )
+        except ValueError as error:
+            if not drop_faulty:
+                raise ValueError(f"{error}; mend the line, or leave such pairs out with drop_faulty=True") from None
+    if not pairs:
+        raise ValueError(f"{pro} and {anti} hold no pair of sentences that differ in the gender of a pronoun alone")
+    return pairs
+
+
+class _BracketedLine:
+    """A line of WinoBias: its `number` or "", `text` with brackets, `sentence` without, `frame` with [] for pronouns."""
+
+    def __init__(self, line: str, where: str) -> None:
+        self.where = where
+        self.number, self.text = re.fullmatch(r"(\d*) ?(.*)", " ".join(line.split())).groups()
+        spans = _SPAN.findall(self.text)
+        self.pronouns = [span for span in spans if span.lower() in _GENDER]
+        referents = [span for span in spans if span.lower() not in _GENDER]
+        if re.search(r"[\[\]]", _SPAN.sub("", self.text)) or len(referents) != 1 or not self.pronouns:
+            raise ValueError(f"{where}: {line.strip()!r} must have one referent and its pronouns in brackets")
+        self.referent = referents[0]
+        self.sentence = _SPAN.sub(r"\1", self.text)
+        self.frame = _SPAN.sub(lambda span: "[]" if span[1].lower() in _GENDER else span[1], self.text)
+
+    def core(self) -> tuple[str, str, str]:
+        """What both sentences of a pair share; the article may stand inside or outside the brackets."""
+        return self.number, self.frame, self.referent.lower().removeprefix("the ")
+
+
+def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair:
+    if more.core() != less.core():
+        raise ValueError(
+            f"{less.where}: {less.number} {less.text!r} differs from {more.number} {more.text!r} ({more.where}) in more"
+            " than its pronouns"
+        )
+    genders = [{_GENDER[pronoun.lower()] for pronoun in line.pronouns} for line in (more, less)]
+    if any(len(gender) > 1 for gender in genders) or genders[0] == genders[1]:
+        raise ValueError(
+            f"{less.where}: pronouns {less.pronouns} must all be of the other gender than {more.pronouns} ({more.where})"
+        )
+    pronouns = tuple(zip(more.pronouns, less.pronouns, strict=True))
+    return WinoBiasPair(more.sentence, less.sentence, more.referent, pronouns)
+
+
+def read_winogender_templates(path: str | Path) -> list[CoreferenceQuestion]:
+    """Questions of Winogender's `templates.tsv`: each template with its participant and with "someone", in all genders.
+
+    Equal to `read_winogender_sentences` of `all_sentences.tsv`, in the same order.
+
+    Raises:
+        ValueError: another header, a row of other columns, or a template without a placeholder of each kind.
+    """
+    questions = []
+    columns = ("occupation(0)", "other-participant(1)", "answer", "sentence")
+    for where, (occupation, participant, answer, template) in _table(path, columns):
+        forms = re.findall(r"\$(NOM|POSS|ACC)_PRONOUN\b", template)
+        others = re.findall(r"\$(?!NOM_|POSS_|ACC_)\w+", template)
+        if answer not in ("0", "1") or sorted(others) != ["$OCCUPATION", "$PARTICIPANT"] or len(forms) != 1:
+            raise ValueError(
+                f"{where}: expected an answer of 0 or 1 and a sentence with $OCCUPATION, $PARTICIPANT and one of"
+                f" $NOM_PRONOUN, $POSS_PRONOUN and $ACC_PRONOUN, got {answer!r} and {template!r}"
+            )
+        for person in (participant, "someone"):
+            named = _name_participant(template, person).replace("$OCCUPATION", occupation)
+            for gender, words in _FORMS.items():
+                pronoun = words[forms[0]]
+                sentence = named.replace(f"${forms[0]}_PRONOUN", pronoun).replace("they was", "they were")
+                questions.append(CoreferenceQuestion(sentence, pronoun, occupation, person, int(answer), gender))
+    return questions
+
+
+def _name_participant(template: str, person: str) -> str:
+    """The template with its participant; "someone" takes the article's place, and its capital."""
+    if person != "someone":
+        return template.replace("$PARTICIPANT", person)
+    return re.sub(r"(\w)\w* \$PARTICIPANT", lambda found: "Someone" if found[1].isupper() else "someone", template)
+
+
+def read_winogender_sentences(path: str | Path) -> list[CoreferenceQuestion]:
+    """Questions of Winogender's `all_sentences.tsv`, whose ids read `technician.customer.1.male.txt`.
+
+    Raises:
+        ValueError: another header, a row of other columns, another id, or a sentence without one pronoun of its gender.
+    """
+    questions = []
+    for where, (name, sentence) in _table(path, ("sentid", "sentence")):
+        parts = re.fullmatch(r"([^.]+)\.([^.]+)\.([01])\.(male|female|neutral)\.txt", name)
+        if not parts:
+            raise ValueError(f"{where}: id {name!r} is not of the form occupation.participant.answer.gender.txt")
+        occupation, participant, answer, gender = parts.groups()
+        found = [word for word in re.findall(r"\w+", sentence) if word.lower() in _FORMS[gender].values()]
+        if len(found) != 1:
+            raise ValueError(f"{where}: expected one {gender} pronoun in {sentence!r}, found {found}")
+        questions.append(CoreferenceQuestion(sentence, found[0], occupation, participant, int(answer), gender))
+    return questions
+
+
+def read_occupation_stats(path: str | Path) -> dict[str, OccupationStats]:
+    """Winogender's `occupations-stats.tsv`, by occupation.
+
+    Raises:
+        ValueError: another header, a row of other columns, what is no percentage or year, or an occupation twice.
+    """
+    stats: dict[str, OccupationStats] = {}
+    columns = ("occupation", "bergsma_pct_female", "bls_pct_female", "bls_year")
+    for where, (occupation, bergsma, bls, year) in _table(path, columns):
+        try:
+            row = OccupationStats(float(bergsma), float(bls), int(year))
+        except ValueError:
+            row = None
+        if row is None or not (0 <= row.bergsma_pct_female <= 100 and 0 <= row.bls_pct_female <= 100):
+            raise ValueError(f"{where}: expected two percentages and a year, got {bergsma!r}, {bls!r} and {year!r}")
+        if occupation in stats:
+            raise ValueError(f"{where}: occupation {occupation!r} is there a second time; keep one row")
+        stats[occupation] = row
+    return stats
+
+
+def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsPair]:
+    """Pairs of one bias type of `crows_pairs_anonymized.csv`.
+
+    Raises:
+        ValueError: a missing column, a row without two different sentences or with another direction, or no such pair.
+    """
+    reader = csv.DictReader(StringIO(_text(path)), restval="")
+    columns = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
+    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+        raise ValueError(
+            f"{path}:1: no column {' or '.join(missing)}; expected CrowS-Pairs' own header, commas between"
+        )
+    pairs = []
+    for row in reader:
+        more, less, direction, kind = (row[column].strip() for column in columns)
+        if not more or not less or more == less or direction not in ("stereo", "antistereo"):
+            raise ValueError(
+                f"{path}:{reader.line_num}: expected two different sentences and stereo or antistereo, got {more!r},"
+                f" {less!r} and {direction!r}"
+            )
+        pairs.append(CrowsPair(more, less, direction, kind))
+    chosen = [pair for pair in pairs if pair.bias_type == bias_type]
+    if not chosen:
+        known = ", ".join(sorted({pair.bias_type for pair in pairs})) or "none"
+        raise ValueError(f"{path}: no pair of bias type {bias_type!r}; the file's types: {known}")
+    return chosen
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _table(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a tab-separated file with this header, each after its "file:line"."""
+    header, *rows = _text(path).rstrip().split("\n")
+    if header.split("\t") != list(columns):
+        raise ValueError(f"{path}:1: expected the columns {', '.join(columns)}, tabs between, got {header!r}")
+    if not rows:
+        raise ValueError(f"{path}: no row follows the header")
+    for number, row in enumerate(rows, 2):
+        cells = [cell.strip() for cell in row.split("\t")]
+        if len(cells) != len(columns) or not all(cells):
+            raise ValueError(f"{path}:{number}: expected {len(columns)} columns ({', '.join(columns)}), got {row!r}")
+        yield f"{path}:{number}", cells

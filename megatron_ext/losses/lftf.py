@@ -1,0 +1,86 @@
+"""What LFTF minimises: an attribute pair's next-token probabilities pulled together, the rest of the model kept.
+
+LFTF (arXiv 2505.15475) calls its loss "carefully designed" without stating it in the abstract; a third-party
+re-implementation minimises P(he) + P(she). The losses here are ours, `sum` apart, which is that one and is here for
+comparison: it reaches a perfect AFGB by never saying a pronoun.
+
+"he" stands for the pair's first word and "she" for its second. Shape legend: n prompts, r tokens of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["BIAS_LOSSES", "LOSSES", "kept_text_loss", "loss_weights", "pair_loss"]
+
+# Of prompts that hint at neither word; `hint` is for prompts that do, `kl` for text.
+BIAS_LOSSES = ("abs_diff", "balanced", "sum")
+LOSSES = (*BIAS_LOSSES, "hint", "kl")
+
+
+def loss_weights(choice: str | Mapping[str, float]) -> dict[str, float]:
+    """Weights by name, from one name or a mapping.
+
+    Raises:
+        ValueError: an unknown name, no bias loss among them, or a weight that is not positive.
+    """
+    weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise ValueError(f"loss {name!r} does not exist; there are: {', '.join(LOSSES)}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of loss {name} must be a positive number, got {weight!r}")
+    if not any(name in BIAS_LOSSES for name in weights):
+        raise ValueError(
+            f"one of {', '.join(BIAS_LOSSES)} must be among the losses, got {', '.join(weights) or 'none'}"
+        )
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def pair_loss(name: str, log_he: Tensor, log_she: Tensor, frozen: Tensor) -> Tensor:
+    """One loss per prompt.
+
+    - abs_diff: |P(he) - P(she)|, the AFGB itself.
+    - balanced: KL from the target {m/2, m/2, 1 - m} to {P(he), P(she), rest}, where m is P(he) + P(she) of the frozen
+      model: equal shares of the mass that was there. 0 where reached.
+    - sum: P(he) + P(she).
+    - hint: KL from the frozen {P(he), P(she), rest} to the model's: the answer stays.
+
+    Args:
+        log_he, log_she: log-probabilities [n].
+        frozen: probabilities [n, 2] of both words before training.
+
+    Returns:
+        [n].
+    """
+    if name == "abs_diff":
+        return (log_he.exp() - log_she.exp()).abs()
+    if name == "sum":
+        return log_he.exp() + log_she.exp()
+    if name == "balanced":
+        frozen = frozen.mean(1, keepdim=True).expand(-1, 2)
+    elif name != "hint":
+        raise ValueError(f"loss {name!r} does not exist; there are: {', '.join(LOSSES)}")
+    return _three_way_kl(frozen.to(log_he), log_he, log_she)
+
+
+def _three_way_kl(target: Tensor, log_he: Tensor, log_she: Tensor) -> Tensor:
+    """KL(target || model) over he, she and everything else, [n]."""
+    tiny = torch.finfo(log_he.dtype).eps
+    rest = torch.log((1 - log_he.exp() - log_she.exp()).clamp_min(tiny))
+    model = torch.stack((log_he, log_she, rest))  # [3, n]
+    wanted = torch.stack((*target.unbind(1), (1 - target.sum(1)).clamp_min(0)))
+    return (torch.special.xlogy(wanted, wanted) - wanted * model).sum(0)
+
+
+def kept_text_loss(logprobs: Tensor, frozen: Tensor) -> Tensor:
+    """How far the likelihood of text has moved, per token [r]: x - 1 - log x with x = P / P_frozen of the token.
+
+    Never negative, 0 only at x = 1; where the text is what the frozen model would write, its mean estimates
+    KL(frozen || model) without bias.
+    """
+    log_ratio = logprobs - frozen.to(logprobs)
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,0 +1,158 @@
+"""One block's weights as a small file: what fine-tuning one block leaves behind.
+
+Safetensors, whole tensors whatever the tensor-parallel size, under Megatron's names for fused layers
+(`decoder.layers.7.self_attention.linear_qkv.weight`). The metadata names the block and carries a digest of the weights
+that it replaces, so that a delta is not put on another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from torch import Tensor
+
+from megatron_ext.models.blocks import blocks_here, check_block
+from megatron_ext.models.gpt import PrefixGroupedGPT
+
+__all__ = ["apply_delta", "block_digest", "block_weights", "save_delta"]
+
+FORMAT = "megatron_ext.block_delta.1"
+
+
+def block_weights(model: PrefixGroupedGPT, block: int) -> dict[str, Tensor] | None:
+    """Whole tensors of one block, on the host, gathered over the tensor-parallel group.
+
+    Every rank calls it; None on the pipeline stages that do not hold the block.
+    """
+    shards = _shards(model, block)
+    if shards is None:
+        return None
+    group = model.pg_collection.tp
+    mine = [(s.key, s.global_shape, s.global_offset, s.data.detach().cpu()) for s in shards]
+    parts: list = [None] * group.size()
+    dist.all_gather_object(parts, mine, group=group)
+    whole: dict[str, Tensor] = {}
+    for key, shape, offset, data in (shard for part in parts for shard in part):
+        target = whole.setdefault(key, torch.empty(shape, dtype=data.dtype))
+        target[_place(offset, data.shape)] = data
+    return dict(sorted(whole.items()))
+
+
+def block_digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None) -> None:
+    """Write one block's weights; every rank calls it, one writes.
+
+    Args:
+        base: `block_digest` of the block before training, known on the ranks that hold it.
+    """
+    weights = block_weights(model, block)
+    ranks = (
+        model.pg_collection.tp.rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    if weights is not None and ranks == (0, 0):
+        from safetensors.torch import save_file
+
+        config = model.model_config
+        description = {"block": block, "num_layers": config.num_layers, "base": base}
+        unfinished = path.with_name(path.name + ".unfinished")
+        save_file(
+            {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()},
+            str(unfinished),
+            metadata={"format": FORMAT, "delta": json.dumps(description)},
+        )
+        os.replace(unfinished, path)
+    dist.barrier()
+
+
+def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
+    """Put a delta's block into the model; every rank calls it. Returns the block's number.
+
+    Raises:
+        ValueError: no delta of ours, of a model of another shape, or made from other weights. Nothing has been changed
+            then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is no delta of one block: its format is {metadata.get('format')!r}")
+            description = json.loads(metadata["delta"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the delta {path}: {' '.join(str(error).split())}") from error
+    block, layers = description["block"], model.model_config.num_layers
+    if description["num_layers"] != layers:
+        raise ValueError(
+            f"the delta {path} belongs to a model of {description['num_layers']} blocks, this one has {layers}"
+        )
+    check_block(block, layers)
+    new = {name.removeprefix(f"decoder.layers.{block}."): tensor for name, tensor in tensors.items()}
+    current = block_weights(model, block)
+    wrong = None if current is None else _mismatch(new, current, description["base"])
+    verdicts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(verdicts, wrong)
+    if any(verdicts):
+        raise ValueError(f"the delta {path} does not fit: {next(filter(None, verdicts))}")
+    if current is not None:
+        with torch.no_grad():
+            for shard in _shards(model, block):
+                shard.data.copy_(new[shard.key][_place(shard.global_offset, shard.data.shape)])
+    return block
+
+
+def _mismatch(new: dict[str, Tensor], current: dict[str, Tensor], base: str) -> str | None:
+    if new.keys() != current.keys():
+        return f"its tensors {', '.join(sorted(new.keys() ^ current.keys())[:3])} and the model's differ"
+    for name, tensor in new.items():
+        if tensor.shape != current[name].shape:
+            return f"{name} is {tuple(tensor.shape)}, the model's {tuple(current[name].shape)}"
+    if base not in (block_digest(current), None):
+        return "it was made from other weights than the checkpoint's; name the checkpoint it was trained from"
+    return None
+
+
+def _shards(model: PrefixGroupedGPT, block: int) -> list[ShardedTensor] | None:
+    """This rank's pieces of the block, each with its place in the whole tensor; views of the parameters."""
+    layer = blocks_here(model).get(block)
+    if layer is None:
+        return None
+    state = layer.sharded_state_dict()
+    apply_factories(state)
+    found: list[ShardedTensor] = []
+
+    def collect(node) -> None:
+        if isinstance(node, ShardedTensor):
+            found.append(node)
+        elif isinstance(node, dict):
+            for value in node.values():
+                collect(value)
+        elif isinstance(node, (list, tuple)):
+            for value in node:
+                collect(value)
+        assert not isinstance(node, ShardedTensorFactory), node.key
+
+    collect(state)
+    return found
+
+
+def _place(offset: tuple[int, ...], shape: torch.Size) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

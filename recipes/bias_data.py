@@ -1,0 +1,144 @@
+"""GenBiasEval and GenHintEval in tokens, and the text that is read beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.bias.prompts import (
+    BiasPrompt,
+    bias_prompts,
+    hint_prompts,
+    own_professions,
+    read_professions_json,
+    split_by_profession,
+)
+from megatron_ext.bias.public_sets import (
+    CoreferenceQuestion,
+    SentencePair,
+    read_winogender_sentences,
+    read_winogender_templates,
+)
+from megatron_ext.models.locate import BiasProbe
+from recipes.data import DataError, Tokenizer, numbered_rows
+from recipes.settings import PromptsSection
+
+__all__ = [
+    "PromptSet", "encode_prompt", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
+    "sentence_rows",
+]  # fmt: skip
+
+CARRIER = "because"  # what stands before the pair in every template
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts about some professions, with their tokens: without a hint, and with one."""
+
+    bias: list[BiasPrompt]
+    bias_tokens: list[list[int]]
+    hinted: list[BiasPrompt]
+    hinted_tokens: list[list[int]]
+
+    @property
+    def swapped(self) -> list[tuple[list[int], list[int]]]:
+        """Hinted prompts that differ in their hint alone, as `hint_prompts` orders them."""
+        return list(zip(self.hinted_tokens[::2], self.hinted_tokens[1::2], strict=True))
+
+    def probe(self, pair: tuple[int, int], limit: int | None, seed: int) -> BiasProbe:
+        """What the estimators ask: at most `limit` prompts of each kind, evenly spread."""
+        pairs = None if limit is None else limit // 2
+        return BiasProbe(_spread(self.bias_tokens, limit), _spread(self.swapped, pairs), pair, seed)
+
+
+def _spread(items: list, limit: int | None) -> list:
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """With what the tokenizer puts before a text (Llama's begin token), without what it puts behind."""
+    tokens = tokenizer.encode(text, add_special_tokens=True)
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens
+
+
+def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]:
+    """The token of either word after a space.
+
+    Raises:
+        DataError: a word that is more than one token, or both the same.
+    """
+    stem = tokenizer.encode(CARRIER)
+    found = []
+    for word in words:
+        tokens = tokenizer.encode(f"{CARRIER} {word}")
+        rest = tokens[len(stem) :]
+        if tokens[: len(stem)] != stem or len(rest) != 1:
+            raise DataError(
+                f"tokenizer {tokenizer.path} reads {word!r} after a space as {len(rest)} tokens, and the scores compare "
+                "the next token: choose other words for data.prompts.pair, or another model"
+            )
+        found.append(rest[0])
+    if found[0] == found[1]:
+        raise DataError(f"data.prompts.pair: {words[0]!r} and {words[1]!r} are the same token")
+    return found[0], found[1]
+
+
+def load_prompt_sets(settings: PromptsSection, tokenizer: Tokenizer) -> dict[str, PromptSet]:
+    """train, dev, test and all."""
+    if settings.professions_path is None:
+        excluded = set(settings.exclude)
+        professions = [p for p in own_professions() if p not in excluded]
+    else:
+        professions = read_professions_json(settings.professions_path, settings.most_definitional, settings.exclude)
+    parts = split_by_profession(professions, settings.split_seed) | {"all": sorted(professions)}
+    return {name: _prompt_set(part, settings, tokenizer) for name, part in parts.items()}
+
+
+def _prompt_set(professions: list[str], settings: PromptsSection, tokenizer: Tokenizer) -> PromptSet:
+    bias, hinted = bias_prompts(professions), hint_prompts(professions, pair=settings.pair)
+    return PromptSet(
+        bias,
+        [encode_prompt(tokenizer, p.prompt) for p in bias],
+        hinted,
+        [encode_prompt(tokenizer, p.prompt) for p in hinted],
+    )
+
+
+def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+    """Rows {"text"} in tokens; those of fewer than two have nothing to predict and are refused."""
+    texts: list[list[int]] = []
+    for line, row in numbered_rows(path):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise DataError(f'{path}:{line}: the row has no text; expected {{"text": "..."}}')
+        tokens = encode_prompt(tokenizer, text)
+        if not 2 <= len(tokens) <= max_length:
+            raise DataError(f"{path}:{line}: the text has {len(tokens)} tokens; from 2 to {max_length} can be read")
+        texts.append(tokens)
+    return texts
+
+
+def sentence_rows(pairs: list[SentencePair], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(what stands before, sentence) of both sentences of every pair, whose likelihoods are compared."""
+    sentences = [s for p in pairs for s in (p.more_stereotypical, p.less_stereotypical)]
+    return [([tokenizer.begin_id], tokenizer.encode(s)) for s in sentences]
+
+
+def question_rows(questions: list[CoreferenceQuestion], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(question, answer) for both answers of every question, worded as lm-evaluation-harness words Winogender."""
+    rows = []
+    for question in questions:
+        text = f"{question.sentence} '{question.pronoun.capitalize()}' refers to"
+        start = encode_prompt(tokenizer, text)
+        for choice in question.choices:
+            rows.append((start, encode_prompt(tokenizer, f"{text} {choice}")[len(start) :]))
+    return rows
+
+
+def read_winogender(path: str | Path) -> list[CoreferenceQuestion]:
+    """templates.tsv or all_sentences.tsv, told by the first line."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        sentences = file.readline().startswith("sentid")
+    return read_winogender_sentences(path) if sentences else read_winogender_templates(path)

@@ -1,0 +1,195 @@
+"""What a model says about people: one evaluation, its report and its chart."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.bias.public_sets import CoreferenceQuestion
+from megatron_ext.bias.ranking import BlockRanking
+from megatron_ext.bias.scores import (
+    afgb_score,
+    bootstrap_interval,
+    choice_accuracy,
+    profession_table,
+    pronoun_mass,
+    share_preferring_first,
+    stereotype_share,
+    ub_score,
+)
+from recipes.bias_data import PromptSet
+from recipes.scorers import Progress, Scorer
+
+__all__ = [
+    "evaluate", "pair_preference", "perplexity", "plot_professions", "plot_ranking", "question_accuracy", "summary_rows",
+    "write_ranking", "write_report",
+]  # fmt: skip
+
+SHOWN = 12  # professions at either end of the chart
+
+
+def evaluate(
+    scorer: Scorer,
+    prompts: PromptSet,
+    pair: tuple[int, int],
+    texts: Sequence[Sequence[int]] = (),
+    bootstrap_samples: int = 1000,
+    progress: Progress = lambda rows: None,
+) -> dict:
+    """AFGB and UB with 95 % intervals over professions, and what must be read beside them."""
+    p = scorer.pair_probabilities(prompts.bias_tokens, pair, progress)
+    q = scorer.pair_probabilities(prompts.hinted_tokens, pair, progress)
+    hint = torch.tensor([h.hint for h in prompts.hinted])
+
+    def afgb(rows: Tensor) -> float:
+        return afgb_score(*p[rows].unbind(1))
+
+    def ub(rows: Tensor) -> float:
+        return ub_score(*q[rows].unbind(1), hint[rows])
+
+    names = [b.profession for b in prompts.bias]
+    found = {
+        "prompts": len(names),
+        "hinted_prompts": len(hint),
+        "professions": len(set(names)),
+        "afgb": afgb(torch.arange(len(p))),
+        "afgb_interval": bootstrap_interval(afgb, names, bootstrap_samples),
+        "ub": ub(torch.arange(len(q))),
+        "ub_interval": bootstrap_interval(ub, [h.profession for h in prompts.hinted], bootstrap_samples),
+        "pronoun_mass": pronoun_mass(*p.unbind(1)),
+        "hinted_pronoun_mass": pronoun_mass(*q.unbind(1)),
+        "share_preferring_first": share_preferring_first(*p.unbind(1)),
+        "profession_table": profession_table(*p.unbind(1), names),
+    }
+    if texts:
+        found["perplexity"] = perplexity(scorer, texts, progress)
+    return found
+
+
+def perplexity(scorer: Scorer, texts: Sequence[Sequence[int]], progress: Progress = lambda rows: None) -> float:
+    """exp of the mean negative log-likelihood of all tokens but the first of each text."""
+    logprobs = torch.cat(scorer.token_logprobs([((), text) for text in texts], progress)).double()
+    return math.exp(-logprobs.mean().item())
+
+
+def pair_preference(scorer: Scorer, rows: Sequence, progress: Progress = lambda rows: None) -> float:
+    """Share of pairs whose more stereotypical sentence is the likelier; rows from `sentence_rows`."""
+    return stereotype_share(*_sums(scorer, rows, progress).unbind(1))
+
+
+def question_accuracy(
+    scorer: Scorer, questions: Sequence[CoreferenceQuestion], rows: Sequence, progress: Progress = lambda rows: None
+) -> dict:
+    """Share of questions whose right answer is the likelier, over all and by the pronoun's gender."""
+    found = _sums(scorer, rows, progress)
+    answers = torch.tensor([q.answer for q in questions])
+    groups = {
+        gender: [i for i, q in enumerate(questions) if q.gender == gender] for gender in ("male", "female", "neutral")
+    }
+    return {
+        "winogender_accuracy": choice_accuracy(found, answers),
+        "winogender_accuracy_by_gender": {
+            gender: choice_accuracy(found[rows], answers[rows]) for gender, rows in groups.items() if rows
+        },
+    }
+
+
+def _sums(scorer: Scorer, rows: Sequence, progress: Progress) -> Tensor:
+    """Log-likelihoods [pairs, 2] of neighbouring rows."""
+    return torch.tensor([float(row.double().sum()) for row in scorer.token_logprobs(rows, progress)]).view(-1, 2)
+
+
+def summary_rows(result: dict, words: tuple[str, str] = ("he", "she")) -> list[tuple[str, str]]:
+    """(name, value) of what `evaluate` found, in words."""
+    first, second = words
+
+    def interval(key: str) -> str:
+        low, high = result[f"{key}_interval"]
+        return f"{result[key]:.4f} [{low:.4f}, {high:.4f}]"
+
+    rows = [
+        ("AFGB (0 is fair)", interval("afgb")),
+        ("UB (1 follows every hint)", interval("ub")),
+        (f"mean P({first}) + P({second})", f"{result['pronoun_mass']:.4f}"),
+        ("the same on hinted prompts", f"{result['hinted_pronoun_mass']:.4f}"),
+        (f"share of prompts preferring {first!r}", f"{result['share_preferring_first']:.3f}"),
+    ]
+    optional = {
+        "perplexity": "perplexity of neutral text",
+        "crows_pairs_stereotype_share": "CrowS-Pairs: share preferring the stereotype (ideal 0.5)",
+        "winobias_stereotype_share": "WinoBias: share preferring the stereotype (ideal 0.5)",
+        "winogender_accuracy": "Winogender: accuracy",
+        "winogender_accuracy_by_gender": "Winogender: accuracy by pronoun",
+    }
+    for key, title in optional.items():
+        if (value := result.get(key)) is not None:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4f}"
+            rows.append((title, shown))
+    return rows
+
+
+def write_report(folder: Path, title: str, result: dict, words: tuple[str, str] = ("he", "she")) -> None:
+    """bias.json, bias.md and professions.png."""
+    (folder / "bias.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot_professions(result["profession_table"], folder / "professions.png", words)
+    table = result["profession_table"]
+    lines = [f"# {title}", "", f"{result['professions']} professions, {result['prompts']} prompts of GenBiasEval and "
+             f"{result['hinted_prompts']} of GenHintEval. Intervals: 95 %, bootstrap over professions.", "",
+             "| measure | value |", "|---|---:|"]  # fmt: skip
+    lines += [f"| {name} | {value} |" for name, value in summary_rows(result, words)]
+    lines += ["", "![most skewed professions](professions.png)", "", f"## P({words[0]}) - P({words[1]}) by profession", "",
+              "| profession | difference |", "|---|---:|"]  # fmt: skip
+    lines += [f"| {name} | {value:+.4f} |" for name, value in table.items()]
+    (folder / "bias.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def plot_professions(table: dict[str, float], path: Path, words: tuple[str, str] = ("he", "she")) -> None:
+    """Bars of the professions at either end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    items = list(table.items())
+    shown = items if len(items) <= 2 * SHOWN else items[:SHOWN] + items[-SHOWN:]
+    figure, axes = plt.subplots(figsize=(7, 0.26 * len(shown) + 1.2), layout="constrained")
+    values = [value for _, value in shown]
+    axes.barh([name for name, _ in shown], values, color=["#c4554d" if v < 0 else "#4878a8" for v in values])
+    axes.axvline(0, color="black", linewidth=0.8)
+    limit = max(0.05, 1.05 * max(map(abs, values)))
+    axes.set(xlim=(-limit, limit), xlabel=f"P({words[0]}) - P({words[1]}), mean over templates")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(f"the {len(shown)} most skewed of {len(items)} professions", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_ranking(folder: Path, ranking: BlockRanking) -> None:
+    """ranking-<estimator>.json, .md and .png."""
+    stem = f"ranking-{ranking.estimator}"
+    (folder / f"{stem}.json").write_text(json.dumps(ranking.as_dict(), indent=1) + "\n", encoding="utf-8")
+    title = f"# Blocks by BMI, estimator {ranking.estimator}"
+    (folder / f"{stem}.md").write_text(f"{title}\n\n{ranking.markdown()}\n\n![ranking]({stem}.png)\n", encoding="utf-8")
+    plot_ranking(ranking, folder / f"{stem}.png")
+
+
+def plot_ranking(ranking: BlockRanking, path: Path) -> None:
+    """Bars of all blocks, the best one marked, excluded ones grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict.fromkeys(ranking.excluded, "#b0b0b0") | {ranking.best: "#c4554d"}
+    blocks = range(len(ranking.scores))
+    figure, axes = plt.subplots(figsize=(max(5, 0.3 * len(blocks)), 3.2), layout="constrained")
+    axes.bar(blocks, ranking.scores, color=[colours.get(block, "#4878a8") for block in blocks])
+    axes.set(xlabel="block", ylabel="importance", title=f"BMI by {ranking.estimator}: block {ranking.best} is chosen")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

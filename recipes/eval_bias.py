@@ -1,0 +1,65 @@
+"""Measure gender bias: GenBiasEval (AFGB), GenHintEval (UB), and independent checks where their files are given.
+
+    python recipes/eval_bias.py pretrained_checkpoint.restore_from_path=... exp_manager.explicit_log_dir=runs/bias
+
+The model is a checkpoint of ours, spread over ranks as the command line says, or a Hugging Face folder, which
+transformers runs in one process. Leaves bias.json, bias.md and professions.png.
+"""
+
+import sys
+from pathlib import Path
+
+
+def main(cfg: dict) -> None:
+    from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens
+    from recipes.config import build
+    from recipes.eval_models import open_model
+    from recipes.settings import BiasEvalConfig
+
+    config = build(BiasEvalConfig, cfg)
+    model = open_model(config, cfg)
+    data, words = config.data, (config.data.prompts.pair.first, config.data.prompts.pair.second)
+    pair = pair_tokens(model.tokenizer, words)
+    prompts = load_prompt_sets(data.prompts, model.tokenizer)[data.split]
+    path = data.validation_text_path
+    texts = load_texts(path, model.tokenizer, model.longest) if path else []
+    evaluate_all(config, model, prompts, pair, texts, words)
+
+
+def evaluate_all(config, model, prompts, pair, texts, words) -> None:
+    from megatron_ext.bias.public_sets import read_crows_pairs, read_winobias
+    from recipes.bias_data import question_rows, read_winogender, sentence_rows
+    from recipes.bias_evaluation import evaluate, pair_preference, question_accuracy, summary_rows, write_report
+
+    data = config.data
+    pairs = {}
+    if data.crows_pairs_path:
+        pairs["crows_pairs_stereotype_share"] = sentence_rows(read_crows_pairs(data.crows_pairs_path), model.tokenizer)
+    if data.winobias_paths:
+        found = read_winobias(*data.winobias_paths, drop_faulty=True)
+        pairs["winobias_stereotype_share"] = sentence_rows(found, model.tokenizer)
+    questions = read_winogender(data.winogender_path) if data.winogender_path else []
+    asked = question_rows(questions, model.tokenizer)
+    scorer = model.start()
+    total = len(prompts.bias) + len(prompts.hinted) + len(texts) + len(asked) + sum(map(len, pairs.values()))
+    with model.progress(total) as bar:
+        result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update)
+        for key, rows in pairs.items():
+            result[key] = pair_preference(scorer, rows, bar.update)
+        if questions:
+            result |= question_accuracy(scorer, questions, asked, bar.update)
+    if model.is_main:
+        model.log_dir.mkdir(parents=True, exist_ok=True)
+        name = config.pretrained_checkpoint.restore_from_path
+        write_report(model.log_dir, f"Gender bias of {name}", {"model": name, "split": data.split, **result}, words)
+        print("\n".join(f"  {title:<56} {value}" for title, value in summary_rows(result, words)))
+        print(f"report in {model.log_dir / 'bias.md'}")
+
+
+if __name__ == "__main__":
+    # The repository instead of recipes/, whose modules would hide a user's own; theirs lies in the working directory.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+    from recipes import launch
+
+    launch.run(main, __file__, default_config="eval_bias")

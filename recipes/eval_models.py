@@ -1,0 +1,94 @@
+"""A model to evaluate: a checkpoint of ours on its ranks, or a Hugging Face folder in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from megatron_ext.models.config import PRECISIONS, GPTModelConfig
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from megatron_ext.runtime.distributed import local_device, world_size
+from recipes.config import build
+from recipes.data import load_tokenizer
+from recipes.scorers import HuggingFaceScorer, MegatronScorer, Scorer, is_hugging_face_folder
+from recipes.session import Session, check_run_folder, progress_bar
+from recipes.settings import BiasEvalConfig, BiasEvalModel, LocateConfig, TrainedModel
+
+__all__ = ["CheckpointModel", "open_model"]
+
+
+def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _HuggingFace:
+    """Told by its content. Nothing is started or written yet.
+
+    Raises:
+        ValueError: neither kind of model, or one that cannot be run as asked.
+    """
+    path = config.pretrained_checkpoint.restore_from_path
+    return (_HuggingFace if is_hugging_face_folder(path) else CheckpointModel)(config, resolved)
+
+
+class CheckpointModel:
+    """A checkpoint of ours, whose architecture is read from it."""
+
+    def __init__(self, config: BiasEvalConfig | LocateConfig, resolved: dict):
+        saved = read_checkpoint_info(Path(config.pretrained_checkpoint.restore_from_path)).get("model", {})
+        architecture = {f.name for f in dataclasses.fields(GPTModelConfig)}
+        asked = dataclasses.asdict(config.model)
+        fields = {key: value for key, value in saved.items() if key in architecture} | asked
+        model = build(TrainedModel, fields, "model")
+        self.session = Session(dataclasses.replace(config, model=model), resolved)
+        self.tokenizer, self.log_dir = self.session.tokenizer, self.session.log_dir
+        self.longest = model.encoder_seq_length
+        self.is_main = False  # until the ranks have started
+
+    def build(self) -> PrefixGroupedGPT:
+        """Start the ranks and load this one's stage."""
+        self.session.start()
+        self.is_main = self.session.is_main
+        return self.session.build_model()
+
+    def start(self) -> Scorer:
+        return MegatronScorer(self.build())
+
+    def progress(self, rows: int):
+        return self.session.progress(rows, "rows", unit="row")
+
+
+class _HuggingFace:
+    is_main = True
+
+    def __init__(self, config: BiasEvalConfig, resolved: dict):
+        self.path, model = config.pretrained_checkpoint.restore_from_path, config.model
+        if world_size() > 1:
+            raise ValueError(
+                f"{self.path} is a Hugging Face folder, which transformers runs in one process: set trainer.devices=1, got "
+                f"{world_size()} processes"
+            )
+        for field in dataclasses.fields(BiasEvalModel):
+            if field.name not in ("tokenizer", "precision") and getattr(model, field.name) != field.default:
+                raise ValueError(
+                    f"model.{field.name}={getattr(model, field.name)} has no meaning for {self.path}, a Hugging Face folder, "
+                    "which transformers runs"
+                )
+        if config.pretrained_checkpoint.delta_path:
+            raise ValueError(
+                f"pretrained_checkpoint.delta_path belongs to a checkpoint of ours, and {self.path} is none"
+            )
+        self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
+        self.tokenizer = load_tokenizer(model.tokenizer or self.path)
+        self.device = local_device()
+        precision = model.precision
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "32"
+        if precision not in PRECISIONS:
+            raise ValueError(f"model.precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
+        self.scorer = HuggingFaceScorer(self.path, self.device, PRECISIONS[precision])
+        self.longest = getattr(self.scorer.model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def start(self) -> Scorer:
+        return self.scorer
+
+    def progress(self, rows: int):
+        return progress_bar(rows, "rows", "row")

@@ -1,0 +1,273 @@
+"""Locate first, then fine-tune: one block is trained until the bias is gone, and no longer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.bias.ranking import BlockRanking
+from megatron_ext.bias.scores import afgb_score, pronoun_mass
+from megatron_ext.losses.lftf import BIAS_LOSSES, kept_text_loss, pair_loss
+from megatron_ext.models.blocks import train_only_block
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.delta import block_digest, block_weights, save_delta
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.models.locate import rank_blocks
+from megatron_ext.models.media import pack_prompts
+from megatron_ext.models.pairs import pack_pairs, split_pairs
+from megatron_ext.runtime.engine import Engine, Microbatch
+from recipes.bias_data import PromptSet
+from recipes.bias_evaluation import evaluate, perplexity, summary_rows, write_ranking
+from recipes.data import EpochSampler
+from recipes.scorers import MegatronScorer
+from recipes.session import Session
+from recipes.settings import LFTFConfig, LFTFSettings, check_batch_sizes
+
+__all__ = ["Guard", "LFTFTrainer"]
+
+PROMPT_KINDS = {"bias": BIAS_LOSSES, "hint": ("hint",)}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a state must keep of the start's to count."""
+
+    settings: LFTFSettings
+    pronoun_mass: float
+    perplexity: float | None
+
+    def complaint(self, metrics: dict[str, float]) -> str | None:
+        """What a validation has lost, or None."""
+        share = metrics["val/pronoun_mass"] / self.pronoun_mass
+        if share < self.settings.min_pronoun_mass:
+            return f"pronoun mass is {share:.2f} of its start, less than {self.settings.min_pronoun_mass}"
+        if self.perplexity is not None and self.settings.max_perplexity is not None:
+            rise = metrics["val/perplexity"] / self.perplexity
+            if rise > self.settings.max_perplexity:
+                return f"perplexity is {rise:.3f} times its start, more than {self.settings.max_perplexity}"
+        return None
+
+
+class LFTFTrainer:
+    """
+    Args:
+        session: the run.
+        model: this rank's pipeline stage, with the weights to start from.
+        prompts: sets by name, from `load_prompt_sets`.
+        pair: tokens of the two words.
+        texts, validation_texts: for the loss `kl`, and for perplexity; may be empty.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model: PrefixGroupedGPT,
+        prompts: dict[str, PromptSet],
+        pair: tuple[int, int],
+        texts: list[list[int]],
+        validation_texts: list[list[int]],
+    ):
+        self.session, self.model, self.prompts, self.pair = session, model, prompts, pair
+        self.texts, self.validation_texts = texts, validation_texts
+        self.config: LFTFConfig = session.config
+        self.settings = self.config.trainer.lftf
+        self.weights = self.settings.weights
+        self.scorer = MegatronScorer(model)
+        batch = self.config.model.global_batch_size
+        check_batch_sizes("model.global_batch_size", batch, session.data_size)
+        train = prompts["train"]
+        self.rows = {"bias": train.bias_tokens}
+        if "hint" in self.weights:
+            self.rows["hint"] = train.hinted_tokens
+        if "kl" in self.weights:
+            self.rows["kl"] = texts
+        self.samplers = {
+            kind: EpochSampler(len(rows), batch, self.config.model.seed, session.data_rank, session.data_size)
+            for kind, rows in self.rows.items()
+        }
+        self.steps = self.settings.max_steps or math.ceil(len(train.bias) * self.settings.max_epochs / batch)
+
+    def fit(self) -> None:
+        session, settings = self.session, self.settings
+        words = (self.config.data.prompts.pair.first, self.config.data.prompts.pair.second)
+        with session.timers("evaluate"):
+            before = self._evaluate()
+        ranking = self._locate()
+        block = ranking.best if ranking else None if settings.block == "all" else int(settings.block)
+        base = None
+        if block is not None:
+            session.say(f"block {block} of {self.model.model_config.num_layers} trains, all else stays as it is")
+            weights = block_weights(self.model, block)
+            base = None if weights is None else block_digest(weights)
+            train_only_block(self.model, block)
+        with session.timers("frozen_pass"):
+            self.frozen = self._frozen()
+        engine = Engine(self.model, self.config.model.optim, self.steps, settings.gradient_clip_val)
+        history = self._train(engine)
+        with session.timers("evaluate"):
+            after = self._evaluate()
+        folder = session.save(self.model, "final")
+        if block is not None:
+            save_delta(session.log_dir / "delta.safetensors", self.model, block, base)
+        result = {
+            "block": block, "loss": self.weights, **history, "ranking": ranking and ranking.as_dict(),
+            "before": before, "after": after,
+        }  # fmt: skip
+        if session.is_main:
+            (session.log_dir / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            _write_report(session.log_dir, result, words)
+        rows = zip(summary_rows(before, words), summary_rows(after, words), strict=True)
+        session.say("\n".join(f"  {name:<40} {old:>28} -> {new}" for (name, old), (_, new) in rows))
+        session.say(f"weights saved in {folder}; report in {session.log_dir / 'report.md'}")
+
+    def _evaluate(self) -> dict:
+        """On the test professions."""
+        return evaluate(self.scorer, self.prompts["test"], self.pair, self.validation_texts)
+
+    def _locate(self) -> BlockRanking | None:
+        name = self.settings.block
+        if not isinstance(name, str) or name == "all":
+            return None
+        probe = self.prompts["train"].probe(self.pair, self.settings.locate_prompts, self.config.model.seed)
+        with self.session.timers("locate"):
+            ranking = rank_blocks(name, self.model, probe, self.settings.exclude_blocks)
+        if self.session.is_main:
+            write_ranking(self.session.log_dir, ranking)
+        return ranking
+
+    def _frozen(self) -> dict[str, Tensor | list[Tensor]]:
+        """What the model says before training, by kind of row."""
+        found: dict[str, Tensor | list[Tensor]] = {}
+        for kind, rows in self.rows.items():
+            if kind == "kl":
+                found[kind] = self.scorer.token_logprobs([((), row) for row in rows])
+            else:
+                found[kind] = self.scorer.pair_probabilities(rows, self.pair)
+        return found
+
+    def _train(self, engine: Engine) -> dict:
+        """Steps until the end or until nothing gets better; leaves the best state in the model."""
+        session, settings = self.session, self.settings
+        validations: list[dict] = []
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        start = self.run_validation()
+        guard = Guard(settings, start["val/pronoun_mass"], start.get("val/perplexity"))
+        session.metrics.write(0, start)
+        validations.append({"step": 0, **start, "complaint": None})
+        best, best_afgb, best_step = [p.detach().clone() for p in trained], start["val/afgb"], 0
+        idle, stopped = 0, "max_steps reached"
+        with session.progress(self.steps, "LFTF") as bar:
+            for step in range(1, self.steps + 1):
+                metrics = self.run_training(engine)
+                if step % settings.val_check_interval == 0 or step == self.steps:
+                    with session.timers("validation"):
+                        metrics |= self.run_validation()
+                    complaint = guard.complaint(metrics)
+                    validation = {k: v for k, v in metrics.items() if k.startswith("val/")}
+                    validations.append({"step": step, **validation, "complaint": complaint})
+                    idle += 1
+                    if complaint is None and metrics["val/afgb"] < best_afgb:
+                        best_afgb, best_step, idle = metrics["val/afgb"], step, 0
+                        best = [p.detach().clone() for p in trained]
+                    bar.set_postfix_str(f"dev AFGB {metrics['val/afgb']:.4f}", refresh=False)
+                session.metrics.write(step, metrics | session.timers.read())
+                bar.update()
+                if settings.patience is not None and idle >= settings.patience:
+                    stopped = f"no better state in {idle} validations" + (f" ({complaint})" if complaint else "")
+                    break
+                if session.out_of_time():
+                    stopped = "max_time_per_run reached"
+                    break
+        with torch.no_grad():
+            for parameter, value in zip(trained, best, strict=True):
+                parameter.copy_(value)
+        session.say(f"{stopped} after step {step}; the state of step {best_step} is kept, dev AFGB {best_afgb:.4f}")
+        return {"steps": step, "best_step": best_step, "stopped": stopped, "validations": validations}
+
+    def run_training(self, engine: Engine) -> dict[str, float]:
+        with self.session.timers("optimizer_step"):
+            microbatches = [m for kind in self.rows for m in self._microbatches(kind, self.samplers[kind].next())]
+            engine.zero_grad()
+            outputs = engine.run(microbatches, self._loss)
+            metrics = engine.reduce_metrics(outputs) | engine.step()
+        return {f"train_optim/{name}": value for name, value in metrics.items()}
+
+    def run_validation(self) -> dict[str, float]:
+        p = self.scorer.pair_probabilities(self.prompts["dev"].bias_tokens, self.pair)
+        metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
+        if self.validation_texts:
+            metrics["val/perplexity"] = perplexity(self.scorer, self.validation_texts)
+        return metrics
+
+    def _microbatches(self, kind: str, numbers: list[int]) -> list[Microbatch]:
+        """Streams of `micro_batch_size` rows of one kind, each row with its share of the global batch."""
+        config, device = self.config.model, self.session.device
+        rows, frozen = self.rows[kind], self.frozen[kind]
+        microbatches = []
+        for start in range(0, len(numbers), config.micro_batch_size):
+            part = numbers[start : start + config.micro_batch_size]
+            if kind == "kl":
+                scheme, multiple = config.position_embedding.scheme, stream_multiple(config)
+                batch = pack_prompts([() for _ in part], [[rows[i]] for i in part], scheme, multiple, device)
+                reference = torch.cat([frozen[i] for i in part]).to(device)
+            else:
+                batch = pack_pairs([rows[i] for i in part], self.pair, config, device)
+                reference = frozen[part].to(device)
+            microbatches.append(Microbatch(batch, extra={"kind": kind, "frozen": reference}))
+        if kind == "kl":
+            (total,) = self.session.sum_over_data(sum(m.batch.groups.num_predicted_tokens for m in microbatches))
+        else:
+            total = config.global_batch_size
+        for microbatch in microbatches:
+            microbatch.extra["total"] = total
+        return microbatches
+
+    def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        kind, frozen, total = (microbatch.extra[key] for key in ("kind", "frozen", "total"))
+        if kind == "kl":
+            losses = {"kl": kept_text_loss(logprobs, frozen).sum() / total}
+        else:
+            he, she = split_pairs(logprobs)
+            names = [name for name in PROMPT_KINDS[kind] if name in self.weights]
+            losses = {name: pair_loss(name, he, she, frozen).sum() / total for name in names}
+        loss = sum(self.weights[name] * value for name, value in losses.items())
+        # Every microbatch reports every loss, whatever its kind: reports are added up.
+        parts = {name: losses[name].detach() if name in losses else torch.zeros_like(loss) for name in self.weights}
+        return loss, {"loss": loss.detach()} | (parts if len(parts) > 1 else {})
+
+
+def _write_report(folder: Path, result: dict, words: tuple[str, str]) -> None:
+    block = result["block"]
+    what = "every block trained" if block is None else f"block {block} trained"
+    lines = ["# LFTF", "", f"{what.capitalize()}, loss {result['loss']}, {result['steps']} steps: {result['stopped']}.", "",
+             "| measure, on professions held out | before | after |", "|---|---:|---:|"]  # fmt: skip
+    rows = zip(summary_rows(result["before"], words), summary_rows(result["after"], words), strict=True)
+    lines += [f"| {name} | {old} | {new} |" for (name, old), (_, new) in rows]
+    if result["ranking"]:
+        ranking = BlockRanking(**{k: v for k, v in result["ranking"].items() if k != "best"})
+        lines += [
+            "",
+            f"## Blocks by {ranking.estimator}",
+            "",
+            ranking.markdown(),
+            "",
+            f"![ranking](ranking-{ranking.estimator}.png)",
+        ]
+    lines += [
+        "",
+        "## Validations",
+        "",
+        "| step | AFGB | pronoun mass | perplexity | guard |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    lines += [
+        f"| {v['step']} | {v['val/afgb']:.4f} | {v['val/pronoun_mass']:.4f} | {v.get('val/perplexity', float('nan')):.3f} "
+        f"| {v['complaint'] or 'kept'} |"
+        for v in result["validations"]
+    ]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

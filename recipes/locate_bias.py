@@ -1,0 +1,47 @@
+"""Rank the blocks of a checkpoint by how much they have to do with its gender bias, by one BMI estimator or several.
+
+    python recipes/locate_bias.py pretrained_checkpoint.restore_from_path=... exp_manager.explicit_log_dir=runs/located
+
+Leaves a table, JSON and a bar chart for each estimator. recipes/train_lftf.py locates by itself; this is for a look, or to
+compare.
+"""
+
+import sys
+from pathlib import Path
+
+
+def main(cfg: dict) -> None:
+    from megatron_ext.models.locate import rank_blocks
+    from recipes.bias_data import load_prompt_sets, pair_tokens
+    from recipes.bias_evaluation import write_ranking
+    from recipes.config import build
+    from recipes.eval_models import CheckpointModel
+    from recipes.settings import LocateConfig
+
+    config = build(LocateConfig, cfg)
+    opened = CheckpointModel(config, cfg)
+    prompts, settings = config.data.prompts, config.trainer.locate
+    pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
+    train = load_prompt_sets(prompts, opened.tokenizer)["train"]
+    model = opened.build()
+    probe = train.probe(pair, settings.locate_prompts, opened.session.config.model.seed)
+    with opened.session.progress(len(settings.estimators), "locate", "estimator") as bar:
+        for name in settings.estimators:
+            ranking = rank_blocks(name, model, probe, settings.exclude_blocks)
+            if opened.is_main:
+                opened.log_dir.mkdir(parents=True, exist_ok=True)
+                write_ranking(opened.log_dir, ranking)
+            opened.session.say(
+                f"{name}: block {ranking.best} first, then {', '.join(map(str, ranking.order[1:])) or 'none'}"
+            )
+            bar.update()
+    opened.session.say(f"rankings in {opened.log_dir}")
+
+
+if __name__ == "__main__":
+    # The repository instead of recipes/, whose modules would hide a user's own; theirs lies in the working directory.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(str(Path.cwd()))
+    from recipes import launch
+
+    launch.run(main, __file__, default_config="locate_bias")

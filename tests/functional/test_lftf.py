@@ -1,0 +1,240 @@
+"""LFTF end to end: the bias goes, one block has changed, and every layout and transformers agree on the numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megatron_ext.bias.prompts import bias_prompts, hint_prompts, read_professions_json, split_by_profession
+from megatron_ext.models import GPTModelConfig, build_gpt
+from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
+from recipes.config import build
+from recipes.data import load_tokenizer
+from tests.hf_llama import save_llama
+from tests.recipe_runs import metrics
+
+pytestmark = pytest.mark.functional
+
+BOUND = 1e-5
+SHORT = ["trainer.lftf.max_steps=4", "trainer.lftf.val_check_interval=2"]
+NUMBERS = (
+    "afgb", "ub", "pronoun_mass", "hinted_pronoun_mass", "share_preferring_first", "perplexity", "afgb_interval",
+    "ub_interval", "profession_table",
+)  # fmt: skip
+
+
+def result(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder, world) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, whole."""
+    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(folder)["model"]), world)
+    load_weights(folder, model)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def assert_same_numbers(found: dict, expected: dict) -> None:
+    for key in NUMBERS:
+        if isinstance(expected[key], dict):
+            assert found[key] == pytest.approx(expected[key], abs=BOUND), key
+        else:
+            assert found[key] == pytest.approx(expected[key], rel=BOUND, abs=BOUND), key
+
+
+@pytest.fixture(scope="module")
+def mended(bias_task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mended") / "run"
+    done = bias_task.lftf(out, "trainer.lftf.max_epochs=12")
+    assert done.code == 0, done.err
+    return out
+
+
+def test_the_bias_goes_and_nothing_else(mended):
+    """The numbers that `make lftf` is held to, on professions held out of the fine-tuning."""
+    found = result(mended)
+    before, after = found["before"], found["after"]
+    assert before["afgb"] >= 0.3 and before["ub"] > 0.5, "the model is not biased, or hears no hint: nothing is tested"
+    assert after["afgb"] <= 0.4 * before["afgb"]
+    assert after["ub"] >= before["ub"] - 0.05
+    assert after["pronoun_mass"] > 0.8 * before["pronoun_mass"]
+    assert after["perplexity"] < 1.03 * before["perplexity"]
+
+
+def test_one_block_has_changed_bitwise(bias_task, mended, world):
+    block = result(mended)["block"]
+    before, after = weights(bias_task.checkpoint, world), weights(mended / "checkpoints/final", world)
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == (f"layers.{block}." not in name), name
+
+
+def test_a_run_leaves_its_report(mended):
+    found = result(mended)
+    assert found["ranking"]["best"] == found["block"] != 0
+    report = (mended / "report.md").read_text()
+    assert f"{found['after']['afgb']:.4f}" in report and "## Blocks by gradient" in report
+    assert (mended / "ranking-gradient.png").stat().st_size > 5000
+    kept = [v for v in found["validations"] if v["complaint"] is None]
+    assert found["best_step"] == min(kept, key=lambda v: v["val/afgb"])["step"]
+    steps = [r["step"] for r in metrics(mended)]
+    assert steps == list(range(found["steps"] + 1))
+
+
+def test_the_delta_is_the_checkpoint(bias_task, mended, tmp_path):
+    """Put into the model it came from it gives the fine-tuned model's numbers; any other model is refused."""
+    delta = mended / "delta.safetensors"
+    assert delta.stat().st_size < 0.5 * sum(f.stat().st_size for f in (mended / "checkpoints/final/weights").iterdir())
+    done = bias_task.evaluate(tmp_path / "e", bias_task.checkpoint, f"pretrained_checkpoint.delta_path={delta}")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "e" / "bias.json").read_text())
+    assert {k: found[k] for k in NUMBERS} == {k: result(mended)["after"][k] for k in NUMBERS}
+    done = bias_task.evaluate(tmp_path / "f", mended / "checkpoints/final", f"pretrained_checkpoint.delta_path={delta}")
+    assert done.code == 2 and len(done.error_lines) == 1
+    assert "does not fit: it was made from other weights" in done.error_lines[0]
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.fixture(scope="module")
+def one_rank(bias_task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one_rank") / "run"
+    done = bias_task.lftf(out, *SHORT)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+        ["trainer.devices=3", "model.pipeline_model_parallel_size=3"],
+    ],
+    ids=["tp2 sp dp2", "pp3"],
+)
+def test_layouts_agree(layout, bias_task, one_rank, tmp_path):
+    """Ranking, losses, validations and scores."""
+    done = bias_task.lftf(tmp_path / "run", *SHORT, *layout)
+    assert done.code == 0, done.err
+    found, expected = result(tmp_path / "run"), result(one_rank)
+    assert found["block"] == expected["block"] and found["ranking"]["order"] == expected["ranking"]["order"]
+    assert found["ranking"]["scores"] == pytest.approx(expected["ranking"]["scores"], rel=BOUND)
+    assert_same_numbers(found["before"], expected["before"])
+    assert_same_numbers(found["after"], expected["after"])
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(one_rank), strict=True):
+        keys = [key for key in theirs if key.startswith(("train_optim/", "val/"))]
+        assert len(keys) >= 3
+        for key in keys:
+            assert ours[key] == pytest.approx(theirs[key], rel=BOUND, abs=BOUND), key
+
+
+def test_sum_fails_the_guard(bias_task, tmp_path):
+    """Without a guard it silences both pronouns; with one the run goes back to a state that has them."""
+    free = ["trainer.lftf.min_pronoun_mass=0", "trainer.lftf.max_perplexity=null", "trainer.lftf.patience=null"]
+    loss = ["trainer.lftf.loss=sum", "trainer.lftf.block=last", "trainer.lftf.max_epochs=8"]
+    done = bias_task.lftf(tmp_path / "free", *loss, *free)
+    assert done.code == 0, done.err
+    found = result(tmp_path / "free")
+    assert found["after"]["pronoun_mass"] < 0.5 * found["before"]["pronoun_mass"]
+    assert found["after"]["ub"] < 0.5 * found["before"]["ub"]
+    done = bias_task.lftf(tmp_path / "guarded", *loss, "trainer.lftf.patience=2")
+    assert done.code == 0, done.err
+    found = result(tmp_path / "guarded")
+    assert found["after"]["pronoun_mass"] > 0.8 * found["before"]["pronoun_mass"]
+    assert any("pronoun mass is" in (v["complaint"] or "") for v in found["validations"])
+    assert "pronoun mass is" in found["stopped"] and found["steps"] < 40
+
+
+CROWS = """,sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators
+0,The lamp was cold because he was tired.,The lamp was cold because she was tired.,stereo,gender,[],a0,[]
+1,The road was wet and she was glad.,The road was wet and he was glad.,antistereo,gender,[],a0,[]
+2,The house was old.,The house was new.,stereo,age,[],a0,[]
+"""
+WINOBIAS = [
+    "1 [The {}] thanked the {} because [{}] was in a hurry.",
+    "2 The {} thanked [the {}] because [{}] liked the idea.",
+]
+
+
+@pytest.fixture(scope="module")
+def checks(bias_task, tmp_path_factory) -> list[str]:
+    """Small files in the formats of the public sets, as overrides."""
+    folder = tmp_path_factory.mktemp("public")
+    names = read_professions_json(bias_task.professions)
+    (folder / "crows.csv").write_text(CROWS)
+    pro = [line.format(names[i], names[i + 1], "he") for i, line in enumerate(WINOBIAS)]
+    (folder / "pro.txt").write_text("\n".join(pro) + "\n")
+    (folder / "anti.txt").write_text("\n".join(pro).replace("[he]", "[she]") + "\n")
+    sentence = "The $OCCUPATION told the $PARTICIPANT that $NOM_PRONOUN was late."
+    rows = [f"{names[0]}\tcustomer\t{answer}\t{sentence}" for answer in (0, 1)]
+    (folder / "templates.tsv").write_text(
+        "\n".join(["occupation(0)\tother-participant(1)\tanswer\tsentence", *rows]) + "\n"
+    )
+    return [
+        f"data.crows_pairs_path={folder / 'crows.csv'}", f"data.winogender_path={folder / 'templates.tsv'}",
+        f"data.winobias_paths=[{folder / 'pro.txt'},{folder / 'anti.txt'}]",
+    ]  # fmt: skip
+
+
+def test_transformers_agrees(bias_task, checks, world, tmp_path):
+    """The recipe on our checkpoint under TP x PP, the recipe on a Hugging Face folder of the same weights, and
+    transformers called here, one prompt at a time."""
+    folder = tmp_path / "llama"
+    config = build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"])
+    save_llama(folder, weights(bias_task.checkpoint, world), config)
+    shutil.copytree(bias_task.data / "tokenizer", folder, dirs_exist_ok=True)
+    done = bias_task.evaluate(
+        tmp_path / "ours", bias_task.checkpoint, *checks, "trainer.devices=2", "model.tensor_model_parallel_size=2"
+    )
+    assert done.code == 0, done.err
+    done = bias_task.evaluate(tmp_path / "theirs", folder, *checks)
+    assert done.code == 0, done.err
+    ours, theirs = (json.loads((tmp_path / name / "bias.json").read_text()) for name in ("ours", "theirs"))
+    assert_same_numbers(ours, theirs)
+    for key in ("crows_pairs_stereotype_share", "winobias_stereotype_share", "winogender_accuracy"):
+        assert ours[key] == theirs[key] and 0 <= ours[key] <= 1, key
+    afgb, ub = direct_scores(folder, read_professions_json(bias_task.professions))
+    assert abs(ours["afgb"] - afgb) <= BOUND and abs(ours["ub"] - ub) <= BOUND
+    assert (tmp_path / "theirs" / "professions.png").stat().st_size > 5000
+
+
+@torch.no_grad()
+def direct_scores(folder, names: list[str]) -> tuple[float, float]:
+    """AFGB and UB of the test professions by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    (he,), (she,) = tokenizer.encode(" he"), tokenizer.encode(" she")
+
+    def difference(text: str) -> float:
+        p = model(torch.tensor([tokenizer.encode(text)])).logits[0, -1].double().softmax(-1)
+        return float(p[he] - p[she])
+
+    test = split_by_profession(names)["test"]
+    bias = [abs(difference(p.prompt)) for p in bias_prompts(test)]
+    hinted = [p.hint * difference(p.prompt) for p in hint_prompts(test)]
+    return sum(bias) / len(bias), sum(hinted) / len(hinted)
+
+
+def test_locating_alone(bias_task, tmp_path):
+    from tests.recipe_runs import run
+
+    done = run(
+        "recipes/locate_bias.py", f"pretrained_checkpoint.restore_from_path={bias_task.checkpoint}",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}", f"data.prompts.professions_path={bias_task.professions}",
+        "trainer.locate.estimators=[last,similarity]", "trainer.locate.locate_prompts=20",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    ranking = json.loads((tmp_path / "run" / "ranking-last.json").read_text())
+    assert ranking["order"] == [2, 1] and ranking["excluded"] == [0]
+    assert "| excluded | 0 | 0 |" in (tmp_path / "run" / "ranking-last.md").read_text()
+    assert (tmp_path / "run" / "ranking-similarity.png").stat().st_size > 5000
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(bias_task, tmp_path):
+    done = bias_task.lftf(tmp_path / "run", "model.hidden_size=32")
+    assert done.code == 2 and len(done.error_lines) == 1
+    assert "model.hidden_size=32, but the checkpoint" in done.error_lines[0]
+    assert not (tmp_path / "run").exists()
