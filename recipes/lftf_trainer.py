@@ -44,11 +44,11 @@ class Guard:
     def complaint(self, metrics: dict[str, float]) -> str | None:
         """What a validation has lost, or None."""
         share = metrics["val/pronoun_mass"] / self.pronoun_mass
-        if share < self.settings.min_pronoun_mass:
+        if not share >= self.settings.min_pronoun_mass:  # a NaN complains
             return f"pronoun mass is {share:.2f} of its start, less than {self.settings.min_pronoun_mass}"
         if self.perplexity is not None and self.settings.max_perplexity is not None:
             rise = metrics["val/perplexity"] / self.perplexity
-            if rise > self.settings.max_perplexity:
+            if not rise <= self.settings.max_perplexity:
                 return f"perplexity is {rise:.3f} times its start, more than {self.settings.max_perplexity}"
         return None
 

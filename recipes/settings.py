@@ -193,8 +193,8 @@ class LFTFSettings:
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
     # Training prompts that an estimator asks, evenly spread over them; null: all.
     locate_prompts: int | None = 512
-    # abs_diff, balanced or sum; or weights of several, with hint and kl beside: {balanced: 1, hint: 1, kl: 0.1}.
-    loss: Any = "balanced"
+    # abs_diff, balanced or sum; with hint and kl beside, and weights: balanced+hint+0.5*kl.
+    loss: str = "balanced"
     # Passes over the training prompts.
     max_epochs: int = 2
     # Optimizer steps instead.
@@ -217,7 +217,7 @@ class LFTFSettings:
             )
         try:
             self.weights  # noqa: B018  raises on unknown losses
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"trainer.lftf.loss: {error}") from error
         _at_least(
             "trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity"

@@ -58,8 +58,11 @@ def parse_shapes(texts: Sequence[str]) -> list[Shape]:
     return shapes
 
 
-def add_common_options(parser: argparse.ArgumentParser, shapes: Sequence[str], repeats: int, name: str) -> None:
-    parser.add_argument("--shapes", nargs="+", default=list(shapes), metavar="P,G,S", help="prefix, responses, length")
+def add_common_options(parser: argparse.ArgumentParser, shapes: Sequence[str] | None, repeats: int, name: str) -> None:
+    if shapes is not None:
+        parser.add_argument(
+            "--shapes", nargs="+", default=list(shapes), metavar="P,G,S", help="prefix, responses, length"
+        )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds, after one that is not counted")
     device = "cuda" if torch.cuda.is_available() else "cpu"

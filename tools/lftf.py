@@ -31,8 +31,10 @@ ESTIMATORS = ("similarity", "gradient", "intervention", "random", "last")
 # Which blocks train is compared with the default loss of lftf_tiny, which loss on one block.
 LOSSES = {
     "balanced": "balanced",
-    "balanced + hint": "{balanced:1,hint:1}",
+    "balanced+hint": "balanced+hint",
+    "balanced+kl": "balanced+kl",
     "abs_diff": "abs_diff",
+    "abs_diff+hint+kl": "abs_diff+hint+kl",
     "sum": "sum",
     "sum, no guard": "sum",
 }
@@ -76,15 +78,20 @@ def plan_runs(located: Path, seed: int, short: bool) -> dict[str, list[str]]:
     runs["all"] = ["trainer.lftf.block=all"]
     for name, loss in LOSSES.items():
         options = [f"trainer.lftf.block={best['gradient']}", f"trainer.lftf.loss={loss}"]
-        runs[f"loss-{name.replace(', ', '-').replace(' + ', '-')}"] = options + (NO_GUARD if "no guard" in name else [])
+        runs[loss_run(name)] = options + (NO_GUARD if "no guard" in name else [])
     if short:
-        runs = {name: runs[name] for name in (f"block-{best['gradient']}", "loss-sum-no guard")}
+        runs = {name: runs[name] for name in (f"block-{best['gradient']}", loss_run("sum, no guard"))}
     return runs
+
+
+def loss_run(name: str) -> str:
+    """The folder of a loss."""
+    return "loss-" + name.replace(", ", "-").replace(" ", "-")
 
 
 def fine_tune(out: Path, name: str, common: list[str], options: list[str]) -> dict:
     """One run, its output in a log file beside it."""
-    folder = out / name.replace(" ", "-")
+    folder = out / name
     parts = command(
         "recipes/train_lftf.py",
         "--config-name",
@@ -138,12 +145,11 @@ def one_seed(out: Path, seed: int, args: argparse.Namespace) -> dict:
     rows = [row(f"block of {e}", results[key]) for e in ESTIMATORS if (key := f"block-{best[e]['best']}") in results]
     rows += [row("all blocks", results["all"])] if "all" in results else []
     for name in LOSSES:
-        key = f"loss-{name.replace(', ', '-').replace(' + ', '-')}"
-        if key in results:
-            rows.append(row(f"loss {name}", results[key]))
-    for result in results:
-        if not args.keep:
-            shutil.rmtree(folder / result.replace(" ", "-") / "checkpoints")
+        if loss_run(name) in results:
+            rows.append(row(f"loss {name}", results[loss_run(name)]))
+    if not args.keep:
+        for name in results:
+            shutil.rmtree(folder / name / "checkpoints")
     before = {k: first[k] for k in ("afgb", "afgb_interval", "ub", "ub_interval", "pronoun_mass", "perplexity")}
     return {"seed": seed, "before": before, "rankings": best, "rows": rows}
 

@@ -42,7 +42,7 @@ OPENINGS = (
     "It had been a hard day, and", "When the bell rang,", "Nobody else had come, so", "After the show,",
     "In the end,", "When the lights went out again,", "The room was quiet, so", "Late in the week,",
 )  # fmt: skip
-OBJECTS = "bag hat book phone letter keys coat voice hand desk lunch glass work team talent garden".split()
+OBJECTS = "bag hat book phone letter scarf coat pen hand desk lunch glass work team talent garden".split()
 HINT_VERBS = "dropped kept found lost lifted sold forgot thanked moved closed raised praised watched liked".split()
 REASONS = (
     "was tired", "was glad", "had no time", "felt ill", "wanted to help", "needed a rest", "knew the answer",

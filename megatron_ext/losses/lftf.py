@@ -9,7 +9,7 @@ comparison: it reaches a perfect AFGB by never saying a pronoun.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import torch
 from torch import Tensor
@@ -21,23 +21,27 @@ BIAS_LOSSES = ("abs_diff", "balanced", "sum")
 LOSSES = (*BIAS_LOSSES, "hint", "kl")
 
 
-def loss_weights(choice: str | Mapping[str, float]) -> dict[str, float]:
-    """Weights by name, from one name or a mapping.
+def loss_weights(choice: str) -> dict[str, float]:
+    """Weights by name, from "balanced", "balanced+hint" or "balanced+hint+0.5*kl".
 
     Raises:
-        ValueError: an unknown name, no bias loss among them, or a weight that is not positive.
+        ValueError: an unknown or repeated name, no bias loss among them, or a weight that is not positive.
     """
-    weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
-    for name, weight in weights.items():
-        if name not in LOSSES:
-            raise ValueError(f"loss {name!r} does not exist; there are: {', '.join(LOSSES)}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of loss {name} must be a positive number, got {weight!r}")
+    weights: dict[str, float] = {}
+    for term in choice.split("+"):
+        factor, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSSES or name in weights:
+            problem = "is named twice" if name in weights else f"does not exist; there are: {', '.join(LOSSES)}"
+            raise ValueError(f"loss {name!r} in {choice!r} {problem}")
+        try:
+            weights[name] = float(factor) if star else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise ValueError(f"the weight of {name} in {choice!r} must be a positive number, got {factor!r}")
     if not any(name in BIAS_LOSSES for name in weights):
-        raise ValueError(
-            f"one of {', '.join(BIAS_LOSSES)} must be among the losses, got {', '.join(weights) or 'none'}"
-        )
-    return {name: float(weight) for name, weight in weights.items()}
+        raise ValueError(f"one of {', '.join(BIAS_LOSSES)} must be among the losses, got {choice!r}")
+    return weights
 
 
 def pair_loss(name: str, log_he: Tensor, log_she: Tensor, frozen: Tensor) -> Tensor:

@@ -101,18 +101,19 @@ def test_kept_text_estimates_the_divergence_without_bias(rng):
 
 def test_weights():
     assert loss_weights("balanced") == {"balanced": 1.0}
-    assert loss_weights({"abs_diff": 2, "kl": 0.5}) == {"abs_diff": 2.0, "kl": 0.5}
+    assert loss_weights("2*abs_diff+hint + 0.5 * kl") == {"abs_diff": 2.0, "hint": 1.0, "kl": 0.5}
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("balance", "loss 'balance' does not exist; there are: abs_diff"),
-        ({"hint": 1}, "one of abs_diff, balanced, sum must be among the losses, got hint"),
-        ({}, "got none"),
-        ({"sum": 0}, "the weight of loss sum must be a positive number, got 0"),
-        ({"sum": "much"}, "got 'much'"),
-        ({"sum": float("inf")}, "got inf"),
+        ("balance", "loss 'balance' in 'balance' does not exist; there are: abs_diff"),
+        ("hint", "one of abs_diff, balanced, sum must be among the losses, got 'hint'"),
+        ("", "loss '' in '' does not exist"),
+        ("sum+sum", "loss 'sum' in 'sum.sum' is named twice"),
+        ("0*sum", "the weight of sum in '0.sum' must be a positive number, got '0'"),
+        ("much*sum", "got 'much'"),
+        ("inf*sum", "got 'inf'"),
     ],
 )
 def test_refusals(choice, message):

@@ -1,0 +1,211 @@
+"""The bias recipes' input: what is read, what is refused in one line, and when a fine-tuned state counts."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megatron_ext.bias.prompts import AttributePair
+from recipes.bias_data import encode_prompt, load_prompt_sets, load_texts, pair_tokens, question_rows, sentence_rows
+from recipes.bias_evaluation import summary_rows
+from recipes.config import build
+from recipes.data import load_tokenizer
+from recipes.lftf_trainer import Guard
+from recipes.settings import BiasEvalConfig, LFTFConfig, LFTFSettings, LocateConfig, PromptsSection
+
+TEXT = ["The nurse smiled because she was late.", "The baker left because he was tired.", "his hat, her hat"] * 20
+TEXT.append(
+    "The quick brown fox jumps over the lazy dog's 12 34 567 890 keys; She, 'He', It, When, Nobody, After, Everyone."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tools.make_word_problems import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(folder, TEXT, 300)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def with_begin(tmp_path_factory):
+    """A tokenizer that puts a begin token before a text and an end token behind, as some do."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    from tools.make_word_problems import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("with_begin")
+    train_tokenizer(folder, TEXT, 300, ("<s>",))
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(t, made.token_to_id(t)) for t in ("<s>", "<|endoftext|>")]
+    made.post_processor = TemplateProcessing(single="<s> $A <|endoftext|>", special_tokens=special)
+    made.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<s>"}))
+    return load_tokenizer(folder)
+
+
+def lftf(**changes) -> LFTFConfig:
+    node = {
+        "trainer": {"lftf": {"max_perplexity": None} | changes.pop("lftf", {})},
+        "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64} | changes.pop("model", {}),
+        "data": changes.pop("data", {}),
+        "exp_manager": {"explicit_log_dir": "runs/x"},
+        "pretrained_checkpoint": {"restore_from_path": "somewhere"} | changes.pop("checkpoint", {}),
+    }  # fmt: skip
+    assert not changes
+    return build(LFTFConfig, node)
+
+
+def test_defaults():
+    config = lftf()
+    assert config.trainer.lftf.weights == {"balanced": 1.0} and config.trainer.lftf.block == "gradient"
+    assert lftf(lftf={"block": 3}).trainer.lftf.block == 3
+    assert lftf(lftf={"block": "all"}, model={"activations_checkpoint_granularity": "full"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lftf": {"block": "first"}}, "trainer.lftf.block must be a number, all or one of similarity, gradient"),
+        ({"lftf": {"block": 4}}, "trainer.lftf.block: block 4 does not exist: the model has 4 blocks, 0 to 3"),
+        ({"lftf": {"block": -1}}, "block -1 does not exist"),
+        ({"lftf": {"loss": "balanced+hints"}}, "trainer.lftf.loss: loss 'hints' in 'balanced.hints' does not exist"),
+        ({"lftf": {"loss": "balanced+kl"}}, "has kl, which needs text to stay near to: set data.text_path"),
+        ({"lftf": {"max_perplexity": 1.03}}, "guards the perplexity of data.validation_text_path, which is not set"),
+        ({"lftf": {"min_pronoun_mass": 1.5}}, "min_pronoun_mass=1.5 is a share: at most 1"),
+        ({"lftf": {"max_steps": 0}}, "trainer.lftf.max_steps=0 must be at least 1"),
+        ({"model": {"activations_checkpoint_granularity": "full"}}, "gives a block above frozen ones no gradient"),
+        ({"checkpoint": {"restore_from_path": None}}, "name the checkpoint to fine-tune"),
+    ],
+)
+def test_lftf_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        lftf(**changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (BiasEvalConfig, {"data": {"split": "half"}}, "data.split must be train, dev, test or all, got 'half'"),
+        (BiasEvalConfig, {"data": {"winobias_paths": ["a"]}}, "give .pro_stereotyped file, anti_stereotyped file."),
+        (BiasEvalConfig, {"pretrained_checkpoint": {"delta_path": "d"}}, "delta_path=d needs the checkpoint"),
+        (
+            LocateConfig,
+            {"trainer": {"locate": {"estimators": ["entropy"]}}},
+            "'entropy' does not exist; there are: sim",
+        ),
+        (LocateConfig, {"pretrained_checkpoint": {}}, "restore_from_path is not set"),
+    ],
+)
+def test_evaluation_refusals(cls, changes, message):
+    node = {"exp_manager": {"explicit_log_dir": "x"}, "pretrained_checkpoint": {"restore_from_path": "y"}}
+    with pytest.raises(ValueError, match=message):
+        build(cls, node | changes)
+
+
+def test_pair_tokens(tokenizer, with_begin):
+    for found in (tokenizer, with_begin):
+        he, she = pair_tokens(found, ("he", "she"))
+        assert (found.decode([he]), found.decode([she])) == (" he", " she")
+    with pytest.raises(ValueError, match=r"reads 'accountant' after a space as \d+ tokens"):
+        pair_tokens(tokenizer, ("he", "accountant"))
+    with pytest.raises(ValueError, match="'he' and 'he' are the same token"):
+        pair_tokens(tokenizer, ("he", "he"))
+
+
+def test_a_begin_token_stays_and_an_end_token_does_not(tokenizer, with_begin):
+    plain = encode_prompt(tokenizer, "The nurse")
+    assert plain == tokenizer.encode("The nurse") and tokenizer.begin_id == tokenizer.eos_id
+    begun = encode_prompt(with_begin, "The nurse")
+    assert begun[0] == with_begin.begin_id != with_begin.eos_id and with_begin.decode(begun) == "The nurse"
+    assert begun[-1] != with_begin.eos_id
+
+
+def test_prompt_sets(tokenizer, tmp_path):
+    path = tmp_path / "professions.json"
+    path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)] + [["monk", 1.0, 0]]))
+    sets = load_prompt_sets(PromptsSection(professions_path=str(path), exclude=["job 3"]), tokenizer)
+    names = {name: {p.profession for p in part.bias} for name, part in sets.items()}
+    assert not names["train"] & names["test"] and not names["train"] & names["dev"] and len(names["all"]) == 19
+    assert names["train"] | names["dev"] | names["test"] == names["all"] and "job 3" not in names["all"]
+    train = sets["train"]
+    for (a, b), first in zip(train.swapped, train.hinted[::2], strict=True):
+        assert tokenizer.decode(a) == first.prompt and first.hint == 1
+        assert tokenizer.decode(b) == first.prompt.replace(" his ", " her ")
+    probe = train.probe((1, 2), 10, 7)
+    assert len(probe.prompts) == 10 and len(probe.swapped) == 5 and probe.seed == 7
+    assert all(p in train.bias_tokens for p in probe.prompts)
+    other = load_prompt_sets(
+        PromptsSection(professions_path=str(path), pair=AttributePair("man", "woman", "a", "b")), tokenizer
+    )
+    assert " a " in other["all"].hinted[0].prompt
+
+
+def test_malformed_professions_are_one_line(tokenizer, tmp_path):
+    path = tmp_path / "professions.json"
+    for text, message in (
+        ("[[", "no JSON"),
+        ('[["nurse", 0]]', r"entry 0 is \['nurse', 0\], expected \[name, definitional score"),
+        ('[["monk", 1.0, 0]]', "no profession is left"),
+        ('[["a", 0, 0], ["b", 0, 0]]', "2 professions are too few for a split"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_prompt_sets(PromptsSection(professions_path=str(path)), tokenizer)
+
+
+def test_texts(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "The nurse smiled."}\n\n{"text": "because she"}\n')
+    assert [tokenizer.decode(t) for t in load_texts(path, tokenizer, 64)] == ["The nurse smiled.", "because she"]
+    for row, message in (
+        ('{"txt": "a b"}', "text.jsonl:1: the row has no text"),
+        ('{"text": "a"}', "text.jsonl:1: the text has 1 tokens; from 2 to 64"),
+        (json.dumps({"text": "nurse " * 90}), r"text.jsonl:1: the text has \d+ tokens"),
+    ):
+        path.write_text(row + "\n")
+        with pytest.raises(ValueError, match=message):
+            load_texts(path, tokenizer, 64)
+
+
+def test_rows_of_public_sets(with_begin):
+    from megatron_ext.bias.public_sets import CoreferenceQuestion, SentencePair
+
+    rows = sentence_rows([SentencePair("he was late", "she was late")], with_begin)
+    assert [(before, with_begin.decode(s)) for before, s in rows] == [
+        ([with_begin.begin_id], "he was late"), ([with_begin.begin_id], "she was late")
+    ]  # fmt: skip
+    question = CoreferenceQuestion("The nurse left.", "she", "nurse", "someone", 0, "female")
+    rows = question_rows([question], with_begin)
+    assert {with_begin.decode(start) for start, _ in rows} == {"The nurse left. 'She' refers to"}
+    assert [with_begin.decode(choice) for _, choice in rows] == [" the nurse", " someone"]
+    assert all(with_begin.eos_id not in choice for _, choice in rows)
+
+
+def test_guard():
+    guard = Guard(LFTFSettings(min_pronoun_mass=0.8, max_perplexity=1.03), 0.9, 20.0)
+
+    def complaint(mass: float, perplexity: float) -> str | None:
+        return guard.complaint({"val/pronoun_mass": mass, "val/perplexity": perplexity})
+
+    assert complaint(0.73, 20.5) is None and complaint(1.0, 10.0) is None
+    assert complaint(0.71, 20.0) == "pronoun mass is 0.79 of its start, less than 0.8"
+    assert complaint(0.9, 20.7) == "perplexity is 1.035 times its start, more than 1.03"
+    assert "perplexity" in complaint(0.9, math.nan) and "pronoun mass" in complaint(math.nan, 20.0)
+    free = Guard(LFTFSettings(min_pronoun_mass=0, max_perplexity=None), 0.9, None)
+    assert free.complaint({"val/pronoun_mass": 0.0}) is None
+
+
+def test_summary():
+    result = {"afgb": 0.25, "afgb_interval": [0.2, 0.3], "ub": 0.5, "ub_interval": [0.4, 0.6]}
+    result |= {"pronoun_mass": 0.75, "hinted_pronoun_mass": 0.8, "share_preferring_first": 0.9}
+    result |= {"winogender_accuracy_by_gender": {"male": 0.5}}
+    rows = dict(summary_rows(result, ("man", "woman")))
+    assert rows["AFGB (0 is fair)"] == "0.2500 [0.2000, 0.3000]"
+    assert rows["mean P(man) + P(woman)"] == "0.7500" and rows["Winogender: accuracy by pronoun"] == "male 0.500"
+    assert "perplexity of neutral text" not in rows
