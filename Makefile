@@ -38,7 +38,7 @@ lint: env ## ruff check and ruff format --check
 bench: test ## tests first, then the benchmarks
 	@$(PY) -c 'import prefix_grouper' 2>/dev/null || $(PIP) -e '.[bench]'
 	@set -e; for script in tools/bench_attention.py tools/bench_attention_forms.py tools/bench_attention_growth.py \
-	    tools/bench_rotary.py tools/bench_step.py; do $(PY) $$script $(BENCH_ARGS); done
+	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py; do $(PY) $$script $(BENCH_ARGS); done
 
 # The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after
 # which .venv is made anew. --no-deps: the index that serves torch need not have our pins of its dependencies; the next step has.

@@ -21,6 +21,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",  # the host we extend; its internals move between minor versions
         "omegaconf",  # typed, strict configs, the objects NeMo's hydra_runner hands over
         "numpy",  # Megatron-Core's dist_checkpointing and our data makers use it
+        "safetensors",  # tensors in files without pickle: block deltas, generators' states, Hugging Face weights
         "psutil",  # Megatron-Core's distributed checkpoints call it to save but do not declare it
     ],
     extras_require={
@@ -28,7 +29,6 @@ setup(
             "nemo_toolkit[common]==3.0.*",  # hydra_runner and exp_manager (the latter needs `common`)
             "transformers",  # reads Hugging Face model configs and tokenizers
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
-            "safetensors",  # Hugging Face weights in and out (not yet: the next release)
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "tqdm",  # progress bar over global steps

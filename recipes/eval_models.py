@@ -12,8 +12,9 @@ from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from megatron_ext.runtime.distributed import local_device, world_size
 from recipes.config import build
 from recipes.data import load_tokenizer
+from recipes.run_folder import check_run_folder
 from recipes.scorers import HuggingFaceScorer, MegatronScorer, Scorer, is_hugging_face_folder
-from recipes.session import Session, check_run_folder, progress_bar
+from recipes.session import Session, progress_bar
 from recipes.settings import BiasEvalConfig, BiasEvalModel, LocateConfig, TrainedModel
 
 __all__ = ["CheckpointModel", "open_model"]

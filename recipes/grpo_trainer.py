@@ -53,11 +53,16 @@ class GRPOTrainer:
 
     def fit(self) -> None:
         settings, session = self.settings, self.session
+        done, state = session.restore(self.engine)
+        if state:
+            self.sampler.load_state_dict(state["sampler"])
         validating = settings.val_check_interval and self.validation
-        if validating:
+        if validating and not done:
             session.metrics.write(0, self.run_validation())
-        with session.progress(settings.max_steps, "GRPO") as bar:
-            for step in range(1, settings.max_steps + 1):
+        metrics: dict[str, float] = {}
+        step = done
+        with session.progress(settings.max_steps, "GRPO", done) as bar:
+            for step in range(done + 1, settings.max_steps + 1):
                 metrics = self.run_step(step)
                 if validating and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
@@ -66,12 +71,15 @@ class GRPOTrainer:
                 bar.update()
                 last = step == settings.max_steps
                 if settings.save_interval and step % settings.save_interval == 0 and not last:
-                    session.save(self.engine.module, f"step-{step}")
+                    session.save(self.engine, step, self._state(), metrics, ended=False)
                 if not last and session.out_of_time():
                     session.say(f"max_time_per_run reached after step {step}")
                     break
-        folder = session.save(self.engine.module, "final")
-        session.say(f"weights saved in {folder}")
+        folder = session.save(self.engine, step, self._state(), metrics, ended=True)
+        session.say(f"checkpoint in {folder}")
+
+    def _state(self) -> dict:
+        return {"sampler": self.sampler.state_dict()}
 
     def run_step(self, step: int) -> dict[str, float]:
         """One GRPO step on the next prompts; returns its metrics."""

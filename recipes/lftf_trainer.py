@@ -111,7 +111,7 @@ class LFTFTrainer:
         history = self._train(engine)
         with session.timers("evaluate"):
             after = self._evaluate()
-        folder = session.save(self.model, "final")
+        folder = session.save(engine, history["steps"], {}, {}, ended=True)
         if block is not None:
             save_delta(session.log_dir / "delta.safetensors", self.model, block, base)
         result = {

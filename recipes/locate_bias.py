@@ -24,8 +24,8 @@ def main(cfg: dict) -> None:
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
     train = load_prompt_sets(prompts, opened.tokenizer)["train"]
     model = opened.build()
-    probe = train.probe(pair, settings.locate_prompts, opened.session.config.model.seed)
-    with opened.session.progress(len(settings.estimators), "locate", "estimator") as bar:
+    probe = train.probe(pair, settings.locate_prompts, settings.seed)
+    with opened.session.progress(len(settings.estimators), "locate", unit="estimator") as bar:
         for name in settings.estimators:
             ranking = rank_blocks(name, model, probe, settings.exclude_blocks)
             if opened.is_main:

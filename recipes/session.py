@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,20 @@ from tqdm import tqdm
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.delta import apply_delta
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
-from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info, save_weights
+from megatron_ext.runtime.checkpoint import (
+    load_optimizer,
+    load_rng,
+    load_weights,
+    read_checkpoint_info,
+    save_checkpoint,
+)
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
+from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.data import Tokenizer, load_tokenizer
+from recipes.run_folder import CONFIG_FILE, Checkpoints, check_run_folder, cut_metrics
 
-__all__ = ["Session", "check_run_folder", "progress_bar"]
+__all__ = ["Session", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +68,10 @@ class Session:
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
                 f"launcher started {world_size()} processes"
             )
-        self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
+        manager = config.exp_manager
+        self.log_dir = check_run_folder(manager.explicit_log_dir, resolved if manager.resume_if_exists else None)
+        self.checkpoints = Checkpoints(self.log_dir, manager.checkpoint_callback_params)
+        self.resume_from = self.checkpoints.newest() if manager.resume_if_exists else None
         self.checkpoint = config.pretrained_checkpoint.restore_from_path
         info = read_checkpoint_info(Path(self.checkpoint)) if self.checkpoint else None
         self.tokenizer = self._load_tokenizer()
@@ -112,29 +123,67 @@ class Session:
 
             nemo_logging.setLevel(nemo_logging.WARNING)
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-            keys = dataclasses.asdict(self.config.exp_manager)
-            keys |= {"create_checkpoint_callback": False, "seconds_to_sleep": 0}
+            manager = self.config.exp_manager
+            keys = {
+                "explicit_log_dir": manager.explicit_log_dir,
+                "create_tensorboard_logger": manager.create_tensorboard_logger,
+                # Saving and going on is ours: Lightning's knows nothing of Megatron's ranks.
+                "create_checkpoint_callback": False,
+                "seconds_to_sleep": 0,
+            }
             trainer = pl.Trainer(
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
             exp_manager(trainer, keys)
-            (self.log_dir / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
+            cut_metrics(self.log_dir, int(self.resume_from.name.removeprefix("step-")) if self.resume_from else -1)
+            (self.log_dir / CONFIG_FILE).write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
             self.metrics = MetricsLog(self.log_dir, trainer.loggers)
         dist.barrier()
 
-    def save(self, model: PrefixGroupedGPT, name: str) -> Path:
-        """Save weights, model configuration and tokenizer as `<run>/checkpoints/<name>`."""
-        folder = self.log_dir / "checkpoints" / name
-        fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
-        description = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
-        save_weights(
-            folder, model, {"model": description}, lambda unfinished: self.tokenizer.save(unfinished / "tokenizer")
-        )
-        return folder
+    def save(self, engine: Engine, step: int, state: dict, metrics: dict[str, float], ended: bool) -> Path:
+        """Save all that the run needs to go on after this step, as `<run>/checkpoints/step-<n>`.
 
-    def progress(self, total: int, what: str, unit: str = "step"):
+        Args:
+            state: the trainer's own, JSON-serialisable; `restore` gives it back.
+            metrics: of this step, for `best`.
+            ended: whether this is the run's last checkpoint.
+        """
+        folder = self.checkpoints.path(step)
+        fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
+        model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
+        trainer = {"step": step, "scheduler_steps": engine.scheduler.num_steps, "metrics": metrics, "state": state}
+        info = {"model": model, "trainer": trainer, "config": self.resolved, "versions": _versions()}
+        if not folder.exists():  # the last step of a run that is started again when it had ended
+            save_checkpoint(
+                folder,
+                engine.module,
+                info,
+                engine.optimizer,
+                lambda unfinished: self.tokenizer.save(unfinished / "tokenizer"),
+            )
+        if self.is_main:
+            self.checkpoints.arrange(step, ended)
+        dist.barrier()
+        return self.checkpoints.folder / "final" if ended else folder
+
+    def restore(self, engine: Engine) -> tuple[int, dict]:
+        """Go on where the run's last checkpoint was taken: (its step, the trainer's state); (0, {}) for a new run."""
+        folder = self.resume_from
+        if folder is None:
+            return 0, {}
+        trainer = read_checkpoint_info(folder)["trainer"]
+        load_weights(folder, engine.module)
+        load_optimizer(folder, engine.module, engine.optimizer)
+        engine.scheduler.step(increment=trainer["scheduler_steps"])
+        same = load_rng(folder)
+        self.say(f"going on after step {trainer['step']} from {folder}")
+        if not same:
+            self.say("another number of ranks: random numbers start anew, which no recipe of ours draws while training")
+        return trainer["step"], trainer["state"]
+
+    def progress(self, total: int, what: str, done: int = 0, unit: str = "step"):
         """A bar over steps, or what the unit says, on rank 0 only."""
-        return progress_bar(total, what, unit, self.is_main)
+        return progress_bar(total, what, unit, done, self.is_main)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -156,26 +205,11 @@ class Session:
         self.metrics.close()
 
 
-def progress_bar(total: int, what: str, unit: str, shown: bool = True) -> tqdm:
+def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = True) -> tqdm:
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then
-    return tqdm(total=total, desc=what, unit=unit, disable=not shown, dynamic_ncols=True, mininterval=pause)
-
-
-def check_run_folder(path: str) -> Path:
-    """
-    Raises:
-        ValueError: the folder holds something, or cannot be made.
-    """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
-            "choose a new folder"
-        )
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
-    return folder
+    return tqdm(
+        total=total, desc=what, unit=unit, initial=done, disable=not shown, dynamic_ncols=True, mininterval=pause
+    )
 
 
 def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None:
@@ -184,6 +218,10 @@ def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None
         here, there = fields[name], saved.get(name)
         if here != there:
             raise ValueError(f"model.{name}={here}, but the checkpoint {folder} was made with {name}={there}")
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("megatron-ext", "megatron-core", "torch")}
 
 
 def _deadline(text: str | None) -> float:

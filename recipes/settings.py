@@ -31,12 +31,32 @@ __all__ = [
 
 
 @dataclass
+class CheckpointCallbackSection:
+    """Which checkpoints stay; NeMo's names."""
+
+    # How many: those best by `monitor`, else the newest; the last one stays always. -1: all.
+    save_top_k: int = -1
+    # A validation metric, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null: none.
+    monitor: str | None = None
+    # "min" or "max": which of its values are better.
+    mode: str = "min"
+
+    def __post_init__(self):
+        _at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"exp_manager.checkpoint_callback_params.mode must be min or max, got {self.mode!r}")
+
+
+@dataclass
 class ExpManagerSection:
     """NeMo's exp_manager keys that a Megatron loop can keep."""
 
-    # Folder of this run; must be new or empty.
+    # Folder of this run; must be new or empty, or with resume_if_exists hold the same run.
     explicit_log_dir: str
     create_tensorboard_logger: bool = True
+    # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks.
+    resume_if_exists: bool = False
+    checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
 
 
 @dataclass
@@ -59,12 +79,14 @@ class SFTSettings:
     max_steps: int
     # Steps between validations; 0: never.
     val_check_interval: int = 0
+    # Steps between checkpoints; 0: only the last.
+    save_interval: int = 0
     # Largest global gradient norm; 0: no clipping.
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
         _at_least("trainer.sft", self, 1, "max_steps")
-        _at_least("trainer.sft", self, 0, "val_check_interval", "gradient_clip_val")
+        _at_least("trainer.sft", self, 0, "val_check_interval", "save_interval", "gradient_clip_val")
 
 
 @dataclass
@@ -250,6 +272,8 @@ class LocateSettings:
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
     # Training prompts that an estimator asks, evenly spread over them; null: all.
     locate_prompts: int | None = 512
+    # Of the estimator `random`.
+    seed: int = 1
 
     def __post_init__(self):
         _at_least("trainer.locate", self, 2, "locate_prompts")

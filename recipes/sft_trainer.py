@@ -40,8 +40,13 @@ class SFTTrainer:
 
     def fit(self) -> None:
         settings, session = self.config.trainer.sft, self.session
-        with session.progress(settings.max_steps, "SFT") as bar:
-            for step in range(1, settings.max_steps + 1):
+        done, state = session.restore(self.engine)
+        if state:
+            self.sampler.load_state_dict(state["sampler"])
+        metrics: dict[str, float] = {}
+        step = done
+        with session.progress(settings.max_steps, "SFT", done) as bar:
+            for step in range(done + 1, settings.max_steps + 1):
                 metrics = self.run_training([self.train[i] for i in self.sampler.next()])
                 if self.validation and settings.val_check_interval and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
@@ -49,11 +54,17 @@ class SFTTrainer:
                 session.metrics.write(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['train_optim/loss']:.4f}", refresh=False)
                 bar.update()
-                if session.out_of_time():
+                last = step == settings.max_steps
+                if settings.save_interval and step % settings.save_interval == 0 and not last:
+                    session.save(self.engine, step, self._state(), metrics, ended=False)
+                if not last and session.out_of_time():
                     session.say(f"max_time_per_run reached after step {step}")
                     break
-        folder = session.save(self.engine.module, "final")
-        session.say(f"weights saved in {folder}")
+        folder = session.save(self.engine, step, self._state(), metrics, ended=True)
+        session.say(f"checkpoint in {folder}")
+
+    def _state(self) -> dict:
+        return {"sampler": self.sampler.state_dict()}
 
     def run_training(self, pairs: list[Pair]) -> dict[str, float]:
         with self.session.timers("optimizer_step"):

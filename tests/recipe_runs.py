@@ -98,7 +98,7 @@ class VideoTask:
 
 @dataclass
 class BiasTask:
-    """Forty professions with skewed pronouns, and a small model that has learnt them."""
+    """Eighty professions with skewed pronouns, and a small model that has learnt them."""
 
     folder: Path
 
@@ -118,7 +118,7 @@ class BiasTask:
         return run(
             "recipes/train_sft.py", "--config-name", "sft_bias_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
             f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={self.folder / 'sft'}",
-            *BIASED, "trainer.devices=1", "trainer.sft.max_steps=400", "model.optim.lr=4e-3",
+            *BIASED, "trainer.devices=1", "trainer.sft.max_steps=500", "model.optim.lr=4e-3",
             "model.micro_batch_size=64",
         )  # fmt: skip
 

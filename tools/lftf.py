@@ -61,7 +61,7 @@ def build_model(out: Path, seed: int, short: bool, devices: int) -> list[str]:
         command(
             "recipes/locate_bias.py", f"pretrained_checkpoint.restore_from_path={checkpoint}",
             f"exp_manager.explicit_log_dir={out / 'located'}", f"trainer.locate.estimators=[{','.join(ESTIMATORS)}]",
-            f"trainer.devices={devices}",
+            f"trainer.locate.seed={seed}", f"trainer.devices={devices}",
         ),
     )  # fmt: skip
     return [

@@ -19,7 +19,7 @@ from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate, next_token_probabilities
 from megatron_ext.models.media import pack_prompts
-from megatron_ext.runtime.checkpoint import load_weights, save_weights
+from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
@@ -98,7 +98,7 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
         load_full(model, case.weights)
     result["weights"] = copies(model)
     if case.save:
-        save_weights(case.save, model, {})
+        save_checkpoint(case.save, model, {})
     result |= _sample(model, case)
     engine = Engine(model, optim(), clip_grad=CLIP)
     microbatches = make_microbatches(case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config))
@@ -165,7 +165,7 @@ def _media_case(device: torch.device, case: MediaCase) -> dict[str, Any]:
         result["loaded"] = copies(model)
     if isinstance(case.weights, int):
         randomize(model, torch.Generator().manual_seed(case.weights))
-        save_weights(case.folder, model, {})
+        save_checkpoint(case.folder, model, {})
     else:
         load_full(model, case.weights)
     result["weights"] = copies(model)

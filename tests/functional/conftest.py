@@ -35,13 +35,13 @@ def bias_task(tmp_path_factory) -> BiasTask:
     """A model that says "he" or "she" of each profession at its own rate, and follows hints."""
     task = BiasTask(tmp_path_factory.mktemp("bias_task"))
     rng = random.Random(1)
-    names = rng.sample(own_professions(), 40)
+    names = rng.sample(own_professions(), 80)
     task.professions.write_text(json.dumps([[name.replace(" ", "_"), 0.0, 0.0] for name in names]))
     rates = task.folder / "rates.csv"
     shares = (0.05, 0.1, 0.2, 0.8, 0.9, 0.95)
     rates.write_text("profession,share_of_he\n" + "".join(f"{name},{rng.choice(shares)}\n" for name in names))
     made = run(
-        "tools/make_biased_corpus.py", "--out", task.data, "--rates", rates, "--biased", 3000, "--hinted", 3000,
+        "tools/make_biased_corpus.py", "--out", task.data, "--rates", rates, "--biased", 4000, "--hinted", 3000,
         "--neutral", 1500, "--held-out", 100, "--vocab-size", 1024,
     )  # fmt: skip
     assert made.code == 0, made.err

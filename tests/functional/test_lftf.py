@@ -10,6 +10,7 @@ import torch
 
 from megatron_ext.bias.prompts import bias_prompts, hint_prompts, read_professions_json, split_by_profession
 from megatron_ext.models import GPTModelConfig, build_gpt
+from megatron_ext.models.delta import apply_delta
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
 from recipes.config import build
 from recipes.data import load_tokenizer
@@ -48,7 +49,7 @@ def assert_same_numbers(found: dict, expected: dict) -> None:
 @pytest.fixture(scope="module")
 def mended(bias_task, tmp_path_factory):
     out = tmp_path_factory.mktemp("mended") / "run"
-    done = bias_task.lftf(out, "trainer.lftf.max_epochs=12")
+    done = bias_task.lftf(out, "trainer.lftf.max_epochs=10", "trainer.lftf.loss=balanced+2*hint+kl")
     assert done.code == 0, done.err
     return out
 
@@ -91,10 +92,25 @@ def test_the_delta_is_the_checkpoint(bias_task, mended, tmp_path):
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "e" / "bias.json").read_text())
     assert {k: found[k] for k in NUMBERS} == {k: result(mended)["after"][k] for k in NUMBERS}
-    done = bias_task.evaluate(tmp_path / "f", mended / "checkpoints/final", f"pretrained_checkpoint.delta_path={delta}")
-    assert done.code == 2 and len(done.error_lines) == 1
-    assert "does not fit: it was made from other weights" in done.error_lines[0]
-    assert not (tmp_path / "f").exists()
+
+
+def test_a_delta_of_another_model_is_refused(bias_task, mended, world, tmp_path):
+    """The fine-tuned model's own block is not what the delta replaces; nor has another file's format."""
+    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"]), world)
+    load_weights(mended / "checkpoints/final", model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="does not fit: it was made from other weights"):
+        apply_delta(mended / "delta.safetensors", model)
+    other = build_gpt(
+        build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"] | {"num_layers": 2}), world
+    )
+    with pytest.raises(ValueError, match="belongs to a model of 3 blocks, this one has 2"):
+        apply_delta(mended / "delta.safetensors", other)
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes((mended / "delta.safetensors").read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot read the delta"):
+        apply_delta(path, model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +148,7 @@ def test_layouts_agree(layout, bias_task, one_rank, tmp_path):
 def test_sum_fails_the_guard(bias_task, tmp_path):
     """Without a guard it silences both pronouns; with one the run goes back to a state that has them."""
     free = ["trainer.lftf.min_pronoun_mass=0", "trainer.lftf.max_perplexity=null", "trainer.lftf.patience=null"]
-    loss = ["trainer.lftf.loss=sum", "trainer.lftf.block=last", "trainer.lftf.max_epochs=8"]
+    loss = ["trainer.lftf.loss=sum", "trainer.lftf.block=last", "trainer.lftf.max_epochs=5"]
     done = bias_task.lftf(tmp_path / "free", *loss, *free)
     assert done.code == 0, done.err
     found = result(tmp_path / "free")
@@ -143,7 +159,7 @@ def test_sum_fails_the_guard(bias_task, tmp_path):
     found = result(tmp_path / "guarded")
     assert found["after"]["pronoun_mass"] > 0.8 * found["before"]["pronoun_mass"]
     assert any("pronoun mass is" in (v["complaint"] or "") for v in found["validations"])
-    assert "pronoun mass is" in found["stopped"] and found["steps"] < 40
+    assert "pronoun mass is" in found["stopped"] and found["steps"] < 30
 
 
 CROWS = """,sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from recipes.config import build
-from recipes.settings import GRPOConfig, SFTConfig
+from recipes.settings import BiasEvalConfig, GRPOConfig, LFTFConfig, LocateConfig, SFTConfig
 from tests.recipe_runs import ROOT
 
 
@@ -19,15 +19,30 @@ from tests.recipe_runs import ROOT
         ("grpo_tiny", GRPOConfig),
         ("sft_video_tiny", SFTConfig),
         ("grpo_video_tiny", GRPOConfig),
+        ("sft_bias_tiny", SFTConfig),
+        ("lftf_tiny", LFTFConfig),
     ],
 )
 def test_every_yaml_fills_its_dataclass(name, cls):
-    given = ["data.train_path=x", "model.tokenizer=y", "pretrained_checkpoint.restore_from_path=z"]
+    given = ["++data.train_path=x", "model.tokenizer=y", "pretrained_checkpoint.restore_from_path=z"]
+    if cls is LFTFConfig:
+        given[0] = "data.text_path=x"
+        given.append("data.validation_text_path=w")
     with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
         node = OmegaConf.to_container(compose(name, given), resolve=True, throw_on_missing=True)
     config = build(cls, node)
-    assert config.data.train_path == "x" and config.model.tokenizer == "y"
+    assert "x" in (getattr(config.data, "train_path", None), getattr(config.data, "text_path", None))
+    assert config.model.tokenizer == "y"
     assert config.model.optim.lr == node["model"]["optim"]["lr"] > 0
+
+
+@pytest.mark.parametrize(("name", "cls"), [("eval_bias", BiasEvalConfig), ("locate_bias", LocateConfig)])
+def test_evaluation_yamls_fill_their_dataclasses(name, cls):
+    given = ["exp_manager.explicit_log_dir=x", "pretrained_checkpoint.restore_from_path=z"]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose(name, given), resolve=True, throw_on_missing=True)
+    config = build(cls, node)
+    assert config.pretrained_checkpoint.restore_from_path == "z" and config.data.prompts.pair.second_hint == "her"
 
 
 def test_the_reference_page_is_up_to_date():
@@ -59,7 +74,9 @@ def test_the_reference_page_is_up_to_date():
         ("++model.logprob_chunk_size=0", "model.logprob_chunk_size=0 must be at least 1"),
         ("model.optim.lr=1e-9", None),
         ("model.optim.sched.name=cosine", "model.optim.sched.name must be one of"),
-        ("++exp_manager.resume_if_exists=true", "unknown key exp_manager.resume_if_exists"),
+        ("++exp_manager.resume_ignore_no_checkpoint=true", "unknown key exp_manager.resume_ignore_no_checkpoint"),
+        ("++exp_manager.checkpoint_callback_params.mode=low", "mode must be min or max, got 'low'"),
+        ("++exp_manager.checkpoint_callback_params.save_top_k=-2", "save_top_k=-2 must be at least -1"),
     ],
 )
 def test_impossible_values_are_refused_before_anything_runs(override, words):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ext.models import build_gpt
-from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info, save_weights
+from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info, save_checkpoint
 from tests.gpt_cases import randomize, small_config
 
 
@@ -20,7 +20,7 @@ def build(rng, world, **changes):
 
 def test_weights_come_back_bitwise(rng, world, tmp_path: Path):
     saved, other = build(rng, world), build(rng, world)
-    save_weights(tmp_path / "c", saved, {"model": {"num_layers": 2}})
+    save_checkpoint(tmp_path / "c", saved, {"model": {"num_layers": 2}})
     assert not torch.equal(saved.decoder.final_layernorm.weight, other.decoder.final_layernorm.weight)
     load_weights(tmp_path / "c", other)
     assert read_checkpoint_info(tmp_path / "c") == {"model": {"num_layers": 2}}
@@ -31,10 +31,10 @@ def test_weights_come_back_bitwise(rng, world, tmp_path: Path):
 
 def test_a_checkpoint_is_never_overwritten(rng, world, tmp_path: Path):
     model = build(rng, world)
-    save_weights(tmp_path / "c", model, {"step": 1})
+    save_checkpoint(tmp_path / "c", model, {"step": 1})
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*"))
     with pytest.raises(FileExistsError, match="never overwritten"):
-        save_weights(tmp_path / "c", model, {"step": 2})
+        save_checkpoint(tmp_path / "c", model, {"step": 2})
     assert read_checkpoint_info(tmp_path / "c") == {"step": 1}
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*")) == before
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_never_overwritten(rng, world, tmp_path: Path):
 def test_an_unfinished_checkpoint_is_refused(rng, world, tmp_path: Path):
     """The description is written last: without it the save did not get to its end."""
     model = build(rng, world)
-    save_weights(tmp_path / "c", model, {})
+    save_checkpoint(tmp_path / "c", model, {})
     (tmp_path / "c" / "checkpoint.json").unlink()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for folder in (tmp_path / "c", tmp_path / "nothing here"):
@@ -53,7 +53,7 @@ def test_an_unfinished_checkpoint_is_refused(rng, world, tmp_path: Path):
 
 def test_a_damaged_description_is_refused(rng, world, tmp_path: Path):
     model = build(rng, world)
-    save_weights(tmp_path / "c", model, {}, lambda folder: (folder / "more").write_text("kept"))
+    save_checkpoint(tmp_path / "c", model, {}, None, lambda folder: (folder / "more").write_text("kept"))
     assert (tmp_path / "c" / "more").read_text() == "kept"
     (tmp_path / "c" / "checkpoint.json").write_text('{"model": ')
     with pytest.raises(ValueError, match="is damaged"):
@@ -64,6 +64,6 @@ def test_an_interrupted_save_does_not_block_the_next(rng, world, tmp_path: Path)
     (tmp_path / "c.unfinished" / "weights").mkdir(parents=True)
     (tmp_path / "c.unfinished" / "weights" / "left.distcp").write_bytes(b"from an earlier run")
     saved, other = build(rng, world), build(rng, world)
-    save_weights(tmp_path / "c", saved, {})
+    save_checkpoint(tmp_path / "c", saved, {})
     load_weights(tmp_path / "c", other)
     assert torch.equal(saved.embedding.word_embeddings.weight, other.embedding.word_embeddings.weight)

@@ -1,0 +1,135 @@
+"""An optimizer's state in the shape of the parameters it belongs to, whatever the optimizer and however it is sharded.
+
+Megatron's own formats tie a checkpoint to the optimizer's buffers, or assume a fused Adam. Here each parameter that trains
+has exp_avg, exp_avg_sq and, in half precision, its fp32 master copy, cut over ranks as the parameter itself is: what one layout
+saved any other loads, with or without the distributed optimizer, fused or torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+__all__ = ["adam_step", "load_optimizer_tensors", "sharded_optimizer_state"]
+
+MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "master"
+
+
+def sharded_optimizer_state(model: torch.nn.Module, optimizer, empty: bool = False) -> dict[str, Any]:
+    """Sharded tensors of the whole state, by "<state>/<parameter name>"; every rank calls it.
+
+    Args:
+        empty: room to load into, not the values.
+    """
+    # Layer by layer: Megatron's own stack of all layers has holes where some are frozen, and cannot be saved.
+    states = [layer.sharded_state_dict(f"decoder.layers.{layer.layer_number - 1}.") for layer in model.decoder.layers]
+    places = {id(s.data): s for state in (model.sharded_state_dict(), *states) for s in _sharded(state)}
+    found = {}
+    for name, parameter in _trained(model):
+        place = places[id(parameter)]
+        for state, value in _whole(optimizer, parameter, empty).items():
+            key = {"key": f"optimizer.{state}.{place.key}", "data": value}
+            if isinstance(place, ShardedTensor):
+                key["dtype"] = value.dtype
+            found[f"{state}/{name}"] = replace(place, **key)
+    return found
+
+
+def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str, Tensor], step: int) -> None:
+    """Put what `sharded_optimizer_state` laid out and a checkpoint has filled into the optimizer.
+
+    Args:
+        step: optimizer steps taken, as `adam_step` told.
+    """
+    with torch.no_grad():
+        for name, parameter in _trained(model):
+            for part in _parts(optimizer, parameter):
+                state = part.inner.state[part.main]
+                for moment in MOMENTS:
+                    value = tensors[f"{moment}/{name}"].flatten()[part.rows].view_as(part.main)
+                    state[moment] = value.to(part.main.device, torch.float32, copy=True)
+                if _is_torch_adam(part.inner):
+                    state["step"] = torch.tensor(float(step))
+                if f"{MASTER}/{name}" in tensors:
+                    part.main.copy_(tensors[f"{MASTER}/{name}"].flatten()[part.rows].view_as(part.main))
+        for single in _singles(optimizer):
+            if not _is_torch_adam(single.optimizer):
+                for group in single.optimizer.param_groups:
+                    group["step"] = step
+
+
+def adam_step(optimizer) -> int:
+    """Steps taken, the same on every rank, also where this one holds no parameter."""
+    steps = [0.0]
+    for single in _singles(optimizer):
+        steps += [float(s["step"]) for s in single.optimizer.state.values() if "step" in s]
+        steps += [float(g["step"]) for g in single.optimizer.param_groups if "step" in g and g["params"]]
+    largest = torch.tensor([max(steps)], dtype=torch.float64)
+    largest = largest.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+class _Part:
+    """What one optimizer on this rank holds of a parameter: `rows` of the flattened parameter, as `main` in `inner`."""
+
+    def __init__(self, inner: torch.optim.Optimizer, main: Tensor, rows: slice):
+        self.inner, self.main, self.rows = inner, main, rows
+
+
+def _singles(optimizer) -> list:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _is_torch_adam(inner) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _parts(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Part]:
+    for single in _singles(optimizer):
+        if not isinstance(single, DistributedOptimizer):
+            yield _Part(single.optimizer, getattr(parameter, "main_param", parameter), slice(None))
+        elif parameter in single.model_param_group_index_map:
+            group, place = single.model_param_group_index_map[parameter]
+            mine = single._get_model_param_range_map(parameter)["param"]
+            yield _Part(
+                single.optimizer, single.optimizer.param_groups[group]["params"][place], slice(mine.start, mine.end)
+            )
+
+
+def _whole(optimizer, parameter: torch.nn.Parameter, empty: bool) -> dict[str, Tensor]:
+    """The parameter's state in its own shape, fp32, gathered from the data-parallel ranks that share it."""
+    states = [*MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])]
+    whole = {state: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for state in states}
+    if empty:
+        return whole
+    for part in _parts(optimizer, parameter):
+        values = {**part.inner.state.get(part.main, {}), MASTER: part.main}
+        for state in states:
+            if state in values:  # no moments before the first step
+                whole[state].view(-1)[part.rows] = values[state].detach().reshape(-1)
+    if any(isinstance(single, DistributedOptimizer) for single in _singles(optimizer)):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for value in whole.values():  # each number lies on one rank, the others add 0
+            dist.all_reduce(value, group=group)
+    return whole
+
+
+def _sharded(node) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    if isinstance(node, (ShardedTensor, ShardedTensorFactory)):
+        yield node
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from _sharded(value)

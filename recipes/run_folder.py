@@ -1,0 +1,166 @@
+"""A run's folder: whether it may be written to, where to go on, and which of its checkpoints stay.
+
+Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has ended, `final` are links to one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
+from recipes.settings import CheckpointCallbackSection
+
+__all__ = ["Checkpoints", "check_run_folder", "cut_metrics"]
+
+# What may change between a run and its resumption: where and how long it runs, not what it computes.
+FREE_KEYS = {
+    "trainer.devices", "trainer.num_nodes", "trainer.max_time_per_run", "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size", "model.context_parallel_size", "model.sequence_parallel", "model.cp_comm_type",
+    "model.micro_batch_size", "model.micro_batch_tokens", "model.activations_checkpoint_granularity",
+    "model.attention_kernel", "model.attention_plan", "model.transformer_impl", "model.prefix_grouping",
+    "model.min_shared_tokens", "model.logprob_chunk_size", "model.optim.name",
+}  # fmt: skip
+FREE_NAMES = {"max_steps", "max_epochs", "save_interval", "val_check_interval", "rollout_micro_batch_size"}
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+
+
+def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Path:
+    """
+    Args:
+        resolved: the configuration of a run that may go on in this folder; None: it must be new or empty.
+
+    Raises:
+        ValueError: the folder holds another run, or cannot be made.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if resolved is None or not folder.is_dir():
+            hint = ", or go on with the same run by exp_manager.resume_if_exists=true" if folder.is_dir() else ""
+            raise ValueError(
+                f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
+                f"choose a new folder{hint}"
+            )
+        _check_same_run(folder, resolved)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
+    return folder
+
+
+def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:
+    try:
+        before = yaml.safe_load(_kept(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({CONFIG_FILE} is missing or damaged): "
+            "choose a new folder"
+        )
+    old, new = dict(_flat(before)), dict(_flat(resolved))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not _free(key):
+            raise ValueError(
+                f"exp_manager.explicit_log_dir={folder} holds a run with {key}={old.get(key)}, this one has "
+                f"{key}={new.get(key)}: it would not be the same run; set it as it was, or choose a new folder"
+            )
+
+
+def _free(key: str) -> bool:
+    return key in FREE_KEYS or key.startswith("exp_manager.") or key.rpartition(".")[2] in FREE_NAMES
+
+
+def _flat(node: Mapping[str, Any], path: str = ""):
+    for name, value in node.items():
+        key = f"{path}.{name}" if path else str(name)
+        if isinstance(value, Mapping):
+            yield from _flat(value, key)
+        elif value is not None:  # a key that is left at null was perhaps not there
+            yield key, value
+
+
+def _kept(folder: Path, name: str) -> Path:
+    """The file, or where NeMo's exp_manager put it: it moves the files of a folder that it finds into run_0, run_1, ..."""
+    moved = sorted(folder.glob(f"run_*/{name}"), key=lambda path: int(path.parent.name.removeprefix("run_")))
+    return folder / name if (folder / name).is_file() or not moved else moved[-1]
+
+
+def cut_metrics(folder: Path, last: int) -> None:
+    """Leave a metrics.jsonl without the steps after `last`, which are taken again. Call it after exp_manager."""
+    path = folder / METRICS_FILE
+    if not (source := _kept(folder, METRICS_FILE)).is_file():
+        return
+    kept = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if row["step"] <= last:
+            kept.append(line)
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run. Only `path` and `newest` are for every rank; the rest is rank 0's."""
+
+    def __init__(self, run: Path, settings: CheckpointCallbackSection):
+        self.folder, self.settings = run / "checkpoints", settings
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def complete(self) -> dict[int, dict[str, Any]]:
+        """Descriptions of the complete checkpoints by step, oldest first."""
+        found = {}
+        for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
+            number = path.name.removeprefix("step-")
+            if number.isdecimal():
+                found[int(number)] = read_checkpoint_info(path)
+        return dict(sorted(found.items()))
+
+    def newest(self) -> Path | None:
+        """Where to go on: the last checkpoint that has the optimizer's state."""
+        steps = [step for step in self.complete() if has_optimizer(self.path(step))]
+        return self.path(steps[-1]) if steps else None
+
+    def arrange(self, last: int, ended: bool) -> None:
+        """Set the links after step `last` has been saved, and remove what save_top_k does not keep."""
+        known = self.complete()
+        ranked = self._best_first(known)
+        self._link("latest", last)
+        if ranked:
+            self._link("best", ranked[0])
+        if ended:
+            self._link("final", last)
+        k = self.settings.save_top_k
+        if k < 0:
+            return
+        kept = set((ranked or sorted(known, reverse=True))[:k]) | {last}
+        for step in known:
+            if step not in kept:
+                shutil.rmtree(self.path(step))
+
+    def _best_first(self, known: dict[int, dict]) -> list[int]:
+        """Steps whose checkpoint knows the monitored metric; of equal ones the later first."""
+        name = self.settings.monitor
+        if name is None:
+            return []
+        sign = 1 if self.settings.mode == "min" else -1
+        values = {s: info["trainer"]["metrics"].get(name) for s, info in known.items() if "trainer" in info}
+        return sorted((s for s, v in values.items() if v is not None), key=lambda s: (sign * values[s], -s))
+
+    def _link(self, name: str, step: int) -> None:
+        beside = self.folder / f".{name}"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(self.path(step).name, target_is_directory=True)
+        os.replace(beside, self.folder / name)

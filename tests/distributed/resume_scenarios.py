@@ -1,0 +1,69 @@
+"""Some steps, a checkpoint, some more: under one layout, or begun under one and gone on with under another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ext.models import build_gpt
+from megatron_ext.models.blocks import train_only_block
+from megatron_ext.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
+from megatron_ext.runtime.engine import Engine
+from tests.distributed.scenarios import copies, optim
+from tests.distributed.sharding import load_full, ranks_here
+from tests.engine_cases import counts, grpo, make_microbatches
+from tests.gpt_cases import Rollout, small_config
+
+__all__ = ["ResumeCase", "resume"]
+
+
+@dataclass
+class ResumeCase:
+    """optimizer: its name. block: trained alone, None for all. load: checkpoint to go on from, None: start from weights.
+    steps: (before saving, after). save: where to save between."""
+
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+    rollout: Rollout
+    cuts: list[list[int]]
+    optimizer: str
+    block: int | None
+    steps: tuple[int, int]
+    save: Path | None = None
+    load: Path | None = None
+
+
+def resume(device: torch.device, cases: list[ResumeCase]) -> list[dict[str, Any]]:
+    return [one(device, case) for case in cases]
+
+
+def one(device: torch.device, case: ResumeCase) -> dict[str, Any]:
+    model = build_gpt(small_config(**case.fields), device)
+    load_full(model, case.weights)
+    if case.block is not None:
+        train_only_block(model, case.block)
+    if case.load:
+        load_weights(case.load, model)
+    engine = Engine(model, optim(case.optimizer), total_steps=10)
+    if case.load:
+        load_optimizer(case.load, model, engine.optimizer)
+        engine.scheduler.step(increment=case.steps[0])
+    else:
+        for _ in range(case.steps[0]):
+            step(engine, case)
+        if case.save:
+            save_checkpoint(case.save, model, {}, engine.optimizer)
+    losses = [step(engine, case) for _ in range(case.steps[1])]
+    return {"ranks": ranks_here(), "parameters": copies(model), "losses": losses}
+
+
+def step(engine: Engine, case: ResumeCase) -> dict[str, float]:
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    engine.zero_grad()
+    outputs = engine.run(make_microbatches(case.rollout, case.cuts[rank::ranks], counts(case.rollout)), grpo)
+    return engine.reduce_metrics(outputs) | engine.step()

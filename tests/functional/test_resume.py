@@ -1,0 +1,106 @@
+"""A run that was stopped and started again in its folder is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from megatron_ext.models import GPTModelConfig, build_gpt
+from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
+from recipes.config import build
+from tests.recipe_runs import metrics
+
+pytestmark = pytest.mark.functional
+
+RESUME = "exp_manager.resume_if_exists=true"
+STOP = 'trainer.max_time_per_run="00:00:00:00"'  # after the step in hand
+KEEP = ["exp_manager.checkpoint_callback_params.save_top_k=2", "trainer.devices=1"]
+RECIPES = {
+    "sft": ["trainer.sft.max_steps=5", "trainer.sft.save_interval=2"],
+    "grpo": ["trainer.grpo.max_steps=4", "trainer.grpo.save_interval=2", "trainer.grpo.initial_policy_kl_penalty=0.1"],
+}
+
+
+def start(task, recipe: str, out, *more: str):
+    done = getattr(task, recipe)(out, *RECIPES[recipe], *KEEP, *more)
+    assert done.code == 0, done.err
+    return done
+
+
+def weights(folder, world) -> dict[str, torch.Tensor]:
+    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(folder)["model"]), world)
+    load_weights(folder, model)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def runs(request, task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    start(task, request.param, folder / "straight")
+    start(task, request.param, folder / "stopped", STOP, RESUME)
+    assert [r["step"] for r in metrics(folder / "stopped")] == [1]
+    shutil.copytree(folder / "stopped", folder / "moved", symlinks=True)
+    # What a kill in the midst of a line and of a later save leaves behind.
+    with open(folder / "stopped/metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "train_optim/loss": 1.0}\n{"step": 3, "trai')
+    (folder / "stopped/checkpoints/step-2.unfinished/weights").mkdir(parents=True)
+    done = start(task, request.param, folder / "stopped", RESUME)
+    assert "going on after step 1" in done.out + done.err
+    return request.param, folder
+
+
+def test_bitwise_the_run_that_was_never_stopped(runs, world):
+    _, folder = runs
+    straight, stopped = (weights(folder / name / "checkpoints/final", world) for name in ("straight", "stopped"))
+    assert all(torch.equal(stopped[name], value) for name, value in straight.items())
+    before, after = metrics(folder / "straight"), metrics(folder / "stopped")
+    assert [r["step"] for r in after] == [r["step"] for r in before]
+    keys = [key for key in before[0] if key.startswith(("train_optim/loss", "train_optim/lr", "train_rollouts/"))]
+    assert [[r[k] for k in keys] for r in after] == [[r[k] for k in keys] for r in before]
+
+
+def test_links_and_what_stays(runs):
+    recipe, folder = runs
+    last = 5 if recipe == "sft" else 4
+    found = folder / "stopped/checkpoints"
+    assert sorted(os.listdir(found)) == sorted(
+        ["final", "latest", f"step-{last}", "step-2" if recipe == "grpo" else "step-4"]
+    )
+    assert os.readlink(found / "final") == os.readlink(found / "latest") == f"step-{last}"
+
+
+def test_another_run_is_refused(runs, task):
+    recipe, folder = runs
+    if recipe == "grpo":
+        pytest.skip("the same code")
+    done = task.sft(folder / "stopped", *RECIPES[recipe], *KEEP, RESUME, "model.optim.weight_decay=0.5")
+    assert done.code == 2 and len(done.error_lines) == 1
+    assert "holds a run with model.optim.weight_decay=" in done.error_lines[0]
+    assert "this one has model.optim.weight_decay=0.5" in done.error_lines[0]
+
+
+def test_on_another_layout(runs, task, world):
+    """Two tensor-parallel ranks go on where one stopped: to rounding."""
+    recipe, folder = runs
+    if recipe == "grpo":
+        pytest.skip(
+            "a token sampled otherwise by rounding is another run; optimizers are compared in tests/distributed"
+        )
+    start(task, recipe, folder / "moved", RESUME, "trainer.devices=2", "model.tensor_model_parallel_size=2")
+    expected, found = (weights(folder / name / "checkpoints/final", world) for name in ("straight", "moved"))
+    for name, value in found.items():
+        truth = expected[name]
+        value = value[: len(truth)]  # more rows of padding under tensor parallelism
+        assert (value - truth).abs().max() <= 1e-5 * truth.abs().max(), name
+
+
+def test_the_checkpoint_says_what_it_is(runs):
+    recipe, folder = runs
+    info = json.loads((folder / "stopped/checkpoints/final/checkpoint.json").read_text())
+    assert set(info["versions"]) == {"megatron-core", "megatron-ext", "torch"}
+    assert info["config"]["exp_manager"]["resume_if_exists"] is True
+    assert info["trainer"]["step"] == info["adam_step"] == (5 if recipe == "sft" else 4)
