@@ -266,10 +266,17 @@ def _predict_tensors(trees: Sequence[PrefixTree]) -> dict[str, Tensor | None]:
 
 @dataclass(frozen=True, eq=False)
 class StreamMedia:
-    """What stands in a stream instead of token embeddings: `features` [n, f] at `rows` int64 [n], the latter on the host."""
+    """What stands in a stream instead of token embeddings.
+
+    Attributes:
+        features: [n, f], each once, however often the stream repeats its prompt.
+        rows: int64 [m], on the host: the rows they stand in.
+        index: int64 [m], on the host: the feature of each of these rows.
+    """
 
     features: Tensor
     rows: Tensor
+    index: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
-__all__ = ["ConfigError", "UserError", "build", "nearest_key"]
+__all__ = ["ConfigError", "UserError", "at_least", "build", "nearest_key"]
 
 T = TypeVar("T")
 ABSENT = "???"  # OmegaConf's mark for a value that must be given
@@ -50,6 +50,17 @@ def build(cls: type[T], node: Any, path: str = "") -> T:
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=True)
     return _section(cls, node, path, list(_all_keys(cls, path)))
+
+
+def at_least(section: str, settings: object, least: int, *names: str) -> None:
+    """Refuse fields of the dataclass `settings`, at the dotted key `section`, below `least`; None passes.
+
+    Raises:
+        ValueError: a field that is less.
+    """
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise ValueError(f"{section}.{name}={value} must be at least {least}")
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:

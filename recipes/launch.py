@@ -113,6 +113,8 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
         from recipes.errors import is_user_error, one_line
 
         if not is_user_error(error):
+            if os.path.exists(os.environ.get(ERROR_VARIABLE, "")):
+                os._exit(2)  # a peer has found bad input; that its connection is lost is no news
             raise
         _fail(one_line(error))
     from megatron_ext.runtime.distributed import shutdown
@@ -154,7 +156,7 @@ def _run_ranks(script: str, config: dict, ranks: int) -> int:
         finally:
             _stop(processes)
         if error_path.exists():
-            print(f"error: {error_path.read_text(encoding='utf-8')}", file=sys.stderr)
+            print(f"\nerror: {error_path.read_text(encoding='utf-8')}", file=sys.stderr)  # after a progress bar
             return 2
         return code
 

@@ -21,6 +21,7 @@ from megatron_ext.models.media import pack_prompts
 from megatron_ext.rotary import find_scheme
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from recipes.config import at_least
 from recipes.settings import ExpManagerSection, check_batch_sizes
 from recipes.video_niah import FEATURES, KINDS, VOCABULARY, Sample, answer_places, draw_sample
 from recipes.video_niah_report import read_results, write_report
@@ -68,9 +69,8 @@ class NiahSettings:
         for name in ("test_frames", "schemes", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"trainer.niah.{name}={getattr(self, name)} names something twice")
-        for name in ("max_steps", "videos_per_step", "test_depths", "test_videos", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.niah.{name}={getattr(self, name)} must be at least 1")
+        counts = ("max_steps", "videos_per_step", "test_depths", "test_videos", "height", "width")
+        at_least("trainer.niah", self, 1, *counts)
         if max(self.height, self.width) > 8:
             raise ValueError(
                 f"trainer.niah: frames of {self.height} x {self.width} have no answer tokens; 8 x 8 is the most"

@@ -17,6 +17,7 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.generation import SamplingParams
 from megatron_ext.models.locate import ESTIMATORS
 from megatron_ext.runtime.engine import OptimConfig
+from recipes.config import at_least
 from recipes.video import VideoSettings
 
 __all__ = [
@@ -42,7 +43,7 @@ class CheckpointCallbackSection:
     mode: str = "min"
 
     def __post_init__(self):
-        _at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
+        at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
         if self.mode not in ("min", "max"):
             raise ValueError(f"exp_manager.checkpoint_callback_params.mode must be min or max, got {self.mode!r}")
 
@@ -85,8 +86,8 @@ class SFTSettings:
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
-        _at_least("trainer.sft", self, 1, "max_steps")
-        _at_least("trainer.sft", self, 0, "val_check_interval", "save_interval", "gradient_clip_val")
+        at_least("trainer.sft", self, 1, "max_steps")
+        at_least("trainer.sft", self, 0, "val_check_interval", "save_interval", "gradient_clip_val")
 
 
 @dataclass
@@ -150,8 +151,8 @@ class GRPOSettings:
     length_params: LengthSection = field(default_factory=LengthSection)
 
     def __post_init__(self):
-        _at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
-        _at_least(
+        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
+        at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
             "initial_policy_kl_penalty",
         )  # fmt: skip
@@ -241,10 +242,8 @@ class LFTFSettings:
             self.weights  # noqa: B018  raises on unknown losses
         except ValueError as error:
             raise ValueError(f"trainer.lftf.loss: {error}") from error
-        _at_least(
-            "trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity"
-        )
-        _at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass")
+        at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
+        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass")
         if self.min_pronoun_mass > 1:
             raise ValueError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
 
@@ -276,7 +275,7 @@ class LocateSettings:
     seed: int = 1
 
     def __post_init__(self):
-        _at_least("trainer.locate", self, 2, "locate_prompts")
+        at_least("trainer.locate", self, 2, "locate_prompts")
         if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
             raise ValueError(
                 f"trainer.locate.estimators: {unknown[0]!r} does not exist; there are: {', '.join(ESTIMATORS)}"
@@ -311,8 +310,8 @@ class TrainedModel(GPTModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least("model", self, 0, "seed")
-        _at_least("model", self, 1, "micro_batch_size", "global_batch_size")
+        at_least("model", self, 0, "seed")
+        at_least("model", self, 1, "micro_batch_size", "global_batch_size")
 
 
 @dataclass
@@ -335,7 +334,7 @@ class GRPOModel(TrainedModel):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least("model", self, 1, "micro_batch_tokens", "min_shared_tokens")
+        at_least("model", self, 1, "micro_batch_tokens", "min_shared_tokens")
         if self.prefix_grouping not in (True, False, "auto"):
             raise ValueError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
         if self.prefix_grouping is False and self.min_shared_tokens is not None:
@@ -429,7 +428,7 @@ class BiasEvalData:
             raise ValueError(
                 f"data.winobias_paths={self.winobias_paths}: give [pro_stereotyped file, anti_stereotyped file]"
             )
-        _at_least("data", self, 1, "bootstrap_samples")
+        at_least("data", self, 1, "bootstrap_samples")
 
 
 @dataclass
@@ -493,6 +492,7 @@ class LFTFConfig:
 
     def __post_init__(self):
         lftf = self.trainer.lftf
+        _refuse_resuming(self.exp_manager, "an LFTF run")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise ValueError("pretrained_checkpoint.restore_from_path is not set: name the checkpoint to fine-tune")
         if "kl" in lftf.weights and self.data.text_path is None:
@@ -529,6 +529,7 @@ class LocateConfig:
     data: LocateData = field(default_factory=LocateData)
 
     def __post_init__(self):
+        _refuse_resuming(self.exp_manager, "locating")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise ValueError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
 
@@ -542,10 +543,19 @@ class BiasEvalConfig:
     data: BiasEvalData = field(default_factory=BiasEvalData)
 
     def __post_init__(self):
+        _refuse_resuming(self.exp_manager, "an evaluation")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise ValueError(
                 "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
             )
+
+
+def _refuse_resuming(manager: ExpManagerSection, what: str) -> None:
+    if manager.resume_if_exists:
+        raise ValueError(
+            f"exp_manager.resume_if_exists=true: {what} cannot be gone on with, only started; set it to false and choose a "
+            "new folder"
+        )
 
 
 def _check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:
@@ -555,12 +565,6 @@ def _check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:
         raise ValueError(
             f"data.video is set, but the model has no eyes: set model.vision.feature_size={video.feature_size}"
         )
-
-
-def _at_least(section: str, settings: object, least: int, *names: str) -> None:
-    for name in names:
-        if (value := getattr(settings, name)) is not None and value < least:
-            raise ValueError(f"{section}.{name}={value} must be at least {least}")
 
 
 def check_batch_sizes(key: str, global_count: int, data_parallel: int) -> int:

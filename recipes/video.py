@@ -9,16 +9,16 @@ Shape legend: t, h, w tokens of the grid, f numbers of a token: 3 colours x fram
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_ext.rotary import Video
-from recipes.config import UserError
+from recipes.config import UserError, at_least
 
 __all__ = [
     "Clip",
@@ -30,6 +30,9 @@ __all__ = [
     "read_frames",
     "sample_frames",
 ]
+
+# Of frames and features that a process keeps in memory: a prompt is used for sampling, scoring and training.
+CACHE_BYTES = 1 << 30
 
 
 class VideoError(UserError):
@@ -53,9 +56,7 @@ class VideoSettings:
     placeholder: str = "<video>"
 
     def __post_init__(self):
-        for name in ("num_frames", "height", "width", "patch_size", "frames_per_patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.video.{name}={getattr(self, name)} must be at least 1")
+        at_least("data.video", self, 1, "num_frames", "height", "width", "patch_size", "frames_per_patch")
         for name, part in (("height", "patch_size"), ("width", "patch_size"), ("num_frames", "frames_per_patch")):
             if getattr(self, name) % getattr(self, part):
                 raise ValueError(
@@ -90,17 +91,42 @@ class Clip:
     where: str
 
     def features(self) -> Tensor:
-        """fp32 [t h w, f], read now or lately."""
-        return _clip_features(self)
+        """fp32 [t h w, f]; the file is opened unless it was read a short while ago."""
+        found = _recent.get(self)
+        if self.settings is None:
+            return found.flatten(0, 2).float()
+        return patchify(found, self.settings.patch_size, self.settings.frames_per_patch)
+
+    def read(self) -> Tensor:
+        """What the file holds: frames, uint8 [frames, 3, height, width], or features [t, h, w, f] in their own type."""
+        how = self.settings
+        if how is None:
+            return _map_features(Path(self.path), self.where).clone()
+        return read_frames(self.path, how.num_frames, how.height, how.width, self.where)
 
 
-@lru_cache(maxsize=256)  # a prompt is used for sampling, scoring and training
-def _clip_features(clip: Clip) -> Tensor:
-    how = clip.settings
-    if how is None:
-        return _read_features(Path(clip.path), clip.where).flatten(0, 2)
-    frames = read_frames(clip.path, how.num_frames, how.height, how.width, clip.where)
-    return patchify(frames, how.patch_size, how.frames_per_patch)
+class _Recent:
+    """What was read last, up to `limit` bytes. Rows that name the same file share it."""
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self.kept: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    def get(self, clip: Clip) -> Tensor:
+        key = (clip.path, clip.settings)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        found = clip.read()
+        if found.nbytes <= self.limit:
+            self.kept[key] = found
+            self.size += found.nbytes
+            while self.size > self.limit:
+                self.size -= self.kept.popitem(last=False)[1].nbytes
+        return found
+
+
+_recent = _Recent(CACHE_BYTES)
 
 
 def open_clip(row: dict, folder: Path, settings: VideoSettings, feature_size: int, where: str) -> Clip | None:
@@ -117,11 +143,17 @@ def open_clip(row: dict, folder: Path, settings: VideoSettings, feature_size: in
     name = row[named[0]]
     if not isinstance(name, str) or not name:
         raise VideoError(f"{where}: {named[0]} must be the name of a file, got {name!r}")
-    path = folder / Path(name).expanduser()
-    if not path.is_file():
+    try:
+        path = folder / Path(name).expanduser()
+        exists = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"{where}: {named[0]} {shown} is no usable file name: {reason}") from error
+    if not exists:
         raise VideoError(f"{where}: {named[0]} {path} does not exist (names are relative to the JSONL file)")
     if named[0] == "features":
-        t, h, w, f = _read_features(path, where).shape
+        t, h, w, f = _map_features(path, where).shape
         if f != feature_size:
             raise VideoError(f"{where}: {path} has {f} features per token, model.vision.feature_size is {feature_size}")
         return Clip(str(path), Video(t, h, w), None, where)
@@ -216,27 +248,28 @@ def patchify(frames: Tensor, patch: int, frames_per_patch: int = 1) -> Tensor:
     return x.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(0, 2)
 
 
-def _read_features(path: Path, where: str) -> Tensor:
-    """fp32 [t, h, w, f] of a .npy or of a .safetensors with one tensor."""
+def _map_features(path: Path, where: str) -> Tensor:
+    """[t, h, w, f] of a .npy or of a .safetensors with one tensor, in its own type; numbers are read when they are used."""
     try:
         if path.suffix == ".npy":
             import numpy as np
 
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
+            found = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            tensors = load_file(path)
-            if len(tensors) != 1:
-                raise ValueError(f"it holds {len(tensors)} tensors, expected one")
-            (found,) = tensors.values()
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+                if len(names) != 1:
+                    raise ValueError(f"it holds {len(names)} tensors, expected one")
+                found = file.get_tensor(names[0])  # mapped, too
         else:
             raise ValueError("features are a .npy or a .safetensors file")
     except Exception as error:  # safetensors raises its own, numpy several
         raise VideoError(f"{where}: cannot read features {path}: {str(error)[:200]}") from error
     if found.dim() != 4 or not found.numel() or not found.is_floating_point():
         raise VideoError(f"{where}: {path} holds {found.dtype} {tuple(found.shape)}, expected floats [t, h, w, f]")
-    return found.float()
+    return found
 
 
 def _expand(tokens: Sequence[int], placeholder: int, lengths: Sequence[int], where: str) -> list[int]:

@@ -59,8 +59,23 @@ def headline(results: list[dict]) -> dict[str, list[float]]:
 
 
 def _spread(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}"
+    """The mean alone where there is one seed, which says nothing of a spread."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _about_seeds(seeds: dict[str, list[int]]) -> tuple[str, str]:
+    """(how many seeds, what the numbers are); schemes with different seeds are named one by one."""
+    count = len(next(iter(seeds.values())))
+    if len(set(map(tuple, seeds.values()))) == 1:
+        if count == 1:
+            return "one seed", "Accuracy in %; one seed, so no spread."
+        return f"{count} seeds", "Accuracy in %, mean ± standard deviation over seeds."
+    named = "; ".join(f"{scheme}: {', '.join(map(str, own))}" for scheme, own in seeds.items())
+    return "seeds as below", (
+        "Accuracy in %, mean ± standard deviation over seeds, where there is more than one.\n\n"
+        f"**The schemes were not run with the same seeds, so their rows differ by more than the scheme.** Seeds of {named}."
+    )
 
 
 def write_report(results: list[dict], out: Path) -> str:
@@ -69,12 +84,12 @@ def write_report(results: list[dict], out: Path) -> str:
     within = [f for f in settings["test_frames"] if f <= max(settings["train_frames"])]
     far = beyond(results[0])
     schemes = list(dict.fromkeys(r["scheme"] for r in results))
-    seeds = sorted({r["seed"] for r in results})
+    how_many, meaning = _about_seeds({s: sorted(r["seed"] for r in results if r["scheme"] == s) for s in schemes})
+    headlines = headline(results)
     low, high = settings["train_frames"]
     lines = [
         f"Trained on {low} to {high} frames of {settings['height']} x {settings['width']}, {settings['max_steps']} steps, "
-        f"{len(seeds)} seeds; {settings['test_videos']} videos for each length and depth. Accuracy in %, mean ± standard "
-        "deviation over seeds.",
+        f"{how_many}; {settings['test_videos']} videos for each length and depth. {meaning}",
         "",
         f"| scheme | {low} to {high} frames | beyond: {', '.join(map(str, far))} | "
         + " | ".join(f"{kind}, beyond" for kind in KINDS)
@@ -83,7 +98,7 @@ def write_report(results: list[dict], out: Path) -> str:
     ]
     for scheme in schemes:
         mine = [r for r in results if r["scheme"] == scheme]
-        cells = [_spread([accuracy(r, within) for r in mine]), f"**{_spread([accuracy(r, far) for r in mine])}**"]
+        cells = [_spread([accuracy(r, within) for r in mine]), f"**{_spread(headlines[scheme])}**"]
         cells += [_spread([accuracy(r, far, (kind,)) for r in mine]) for kind in KINDS]
         lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
     lines += ["", "Mean over the four kinds, by number of frames:", ""]

@@ -27,6 +27,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import Multimod
 from megatron_ext.rotary import SCHEMES, PositionIdRotaryEmbedding, Text, Video, layout
 from megatron_ext.runtime.distributed import ParallelSizes, initialize
 
+FRAME = 24 * 24  # tokens
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,10 +37,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
     args = parser.parse_args()
+    if args.tokens < 2 * FRAME:
+        parser.error(f"--tokens must be at least {2 * FRAME}: a frame of 24 x 24 tokens and as many of text around it")
+    if args.head_dim < 2 or args.head_dim % 2:
+        parser.error("--head-dim must be even, at least 2: pairs of channels are turned")
     device = device_and_threads(args.threads)
     initialize(ParallelSizes())
-    frames = args.tokens // 576 - 1
-    items = [Text(100), Video(frames, 24, 24), Text(args.tokens - 100 - frames * 576)]
+    frames = args.tokens // FRAME - 1
+    items = [Text(100), Video(frames, 24, 24), Text(args.tokens - 100 - frames * FRAME)]
     query = torch.randn(args.tokens, 1, args.heads, args.head_dim, device=device)
     pairs = args.head_dim // 2
     section = [SCHEMES["mrope"].allocation(pairs).count(axis) for axis in range(3)]

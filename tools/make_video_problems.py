@@ -15,7 +15,9 @@ import random
 import sys
 from pathlib import Path
 
-from make_word_problems import train_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.make_word_problems import train_tokenizer
 
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (235, 220, 50)}
 # Direction -> rows and columns that the square moves over the whole clip, as shares of the room it has.
@@ -78,6 +80,8 @@ def write_rows(out: Path, name: str, count: int, rng: random.Random) -> list[dic
 
 
 def main() -> None:
+    from recipes.errors import user_errors
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSONL files, clips/ and tokenizer/")
     parser.add_argument("--seed", type=int, default=1)
@@ -88,8 +92,13 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.sft, args.train, args.test) < 1:
         parser.error("row counts must be at least 1")
-    if args.out.exists() and any(args.out.iterdir()):
-        sys.exit(f"error: {args.out} is not empty; choose another --out")
+    with user_errors():
+        make(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out} is not empty, or no folder; choose another")
     rng = random.Random(args.seed)
     rows = {name: write_rows(args.out, name, getattr(args, name), rng) for name in ("sft", "train", "test")}
     texts = [r["prompt"].removeprefix(VIDEO) + r["response"] for r in rows["sft"]]

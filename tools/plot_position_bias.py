@@ -1,7 +1,7 @@
 """How position schemes favour places of a video: maps side by side (PNG) and a table. No model, no training.
 
     python tools/plot_position_bias.py
-    python tools/plot_position_bias.py --frames 64 --rows 12 --columns 20 --head-dim 64 --base 1000000
+    python tools/plot_position_bias.py --frames 64 --rows 12 --columns 20 --head-dim 64 --base 1000000 --plot bias.png
 
 What is measured, and how: megatron_ext/rotary/measures.py. A flat map is best; so is a small step from video to text. The
 table says what speaks against a scheme, too: VRoPE favours late frames far more than the M-RoPE family.
@@ -17,6 +17,7 @@ from bench_common import print_table
 
 from megatron_ext.rotary import SCHEMES, Video, find_scheme
 from megatron_ext.rotary.measures import Bias, measure
+from recipes.errors import user_errors
 
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "images" / "position_bias.png"
 HEADER = (
@@ -62,12 +63,12 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), help="names, or dotted paths of your own")
     parser.add_argument("--plot", type=Path, default=PLOT, help="default: %(default)s")
     args = parser.parse_args()
-    try:
+    with user_errors():
+        if args.head_dim < 2 or args.head_dim % 2:
+            raise ValueError(f"--head-dim {args.head_dim} must be even, at least 2: pairs of channels are turned")
         video = Video(args.frames, args.rows, args.columns)
         schemes = [find_scheme(name) for name in args.schemes]
         found = {s.name: measure(video, s, args.head_dim, args.base, args.queries) for s in schemes}
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
     title = f"{video.t} frames of {video.h} x {video.w}, head dimension {args.head_dim}, base {args.base:g}"
     rows = [
         (

@@ -139,12 +139,13 @@ class PrefixGroupedGPT(GPTModel):
             return None
         hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)  # [t, 1, h]
         if media is not None:
-            rows, seen = media.rows, self.media_projector(media.features)  # [n], [n, h]
+            rows, index, seen = media.rows, media.index, self.media_projector(media.features)  # [m], [m], [n, h]
             if isinstance(record, ContextShard):  # all ranks project all media: their gradients add up
                 mine = record.local_rows[rows]
                 kept = (mine >= 0).nonzero().squeeze(1)
-                rows, seen = mine[kept], seen.index_select(0, kept.to(seen.device))
-            hidden = hidden.index_put((rows.to(hidden.device),), seen.unsqueeze(1))
+                rows, index = mine[kept], index[kept]
+            seen = seen.index_select(0, index.to(seen.device)).unsqueeze(1)  # [m, 1, h]
+            hidden = hidden.index_put((rows.to(hidden.device),), seen)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         return hidden

@@ -4,7 +4,7 @@ A medium's tokens are placeholders in the prompt. Their rows get the medium's pr
 embeddings, and positions by the model's scheme; what follows a prompt starts at the prompt's next index, which is not
 its number of tokens.
 
-Shape legend: t rows of the stream, n media tokens of the stream, f features of one, h hidden size.
+Shape legend: t rows of the stream, n media tokens of its prompts, f features of one, h hidden size.
 """
 
 from __future__ import annotations
@@ -135,17 +135,22 @@ def pack_prompts(
         share_prefix=share_prefix,
         min_shared=min_shared,
     )
-    if not any(isinstance(p, MediaPrompt) for p in prompts):
-        return batch
     if not share_prefix:
         prompts = [p for p, rs in zip(prompts, responses, strict=True) for _ in rs]
-    rows, features, first = [], [], 0
+    first_feature: dict[MediaPrompt, int] = {}  # of each prompt, once however often it stands in the stream
+    rows, index, row, count = [], [], 0, 0
     for tree, prompt in zip(batch.groups.trees, prompts, strict=True):
         if isinstance(prompt, MediaPrompt):
-            rows.append(first + prompt.media_rows)
-            features.append(prompt.features)
-        first += tree.num_tokens
-    media = StreamMedia(torch.cat(features).to(device), torch.cat(rows))
+            if prompt not in first_feature:
+                first_feature[prompt] = count
+                count += len(prompt.features)
+            rows.append(row + prompt.media_rows)
+            index.append(first_feature[prompt] + torch.arange(len(prompt.features)))
+        row += tree.num_tokens
+    if not rows:
+        return batch
+    features = torch.cat([prompt.features for prompt in first_feature]).to(device)
+    media = StreamMedia(features, torch.cat(rows), torch.cat(index))
     return dataclasses.replace(batch, media=media, scheme_ids=stream_positions(batch.groups, prompts, scheme))
 
 

@@ -53,6 +53,9 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         scheme: name of the position scheme, whose allocation says which axis of the ids turns which pair.
         interleaved: a pair is two neighbouring channels, not one from each half.
         scaling: stretching of low frequencies.
+
+    Raises:
+        ValueError: no such scheme, or its allocation does not fit the pairs.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         if scaling is not None:
             self.inv_freq = scaling.apply(self.inv_freq)
         self.scheme, self.interleaved = find_scheme(scheme), interleaved
-        self.axis = torch.tensor(self.scheme.allocation(len(exponent)), device=device)  # of each pair
+        self.axis = torch.tensor(self.scheme.axes_of_pairs(len(exponent)), device=device)  # of each pair
 
     def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group=None) -> Tensor:
         """position_ids int64 [axes, b, s] -> embedding fp32 [s, b, 1, dim], as Megatron rotates with it.

@@ -41,7 +41,9 @@ class Bias:
 def attention_map(video: Video, scheme: Scheme, head_dim: int, base: float, queries: int = 64) -> Tensor:
     """Attention of the `queries` text tokens after a video to its tokens, averaged: fp64 [t, h, w], sum 1."""
     pairs = head_dim // 2
-    ids = layout([video, Text(queries)], scheme).ids.double()[torch.tensor(scheme.allocation(pairs))]  # [pairs, tokens]
+    ids = layout([video, Text(queries)], scheme).ids.double()[
+        torch.tensor(scheme.axes_of_pairs(pairs))
+    ]  # [pairs, tokens]
     angles = ids * base ** (-torch.arange(pairs, dtype=torch.float64) / pairs).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     # cos(a - b) = cos a cos b + sin a sin b: one matrix product instead of pairs x queries x tokens cosines.
@@ -58,7 +60,7 @@ def measure(video: Video, scheme: str | Scheme, head_dim: int = 128, base: float
     places = places / places.mean()  # [h, w]
     frames = attention.sum((1, 2))
     table = layout([video], scheme)
-    pairs_axis = torch.tensor(scheme.allocation(head_dim // 2))
+    pairs_axis = torch.tensor(scheme.axes_of_pairs(head_dim // 2))
     last = table.ids[:, -video.h * video.w :][pairs_axis].double()
     return Bias(
         map=places,

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -86,6 +88,37 @@ class Scheme:
     media: Callable[[int, int, int, int], tuple[Tensor, int]]
     allocation: Callable[[int], Sequence[int]]
 
+    def axes_of_pairs(self, pairs: int) -> list[int]:
+        """`allocation`, checked.
+
+        Raises:
+            ValueError: not one axis of this scheme for each pair.
+        """
+        found = list(self.allocation(pairs))
+        if len(found) != pairs or any(not isinstance(a, Integral) or not 0 <= a < self.axes for a in found):
+            raise ValueError(
+                f"position scheme {self.name!r} allocates {pairs} pairs as {reprlib.repr(found)}; its allocation must give "
+                f"{pairs} integers in 0 .. {self.axes - 1}"
+            )
+        return found
+
+    def place(self, video: Video, start: int) -> tuple[Tensor, int]:
+        """`media` of a video, checked: (int64 [axes, t h w], index at which what follows goes on).
+
+        Raises:
+            ValueError: anything else, or ids of another type or shape.
+        """
+        found, shape = self.media(video.t, video.h, video.w, start), (self.axes, video.length)
+        match found:
+            case (Tensor(dtype=torch.int64) as ids, int(index)) if ids.shape == shape:
+                return ids, index
+        parts = found if isinstance(found, tuple) else (found,)
+        shown = (f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else reprlib.repr(x) for x in parts)
+        raise ValueError(
+            f"position scheme {self.name!r} places {video} at {', '.join(shown)}; its media must give ids torch.int64 {shape} "
+            "and the next index, an int"
+        )
+
 
 @dataclass(frozen=True)
 class PositionTable:
@@ -106,7 +139,7 @@ def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0
     """Positions of texts and media that follow each other.
 
     Raises:
-        ValueError: an unknown scheme, or ids past 2^24, which fp32 angles cannot tell apart.
+        ValueError: an unknown scheme, ids that do not fit it, or ids past 2^24, which fp32 angles cannot tell apart.
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
     parts, index = [torch.empty(scheme.axes, 0, dtype=torch.int64)], start
@@ -115,7 +148,7 @@ def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0
             parts.append((index + torch.arange(item.length)).expand(scheme.axes, -1))
             index += 0 if isinstance(item, SharedText) else item.length
         else:
-            ids, index = scheme.media(item.t, item.h, item.w, index)
+            ids, index = scheme.place(item, index)
             parts.append(ids)
     ids = torch.cat(parts, 1)
     largest = max(index, int(ids.abs().max()) if ids.numel() else 0)

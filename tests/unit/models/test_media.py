@@ -138,6 +138,22 @@ def test_the_embedding_is_built_once_for_all_layers(granularity, rng, world):
     assert len(calls) == 1 and model.model_config.num_layers == 2
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_prompts_features_are_projected_once(share_prefix, rng, world):
+    """Though the repeated layout has its video once for every response; a prompt without responses is not there at all."""
+    model = build(rng, world, "vrope")
+    prompts, responses = cases(rng)
+    projected = []
+    model.media_projector.register_forward_hook(lambda module, inputs, out: projected.append(inputs[0]))
+    batch = pack_prompts(prompts, responses, "vrope", share_prefix=share_prefix)
+    run(model, batch)
+    assert torch.equal(torch.cat(projected), torch.cat([prompts[0].features, prompts[2].features]))
+    standing = [prompts[i].features for i in (0, 2) for _ in range(1 if share_prefix else len(responses[i]))]
+    assert torch.equal(batch.media.features[batch.media.index], torch.cat(standing))
+    alone = pack_prompts(prompts[:2], [[], responses[1]], "vrope", share_prefix=share_prefix)
+    assert (alone.media is None) == (not share_prefix)
+
+
 def test_the_video_matters_and_so_does_where_its_tokens_stand(rng, world):
     model = build(rng, world, "vrope")
     prompts, responses = cases(rng)

@@ -100,6 +100,11 @@ def test_lftf_refusals(changes, message):
             "'entropy' does not exist; there are: sim",
         ),
         (LocateConfig, {"pretrained_checkpoint": {}}, "restore_from_path is not set"),
+        (
+            BiasEvalConfig,
+            {"exp_manager": {"explicit_log_dir": "x", "resume_if_exists": True}},
+            "an evaluation cannot be gone on with, only started",
+        ),
     ],
 )
 def test_evaluation_refusals(cls, changes, message):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.runtime.engine import OptimConfig, SchedConfig
-from recipes.config import ConfigError, UserError, build, nearest_key
+from recipes.config import ConfigError, UserError, at_least, build, nearest_key
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
 
@@ -176,6 +176,13 @@ def test_errors_of_the_dataclass_pass_through():
     with pytest.raises(ValueError, match="not divisible") as caught:
         build(GPTModelConfig, {**MODEL, "num_attention_heads": 5}, "model")
     assert not isinstance(caught.value, ConfigError)
+
+
+def test_at_least_names_key_value_and_bound():
+    at_least("inner", Inner(3), 3, "size")
+    with pytest.raises(ValueError, match="^inner.size=3 must be at least 4$"):
+        at_least("inner", Inner(3), 4, "size")
+    at_least("outer", Outer(Inner(3)), 1, "whatever")  # None
 
 
 def test_a_message_is_one_line_whatever_it_quotes():

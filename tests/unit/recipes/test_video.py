@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import pickle
+import struct
+import sys
 
 import av
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from megatron_ext.rotary import Text, Video
+from recipes import video
 from recipes.data import DataError, load_pairs, load_prompts, load_tokenizer
 from recipes.video import (
     Clip,
@@ -145,6 +150,75 @@ def test_precomputed_features(suffix, tmp_path, rng):
     assert found.grid == Video(2, 3, 4) and torch.equal(found.features(), features.flatten(0, 2))
 
 
+def large(path, shape=(16, 16, 1024, 1024)) -> None:
+    """A sparse file with 1 GiB of zeros for features."""
+    size = 4 * math.prod(shape)
+    with open(path, "wb") as file:
+        if path.suffix == ".npy":
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        else:
+            header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+            file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_opening_features_reads_their_shape_only(suffix, tmp_path):
+    from tools.bench_common import PeakMemory
+
+    large(tmp_path / f"large{suffix}")
+    with PeakMemory(torch.device("cpu")) as peak:
+        found = open_clip({"features": f"large{suffix}"}, tmp_path, SETTINGS, 1024, "rows.jsonl:1")
+    assert found.grid == Video(16, 16, 1024) and peak.growth < 1 << 28
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_features_that_end_early(suffix, tmp_path):
+    path = tmp_path / f"cut{suffix}"
+    large(path, (2, 2, 2, 4))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VideoError, match=f"rows.jsonl:1: cannot read features .*cut{suffix}: "):
+        open_clip({"features": path.name}, tmp_path, SETTINGS, 4, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_become_fp32(dtype, tmp_path, rng):
+    from safetensors.torch import save_file
+
+    features = torch.randn(1, 2, 2, 5, generator=rng).to(dtype)
+    save_file({"features": features}, tmp_path / "f.safetensors")
+    found = open_clip({"features": "f.safetensors"}, tmp_path, SETTINGS, 5, "rows.jsonl:1").features()
+    assert found.dtype == torch.float32 and torch.equal(found, features.flatten(0, 2).float())
+
+
+def test_what_was_read_last_is_kept_up_to_a_number_of_bytes(clip, monkeypatch):
+    """A row's frames are decoded once, for all rows that name the file; what was not used for longest goes first."""
+    small, wide = SETTINGS, dataclasses.replace(SETTINGS, width=48)
+    small_and_wide = sum(how.num_frames * 3 * how.height * how.width for how in (small, wide))  # uint8
+    recent = video._Recent(small_and_wide)
+    monkeypatch.setattr(video, "_recent", recent)
+    opened = []
+    monkeypatch.setattr(video, "read_frames", lambda *given: opened.append(given[3]) or read_frames(*given))
+
+    def look(how, line=1):
+        found = Clip(str(clip), how.grid, how, f"rows.jsonl:{line}").features()
+        assert torch.equal(found, patchify(read_frames(clip, 4, how.height, how.width), how.patch_size))
+        assert recent.size == sum(x.nbytes for x in recent.kept.values()) <= small_and_wide
+
+    look(small)
+    look(wide)
+    look(small, line=2)
+    assert opened == [24, 48]
+    look(dataclasses.replace(SETTINGS, width=8))  # one too many: the wide one goes
+    look(small)
+    assert opened == [24, 48, 8]
+    look(wide)
+    assert opened == [24, 48, 8, 48]
+    look(dataclasses.replace(SETTINGS, width=96))  # larger than all together: not kept
+    assert [key[1].width for key in recent.kept] == [24, 48]
+
+
 def truncated(folder):
     write_clip(folder / "whole.mp4", 40, "mpeg4")
     whole = (folder / "whole.mp4").read_bytes()
@@ -233,6 +307,8 @@ def test_a_download_that_stopped(tmp_path):
     [
         ({"video": "none.mp4"}, "video .*none.mp4 does not exist"),
         ({"video": 3}, "video must be the name of a file, got 3"),
+        ({"video": "~nosuch/x"}, "video ~nosuch/x is no usable file name: Could not determine home directory"),
+        ({"features": "x" * 300 + ".npy"}, r"features x{77}\.\.\. is no usable file name: File name too long$"),
         ({"video": "a", "features": "b"}, "both video and features"),
         ({"features": "wide.npy"}, "wide.npy has 5 features per token, model.vision.feature_size is 10"),
         ({"features": "flat.npy"}, r"flat.npy holds torch.float32 \(3, 4\), expected floats \[t, h, w, f\]"),

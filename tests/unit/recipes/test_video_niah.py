@@ -108,6 +108,24 @@ def test_the_headline_counts_lengths_beyond_training_only(tmp_path):
     assert (tmp_path / "report" / "niah.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_seed_has_no_spread(tmp_path):
+    text = write_report([result("rope", 4, 0.5), result("vrope", 4, 0.8)], tmp_path)
+    assert "±" not in text and ", one seed; " in text and "one seed, so no spread" in text
+    assert f"| **{100 * 0.8 * 7 / 8:.1f}** |" in text
+
+
+def test_schemes_with_the_same_seeds_are_compared_without_a_word(tmp_path):
+    text = write_report([result(name, seed, 0.5) for seed in (2, 1) for name in ("rope", "vrope")], tmp_path)
+    assert ", 2 seeds; " in text and "mean ± standard deviation over seeds." in text and "**The schemes" not in text
+
+
+def test_schemes_with_different_seeds_are_marked(tmp_path):
+    runs = [result("rope", 3, 0.5), result("rope", 1, 0.7), result("vrope", 1, 0.8)]
+    text = write_report(runs, tmp_path)
+    assert "**The schemes were not run with the same seeds" in text and "Seeds of rope: 1, 3; vrope: 1." in text
+    assert f"**{100 * 0.6 * 7 / 8:.1f} ± " in text and f"**{100 * 0.8 * 7 / 8:.1f}**" in text
+
+
 @pytest.mark.parametrize(
     ("second", "words"),
     [

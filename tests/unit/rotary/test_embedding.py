@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 
 from megatron_ext.grouping import PrefixGroups
-from megatron_ext.rotary import SCHEMES, Image, PositionIdRotaryEmbedding, RopeScaling, Text, Video, layout
+from megatron_ext.rotary import SCHEMES, Image, PositionIdRotaryEmbedding, RopeScaling, Scheme, Text, Video, layout
 from tests.layouts import randn
 
 
@@ -162,6 +162,14 @@ def test_llama_3_scaling_equals_hugging_face_and_megatron(world):
     assert (ours / theirs - 1).abs().max() <= 1e-6 and (ours / megatron - 1).abs().max() <= 1e-6
     plain = PositionIdRotaryEmbedding(128, 5e5, 1.0, "cpu").inv_freq
     assert bool((ours < 0.2 * plain).any()) and bool((ours == plain).any())  # it does something, and not everywhere
+
+
+SHORT = Scheme("short", 3, SCHEMES["mrope"].media, lambda pairs: [0] * (pairs // 2))
+
+
+def test_refuses_a_scheme_whose_allocation_does_not_fit_the_head():
+    with pytest.raises(ValueError, match=r"'short' allocates 8 pairs as \[0, 0, 0, 0\]; .* 8 integers in 0 .. 2"):
+        PositionIdRotaryEmbedding(32, 1e4, 0.5, "cpu", f"{__name__}.SHORT")
 
 
 def test_refuses_ids_of_another_scheme_and_scalings_without_meaning():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -41,6 +42,38 @@ def test_vrope_is_its_formula(video, start):
     table = layout([video], "vrope", start)
     assert table.ids.t().tolist() == expected
     assert table.next_index == start + video.t * (video.h + video.w - 1)
+
+
+def by_definition(name: str, video: Video, start: int) -> tuple[list[list[int]], int]:
+    """The papers' words, token by token: (coordinates of each token, index of the text after them).
+
+    VideoRoPE's middle of an even side, and where text goes on after it, are those of its authors' evaluation code.
+    """
+    tokens = []
+    for t in range(video.t):
+        for h in range(video.h):
+            for w in range(video.w):
+                if name == "rope":  # arXiv 2104.09864: the place in the sequence
+                    tokens.append([start + len(tokens)])
+                elif name == "videorope":  # arXiv 2502.05173: two indices a frame, the rest from its centre
+                    middle_row, middle_column = math.ceil(video.h / 2) - 1, math.ceil(video.w / 2) - 1
+                    frame = start + 2 * t
+                    tokens.append([frame, frame + h - middle_row, frame + w - middle_column])
+                else:  # arXiv 2409.12191: frame, row and column, each from where the text ended
+                    tokens.append([start + t, start + h, start + w])
+    if name == "videorope":
+        return tokens, tokens[-1][0] + 1  # its last frame
+    return tokens, max(max(coordinates) for coordinates in tokens) + 1
+
+
+@pytest.mark.parametrize("name", ["rope", "mrope", "mrope_interleaved", "videorope"])
+@given(video=videos, start=st.integers(0, 100))
+def test_the_peers_are_their_definitions(name, video, start):
+    expected, after = by_definition(name, video, start)
+    table = layout([Text(start), video, Text(2)], name)
+    assert table.ids[:, start : start + video.length].t().tolist() == expected
+    assert table.ids[:, start + video.length :].t().tolist() == [[i] * SCHEMES[name].axes for i in (after, after + 1)]
+    assert table.next_index == after + 2
 
 
 @given(videos)
@@ -154,6 +187,46 @@ def every_other(t: int, h: int, w: int, start: int) -> tuple[torch.Tensor, int]:
 
 
 OWN = Scheme("every_other", 1, every_other, lambda pairs: [0] * pairs)
+
+
+def own_scheme(media=every_other, allocation=OWN.allocation, axes: int = 1) -> Scheme:
+    return Scheme("mine", axes, media, allocation)
+
+
+@pytest.mark.parametrize(
+    ("media", "words"),
+    [
+        (lambda t, h, w, start: (torch.arange(h).unsqueeze(0), start), r"at torch.int64 \(1, 2\), 3; "),
+        (lambda t, h, w, start: (torch.arange(t * h * w), start), r"at torch.int64 \(12,\), 3; "),
+        (
+            lambda t, h, w, start: (torch.zeros(2, t * h * w, dtype=torch.int64), start),
+            r"at torch.int64 \(2, 12\), 3; ",
+        ),
+        (lambda t, h, w, start: (torch.zeros(1, t * h * w), start), r"at torch.float32 \(1, 12\), 3; "),
+        (lambda t, h, w, start: (torch.zeros(1, t * h * w).long(), start + 0.5), r"at torch.int64 \(1, 12\), 3.5; "),
+        (lambda t, h, w, start: torch.zeros(1, t * h * w).long(), r"at torch.int64 \(1, 12\); "),
+    ],
+)
+def test_ids_of_a_scheme_of_ones_own_must_fit(media, words):
+    with pytest.raises(
+        ValueError, match=rf"scheme 'mine' places Video\(t=1, h=2, w=6\) {words}its media .* \(1, 12\) and"
+    ):
+        layout([Text(3), Video(1, 2, 6)], own_scheme(media))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "shown"),
+    [
+        (lambda pairs: [0] * (pairs - 1), r"\[0, 0, 0\]"),
+        (lambda pairs: [0, 1, 2, 3], r"\[0, 1, 2, 3\]"),
+        (lambda pairs: [0, 1, -1, 0], r"\[0, 1, -1, 0\]"),
+        (lambda pairs: [0.0] * pairs, r"\[0.0, 0.0, 0.0, 0.0\]"),
+    ],
+)
+def test_axes_of_a_scheme_of_ones_own_must_fit(allocation, shown):
+    with pytest.raises(ValueError, match=rf"scheme 'mine' allocates 4 pairs as {shown}; .* 4 integers in 0 .. 2"):
+        own_scheme(allocation=allocation, axes=3).axes_of_pairs(4)
+    assert own_scheme(allocation=lambda pairs: range(pairs), axes=4).axes_of_pairs(4) == [0, 1, 2, 3]
 
 
 def test_a_scheme_of_ones_own_is_found_by_name_and_by_path():
