@@ -202,7 +202,7 @@ class LFTFTrainer:
         metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
         if self.validation_texts:
             metrics["val/perplexity"] = perplexity(self.scorer, self.validation_texts)
-        return metrics
+        return self.session.agreed(metrics)
 
     def _microbatches(self, kind: str, numbers: list[int]) -> list[Microbatch]:
         """Streams of `micro_batch_size` rows of one kind, each row with its share of the global batch."""

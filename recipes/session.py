@@ -195,6 +195,13 @@ class Session:
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
         return bool(late.item())
 
+    @staticmethod
+    def agreed(value: Any) -> Any:
+        """Rank 0's value on every rank: what they branch on must be the same to the last bit."""
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
     def sum_over_data(self, *values: float) -> list[float]:
         """Sums over data-parallel ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

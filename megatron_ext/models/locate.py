@@ -53,7 +53,9 @@ class BiasProbe:
 def rank_blocks(
     estimator: str, model: PrefixGroupedGPT, probe: BiasProbe, exclude: Collection[int] = (0,)
 ) -> BlockRanking:
-    """All blocks by one of `ESTIMATORS`. Leaves weights, gradients and `requires_grad` as they were.
+    """All blocks by one of `ESTIMATORS`. Leaves weights and `requires_grad` as they were, and no gradients.
+
+    Call it before an engine with an optimizer is made of the model: Megatron's DDP takes gradients away as they come.
 
     Raises:
         ValueError: an unknown estimator, nothing to ask, every block excluded.

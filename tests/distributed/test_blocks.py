@@ -23,7 +23,6 @@ LAYERS, VOCAB = 4, 61
 LENGTHS = [(11, [2, 7, 7]), (1, [1, 3]), (6, [0, 5]), (3, [9])]
 LAYOUTS = {
     "tp2": (ParallelSizes(tensor=2), {}),
-    "tp2 sp": (ParallelSizes(tensor=2), {"sequence_parallel": True}),
     "pp2": (ParallelSizes(pipeline=2), {}),
     "pp4 selective recompute": (ParallelSizes(pipeline=4), {"activations_checkpoint_granularity": "selective"}),
     "tp2 pp2 sp": (ParallelSizes(tensor=2, pipeline=2), {"sequence_parallel": True}),

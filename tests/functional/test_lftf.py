@@ -247,10 +247,3 @@ def test_locating_alone(bias_task, tmp_path):
     assert ranking["order"] == [2, 1] and ranking["excluded"] == [0]
     assert "| excluded | 0 | 0 |" in (tmp_path / "run" / "ranking-last.md").read_text()
     assert (tmp_path / "run" / "ranking-similarity.png").stat().st_size > 5000
-
-
-def test_a_checkpoint_of_another_shape_is_one_line(bias_task, tmp_path):
-    done = bias_task.lftf(tmp_path / "run", "model.hidden_size=32")
-    assert done.code == 2 and len(done.error_lines) == 1
-    assert "model.hidden_size=32, but the checkpoint" in done.error_lines[0]
-    assert not (tmp_path / "run").exists()
