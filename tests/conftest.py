@@ -23,9 +23,13 @@ SEED_VARIABLE = "TEST_SEED"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of one module on one worker: they share a run of ranks, made once per module."""
+    """Keep the tests of one module on one worker: they share a run of ranks, made once per module.
+
+    In the order of collection: the long modules, of recipes and ranks, have few tests, and would otherwise come last.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False
     return LoadScopeScheduling(config, log)
 
 
