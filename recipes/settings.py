@@ -507,11 +507,13 @@ class LFTFConfig:
                 "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
                 "selective or null (below the block nothing is kept anyway)"
             )
-        if isinstance(lftf.block, int):
-            try:
-                check_block(lftf.block, self.model.num_layers)
-            except ValueError as error:
-                raise ValueError(f"trainer.lftf.block: {error}") from error
+        named = {"block": [lftf.block] if isinstance(lftf.block, int) else [], "exclude_blocks": lftf.exclude_blocks}
+        for key, blocks in named.items():
+            for block in blocks:
+                try:
+                    check_block(block, self.model.num_layers)
+                except ValueError as error:
+                    raise ValueError(f"trainer.lftf.{key}: {error}") from error
 
 
 @dataclass

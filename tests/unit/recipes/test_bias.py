@@ -74,6 +74,8 @@ def test_defaults():
         ({"lftf": {"block": "first"}}, "trainer.lftf.block must be a number, all or one of similarity, gradient"),
         ({"lftf": {"block": 4}}, "trainer.lftf.block: block 4 does not exist: the model has 4 blocks, 0 to 3"),
         ({"lftf": {"block": -1}}, "block -1 does not exist"),
+        ({"lftf": {"exclude_blocks": [0, 9]}}, "trainer.lftf.exclude_blocks: block 9 does not exist: the model has 4"),
+        ({"lftf": {"locate_prompts": 0}}, "trainer.lftf.locate_prompts=0 must be at least 2"),
         ({"lftf": {"loss": "balanced+hints"}}, "trainer.lftf.loss: loss 'hints' in 'balanced.hints' does not exist"),
         ({"lftf": {"loss": "balanced+kl"}}, "has kl, which needs text to stay near to: set data.text_path"),
         ({"lftf": {"max_perplexity": 1.03}}, "guards the perplexity of data.validation_text_path, which is not set"),
