@@ -243,6 +243,7 @@ class LFTFSettings:
         except ValueError as error:
             raise ValueError(f"trainer.lftf.loss: {error}") from error
         at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
+        at_least("trainer.lftf", self, 2, "locate_prompts")
         at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass")
         if self.min_pronoun_mass > 1:
             raise ValueError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
