@@ -11,7 +11,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lftf test env lint bench clean
+.PHONY: help demo lftf test env lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,10 +35,14 @@ lint: env ## ruff check and ruff format --check
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) -e '.[dev]'
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
+docs: env ## the documentation as a site in build/site, every link checked
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo build/site/index.html
+
 bench: test ## tests first, then the benchmarks
 	@$(PY) -c 'import prefix_grouper' 2>/dev/null || $(PIP) -e '.[bench]'
 	@set -e; for script in tools/bench_attention.py tools/bench_attention_forms.py tools/bench_attention_growth.py \
-	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py; do $(PY) $$script $(BENCH_ARGS); done
+	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py \
+	    tools/bench_convert.py; do $(PY) $$script $(BENCH_ARGS); done
 
 # The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after
 # which .venv is made anew. --no-deps: the index that serves torch need not have our pins of its dependencies; the next step has.

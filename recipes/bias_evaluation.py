@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,9 +71,9 @@ def evaluate(
 
 
 def perplexity(scorer: Scorer, texts: Sequence[Sequence[int]], progress: Progress = lambda rows: None) -> float:
-    """exp of the mean negative log-likelihood of all tokens but the first of each text."""
+    """exp of the mean negative log-likelihood of all tokens but the first of each text; infinite where fp64 overflows."""
     logprobs = torch.cat(scorer.token_logprobs([((), text) for text in texts], progress)).double()
-    return math.exp(-logprobs.mean().item())
+    return (-logprobs.mean()).exp().item()
 
 
 def pair_preference(scorer: Scorer, rows: Sequence, progress: Progress = lambda rows: None) -> float:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import importlib.util
 import io
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -37,7 +39,7 @@ __all__ = ["compose", "is_user_error", "one_line", "run", "user_errors"]
 
 EXIT_CODE = 2
 # Packages whose own `raise ValueError` is about the input.
-SPEAKERS = {"megatron_ext", "recipes", "tools", "__main__", "hydra", "omegaconf"}
+SPEAKERS = {"megatron_ext", "recipes", "launch", "tools", "__main__", "hydra", "omegaconf"}
 CONFIGURATION_ERRORS = (
     HydraException,
     yaml.YAMLError,
@@ -133,22 +135,59 @@ def compose(folder: str | Path, default: str) -> dict[str, Any]:
         folder: where the YAML files are.
         default: the file used when the command line names none.
     """
-    from nemo.core.config import hydra_runner
-
     found = []
 
     # Hydra takes a relative path for a module beside this one.
-    @hydra_runner(config_path=str(Path(folder).resolve()), config_name=default)
-    def keep(cfg):
-        found.append(cfg)
+    with _hydra_runner() as hydra_runner:
 
-    run(keep)
+        @hydra_runner(config_path=str(Path(folder).resolve()), config_name=default)
+        def keep(cfg):
+            found.append(cfg)
+
+        run(keep)
     if not found:
         sys.exit(0)
     with user_errors():
         if len(found) > 1:
             raise ConfigError(SWEEP)
         return OmegaConf.to_container(found[0], resolve=True, throw_on_missing=True)
+
+
+TELEMETRY = "nemo.lightning.callback_group"
+
+
+class _NoTelemetry(types.ModuleType):
+    class CallbackGroup:
+        @staticmethod
+        def get_instance() -> _NoTelemetry.CallbackGroup:
+            return _NoTelemetry.CallbackGroup()
+
+        def on_app_end(self) -> None:
+            pass
+
+
+@contextlib.contextmanager
+def _hydra_runner() -> Iterator[Callable[..., Any]]:
+    """NeMo's hydra_runner without the rest of NeMo, whose import takes ten times as long as all else that a command line
+    needs: taken from its own file, and while inside, the telemetry that it tells of the end is not there to be told."""
+    package = importlib.util.find_spec("nemo").submodule_search_locations[0]
+    file = Path(package, "core", "config", "hydra_runner.py")
+    spec = importlib.util.spec_from_file_location("nemo_hydra_runner", file)
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = _NoTelemetry(TELEMETRY)
+    try:
+        OmegaConf.clear_resolver(
+            "gpu_name"
+        )  # it may be registered only once in a process, by this file or NeMo's import of it
+        spec.loader.exec_module(module)
+        yield module.hydra_runner
+    finally:
+        if "nemo.core.config.hydra_runner" not in sys.modules:
+            OmegaConf.clear_resolver("gpu_name")
+        del sys.modules[TELEMETRY]
+        if before is not None:
+            sys.modules[TELEMETRY] = before
 
 
 SWEEP = "a sweep (--multirun) is not supported: start one run per configuration"

@@ -20,7 +20,7 @@ def main(cfg: dict) -> None:
     model = open_model(config, cfg)
     data, words = config.data, (config.data.prompts.pair.first, config.data.prompts.pair.second)
     pair = pair_tokens(model.tokenizer, words)
-    prompts = load_prompt_sets(data.prompts, model.tokenizer)[data.split]
+    prompts = load_prompt_sets(data.prompts, model.tokenizer, model.longest)[data.split]
     path = data.validation_text_path
     texts = load_texts(path, model.tokenizer, model.longest) if path else []
     evaluate_all(config, model, prompts, pair, texts, words)
@@ -34,12 +34,14 @@ def evaluate_all(config, model, prompts, pair, texts, words) -> None:
     data = config.data
     pairs = {}
     if data.crows_pairs_path:
-        pairs["crows_pairs_stereotype_share"] = sentence_rows(read_crows_pairs(data.crows_pairs_path), model.tokenizer)
+        pairs["crows_pairs_stereotype_share"] = sentence_rows(
+            read_crows_pairs(data.crows_pairs_path), model.tokenizer, model.longest
+        )
     if data.winobias_paths:
         found = read_winobias(*data.winobias_paths, drop_faulty=True)
-        pairs["winobias_stereotype_share"] = sentence_rows(found, model.tokenizer)
+        pairs["winobias_stereotype_share"] = sentence_rows(found, model.tokenizer, model.longest)
     questions = read_winogender(data.winogender_path) if data.winogender_path else []
-    asked = question_rows(questions, model.tokenizer)
+    asked = question_rows(questions, model.tokenizer, model.longest)
     scorer = model.start()
     total = len(prompts.bias) + len(prompts.hinted) + len(texts) + len(asked) + sum(map(len, pairs.values()))
     with model.progress(total) as bar:

@@ -1,19 +1,19 @@
-"""A model to evaluate: a checkpoint of ours on its ranks, or a Hugging Face folder in this process."""
+"""A model to evaluate: on Megatron's ranks, or in transformers in this process."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
-from megatron_ext.models.config import PRECISIONS, GPTModelConfig
+from megatron_ext.models.config import PRECISIONS
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from megatron_ext.models.hf import is_hf_folder
 from megatron_ext.runtime.distributed import local_device, world_size
 from recipes.config import build
 from recipes.data import load_tokenizer
+from recipes.pretrained import Pretrained
 from recipes.run_folder import check_run_folder
-from recipes.scorers import HuggingFaceScorer, MegatronScorer, Scorer, is_hugging_face_folder
+from recipes.scorers import HuggingFaceScorer, MegatronScorer, Scorer
 from recipes.session import Session, progress_bar
 from recipes.settings import BiasEvalConfig, BiasEvalModel, LocateConfig, TrainedModel
 
@@ -21,27 +21,25 @@ __all__ = ["CheckpointModel", "open_model"]
 
 
 def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _HuggingFace:
-    """Told by its content. Nothing is started or written yet.
+    """Hugging Face folders run in transformers, whatever their family, where one process is asked for, and else as ours
+    do. Nothing is started or written yet.
 
     Raises:
         ValueError: neither kind of model, or one that cannot be run as asked.
     """
-    path = config.pretrained_checkpoint.restore_from_path
-    return (_HuggingFace if is_hugging_face_folder(path) else CheckpointModel)(config, resolved)
+    alone = world_size() == 1 and is_hf_folder(config.pretrained_checkpoint.restore_from_path)
+    return (_HuggingFace if alone else CheckpointModel)(config, resolved)
 
 
 class CheckpointModel:
-    """A checkpoint of ours, whose architecture is read from it."""
+    """A checkpoint of ours or a Hugging Face folder on Megatron's ranks; its architecture is read from it."""
 
     def __init__(self, config: BiasEvalConfig | LocateConfig, resolved: dict):
-        saved = read_checkpoint_info(Path(config.pretrained_checkpoint.restore_from_path)).get("model", {})
-        architecture = {f.name for f in dataclasses.fields(GPTModelConfig)}
-        asked = dataclasses.asdict(config.model)
-        fields = {key: value for key, value in saved.items() if key in architecture} | asked
-        model = build(TrainedModel, fields, "model")
+        architecture = Pretrained.open(config.pretrained_checkpoint.restore_from_path).architecture
+        model = build(TrainedModel, architecture | dataclasses.asdict(config.model), "model")
         self.session = Session(dataclasses.replace(config, model=model), resolved)
         self.tokenizer, self.log_dir = self.session.tokenizer, self.session.log_dir
-        self.longest = model.encoder_seq_length
+        self.longest, self.num_layers = model.encoder_seq_length, model.num_layers
         self.is_main = False  # until the ranks have started
 
     def build(self) -> PrefixGroupedGPT:
@@ -62,16 +60,11 @@ class _HuggingFace:
 
     def __init__(self, config: BiasEvalConfig, resolved: dict):
         self.path, model = config.pretrained_checkpoint.restore_from_path, config.model
-        if world_size() > 1:
-            raise ValueError(
-                f"{self.path} is a Hugging Face folder, which transformers runs in one process: set trainer.devices=1, got "
-                f"{world_size()} processes"
-            )
         for field in dataclasses.fields(BiasEvalModel):
             if field.name not in ("tokenizer", "precision") and getattr(model, field.name) != field.default:
                 raise ValueError(
                     f"model.{field.name}={getattr(model, field.name)} has no meaning for {self.path}, a Hugging Face folder, "
-                    "which transformers runs"
+                    "which transformers runs in one process; set trainer.devices to 2 or more to run it on Megatron"
                 )
         if config.pretrained_checkpoint.delta_path:
             raise ValueError(

@@ -60,7 +60,7 @@ class GRPOTrainer:
         if validating and not done:
             session.metrics.write(0, self.run_validation())
         metrics: dict[str, float] = {}
-        step = done
+        step, stopped = done, ""
         with session.progress(settings.max_steps, "GRPO", done) as bar:
             for step in range(done + 1, settings.max_steps + 1):
                 metrics = self.run_step(step)
@@ -72,11 +72,10 @@ class GRPOTrainer:
                 last = step == settings.max_steps
                 if settings.save_interval and step % settings.save_interval == 0 and not last:
                     session.save(self.engine, step, self._state(), metrics, ended=False)
-                if not last and session.out_of_time():
-                    session.say(f"max_time_per_run reached after step {step}")
+                if not last and (stopped := session.must_stop()):
                     break
-        folder = session.save(self.engine, step, self._state(), metrics, ended=True)
-        session.say(f"checkpoint in {folder}")
+        folder = session.save(self.engine, step, self._state(), metrics, ended=not stopped)
+        session.say_saved(folder, step, stopped)
 
     def _state(self) -> dict:
         return {"sampler": self.sampler.state_dict()}

@@ -22,12 +22,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ext.runtime.install_check import InstallationError, check_installation
+from recipes.stopping import listen
 
-__all__ = ["run"]
+__all__ = ["CONFIG_FOLDER", "forced", "run"]
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "nemo_configs"
 # Set for the ranks that this module starts.
@@ -63,9 +64,7 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         )
     from recipes.errors import compose
 
-    # A key of ours that the YAML leaves at its default may be set like any other (Hydra would want a `+`); one that
-    # does not exist is found by recipes.config.build, which knows them all.
-    sys.argv[1:] = [f"++{a}" if a.startswith(SECTIONS) and "=" in a else a for a in sys.argv[1:]]
+    sys.argv[1:] = forced(sys.argv[1:])
     sys.argv.append("hydra.job.chdir=false")
     config = compose(CONFIG_FOLDER, default_config)
     ranks, nodes = _processes(config)
@@ -78,6 +77,12 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         )
     else:
         sys.exit(_run_ranks(script, config, ranks))
+
+
+def forced(arguments: Sequence[str]) -> list[str]:
+    """A key of ours that the YAML leaves at its default may be set like any other, where Hydra would want a `+`; one that
+    does not exist is found by recipes.config.build, which knows them all."""
+    return [f"++{a}" if a.startswith(SECTIONS) and "=" in a else a for a in arguments]
 
 
 def _processes(config: dict) -> tuple[int, int]:
@@ -107,6 +112,7 @@ def _fail(error: object) -> None:
 
 def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     _set_up_logging()
+    listen()
     try:
         main(config)
     except Exception as error:
@@ -145,6 +151,7 @@ def _run_ranks(script: str, config: dict, ranks: int) -> int:
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))
         processes = []
+        signal.signal(signal.SIGUSR1, lambda *_: [p.send_signal(signal.SIGUSR1) for p in processes])
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             for rank in range(ranks):

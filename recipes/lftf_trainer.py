@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.bias.ranking import BlockRanking
@@ -20,7 +22,9 @@ from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.locate import rank_blocks
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.models.pairs import pack_pairs, split_pairs
+from megatron_ext.runtime.checkpoint import load_tensors
 from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optimizer_state import sharded_like_parameters
 from recipes.bias_data import PromptSet
 from recipes.bias_evaluation import evaluate, perplexity, summary_rows, write_ranking
 from recipes.data import EpochSampler
@@ -30,6 +34,8 @@ from recipes.settings import LFTFConfig, LFTFSettings, check_batch_sizes
 
 __all__ = ["Guard", "LFTFTrainer"]
 
+BEST = "best"  # folder in a checkpoint: what trains, in the best state so far
+DIVERGED = "the model has diverged"
 PROMPT_KINDS = {"bias": BIAS_LOSSES, "hint": ("hint",)}
 
 
@@ -43,14 +49,56 @@ class Guard:
 
     def complaint(self, metrics: dict[str, float]) -> str | None:
         """What a validation has lost, or None."""
-        share = metrics["val/pronoun_mass"] / self.pronoun_mass
-        if not share >= self.settings.min_pronoun_mass:  # a NaN complains
+        if not all(math.isfinite(value) for name, value in metrics.items() if name.startswith("val/")):
+            return DIVERGED
+        if self.settings.min_pronoun_mass == 0:
+            share = 1.0
+        else:
+            share = metrics["val/pronoun_mass"] / self.pronoun_mass
+        if not share >= self.settings.min_pronoun_mass:
             return f"pronoun mass is {share:.2f} of its start, less than {self.settings.min_pronoun_mass}"
         if self.perplexity is not None and self.settings.max_perplexity is not None:
             rise = metrics["val/perplexity"] / self.perplexity
             if not rise <= self.settings.max_perplexity:
                 return f"perplexity is {rise:.3f} times its start, more than {self.settings.max_perplexity}"
         return None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was found before the first step.
+
+    Attributes:
+        before: the evaluation on the test professions.
+        ranking: of the blocks, where an estimator chose.
+        block: which trains; None: all.
+        base: digest of its weights.
+    """
+
+    before: dict
+    ranking: dict | None
+    block: int | None
+    base: str | None
+
+
+@dataclass
+class Progress:
+    """How far training has come, in numbers that JSON keeps to the last bit.
+
+    Attributes:
+        steps: taken.
+        best_step, best_afgb: of the best state that the guard let pass.
+        idle: validations since then.
+        stopped: why training has ended; None: it has not.
+        validations: each with its step and the guard's complaint.
+    """
+
+    steps: int = 0
+    best_step: int = 0
+    best_afgb: float = math.inf
+    idle: int = 0
+    stopped: str | None = None
+    validations: list[dict] = field(default_factory=list)
 
 
 class LFTFTrainer:
@@ -95,28 +143,33 @@ class LFTFTrainer:
     def fit(self) -> None:
         session, settings = self.session, self.settings
         words = (self.config.data.prompts.pair.first, self.config.data.prompts.pair.second)
-        with session.timers("evaluate"):
-            before = self._evaluate()
-        ranking = self._locate()
-        block = ranking.best if ranking else None if settings.block == "all" else int(settings.block)
-        base = None
+        _, state = session.resumed
+        self.start = Start(**state["start"]) if state else self._start()
+        block = self.start.block
         if block is not None:
             session.say(f"block {block} of {self.model.model_config.num_layers} trains, all else stays as it is")
-            weights = block_weights(self.model, block)
-            base = None if weights is None else block_digest(weights)
             train_only_block(self.model, block)
         with session.timers("frozen_pass"):
-            self.frozen = self._frozen()
-        engine = Engine(self.model, self.config.model.optim, self.steps, settings.gradient_clip_val)
-        history = self._train(engine)
+            self.frozen = self._frozen()  # of the weights that the run began with, also where it goes on
+        self.engine = Engine(self.model, self.config.model.optim, self.steps, settings.gradient_clip_val)
+        self._resume(state)
+        interrupted = ""
+        if self.progress.stopped is None:
+            interrupted = self._train()
+        else:
+            session.say(f"the run has ended: {self.progress.stopped}; to train on, start a new one from its checkpoint")
+        if interrupted:
+            session.say_saved(self._save(ended=False), self.progress.steps, interrupted)
+            return
         with session.timers("evaluate"):
             after = self._evaluate()
-        folder = session.save(engine, history["steps"], {}, {}, ended=True)
+        folder = self._save(ended=True)
         if block is not None:
-            save_delta(session.log_dir / "delta.safetensors", self.model, block, base)
+            save_delta(session.log_dir / "delta.safetensors", self.model, block, self.start.base)
+        before, history = self.start.before, dataclasses.asdict(self.progress)
         result = {
-            "block": block, "loss": self.weights, **history, "ranking": ranking and ranking.as_dict(),
-            "before": before, "after": after,
+            "block": block, "loss": self.weights, **history, "ranking": self.start.ranking, "before": before,
+            "after": after,
         }  # fmt: skip
         if session.is_main:
             (session.log_dir / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -124,6 +177,45 @@ class LFTFTrainer:
         rows = zip(summary_rows(before, words), summary_rows(after, words), strict=True)
         session.say("\n".join(f"  {name:<40} {old:>28} -> {new}" for (name, old), (_, new) in rows))
         session.say(f"weights saved in {folder}; report in {session.log_dir / 'report.md'}")
+
+    def _start(self) -> Start:
+        """Measure, and choose the block."""
+        with self.session.timers("evaluate"):
+            before = self._evaluate()
+        ranking, asked = self._locate(), self.settings.block
+        block = ranking.best if ranking else None if asked == "all" else int(asked)
+        weights = None if block is None else block_weights(self.model, block)
+        digests: list = [None] * dist.get_world_size()  # known where the block is
+        dist.all_gather_object(digests, None if weights is None else block_digest(weights))
+        base = next(filter(None, digests), None)
+        return Start(before, ranking and ranking.as_dict(), block, base)
+
+    def _resume(self, state: dict) -> None:
+        """Begin, or go on from a checkpoint's state."""
+        self.session.restore(self.engine)
+        if not state:
+            self.progress, self.best = Progress(), self._trained()
+            return
+        self.progress = Progress(**state["progress"])
+        for kind, sampler in self.samplers.items():
+            sampler.load_state_dict(state["samplers"][kind])
+        room = {name: torch.empty_like(value) for name, value in self._trained().items()}
+        place = sharded_like_parameters(self.model, room, BEST)
+        self.best = load_tensors(self.session.resume_from, BEST, place)
+
+    def _save(self, ended: bool) -> Path:
+        state = {
+            "start": dataclasses.asdict(self.start),
+            "progress": dataclasses.asdict(self.progress),
+            "samplers": {kind: sampler.state_dict() for kind, sampler in self.samplers.items()},
+        }
+        metrics = {k: v for k, v in self.progress.validations[-1].items() if k.startswith("val/")}
+        best = {BEST: sharded_like_parameters(self.model, self.best, BEST)}
+        return self.session.save(self.engine, self.progress.steps, state, metrics, ended, best)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Copies of the parameters that train."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _evaluate(self) -> dict:
         """On the test professions."""
@@ -150,46 +242,64 @@ class LFTFTrainer:
                 found[kind] = self.scorer.pair_probabilities(rows, self.pair)
         return found
 
-    def _train(self, engine: Engine) -> dict:
-        """Steps until the end or until nothing gets better; leaves the best state in the model."""
-        session, settings = self.session, self.settings
-        validations: list[dict] = []
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        start = self.run_validation()
+    def _train(self) -> str:
+        """Steps until the end or until nothing gets better; then the best state is in the model. Or until the run must stop:
+        returns why."""
+        session, settings, done = self.session, self.settings, self.progress
+        if not done.validations:
+            start = self.run_validation()
+            session.metrics.write(0, start)
+            done.validations.append({"step": 0, **start, "complaint": None})
+            done.best_afgb = start["val/afgb"]
+        start = done.validations[0]
         guard = Guard(settings, start["val/pronoun_mass"], start.get("val/perplexity"))
-        session.metrics.write(0, start)
-        validations.append({"step": 0, **start, "complaint": None})
-        best, best_afgb, best_step = [p.detach().clone() for p in trained], start["val/afgb"], 0
-        idle, stopped = 0, "max_steps reached"
-        with session.progress(self.steps, "LFTF") as bar:
-            for step in range(1, self.steps + 1):
-                metrics = self.run_training(engine)
-                if step % settings.val_check_interval == 0 or step == self.steps:
+        with session.progress(self.steps, "LFTF", done.steps) as bar:
+            while done.stopped is None:
+                done.steps += 1
+                try:
+                    metrics = self.run_training()
+                except FloatingPointError as error:  # raised by all ranks
+                    done.stopped = f"training diverged ({error})"
+                    break
+                if done.steps % settings.val_check_interval == 0 or done.steps == self.steps:
                     with session.timers("validation"):
                         metrics |= self.run_validation()
-                    complaint = guard.complaint(metrics)
-                    validation = {k: v for k, v in metrics.items() if k.startswith("val/")}
-                    validations.append({"step": step, **validation, "complaint": complaint})
-                    idle += 1
-                    if complaint is None and metrics["val/afgb"] < best_afgb:
-                        best_afgb, best_step, idle = metrics["val/afgb"], step, 0
-                        best = [p.detach().clone() for p in trained]
+                    self._judge(metrics, guard)
                     bar.set_postfix_str(f"dev AFGB {metrics['val/afgb']:.4f}", refresh=False)
-                session.metrics.write(step, metrics | session.timers.read())
+                session.metrics.write(done.steps, metrics | session.timers.read())
                 bar.update()
-                if settings.patience is not None and idle >= settings.patience:
-                    stopped = f"no better state in {idle} validations" + (f" ({complaint})" if complaint else "")
-                    break
-                if session.out_of_time():
-                    stopped = "max_time_per_run reached"
-                    break
+                if done.stopped is None and done.steps >= self.steps:
+                    done.stopped = "max_steps reached"
+                if done.stopped is None:
+                    if interrupted := session.must_stop():
+                        return interrupted
+                    if settings.save_interval and done.steps % settings.save_interval == 0:
+                        self._save(ended=False)
         with torch.no_grad():
-            for parameter, value in zip(trained, best, strict=True):
-                parameter.copy_(value)
-        session.say(f"{stopped} after step {step}; the state of step {best_step} is kept, dev AFGB {best_afgb:.4f}")
-        return {"steps": step, "best_step": best_step, "stopped": stopped, "validations": validations}
+            parameters = dict(self.model.named_parameters())
+            for name, value in self.best.items():
+                parameters[name].copy_(value)
+        session.say(f"{done.stopped} after step {done.steps}; the state of step {done.best_step} is kept, dev AFGB "
+                    f"{done.best_afgb:.4f}")  # fmt: skip
+        return ""
 
-    def run_training(self, engine: Engine) -> dict[str, float]:
+    def _judge(self, metrics: dict[str, float], guard: Guard) -> None:
+        """Keep the state if a validation finds it the best so far; stop when none has been better for long."""
+        done, patience = self.progress, self.settings.patience
+        complaint = guard.complaint(metrics)
+        validation = {k: v for k, v in metrics.items() if k.startswith("val/")}
+        done.validations.append({"step": done.steps, **validation, "complaint": complaint})
+        done.idle += 1
+        if complaint is None and metrics["val/afgb"] < done.best_afgb:
+            done.best_afgb, done.best_step, done.idle = metrics["val/afgb"], done.steps, 0
+            self.best = self._trained()
+        if complaint == DIVERGED:
+            done.stopped = complaint
+        elif patience is not None and done.idle >= patience:
+            done.stopped = f"no better state in {done.idle} validations" + (f" ({complaint})" if complaint else "")
+
+    def run_training(self) -> dict[str, float]:
+        engine = self.engine
         with self.session.timers("optimizer_step"):
             microbatches = [m for kind in self.rows for m in self._microbatches(kind, self.samplers[kind].next())]
             engine.zero_grad()
@@ -199,7 +309,10 @@ class LFTFTrainer:
 
     def run_validation(self) -> dict[str, float]:
         p = self.scorer.pair_probabilities(self.prompts["dev"].bias_tokens, self.pair)
-        metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
+        if bool(p.isfinite().all()):
+            metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
+        else:  # for the guard to see
+            metrics = {"val/afgb": math.nan, "val/pronoun_mass": math.nan}
         if self.validation_texts:
             metrics["val/perplexity"] = perplexity(self.scorer, self.validation_texts)
         return self.session.agreed(metrics)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from megatron_ext.models.locate import rank_blocks
+    from megatron_ext.models.locate import check_excluded, rank_blocks
     from recipes.bias_data import load_prompt_sets, pair_tokens
     from recipes.bias_evaluation import write_ranking
     from recipes.config import build
@@ -21,8 +21,12 @@ def main(cfg: dict) -> None:
     config = build(LocateConfig, cfg)
     opened = CheckpointModel(config, cfg)
     prompts, settings = config.data.prompts, config.trainer.locate
+    try:
+        check_excluded(settings.exclude_blocks, opened.num_layers)
+    except ValueError as error:
+        raise ValueError(f"trainer.locate.exclude_blocks: {error}") from error
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
-    train = load_prompt_sets(prompts, opened.tokenizer)["train"]
+    train = load_prompt_sets(prompts, opened.tokenizer, opened.longest)["train"]
     model = opened.build()
     probe = train.probe(pair, settings.locate_prompts, settings.seed)
     with opened.session.progress(len(settings.estimators), "locate", unit="estimator") as bar:

@@ -125,7 +125,12 @@ class Checkpoints:
         for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
             number = path.name.removeprefix("step-")
             if number.isdecimal():
-                found[int(number)] = read_checkpoint_info(path)
+                try:
+                    found[int(number)] = read_checkpoint_info(path)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path} is no complete checkpoint: move it away, and the run goes on from the newest of the others"
+                    ) from error
         return dict(sorted(found.items()))
 
     def newest(self) -> Path | None:
@@ -148,7 +153,10 @@ class Checkpoints:
         kept = set((ranked or sorted(known, reverse=True))[:k]) | {last}
         for step in known:
             if step not in kept:
-                shutil.rmtree(self.path(step))
+                # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
+                going = self.path(step).with_name(f"step-{step}.unfinished-removal")
+                self.path(step).rename(going)
+                shutil.rmtree(going)
 
     def _best_first(self, known: dict[int, dict]) -> list[int]:
         """Steps whose checkpoint knows the monitored metric; of equal ones the later first."""

@@ -5,7 +5,6 @@ Both give the probabilities of a pair of words behind prompts, and the log-proba
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.engine import Engine, Microbatch
 
-__all__ = ["HuggingFaceScorer", "MegatronScorer", "Scorer", "is_hugging_face_folder"]
+__all__ = ["HuggingFaceScorer", "MegatronScorer", "Scorer"]
 
 STREAM_TOKENS = 8192
 BATCH_TOKENS = 4096  # of a padded Hugging Face batch
@@ -107,7 +106,9 @@ class HuggingFaceScorer:
         from transformers import AutoModelForCausalLM
 
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
         self.model.eval().to(device)
@@ -134,6 +135,12 @@ class HuggingFaceScorer:
                 found[number] = logprobs[max(len(prompt) - 1, 0) :].cpu()
             progress(len(numbers))
         return [found[number] for number in range(len(rows))]
+
+    @torch.no_grad()
+    def logits(self, text: Sequence[int]) -> Tensor:
+        """fp32 [tokens, v] behind every token of one text, on the host."""
+        ((_, logits),) = self._logits([text])
+        return logits[0].float().cpu()
 
     def _logits(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
         """(row numbers, logits [rows, tokens, v]) of batches that are padded behind."""
@@ -163,12 +170,3 @@ def _parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         total += length
     if part:
         yield part
-
-
-def is_hugging_face_folder(folder: str | Path) -> bool:
-    """Whether the folder holds a model of transformers, told by its config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,24 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.delta import apply_delta
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
 from megatron_ext.runtime.checkpoint import (
+    CheckpointSave,
     load_optimizer,
     load_rng,
     load_weights,
     read_checkpoint_info,
-    save_checkpoint,
+    remove_unfinished,
 )
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.data import Tokenizer, load_tokenizer
+from recipes.pretrained import Pretrained
 from recipes.run_folder import CONFIG_FILE, Checkpoints, check_run_folder, cut_metrics
+from recipes.stopping import REASONS, StopRequests
 
 __all__ = ["Session", "progress_bar"]
 
 logger = logging.getLogger(__name__)
-
-# What must agree between a checkpoint and the YAML: everything that shapes a tensor or the function it computes.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "vocab_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
-    "position_embedding", "vision", "window_size", "window_attn_skip_freq", "attn_logit_softcapping",
-)  # fmt: skip
 
 
 class Session:
@@ -72,17 +68,26 @@ class Session:
         self.log_dir = check_run_folder(manager.explicit_log_dir, resolved if manager.resume_if_exists else None)
         self.checkpoints = Checkpoints(self.log_dir, manager.checkpoint_callback_params)
         self.resume_from = self.checkpoints.newest() if manager.resume_if_exists else None
-        self.checkpoint = config.pretrained_checkpoint.restore_from_path
-        info = read_checkpoint_info(Path(self.checkpoint)) if self.checkpoint else None
+        path = config.pretrained_checkpoint.restore_from_path
+        self.pretrained = Pretrained.open(path) if path else None
         self.tokenizer = self._load_tokenizer()
-        model.vocab_size = self.tokenizer.vocab_size
-        if info is not None:
-            _check_architecture(model, info.get("model", {}), self.checkpoint)
+        if model.vocab_size is None:
+            model.vocab_size = self.tokenizer.vocab_size
+        if self.pretrained is not None:
+            self.pretrained.check(model)
+        if model.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={model.vocab_size} is less than the {self.tokenizer.vocab_size} tokens of "
+                f"{self.tokenizer.path}: take the tokenizer that belongs to the model, or leave model.vocab_size out"
+            )
         self.sizes = ParallelSizes(
             model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
         )
         self.sizes.data(world_size())
-        self._deadline = _deadline(getattr(trainer, "max_time_per_run", None))
+        self._saving: CheckpointSave | None = None
+        self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
+        looks = os.environ.get("RANK", "0") == "0"
+        self._stop_requests = StopRequests(getattr(trainer, "max_time_per_run", None), looks)
 
     def start(self) -> None:
         """Start the ranks. Call it when all inputs have been read and found good."""
@@ -96,17 +101,20 @@ class Session:
 
     def _load_tokenizer(self) -> Tokenizer:
         path = self.config.model.tokenizer
-        if path is None and self.checkpoint:
-            path = str(Path(self.checkpoint) / "tokenizer")
+        if path is None and self.pretrained is not None:
+            path = self.pretrained.tokenizer
         if path is None:
-            raise ValueError("model.tokenizer is not set: name the folder of a Hugging Face tokenizer")
+            raise ValueError(
+                "model.tokenizer is not set: name the folder of a Hugging Face tokenizer, or a model to start from in "
+                "pretrained_checkpoint.restore_from_path"
+            )
         return load_tokenizer(path)
 
     def build_model(self) -> PrefixGroupedGPT:
         """The model of this pipeline stage, with the checkpoint's weights if one is named."""
         model = build_gpt(self.config.model, self.device)
-        if self.checkpoint:
-            load_weights(Path(self.checkpoint), model)
+        if self.pretrained is not None:
+            self.pretrained.load(model)
         if delta := self.config.pretrained_checkpoint.delta_path:
             block = apply_delta(delta, model)
             logger.info("block %d is that of %s", block, delta)
@@ -127,6 +135,8 @@ class Session:
             keys = {
                 "explicit_log_dir": manager.explicit_log_dir,
                 "create_tensorboard_logger": manager.create_tensorboard_logger,
+                "create_wandb_logger": manager.create_wandb_logger,
+                "wandb_logger_kwargs": manager.wandb_logger_kwargs,
                 # Saving and going on is ours: Lightning's knows nothing of Megatron's ranks.
                 "create_checkpoint_callback": False,
                 "seconds_to_sleep": 0,
@@ -135,51 +145,92 @@ class Session:
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
             exp_manager(trainer, keys)
+            remove_unfinished(self.checkpoints.folder)
             cut_metrics(self.log_dir, int(self.resume_from.name.removeprefix("step-")) if self.resume_from else -1)
             (self.log_dir / CONFIG_FILE).write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
-            self.metrics = MetricsLog(self.log_dir, trainer.loggers)
+            loggers = list(trainer.loggers)
+            if manager.create_mlflow_logger:  # exp_manager of NeMo 3.0 cannot: it names the run twice
+                from lightning.pytorch.loggers import MLFlowLogger
+
+                place = {"tracking_uri": f"sqlite:///{(self.log_dir / 'mlflow.db').absolute()}"}
+                loggers.append(MLFlowLogger(**(place | manager.mlflow_logger_kwargs)))
+            self.metrics = MetricsLog(self.log_dir, loggers)
         dist.barrier()
 
-    def save(self, engine: Engine, step: int, state: dict, metrics: dict[str, float], ended: bool) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        state: dict,
+        metrics: dict[str, float],
+        ended: bool,
+        extra: dict[str, dict] | None = None,
+    ) -> Path:
         """Save all that the run needs to go on after this step, as `<run>/checkpoints/step-<n>`.
 
         Args:
             state: the trainer's own, JSON-serialisable; `restore` gives it back.
             metrics: of this step, for `best`.
             ended: whether this is the run's last checkpoint.
+            extra: the trainer's own tensors, see `save_checkpoint`.
         """
+        self._finish_saving()
         folder = self.checkpoints.path(step)
         fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
         model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
         trainer = {"step": step, "scheduler_steps": engine.scheduler.num_steps, "metrics": metrics, "state": state}
         info = {"model": model, "trainer": trainer, "config": self.resolved, "versions": _versions()}
         if not folder.exists():  # the last step of a run that is started again when it had ended
-            save_checkpoint(
-                folder,
-                engine.module,
-                info,
-                engine.optimizer,
-                lambda unfinished: self.tokenizer.save(unfinished / "tokenizer"),
+            in_background = self.config.exp_manager.checkpoint_callback_params.async_save and not ended
+            self._saving = CheckpointSave(
+                folder, engine.module, info, engine.optimizer, self._save_companions, extra, in_background
             )
-        if self.is_main:
-            self.checkpoints.arrange(step, ended)
-        dist.barrier()
+        self._saved = step, ended
+        if self._saving is None or not self._saving.in_background:
+            self._finish_saving()
         return self.checkpoints.folder / "final" if ended else folder
 
-    def restore(self, engine: Engine) -> tuple[int, dict]:
-        """Go on where the run's last checkpoint was taken: (its step, the trainer's state); (0, {}) for a new run."""
-        folder = self.resume_from
-        if folder is None:
+    def _finish_saving(self, wait: bool = True) -> None:
+        """See whether the checkpoint in the making is whole, and if so link to it."""
+        if self._saved is None:
+            return
+        if self._saving is not None:
+            if wait:
+                self._saving.finish()
+            elif not self._saving.is_finished():
+                return
+        if self.is_main:
+            self.checkpoints.arrange(*self._saved)
+        dist.barrier()
+        self._saving = self._saved = None
+
+    def _save_companions(self, checkpoint: Path) -> None:
+        self.tokenizer.save(checkpoint / "tokenizer")
+        if self.pretrained is not None:
+            self.pretrained.copy_source(checkpoint)
+
+    @property
+    def resumed(self) -> tuple[int, dict]:
+        """Where the run goes on: (the last step taken, the trainer's state); (0, {}) for a new run."""
+        if self.resume_from is None:
             return 0, {}
-        trainer = read_checkpoint_info(folder)["trainer"]
-        load_weights(folder, engine.module)
-        load_optimizer(folder, engine.module, engine.optimizer)
-        engine.scheduler.step(increment=trainer["scheduler_steps"])
-        same = load_rng(folder)
-        self.say(f"going on after step {trainer['step']} from {folder}")
-        if not same:
-            self.say("another number of ranks: random numbers start anew, which no recipe of ours draws while training")
+        trainer = read_checkpoint_info(self.resume_from)["trainer"]
         return trainer["step"], trainer["state"]
+
+    def restore(self, engine: Engine) -> tuple[int, dict]:
+        """Put the model and its optimizer where `resumed` is, and return that."""
+        folder = self.resume_from
+        if folder is not None:
+            load_weights(folder, engine.module)
+            load_optimizer(folder, engine.module, engine.optimizer)
+            engine.scheduler.step(increment=read_checkpoint_info(folder)["trainer"]["scheduler_steps"])
+            same = load_rng(folder)
+            self.say(f"going on after step {self.resumed[0]} from {folder}")
+            if not same:
+                self.say(
+                    "another number of ranks: random numbers start anew, which no recipe of ours draws while training"
+                )
+        return self.resumed
 
     def progress(self, total: int, what: str, done: int = 0, unit: str = "step"):
         """A bar over steps, or what the unit says, on rank 0 only."""
@@ -189,11 +240,19 @@ class Session:
         if self.is_main:
             tqdm.write(text)
 
-    def out_of_time(self) -> bool:
-        """Whether max_time_per_run has passed; all ranks agree."""
-        late = torch.tensor([time.monotonic() > self._deadline], dtype=torch.int32, device=self.device)
-        dist.all_reduce(late, op=dist.ReduceOp.MAX)
-        return bool(late.item())
+    def say_saved(self, folder: Path, step: int, stopped: str) -> None:
+        """Where the last checkpoint is, and how to go on if the run has been stopped before its end."""
+        if stopped:
+            self.say(f"{stopped} after step {step}: saved in {folder}; exp_manager.resume_if_exists=true goes on")
+        else:
+            self.say(f"checkpoint in {folder}")
+
+    def must_stop(self) -> str:
+        """Why the run must save and stop now, or ""; all ranks agree. For the end of each step: looks after saving, too."""
+        self._finish_saving(wait=False)
+        reason = torch.tensor([self._stop_requests.now()], dtype=torch.int32, device=self.device)
+        dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+        return REASONS[int(reason.item())]
 
     @staticmethod
     def agreed(value: Any) -> Any:
@@ -219,23 +278,5 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = 
     )
 
 
-def _check_architecture(model: GPTModelConfig, saved: dict, folder: str) -> None:
-    fields = dataclasses.asdict(model)
-    for name in ARCHITECTURE:
-        here, there = fields[name], saved.get(name)
-        if here != there:
-            raise ValueError(f"model.{name}={here}, but the checkpoint {folder} was made with {name}={there}")
-
-
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("megatron-ext", "megatron-core", "torch")}
-
-
-def _deadline(text: str | None) -> float:
-    if text is None:
-        return float("inf")
-    try:
-        days, hours, minutes, seconds = (int(part) for part in text.split(":"))
-    except ValueError:
-        raise ValueError(f'trainer.max_time_per_run must be quoted and look like "DD:HH:MM:SS", got {text!r}') from None
-    return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds

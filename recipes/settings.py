@@ -6,6 +6,8 @@ error that names the nearest known one.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from megatron_ext.losses.lftf import loss_weights
 from megatron_ext.models.blocks import check_block
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.generation import SamplingParams
-from megatron_ext.models.locate import ESTIMATORS
+from megatron_ext.models.locate import ESTIMATORS, check_excluded
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.config import at_least
 from recipes.video import VideoSettings
@@ -41,6 +43,8 @@ class CheckpointCallbackSection:
     monitor: str | None = None
     # "min" or "max": which of its values are better.
     mode: str = "min"
+    # Write in processes of their own while training goes on; on a CPU this costs the memory of what training overwrites.
+    async_save: bool = False
 
     def __post_init__(self):
         at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
@@ -55,14 +59,29 @@ class ExpManagerSection:
     # Folder of this run; must be new or empty, or with resume_if_exists hold the same run.
     explicit_log_dir: str
     create_tensorboard_logger: bool = True
+    # Weights & Biases, with {name: ..., project: ..., offline: true}. WANDB_MODE=offline keeps it on this machine, too.
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    # MLflow (pip install mlflow), with {experiment_name: ..., tracking_uri: ...}; without a URI into mlflow.db of this folder.
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks.
     resume_if_exists: bool = False
     checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
 
+    def __post_init__(self):
+        if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
+            raise ValueError(
+                "exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"
+            )
+        for name in ("wandb", "mlflow"):
+            if getattr(self, f"create_{name}_logger") and importlib.util.find_spec(name) is None:
+                raise ValueError(f"exp_manager.create_{name}_logger=true: {name} is not installed: pip install {name}")
+
 
 @dataclass
 class CheckpointSection:
-    # A checkpoint folder of ours to start from.
+    # A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a checkpoint folder of ours to start from.
     restore_from_path: str | None = None
     # A block's weights to put into it, as recipes/train_lftf.py leaves them (delta.safetensors).
     delta_path: str | None = None
@@ -217,13 +236,15 @@ class LFTFSettings:
     # Training prompts that an estimator asks, evenly spread over them; null: all.
     locate_prompts: int | None = 512
     # abs_diff, balanced or sum; with hint and kl beside, and weights: balanced+hint+0.5*kl.
-    loss: str = "balanced"
+    loss: str = "balanced+hint"
     # Passes over the training prompts.
     max_epochs: int = 2
     # Optimizer steps instead.
     max_steps: int | None = None
     # Steps between validations on the dev professions.
     val_check_interval: int = 10
+    # Steps between checkpoints to go on from; 0: only the last, and where max_time_per_run stops.
+    save_interval: int = 0
     # Stop after this many validations without a lower AFGB within the guard; null: never.
     patience: int | None = 5
     # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was; 0: no guard.
@@ -244,7 +265,7 @@ class LFTFSettings:
             raise ValueError(f"trainer.lftf.loss: {error}") from error
         at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
         at_least("trainer.lftf", self, 2, "locate_prompts")
-        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass")
+        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass", "save_interval")
         if self.min_pronoun_mass > 1:
             raise ValueError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
 
@@ -277,6 +298,8 @@ class LocateSettings:
 
     def __post_init__(self):
         at_least("trainer.locate", self, 2, "locate_prompts")
+        if not self.estimators:
+            raise ValueError(f"trainer.locate.estimators is empty: name some of {', '.join(ESTIMATORS)}")
         if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
             raise ValueError(
                 f"trainer.locate.estimators: {unknown[0]!r} does not exist; there are: {', '.join(ESTIMATORS)}"
@@ -300,7 +323,7 @@ class BiasEvalTrainerSection:
 
 @dataclass
 class TrainedModel(GPTModelConfig):
-    # Folder of a Hugging Face tokenizer; None: the one saved with the checkpoint.
+    # Folder of a Hugging Face tokenizer; None: the one beside the weights of pretrained_checkpoint.
     tokenizer: str | None = None
     seed: int = 1
     # Packed per stream: samples in SFT, prompts with all their responses in GRPO, prompts in LFTF.
@@ -493,7 +516,6 @@ class LFTFConfig:
 
     def __post_init__(self):
         lftf = self.trainer.lftf
-        _refuse_resuming(self.exp_manager, "an LFTF run")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise ValueError("pretrained_checkpoint.restore_from_path is not set: name the checkpoint to fine-tune")
         if "kl" in lftf.weights and self.data.text_path is None:
@@ -508,13 +530,9 @@ class LFTFConfig:
                 "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
                 "selective or null (below the block nothing is kept anyway)"
             )
-        named = {"block": [lftf.block] if isinstance(lftf.block, int) else [], "exclude_blocks": lftf.exclude_blocks}
-        for key, blocks in named.items():
-            for block in blocks:
-                try:
-                    check_block(block, self.model.num_layers)
-                except ValueError as error:
-                    raise ValueError(f"trainer.lftf.{key}: {error}") from error
+        if isinstance(lftf.block, int):
+            _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
+        _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)
 
 
 @dataclass
@@ -551,6 +569,14 @@ class BiasEvalConfig:
             raise ValueError(
                 "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
             )
+
+
+def _explain(key: str, check: Callable[..., None], *arguments: Any) -> None:
+    """A check's ValueError with the key that it is about."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _refuse_resuming(manager: ExpManagerSection, what: str) -> None:

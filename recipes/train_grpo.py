@@ -12,15 +12,16 @@ from pathlib import Path
 
 def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
-    from recipes.config import build
+    from recipes import reward_server  # noqa: F401  registers the reward http
     from recipes.data import load_prompts
     from recipes.grpo_trainer import GRPOTrainer
+    from recipes.pretrained import configure
     from recipes.rewards import check_rows, get_reward
     from recipes.session import Session
     from recipes.settings import GRPOConfig
     from recipes.video import VideoReader
 
-    config = build(GRPOConfig, cfg)
+    config, cfg = configure(GRPOConfig, cfg)
     reward = get_reward(config.trainer.grpo.reward)
     session = Session(config, cfg)
     limit = config.data.max_prompt_length

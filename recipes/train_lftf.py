@@ -12,16 +12,16 @@ from pathlib import Path
 
 def main(cfg: dict) -> None:
     from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens
-    from recipes.config import build
     from recipes.lftf_trainer import LFTFTrainer
+    from recipes.pretrained import configure
     from recipes.session import Session
     from recipes.settings import LFTFConfig
 
-    config = build(LFTFConfig, cfg)
+    config, cfg = configure(LFTFConfig, cfg)
     session = Session(config, cfg)
     data, limit = config.data, config.model.encoder_seq_length
     pair = pair_tokens(session.tokenizer, (data.prompts.pair.first, data.prompts.pair.second))
-    prompts = load_prompt_sets(data.prompts, session.tokenizer)
+    prompts = load_prompt_sets(data.prompts, session.tokenizer, limit)
     texts = load_texts(data.text_path, session.tokenizer, limit) if data.text_path else []
     path = data.validation_text_path
     validation_texts = load_texts(path, session.tokenizer, limit) if path else []

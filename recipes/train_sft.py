@@ -11,14 +11,14 @@ from pathlib import Path
 
 def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
-    from recipes.config import build
     from recipes.data import load_pairs
+    from recipes.pretrained import configure
     from recipes.session import Session
     from recipes.settings import SFTConfig
     from recipes.sft_trainer import SFTTrainer
     from recipes.video import VideoReader
 
-    config = build(SFTConfig, cfg)
+    config, cfg = configure(SFTConfig, cfg)
     session = Session(config, cfg)
     limit = config.model.encoder_seq_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None

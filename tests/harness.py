@@ -1,10 +1,13 @@
-"""The multi-rank harness: run one function on N fresh processes and get every rank's result.
+"""The multi-rank harness: run one function on N processes and get every rank's result.
 
     results = run_ranks(scenario, 4, argument, sizes=ParallelSizes(tensor=2, pipeline=2))
 
 `scenario(device, argument)` is a module-level function. Every rank calls `initialize(sizes)` first, as a recipe does,
 through the environment variables of torchrun. The parent holds the rendezvous store, as torchrun does, so no port is
 ever guessed. With `cuda=True` the same function runs on NCCL, one GPU per rank; otherwise on gloo.
+
+Ranks on the CPU are forked from a process that has imported Megatron and done nothing else: most of the time of a fresh
+process would be those imports. Ranks on GPUs are fresh ones: CUDA does not survive a fork.
 
 A rank that raises, crashes or hangs ends the run with a `RankError` that carries its output, traceback included.
 """
@@ -23,7 +26,9 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ __all__ = ["RankError", "cuda_devices", "hide_gpus", "run_ranks"]
 ROOT = Path(__file__).parents[1]
 KEPT_DEVICES = "TEST_CUDA_VISIBLE_DEVICES"  # what hide_gpus() hid, for the ranks that want GPUs
 ALL_DEVICES = "all"
+PRELOADED = ["tests.harness", "megatron_ext.models", "megatron_ext.runtime.engine", "megatron_ext.runtime.checkpoint"]
 OUTPUT_LIMIT = 6000
 GRACE_SECONDS = 3.0  # for the other ranks to say what they saw when one has failed
 
@@ -108,7 +114,7 @@ def run_ranks(
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _start(rank: int, ranks: int, port: int, folder: Path, cuda: bool) -> subprocess.Popen:
+def _start(rank: int, ranks: int, port: int, folder: Path, cuda: bool) -> BaseProcess:
     env = dict(os.environ)
     if cuda:
         env = _with_gpus(env)
@@ -125,49 +131,59 @@ def _start(rank: int, ranks: int, port: int, folder: Path, cuda: bool) -> subpro
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")])),
     }
-    command = [sys.executable, "-W", "ignore", "-m", "tests.harness", str(folder)]
-    with open(folder / f"{rank}.log", "wb") as log:
-        return subprocess.Popen(
-            command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+    context = multiprocessing.get_context("spawn" if cuda else "forkserver")
+    if not cuda:
+        context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_rank_main, args=(folder, rank, env))
+    process.start()
+    return process
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: BaseProcess) -> None:
     """End a rank that has not ended well, with the processes it started."""
-    if process.poll() != 0:
+    if process.exitcode != 0:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+    process.join()
+    process.close()
 
 
-def _wait(processes: list[subprocess.Popen], folder: Path, timeout: float) -> None:
+def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes):
-        if any(p.poll() for p in processes):
+    while any(p.exitcode is None for p in processes):
+        if any(p.exitcode for p in processes):
             time.sleep(GRACE_SECONDS)
             break
         if time.monotonic() > deadline:
             raise RankError(f"the ranks did not finish within {timeout} s\n{_outputs(processes, folder)}")
         time.sleep(0.05)
-    if any(p.poll() for p in processes):
+    if any(p.exitcode for p in processes):
         raise RankError(_outputs(processes, folder))
 
 
-def _outputs(processes: list[subprocess.Popen], folder: Path) -> str:
+def _outputs(processes: list[BaseProcess], folder: Path) -> str:
     """The output of every rank; those that raised by themselves, not for losing a peer, usually come first in time."""
     parts = []
     for rank, process in enumerate(processes):
-        code = process.poll()
+        code = process.exitcode
         state = "still running" if code is None else f"exit status {code}"
         text = (folder / f"{rank}.log").read_text(errors="replace")[-OUTPUT_LIMIT:]
         parts.append(f"--- rank {rank} of {len(processes)}: {state}\n{text}")
     return "\n".join(parts)
 
 
-def _rank_main(folder: Path) -> None:
+def _rank_main(folder: Path, rank: int, env: dict[str, str]) -> None:
     """What a rank does. It ends without Python's shutdown, which could wait for a lost peer."""
+    os.setsid()
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    warnings.simplefilter("ignore")
     status = 1
     try:
         job = torch.load(folder / "job.pt", weights_only=False)
@@ -177,7 +193,7 @@ def _rank_main(folder: Path) -> None:
         device = initialize(job["sizes"], timeout_minutes=job["timeout"] / 60)
         set_seed(1)
         result = function(device, *job["args"])
-        torch.save(result, folder / f"{dist.get_rank()}.pt")
+        torch.save(result, folder / f"{rank}.pt")
         dist.barrier()
         shutdown()
         status = 0
@@ -189,7 +205,3 @@ def _rank_main(folder: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-if __name__ == "__main__":
-    _rank_main(Path(sys.argv[1]))

@@ -60,19 +60,23 @@ def read_rates(path: Path, known: list[str]) -> dict[str, float]:
         ValueError: a row that is no `profession,share_of_he`.
     """
     rates = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if row == ["profession", "share_of_he"]:
-                continue
-            try:
-                name, share = row[0].strip(), float(row[1])
-                if len(row) != 2 or not name or not 0 <= share <= 1:
-                    raise ValueError
-            except (ValueError, IndexError):
-                raise ValueError(
-                    f"{path}:{number}: expected profession,share_of_he with a share in 0..1, got {row}"
-                ) from None
-            rates[name] = share
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = list(csv.reader(lines, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if row == ["profession", "share_of_he"]:
+            continue
+        try:
+            name, share = row[0].strip(), float(row[1])
+            if len(row) != 2 or not name or not 0 <= share <= 1:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"{path}:{number}: expected profession,share_of_he with a share in 0..1, got {row}"
+            ) from None
+        rates[name] = share
     if unknown := sorted(set(rates) - set(known)):
         raise ValueError(f"{path}: {unknown[0]!r} is none of our professions ({len(unknown)} such)")
     if len(rates) < 10:
@@ -158,11 +162,18 @@ def make(args: argparse.Namespace) -> None:
     rng.shuffle(rows)
     seen = {start + rest for start, rest in rows}
     held_out: list[str] = []
+    idle = 0
     while len(held_out) < 2 * args.held_out:
         text = neutral_sentence(rng)
+        idle += 1
         if text not in seen:
             seen.add(text)
             held_out.append(text)
+            idle = 0
+        if idle > 10_000:
+            raise ValueError(
+                f"there are not {2 * args.held_out} neutral sentences to hold out beside --neutral {args.neutral}: lower one"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "sft.jsonl", [{"prompt": start, "response": rest} for start, rest in rows])
     write(args.out / "neutral_train.jsonl", [{"text": text} for text in held_out[: args.held_out]])

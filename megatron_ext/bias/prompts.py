@@ -36,6 +36,12 @@ class AttributePair:
     first_hint: str = "his"
     second_hint: str = "her"
 
+    def __post_init__(self):
+        for first, second in (("first", "second"), ("first_hint", "second_hint")):
+            words = getattr(self, first).strip(), getattr(self, second).strip()
+            if not all(words) or words[0] == words[1]:
+                raise ValueError(f"{first} and {second} must be two different words, got {words[0]!r} and {words[1]!r}")
+
 
 PRONOUNS = AttributePair()
 
@@ -115,7 +121,9 @@ def read_professions_json(path: str | Path, most_definitional: float = 0.5, excl
             raise ValueError(
                 f"{path}: entry {number} is {row!r}, expected [name, definitional score, stereotypical score]"
             )
-        name = row[0].replace("_", " ")
+        name = row[0].replace("_", " ").strip()
+        if not name:
+            raise ValueError(f"{path}: entry {number} has an empty name")
         if abs(row[1]) <= most_definitional and name not in excluded:
             names.append(name)
     if not names:

@@ -252,18 +252,13 @@ def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsP
     Raises:
         ValueError: a missing column, a row without two different sentences or with another direction, or no such pair.
     """
-    reader = csv.DictReader(StringIO(_text(path)), restval="")
     columns = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
-    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
-        raise ValueError(
-            f"{path}:1: no column {' or '.join(missing)}; expected CrowS-Pairs' own header, commas between"
-        )
     pairs = []
-    for row in reader:
+    for line, row in _csv_rows(path, columns):
         more, less, direction, kind = (row[column].strip() for column in columns)
         if not more or not less or more == less or direction not in ("stereo", "antistereo"):
             raise ValueError(
-                f"{path}:{reader.line_num}: expected two different sentences and stereo or antistereo, got {more!r},"
+                f"{path}:{line}: expected two different sentences and stereo or antistereo, got {more!r},"
                 f" {less!r} and {direction!r}"
             )
         pairs.append(CrowsPair(more, less, direction, kind))
@@ -274,11 +269,28 @@ def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsP
     return chosen
 
 
+def _csv_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row by column) of CrowS-Pairs' file."""
+    reader = csv.DictReader(StringIO(_text(path)), restval="")
+    try:
+        if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+            raise ValueError(
+                f"{path}:1: no column {' or '.join(missing)}; expected CrowS-Pairs' own header, commas between"
+            )
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: no CSV ({error}); is a quote left open?") from None
+
+
 def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: character {text.index(chr(0))} is a NUL; this is no text file")
+    return text
 
 
 def _table(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:

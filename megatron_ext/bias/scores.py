@@ -151,6 +151,8 @@ def bootstrap_interval(
 def _check(p_he: Tensor, p_she: Tensor) -> None:
     if p_he.dim() != 1 or p_he.shape != p_she.shape or not len(p_he):
         raise ValueError(f"expected probabilities [n] of both words, got {tuple(p_he.shape)} and {tuple(p_she.shape)}")
+    if not bool(p_he.isfinite().all() and p_she.isfinite().all()):
+        raise ValueError("probabilities are NaN or infinite: the model that gave them has diverged")
     total = p_he.double() + p_she.double()
     if not bool((p_he >= 0).all() and (p_she >= 0).all() and (total <= 1 + 1e-6).all()):
         raise ValueError("probabilities must not be negative, and those of both words add up to 1 at most")

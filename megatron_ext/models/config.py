@@ -73,7 +73,7 @@ class GPTModelConfig:
     hidden_size: int
     num_attention_heads: int
     ffn_hidden_size: int
-    # Filled from the tokenizer where a recipe has one.
+    # Rows of the embedding; null: as many as the tokenizer has tokens. Published models have more.
     vocab_size: int | None = None
     # Key/value heads (grouped-query attention); None: as many as attention heads.
     num_query_groups: int | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_ext.models.blocks import blocks_here, check_block
 from megatron_ext.models.gpt import PrefixGroupedGPT
 
-__all__ = ["apply_delta", "block_digest", "block_weights", "save_delta"]
+__all__ = ["apply_delta", "block_digest", "block_weights", "read_delta", "save_delta"]
 
 FORMAT = "megatron_ext.block_delta.1"
 
@@ -69,7 +69,8 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
         from safetensors.torch import save_file
 
         config = model.model_config
-        description = {"block": block, "num_layers": config.num_layers, "base": base}
+        dtype = str(config.dtype).removeprefix("torch.")
+        description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
         unfinished = path.with_name(path.name + ".unfinished")
         save_file(
             {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()},
@@ -80,6 +81,33 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
     dist.barrier()
 
 
+def read_delta(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(description, tensors) of a delta: block, num_layers, base and dtype.
+
+    Raises:
+        ValueError: no delta of ours, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the delta {path}: {' '.join(str(error).split())}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no delta of one block: its format is {metadata.get('format')!r}")
+    try:
+        description = json.loads(metadata["delta"])
+        kinds = {"block": int, "num_layers": int, "base": str | None, "dtype": str}
+        good = all(isinstance(description[key], kind) for key, kind in kinds.items())
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"the delta {path} is damaged: its description is not what was saved; take another")
+    return description, tensors
+
+
 def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
     """Put a delta's block into the model; every rank calls it. Returns the block's number.
 
@@ -87,24 +115,20 @@ def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
         ValueError: no delta of ours, of a model of another shape, or made from other weights. Nothing has been changed
             then.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no delta of one block: its format is {metadata.get('format')!r}")
-            description = json.loads(metadata["delta"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the delta {path}: {' '.join(str(error).split())}") from error
+    description, tensors = read_delta(path)
     block, layers = description["block"], model.model_config.num_layers
     if description["num_layers"] != layers:
         raise ValueError(
             f"the delta {path} belongs to a model of {description['num_layers']} blocks, this one has {layers}"
         )
     check_block(block, layers)
+    dtype = str(model.model_config.dtype).removeprefix("torch.")
+    if description["dtype"] != dtype:
+        raise ValueError(
+            f"the delta {path} was trained in {description['dtype']}, this model is {dtype}, in which its weights were others: "
+            "set model.precision to what it was trained in (32 or bf16)"
+        )
     new = {name.removeprefix(f"decoder.layers.{block}."): tensor for name, tensor in tensors.items()}
     current = block_weights(model, block)
     wrong = None if current is None else _mismatch(new, current, description["base"])

@@ -9,7 +9,7 @@ Shape legend: t prompt tokens in the packed stream, r responses, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts
 
 __all__ = [
     "PromptStream", "SamplingParams", "UniformDraws", "choose_tokens", "generate", "next_token_probabilities",
-    "prompt_streams",
+    "prompt_streams", "text_logits",
 ]  # fmt: skip
 
 
@@ -175,17 +175,34 @@ def next_token_probabilities(
         ValueError: an empty prompt, or one longer than the model's `encoder_seq_length`.
     """
     wanted = torch.tensor(tokens, device=next(model.parameters()).device)
-    group = parallel_state.get_model_parallel_group()
     parts = []
     for stream in prompt_streams(model, prompts, stream_tokens):
-        found = torch.empty(len(stream.ends), len(tokens), device=wanted.device)
         logits = stream.run(model)
-        if logits is not None:
-            found = logits.softmax(-1).index_select(1, wanted)
-        if group.size() > 1:
-            dist.broadcast(found, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        parts.append(found)
+        found = None if logits is None else logits.softmax(-1).index_select(1, wanted)
+        parts.append(_from_last_stage(found, (len(stream.ends), len(tokens)), wanted.device))
     return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=wanted.device)
+
+
+@torch.no_grad()
+def text_logits(model: PrefixGroupedGPT, text: Sequence[int] | MediaPrompt) -> Tensor:
+    """Logits behind every token of one text, fp32 [tokens, v], known on every rank of the model-parallel group.
+
+    Raises:
+        ValueError: an empty text, or one longer than the model's `encoder_seq_length`.
+    """
+    (stream,) = prompt_streams(model, [text], stream_tokens=len(text))
+    rows = torch.arange(len(text), device=stream.ends.device)
+    shape = len(text), model.model_config.vocab_size
+    return _from_last_stage(replace(stream, ends=rows).run(model), shape, rows.device)
+
+
+def _from_last_stage(values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32 values that the last pipeline stage has, on every rank of the model-parallel group, whose last rank it holds."""
+    group = parallel_state.get_model_parallel_group()
+    values = torch.empty(shape, device=device) if values is None else values.contiguous()
+    if group.size() > 1:
+        dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return values
 
 
 @dataclass(frozen=True)

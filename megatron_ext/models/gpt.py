@@ -229,4 +229,6 @@ def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
     ).to(device)
     count = sum(p.numel() for p in model.parameters())
     logger.info("built a GPT with %d parameters on this rank, precision %s", count, config.precision)
+    if config.padded_vocab_size > config.vocab_size:
+        logger.info("its vocabulary of %d rows is padded to %d", config.vocab_size, config.padded_vocab_size)
     return model

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from megatron_ext.bias.ranking import BlockRanking
 from megatron_ext.losses.lftf import pair_loss
-from megatron_ext.models.blocks import blocks_here, tapped
+from megatron_ext.models.blocks import blocks_here, check_block, tapped
 from megatron_ext.models.generation import PromptStream, prompt_streams
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.pairs import pack_pairs, split_pairs
 from megatron_ext.runtime.engine import Engine, Microbatch
 
-__all__ = ["ESTIMATORS", "BiasProbe", "rank_blocks"]
+__all__ = ["ESTIMATORS", "BiasProbe", "check_excluded", "rank_blocks"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,19 @@ def rank_blocks(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"BMI estimator {estimator!r} does not exist; there are: {', '.join(ESTIMATORS)}")
+    check_excluded(exclude, model.model_config.num_layers)
     return BlockRanking.of(estimator, ESTIMATORS[estimator](model, probe), exclude)
+
+
+def check_excluded(exclude: Collection[int], num_layers: int) -> None:
+    """
+    Raises:
+        ValueError: a block that does not exist, or all of them.
+    """
+    for block in exclude:
+        check_block(block, num_layers)
+    if len(set(exclude)) == num_layers:
+        raise ValueError(f"all {num_layers} blocks are excluded; leave at least one to choose")
 
 
 @torch.no_grad()

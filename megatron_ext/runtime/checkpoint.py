@@ -7,10 +7,13 @@ there before.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,29 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.runtime.checkpoint_files import (
+    SUMS_FOLDER,
+    WriterResults,
+    check_files,
+    flush,
+    flush_one,
+    gather_checksums,
+    with_checksums,
+)
 from megatron_ext.runtime.optimizer_state import adam_step, load_optimizer_tensors, sharded_optimizer_state
 from megatron_ext.runtime.rng import get_rng_state, set_rng_state
 
-__all__ = ["has_optimizer", "load_optimizer", "load_rng", "load_weights", "read_checkpoint_info", "save_checkpoint"]
+__all__ = [
+    "INFO_FILE", "CheckpointSave", "has_optimizer", "load_optimizer", "load_rng", "load_tensors", "load_weights",
+    "read_checkpoint_info", "remove_unfinished", "save_checkpoint",
+]  # fmt: skip
 
-INFO_FILE, WEIGHTS_FOLDER, OPTIMIZER_FOLDER, RNG_FOLDER = "checkpoint.json", "weights", "optimizer", "rng"
+INFO_FILE = "checkpoint.json"
+WEIGHTS_FOLDER, OPTIMIZER_FOLDER, RNG_FOLDER = "weights", "optimizer", "rng"
 
 
 def save_checkpoint(
@@ -36,6 +53,7 @@ def save_checkpoint(
     info: dict[str, Any],
     optimizer=None,
     save_more: Callable[[Path], None] | None = None,
+    extra: dict[str, dict] | None = None,
 ) -> None:
     """Save a model, and with the optimizer all that a run needs to go on; every rank calls it.
 
@@ -44,43 +62,123 @@ def save_checkpoint(
         info: JSON-serialisable description, e.g. the model's configuration and the trainer's state.
         optimizer: Megatron's; its state and that of every rank's random numbers are kept. None for weights alone.
         save_more: called on rank 0 with the unfinished folder, to write what belongs to the checkpoint.
+        extra: sharded tensors of the caller's own, by the name of a folder; `load_tensors` reads one.
 
     Raises:
         FileExistsError: the folder exists.
-        OSError: the disk has no room for it; nothing has been written.
+        OSError: the disk has no room for it, or cannot be written to; nothing that was there before has been touched.
     """
-    device = next(model.parameters()).device
-    if _any_rank(folder.exists(), device):
-        raise FileExistsError(f"{folder} exists already; a checkpoint is never overwritten, choose another folder")
-    parts = {WEIGHTS_FOLDER: model.sharded_state_dict()}
-    if optimizer is not None:
-        info = info | {"adam_step": adam_step(optimizer)}
-        parts[OPTIMIZER_FOLDER] = sharded_optimizer_state(model, optimizer)
-    _check_space(folder, parts, device)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        for name in (*parts, RNG_FOLDER):
-            (unfinished / name).mkdir(parents=True)
-    dist.barrier()
-    try:
-        for name, state in parts.items():
-            if _any_rank(bool(state), device):  # an optimizer's state is empty where nothing trains
-                dist_checkpointing.save(state, str(unfinished / name))
-    finally:
-        _end_manager_process()
-    if optimizer is not None:
-        save_file(get_rng_state(), str(_rng_file(unfinished)))
-        _flush_one(_rng_file(unfinished))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if save_more is not None:
-            save_more(unfinished)
-        (unfinished / INFO_FILE).write_text(json.dumps(info, indent=2), encoding="utf-8")
-        _flush(unfinished)
-        os.replace(unfinished, folder)
-        _flush_one(folder.parent)
-    dist.barrier()
+    CheckpointSave(folder, model, info, optimizer, save_more, extra, in_background=False).finish()
+
+
+class CheckpointSave:
+    """A checkpoint that is being written; every rank has one. Arguments and errors are those of `save_checkpoint`.
+
+    Args:
+        in_background: this rank's part is written by a process of its own, from the values that they have now. Call
+            `is_finished` now and then, and `finish` before the next one is begun.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: torch.nn.Module,
+        info: dict[str, Any],
+        optimizer=None,
+        save_more: Callable[[Path], None] | None = None,
+        extra: dict[str, dict] | None = None,
+        in_background: bool = True,
+    ):
+        self.folder, self.in_background, self._save_more = folder, in_background, save_more
+        device = next(model.parameters()).device
+        if _any_rank(folder.exists(), device):
+            raise FileExistsError(f"{folder} exists already; a checkpoint is never overwritten, choose another folder")
+        parts = {WEIGHTS_FOLDER: model.sharded_state_dict(), **(extra or {})}
+        if optimizer is not None:
+            info = info | {"adam_step": adam_step(optimizer)}
+            parts[OPTIMIZER_FOLDER] = sharded_optimizer_state(model, optimizer)
+        self._info = json.dumps(info)  # as it is now
+        _check_space(folder, parts, device)
+        # Never the name of an earlier attempt, whose writers may be alive though its ranks were killed.
+        name = [f"{folder.name}.unfinished-{uuid.uuid4().hex[:8]}"]
+        dist.broadcast_object_list(name, src=0)
+        self._unfinished = folder.with_name(name[0])
+        if dist.get_rank() == 0:
+            remove_unfinished(folder.parent, folder.name)
+            for name in (*parts, RNG_FOLDER, SUMS_FOLDER):
+                (self._unfinished / name).mkdir(parents=True)
+        dist.barrier()
+        if optimizer is not None:
+            save_file(get_rng_state(), str(_rng_file(self._unfinished)))
+            flush_one(_rng_file(self._unfinished))
+        self._background = AsyncCallsQueue()
+        with self._explained():
+            for name, state in parts.items():
+                if _any_rank(bool(state), device):  # an optimizer's state is empty where nothing trains
+                    self._write(state, self._unfinished / name, in_background)
+        self._named = False
+
+    def _write(self, state: dict, place: Path, in_background: bool) -> None:
+        with WriterResults() as results:
+            request = dist_checkpointing.save(state, str(place), async_sharded_save=True)
+        if request.async_fn is None:  # this rank has nothing to write
+            results.discard()
+        else:
+            request = request._replace(async_fn=functools.partial(with_checksums, request.async_fn))
+        if in_background:
+            self._background.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def is_finished(self) -> bool:
+        """Whether the checkpoint is whole and has its name; every rank calls it and gets the same answer."""
+        with self._explained():
+            self._background.maybe_finalize_async_calls()
+        if self._background.get_num_unfinalized_calls():
+            return False
+        self._give_name()
+        return True
+
+    def finish(self) -> None:
+        """Wait until it is; every rank calls it."""
+        with self._explained():
+            self._background.maybe_finalize_async_calls(blocking=True)
+        self._give_name()
+
+    def _give_name(self) -> None:
+        if self._named:
+            return
+        self._named = True
+        dist.barrier()
+        if dist.get_rank() == 0:
+            with self._explained():
+                if self._save_more is not None:
+                    self._save_more(self._unfinished)
+                info = json.loads(self._info) | {"files": gather_checksums(self._unfinished)}
+                (self._unfinished / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
+                flush(self._unfinished)
+                os.replace(self._unfinished, self.folder)
+                flush_one(self.folder.parent)
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What cannot be written, in one line."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            free = shutil.disk_usage(self.folder.parent).free
+            raise OSError(
+                f"the checkpoint {self.folder} could not be written ({' '.join(str(first).split())[:200]}; "
+                f"{free / 2**30:.2f} GiB are free there); the earlier ones are untouched"
+            ) from error
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what killed runs have left of checkpoints in a folder. Rank 0 alone, while nothing is being saved there."""
+    for path in folder.glob(f"{name}.unfinished*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _any_rank(here: bool, device: torch.device) -> bool:
@@ -115,33 +213,8 @@ def _num_bytes(state: dict) -> int:
     return found
 
 
-def _flush(folder: Path) -> None:
-    """Everything in a folder to the disk, so that the rename that follows cannot outlive it."""
-    for path in folder.rglob("*"):
-        _flush_one(path)
-    _flush_one(folder)
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _end_manager_process() -> None:
-    """End the manager process that Megatron starts for a save and keeps until the interpreter exits.
-
-    A rank that ends by a signal or os._exit would leave it behind, 200 MB each.
-    """
-    queue, filesystem_async._results_queue = filesystem_async._results_queue, None
-    if queue is not None:
-        queue._manager.shutdown()
-
-
 def read_checkpoint_info(folder: Path) -> dict[str, Any]:
-    """The `info` of `save_weights`.
+    """The `info` of `save_checkpoint`, with `files`: [bytes, CRC-32] of each file.
 
     Raises:
         ValueError: no checkpoint of ours there, or a damaged one.
@@ -155,7 +228,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
-    if not isinstance(info, dict) or not (path.parent / WEIGHTS_FOLDER).is_dir():
+    if not isinstance(info, dict) or "files" not in info or not (path.parent / WEIGHTS_FOLDER).is_dir():
         raise ValueError(
             f"{folder} is damaged: {INFO_FILE} or {WEIGHTS_FOLDER}/ is not what was saved; take another checkpoint"
         )
@@ -163,13 +236,24 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Load weights saved under any layout into this rank's stage; every rank calls it."""
-    read_checkpoint_info(folder)
+    """Load weights saved under any layout into this rank's stage; every rank calls it.
+
+    Raises:
+        ValueError: no checkpoint of ours, one with damaged files, or one of another model.
+    """
+    _check_part(folder, WEIGHTS_FOLDER)
     state = dist_checkpointing.load(model.sharded_state_dict(), str(Path(folder) / WEIGHTS_FOLDER))
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
     if wrong:
         raise ValueError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
+
+
+def _check_part(folder: Path, part: str) -> dict[str, Any]:
+    """The checkpoint's `info`, once the files of a part have been found as they were saved."""
+    info = read_checkpoint_info(folder)
+    check_files(Path(folder), part, info["files"])
+    return info
 
 
 def has_optimizer(folder: Path) -> bool:
@@ -181,11 +265,11 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer) -> None:
     """Load the optimizer's state saved under any layout, with or without the distributed optimizer; every rank calls it.
 
     Raises:
-        ValueError: the checkpoint has weights alone, or another set of parameters trained.
+        ValueError: the checkpoint has weights alone or damaged files, or another set of parameters trained.
     """
-    info = read_checkpoint_info(folder)
     if not has_optimizer(folder):
         raise ValueError(f"{folder} holds weights alone: a run cannot go on from it, only start from its weights")
+    info = _check_part(folder, OPTIMIZER_FOLDER)
     state = sharded_optimizer_state(model, optimizer, empty=True)
     try:
         loaded = dist_checkpointing.load(state, str(Path(folder) / OPTIMIZER_FOLDER))
@@ -196,11 +280,28 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer) -> None:
     load_optimizer_tensors(model, optimizer, loaded, info["adam_step"])
 
 
+def load_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors that were saved as `extra`, for the sharded tensors in `state`; every rank calls it.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or was saved without them.
+    """
+    info = _check_part(folder, name)
+    if not any(file.startswith(f"{name}/") for file in info["files"]):
+        raise ValueError(f"{folder} has no {name}/: it was saved by another recipe")
+    return dist_checkpointing.load(state, str(Path(folder) / name))
+
+
 def load_rng(folder: Path) -> bool:
-    """Put this rank's random numbers where they were, if as many ranks saved them; whether that was done."""
-    files = sorted((Path(folder) / RNG_FOLDER).glob("*.safetensors"))
-    if len(files) != dist.get_world_size():
+    """Put this rank's random numbers where they were, if as many ranks saved them; whether that was done.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    saved = [name for name in read_checkpoint_info(folder)["files"] if name.startswith(f"{RNG_FOLDER}/")]
+    if len(saved) != dist.get_world_size():
         return False
+    _check_part(folder, RNG_FOLDER)
     set_rng_state(load_file(str(_rng_file(Path(folder)))))
     return True
 

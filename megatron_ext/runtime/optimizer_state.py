@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-__all__ = ["adam_step", "load_optimizer_tensors", "sharded_optimizer_state"]
+__all__ = ["adam_step", "load_optimizer_tensors", "sharded_like_parameters", "sharded_optimizer_state"]
 
 MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "master"
 
@@ -29,17 +29,29 @@ def sharded_optimizer_state(model: torch.nn.Module, optimizer, empty: bool = Fal
     Args:
         empty: room to load into, not the values.
     """
+    values: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in _trained(model):
+        for state, value in _whole(optimizer, parameter, empty).items():
+            values.setdefault(state, {})[name] = value
+    return {
+        f"{state}/{name}": place
+        for state, tensors in values.items()
+        for name, place in sharded_like_parameters(model, tensors, f"optimizer.{state}").items()
+    }
+
+
+def sharded_like_parameters(model: torch.nn.Module, values: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Sharded tensors of values that have the shapes of parameters, by the parameters' names; `prefix` begins their keys."""
     # Layer by layer: Megatron's own stack of all layers has holes where some are frozen, and cannot be saved.
     states = [layer.sharded_state_dict(f"decoder.layers.{layer.layer_number - 1}.") for layer in model.decoder.layers]
     places = {id(s.data): s for state in (model.sharded_state_dict(), *states) for s in _sharded(state)}
-    found = {}
-    for name, parameter in _trained(model):
-        place = places[id(parameter)]
-        for state, value in _whole(optimizer, parameter, empty).items():
-            key = {"key": f"optimizer.{state}.{place.key}", "data": value}
-            if isinstance(place, ShardedTensor):
-                key["dtype"] = value.dtype
-            found[f"{state}/{name}"] = replace(place, **key)
+    parameters, found = dict(model.named_parameters()), {}
+    for name, value in values.items():
+        place = places[id(parameters[name])]
+        changes = {"key": f"{prefix}.{place.key}", "data": value}
+        if isinstance(place, ShardedTensor):
+            changes["dtype"] = value.dtype
+        found[name] = replace(place, **changes)
     return found
 
 

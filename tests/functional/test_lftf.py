@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_ext.bias.prompts import bias_prompts, hint_prompts, read_professions_json, split_by_profession
 from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.models.delta import apply_delta
+from megatron_ext.models.delta import apply_delta, read_delta
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
 from recipes.config import build
 from recipes.data import load_tokenizer
@@ -82,6 +85,68 @@ def test_a_run_leaves_its_report(mended):
     assert found["best_step"] == min(kept, key=lambda v: v["val/afgb"])["step"]
     steps = [r["step"] for r in metrics(mended)]
     assert steps == list(range(found["steps"] + 1))
+
+
+def test_a_run_that_was_stopped_goes_on_bitwise(bias_task, world, tmp_path):
+    """Stopped after its first step, and started again; beside it one that is left alone and saves in the background."""
+    settings = ["trainer.lftf.max_steps=10", "trainer.lftf.val_check_interval=2", "trainer.lftf.save_interval=3",
+                "trainer.lftf.loss=balanced+2*hint+kl", "trainer.lftf.locate_prompts=20", "trainer.devices=1"]  # fmt: skip
+    resume = "exp_manager.resume_if_exists=true"
+    runs = {
+        "straight": [["exp_manager.checkpoint_callback_params.async_save=true"]],
+        "stopped": [[resume, 'trainer.max_time_per_run="00:00:00:00"'], [resume]],
+    }
+    for name, starts in runs.items():
+        for more in starts:
+            done = bias_task.lftf(tmp_path / name, *settings, *more)
+            assert done.code == 0, done.err
+        steps = "step-1" if name == "stopped" else "step-3"
+        assert (tmp_path / name / "checkpoints" / steps / "best").is_dir()
+    assert "going on after step 1" in done.out + done.err
+    assert result(tmp_path / "stopped") == result(tmp_path / "straight")
+    found = [weights(tmp_path / name / "checkpoints/final", world) for name in runs]
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    (about, delta), (other_about, other) = (read_delta(tmp_path / name / "delta.safetensors") for name in runs)
+    assert about == other_about and delta.keys() == other.keys()
+    assert all(torch.equal(other[name], value) for name, value in delta.items())
+    rows = [[{k: v for k, v in r.items() if not k.startswith("timers/")} for r in metrics(tmp_path / n)] for n in runs]
+    assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == list(range(11))
+
+
+def test_a_run_that_diverges_ends_with_its_best_state(bias_task, world, tmp_path):
+    done = bias_task.lftf(
+        tmp_path / "run", "trainer.lftf.max_steps=6", "trainer.lftf.val_check_interval=1", "trainer.lftf.block=1",
+        "trainer.lftf.loss=abs_diff", "model.optim.lr=1e20", "model.optim.sched.warmup_steps=0", "trainer.devices=1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = result(tmp_path / "run")
+    assert "diverged" in found["stopped"] and found["steps"] < 6 and found["best_step"] == 0
+    assert {k: found["after"][k] for k in NUMBERS} == {k: found["before"][k] for k in NUMBERS}
+    before, after = weights(bias_task.checkpoint, world), weights(tmp_path / "run/checkpoints/final", world)
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+DAMAGED = {
+    "no description": lambda about: {"format": about["format"]},
+    "broken description": lambda about: about | {"delta": about["delta"][:-5]},
+    "no base": lambda about: about | {"delta": json.dumps({**json.loads(about["delta"]), "base": 3})},
+    "trained in bfloat16": lambda about: (
+        about | {"delta": json.dumps({**json.loads(about["delta"]), "dtype": "bfloat16"})}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_delta_is_one_line(damage, bias_task, mended, world, tmp_path):
+    with safe_open(str(mended / "delta.safetensors"), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        save_file(tensors, str(tmp_path / "d"), metadata=DAMAGED[damage](file.metadata()))
+    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"]), world)
+    load_weights(bias_task.checkpoint, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="is damaged" if "trained" not in damage else "set model.precision"):
+        apply_delta(tmp_path / "d", model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_the_delta_is_the_checkpoint(bias_task, mended, tmp_path):
@@ -166,6 +231,10 @@ CROWS = """,sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_wri
 0,The lamp was cold because he was tired.,The lamp was cold because she was tired.,stereo,gender,[],a0,[]
 1,The road was wet and she was glad.,The road was wet and he was glad.,antistereo,gender,[],a0,[]
 2,The house was old.,The house was new.,stereo,age,[],a0,[]
+3,The river was long because he was tired.,The river was long and dark.,stereo,gender,[],a0,[]
+4,She.,She wanted to help because the road was wet and cold.,stereo,gender,[],a0,[]
+5,The clock in the hall was quiet because of the rain and he was tired.,He was late.,stereo,gender,[],a0,[]
+6,Nobody came.,He put down the lamp in the corner because she was in a hurry.,antistereo,gender,[],a0,[]
 """
 WINOBIAS = [
     "1 [The {}] thanked the {} because [{}] was in a hurry.",
@@ -194,8 +263,8 @@ def checks(bias_task, tmp_path_factory) -> list[str]:
 
 
 def test_transformers_agrees(bias_task, checks, world, tmp_path):
-    """The recipe on our checkpoint under TP x PP, the recipe on a Hugging Face folder of the same weights, and
-    transformers called here, one prompt at a time."""
+    """The recipe on our checkpoint under TP, the recipe on a Hugging Face folder of the same weights (in transformers, and
+    read by us on two ranks), and transformers called here, one prompt at a time."""
     folder = tmp_path / "llama"
     config = build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"])
     save_llama(folder, weights(bias_task.checkpoint, world), config)
@@ -206,18 +275,23 @@ def test_transformers_agrees(bias_task, checks, world, tmp_path):
     assert done.code == 0, done.err
     done = bias_task.evaluate(tmp_path / "theirs", folder, *checks)
     assert done.code == 0, done.err
-    ours, theirs = (json.loads((tmp_path / name / "bias.json").read_text()) for name in ("ours", "theirs"))
+    done = bias_task.evaluate(tmp_path / "imported", folder, *checks, "trainer.devices=2")
+    assert done.code == 0, done.err
+    names = ("ours", "theirs", "imported")
+    ours, theirs, imported = (json.loads((tmp_path / name / "bias.json").read_text()) for name in names)
     assert_same_numbers(ours, theirs)
+    assert_same_numbers(imported, theirs)
     for key in ("crows_pairs_stereotype_share", "winobias_stereotype_share", "winogender_accuracy"):
         assert ours[key] == theirs[key] and 0 <= ours[key] <= 1, key
-    afgb, ub = direct_scores(folder, read_professions_json(bias_task.professions))
+    afgb, ub, crows = direct_scores(folder, read_professions_json(bias_task.professions))
     assert abs(ours["afgb"] - afgb) <= BOUND and abs(ours["ub"] - ub) <= BOUND
+    assert 0 < crows < 1 and ours["crows_pairs_stereotype_share"] == crows
     assert (tmp_path / "theirs" / "professions.png").stat().st_size > 5000
 
 
 @torch.no_grad()
-def direct_scores(folder, names: list[str]) -> tuple[float, float]:
-    """AFGB and UB of the test professions by transformers alone."""
+def direct_scores(folder, names: list[str]) -> tuple[float, float, float]:
+    """AFGB and UB of the test professions, and CROWS' share, by transformers alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
@@ -231,7 +305,15 @@ def direct_scores(folder, names: list[str]) -> tuple[float, float]:
     test = split_by_profession(names)["test"]
     bias = [abs(difference(p.prompt)) for p in bias_prompts(test)]
     hinted = [p.hint * difference(p.prompt) for p in hint_prompts(test)]
-    return sum(bias) / len(bias), sum(hinted) / len(hinted)
+
+    def likelihood(text: str) -> float:
+        tokens = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(text)]])
+        logprobs = model(tokens).logits[0, :-1].double().log_softmax(-1)
+        return float(logprobs.gather(1, tokens[0, 1:, None]).sum())
+
+    rows = [row for row in csv.DictReader(CROWS.splitlines()) if row["bias_type"] == "gender"]
+    crows = [likelihood(row["sent_more"]) > likelihood(row["sent_less"]) for row in rows]
+    return sum(bias) / len(bias), sum(hinted) / len(hinted), sum(crows) / len(crows)
 
 
 def test_locating_alone(bias_task, tmp_path):

@@ -94,3 +94,14 @@ def test_the_first_step_is_the_same_however_it_is_run(task, grouped, tmp_path, l
     if layout == ["model.micro_batch_tokens=300"]:
         assert other["train_optim/saving_kept"] == 1  # every group fits
         assert other["train_optim/tokens_saved"] > 0.5
+
+
+def test_weights_and_biases_offline(task, tmp_path):
+    done = task.sft(
+        tmp_path / "run", "trainer.devices=1", "trainer.sft.max_steps=2", "exp_manager.create_wandb_logger=true",
+        "exp_manager.wandb_logger_kwargs={name: mine, project: ours, offline: true}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert b"train_optim/loss" in content and b"train_optim/grad_norm" in content

@@ -63,7 +63,7 @@ def lftf(**changes) -> LFTFConfig:
 
 def test_defaults():
     config = lftf()
-    assert config.trainer.lftf.weights == {"balanced": 1.0} and config.trainer.lftf.block == "gradient"
+    assert config.trainer.lftf.weights == {"balanced": 1.0, "hint": 1.0} and config.trainer.lftf.block == "gradient"
     assert lftf(lftf={"block": 3}).trainer.lftf.block == 3
     assert lftf(lftf={"block": "all"}, model={"activations_checkpoint_granularity": "full"})
 
@@ -75,6 +75,7 @@ def test_defaults():
         ({"lftf": {"block": 4}}, "trainer.lftf.block: block 4 does not exist: the model has 4 blocks, 0 to 3"),
         ({"lftf": {"block": -1}}, "block -1 does not exist"),
         ({"lftf": {"exclude_blocks": [0, 9]}}, "trainer.lftf.exclude_blocks: block 9 does not exist: the model has 4"),
+        ({"lftf": {"exclude_blocks": [0, 1, 2, 3]}}, "trainer.lftf.exclude_blocks: all 4 blocks are excluded"),
         ({"lftf": {"locate_prompts": 0}}, "trainer.lftf.locate_prompts=0 must be at least 2"),
         ({"lftf": {"loss": "balanced+hints"}}, "trainer.lftf.loss: loss 'hints' in 'balanced.hints' does not exist"),
         ({"lftf": {"loss": "balanced+kl"}}, "has kl, which needs text to stay near to: set data.text_path"),
@@ -100,6 +101,17 @@ def test_lftf_refusals(changes, message):
             LocateConfig,
             {"trainer": {"locate": {"estimators": ["entropy"]}}},
             "'entropy' does not exist; there are: sim",
+        ),
+        (LocateConfig, {"trainer": {"locate": {"estimators": []}}}, "trainer.locate.estimators is empty"),
+        (
+            LocateConfig,
+            {"data": {"prompts": {"pair": {"first": " "}}}},
+            "first and second must be two different words, got '' and 'she'",
+        ),
+        (
+            LocateConfig,
+            {"data": {"prompts": {"pair": {"second_hint": "his"}}}},
+            "first_hint and second_hint must be two different words",
         ),
         (LocateConfig, {"pretrained_checkpoint": {}}, "restore_from_path is not set"),
         (
@@ -136,7 +148,7 @@ def test_a_begin_token_stays_and_an_end_token_does_not(tokenizer, with_begin):
 def test_prompt_sets(tokenizer, tmp_path):
     path = tmp_path / "professions.json"
     path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)] + [["monk", 1.0, 0]]))
-    sets = load_prompt_sets(PromptsSection(professions_path=str(path), exclude=["job 3"]), tokenizer)
+    sets = load_prompt_sets(PromptsSection(professions_path=str(path), exclude=["job 3"]), tokenizer, 64)
     names = {name: {p.profession for p in part.bias} for name, part in sets.items()}
     assert not names["train"] & names["test"] and not names["train"] & names["dev"] and len(names["all"]) == 19
     assert names["train"] | names["dev"] | names["test"] == names["all"] and "job 3" not in names["all"]
@@ -148,7 +160,7 @@ def test_prompt_sets(tokenizer, tmp_path):
     assert len(probe.prompts) == 10 and len(probe.swapped) == 5 and probe.seed == 7
     assert all(p in train.bias_tokens for p in probe.prompts)
     other = load_prompt_sets(
-        PromptsSection(professions_path=str(path), pair=AttributePair("man", "woman", "a", "b")), tokenizer
+        PromptsSection(professions_path=str(path), pair=AttributePair("man", "woman", "a", "b")), tokenizer, 64
     )
     assert " a " in other["all"].hinted[0].prompt
 
@@ -159,11 +171,21 @@ def test_malformed_professions_are_one_line(tokenizer, tmp_path):
         ("[[", "no JSON"),
         ('[["nurse", 0]]', r"entry 0 is \['nurse', 0\], expected \[name, definitional score"),
         ('[["monk", 1.0, 0]]', "no profession is left"),
+        ('[["_", 0, 0]]', "entry 0 has an empty name"),
+        (
+            json.dumps([[f"job_{i}" * 40, 0, 0] for i in range(20)]),
+            r"'The job 0job.*has \d+ tokens; the model reads at most 63",
+        ),
         ('[["a", 0, 0], ["b", 0, 0]]', "2 professions are too few for a split"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            load_prompt_sets(PromptsSection(professions_path=str(path)), tokenizer)
+            load_prompt_sets(PromptsSection(professions_path=str(path)), tokenizer, 64)
+
+
+def test_an_unknown_excluded_profession(tokenizer):
+    with pytest.raises(ValueError, match="data.prompts.exclude: 'space cook' is none of our professions"):
+        load_prompt_sets(PromptsSection(exclude=["nurse", "space_cook"]), tokenizer, 64)
 
 
 def test_texts(tokenizer, tmp_path):
@@ -183,12 +205,12 @@ def test_texts(tokenizer, tmp_path):
 def test_rows_of_public_sets(with_begin):
     from megatron_ext.bias.public_sets import CoreferenceQuestion, SentencePair
 
-    rows = sentence_rows([SentencePair("he was late", "she was late")], with_begin)
+    rows = sentence_rows([SentencePair("he was late", "she was late")], with_begin, 64)
     assert [(before, with_begin.decode(s)) for before, s in rows] == [
         ([with_begin.begin_id], "he was late"), ([with_begin.begin_id], "she was late")
     ]  # fmt: skip
     question = CoreferenceQuestion("The nurse left.", "she", "nurse", "someone", 0, "female")
-    rows = question_rows([question], with_begin)
+    rows = question_rows([question], with_begin, 64)
     assert {with_begin.decode(start) for start, _ in rows} == {"The nurse left. 'She' refers to"}
     assert [with_begin.decode(choice) for _, choice in rows] == [" the nurse", " someone"]
     assert all(with_begin.eos_id not in choice for _, choice in rows)
@@ -203,9 +225,12 @@ def test_guard():
     assert complaint(0.73, 20.5) is None and complaint(1.0, 10.0) is None
     assert complaint(0.71, 20.0) == "pronoun mass is 0.79 of its start, less than 0.8"
     assert complaint(0.9, 20.7) == "perplexity is 1.035 times its start, more than 1.03"
-    assert "perplexity" in complaint(0.9, math.nan) and "pronoun mass" in complaint(math.nan, 20.0)
+    for bad in (math.nan, math.inf):
+        assert complaint(0.9, bad) == complaint(bad, 20.0) == "the model has diverged"
     free = Guard(LFTFSettings(min_pronoun_mass=0, max_perplexity=None), 0.9, None)
     assert free.complaint({"val/pronoun_mass": 0.0}) is None
+    nothing = Guard(LFTFSettings(min_pronoun_mass=0, max_perplexity=None), 0.0, None)
+    assert nothing.complaint({"val/pronoun_mass": 0.0, "train_optim/loss": math.nan}) is None
 
 
 def test_summary():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import recipes.reward_server  # noqa: F401  registers http
 from recipes.config import ConfigError
 from recipes.data import Prompt
 from recipes.rewards import RewardError, check_rows, get_reward, register_reward, score
@@ -192,7 +193,7 @@ def test_bad_paths(module):
 def test_unknown_names_list_the_known_ones():
     message = refused("exact_anser")
     assert "did you mean exact_answer?" in message
-    assert "exact_answer, length, regex" in message and "package.module.function" in message
+    assert "exact_answer, http, length, regex" in message and "package.module.function" in message
     assert "qqqq" in refused("qqqq")
 
 

@@ -75,6 +75,7 @@ def test_the_reference_page_is_up_to_date():
         ("model.optim.lr=1e-9", None),
         ("model.optim.sched.name=cosine", "model.optim.sched.name must be one of"),
         ("++exp_manager.resume_ignore_no_checkpoint=true", "unknown key exp_manager.resume_ignore_no_checkpoint"),
+        ("++exp_manager.create_wandb_logger=true", "needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"),
         ("++exp_manager.checkpoint_callback_params.mode=low", "mode must be min or max, got 'low'"),
         ("++exp_manager.checkpoint_callback_params.save_top_k=-2", "save_top_k=-2 must be at least -1"),
     ],

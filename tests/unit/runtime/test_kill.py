@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from megatron_ext.models import build_gpt
+from megatron_ext.runtime.checkpoint import read_checkpoint_info, remove_unfinished, save_checkpoint
 from recipes.run_folder import Checkpoints
 from recipes.settings import CheckpointCallbackSection
+from tests.gpt_cases import small_config
 from tests.harness import ROOT
 
 KILLS = 20
-# Imports once, then forks one child after the other; a child trains nothing, counts, and saves after every count.
+# Imports once, then forks one child after the other; a child trains nothing, counts, and saves after every count,
+# every other time in the background.
 CHILDREN = """
 import json, os, sys
 from pathlib import Path
@@ -28,12 +31,16 @@ torch.set_num_threads(1)
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
 adapt_megatron_to_cpu()
 from megatron_ext.models import build_gpt
-from megatron_ext.runtime.checkpoint import load_optimizer, load_rng, load_weights, read_checkpoint_info, save_checkpoint
+from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_rng, load_weights, read_checkpoint_info
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
 from megatron_ext.runtime.engine import Engine, OptimConfig
 from recipes.run_folder import Checkpoints
 from recipes.settings import CheckpointCallbackSection
 from tests.gpt_cases import small_config
+
+def say(*words):
+    # One write: print under PYTHONUNBUFFERED is one per word, and the kill may come between them.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 def child(folder):
     os.setsid()
@@ -49,15 +56,21 @@ def child(folder):
         assert load_rng(newest)
         values = {float(p.detach().flatten()[0]) for p in engine.module.parameters()}
         assert values == {float(count)}, (values, count)
-    print("ready", count, flush=True)
+    say("ready", count)
     while True:
         count += 1
         with torch.no_grad():
             for parameter in engine.module.parameters():
                 parameter.fill_(count)
-        save_checkpoint(checkpoints.path(count), engine.module, {"trainer": {"step": count, "metrics": {}}}, engine.optimizer)
+        info = {"trainer": {"step": count, "metrics": {}}}
+        save = CheckpointSave(checkpoints.path(count), engine.module, info, engine.optimizer, in_background=count % 2 == 0)
+        if save.in_background:
+            with torch.no_grad():
+                for parameter in engine.module.parameters():
+                    parameter.fill_(-1)  # training goes on
+        save.finish()
         checkpoints.arrange(count, ended=False)
-        print("saved", count, flush=True)
+        say("saved", count)
 
 for line in sys.stdin:
     pid = os.fork()
@@ -66,9 +79,9 @@ for line in sys.stdin:
             child(Path(line.strip()))
         finally:
             os._exit(1)
-    print("pid", pid, flush=True)
+    say("pid", pid)
     os.waitpid(pid, 0)
-    print("gone", flush=True)
+    say("gone")
 """
 
 
@@ -112,5 +125,25 @@ def test_a_kill_at_any_moment(parent, tmp_path: Path):
         assert all(info["trainer"]["step"] == step for step, info in complete.items())
         assert json.loads((tmp_path / "checkpoints/latest/checkpoint.json").read_text())["trainer"]["step"] in complete
         assert read_checkpoint_info(checkpoints.newest()) == complete[newest]
-        unfinished += any((tmp_path / "checkpoints").glob("*.unfinished"))
+        unfinished += any((tmp_path / "checkpoints").glob("*.unfinished*"))
     assert unfinished > KILLS / 4, "no kill came in the midst of a save: nothing was tested"
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed(world, tmp_path: Path, monkeypatch):
+    """What is left of it is not taken for a checkpoint."""
+    checkpoints = Checkpoints(tmp_path, CheckpointCallbackSection(save_top_k=1))
+    model = build_gpt(small_config(), world)
+    for step in (1, 2):
+        save_checkpoint(checkpoints.path(step), model, {"trainer": {"step": step, "metrics": {}}})
+
+    def killed(folder: Path) -> None:
+        (folder / "checkpoint.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.run_folder.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.arrange(2, ended=False)
+    monkeypatch.undo()
+    assert list(checkpoints.complete()) == [2]
+    remove_unfinished(checkpoints.folder)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step-2", "latest"}

@@ -1,0 +1,275 @@
+"""Submit a recipe to Slurm: check everything that can be checked here, show the command, then sbatch launch/slurm/job.sh.
+
+    python launch/submit.py --recipe train_grpo --config grpo --nodes 2 --gpus-per-node 8 --run-dir /shared/runs/mine \
+        --dry-run -- data.train_path=/shared/my.jsonl pretrained_checkpoint.restore_from_path=/shared/Qwen2.5-7B
+
+What follows -- overrides the YAML, byte for byte. --dry-run submits nothing; --test-only asks Slurm whether and when it would
+start the job. Options of sbatch itself come by --sbatch, each in one piece:
+--sbatch=--account=me --sbatch=--partition=gpu --sbatch=--time=04:00:00
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+
+from recipes.errors import compose, user_errors
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = ROOT / "launch" / "slurm" / "job.sh"
+TRAINING = ("train_sft", "train_grpo", "train_lftf")
+# What the job script says itself: (key, option that says it).
+OWN_KEYS = (
+    ("exp_manager.explicit_log_dir", "--run-dir"),
+    ("trainer.num_nodes", "--nodes"),
+    ("trainer.devices", "--gpus-per-node or --processes"),
+)
+UNKNOWN_VOCABULARY = 1 << 17
+PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options, overrides)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="file of recipes/ without .py")
+    parser.add_argument("--config", required=True, help="file of nemo_configs/ without .yaml")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="0: nodes without GPUs; see --processes")
+    parser.add_argument("--gpu", default="H100", help="kind of GPU that memory is planned for: H100, H200, A100, B200")
+    parser.add_argument("--processes", type=int, help="on each node (default: its GPUs)")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="folder of the run, on a filesystem that all nodes share"
+    )
+    parser.add_argument("--container", help="image for pyxis: a .sqsh file, or registry#image:tag")
+    parser.add_argument("--mounts", help="/host:/container,... beside the repository and the run's folder")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="an option for sbatch; may be repeated"
+    )
+    parser.add_argument("--reward-server", metavar="REWARD", help="serve this reward from one more node; GRPO asks it")
+    parser.add_argument("--reward-gpus", type=int, default=0, help="of that node")
+    parser.add_argument("--dry-run", action="store_true", help="show the command, submit nothing")
+    parser.add_argument("--test-only", action="store_true", help="let sbatch check it, submit nothing")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+
+
+def check(args: argparse.Namespace, overrides: list[str]) -> None:
+    """
+    Raises:
+        ValueError: the first thing that would end the job.
+    """
+    processes = args.gpus_per_node if args.processes is None else args.processes
+    if args.nodes < 1 or processes < 1 or args.gpus_per_node < 0:
+        raise ValueError(
+            f"--nodes {args.nodes}, --gpus-per-node {args.gpus_per_node}: give at least one node and one process on each "
+            "(--processes where there are no GPUs)"
+        )
+    recipes = sorted(
+        path.stem for path in (ROOT / "recipes").glob("*.py") if "launch.run(" in path.read_text(encoding="utf-8")
+    )
+    if args.recipe not in recipes:
+        raise ValueError(f"--recipe {args.recipe} does not exist; there are {', '.join(recipes)}")
+    if args.reward_server and args.recipe != "train_grpo":
+        raise ValueError(
+            f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only train_grpo does"
+        )
+    own = [*OWN_KEYS, ("trainer.grpo.reward", "--reward-server")] if args.reward_server else OWN_KEYS
+    for key, option in own:
+        for override in overrides:
+            if override.lstrip("+").partition("=")[0] == key:
+                raise ValueError(f"{override}: {option} says it for the whole job; leave the override out")
+    check_run_dir(args.run_dir)
+    image = args.container
+    if args.mounts and not image:
+        raise ValueError(f"--mounts {args.mounts} is for a container: name one with --container")
+    if image and (image.startswith(("/", ".")) or image.endswith(".sqsh")) and not Path(image).is_file():
+        raise ValueError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
+    config = composed(args, overrides, processes)
+    check_layout(config, args.nodes * processes)
+    check_recipe(args, config)
+
+
+def with_cluster(args: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The overrides, and cluster= for so many nodes where the YAML chooses one and the user does not."""
+    from recipes.planning import cluster_choice
+
+    chosen = cluster_choice(args.config, overrides, args.nodes)
+    return [*overrides, f"cluster={chosen}"] if chosen else overrides
+
+
+def check_run_dir(folder: Path) -> None:
+    if not folder.is_absolute():
+        raise ValueError(f"--run-dir {folder} must be absolute: every node resolves it")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if len(folder.parts) > 2 and existing == Path(folder.anchor):
+        raise ValueError(
+            f"--run-dir {folder}: /{folder.parts[1]} does not exist; is the shared filesystem mounted here?"
+        )
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--run-dir {folder} cannot be made: {existing} is no folder to write to")
+
+
+def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> dict:
+    """The configuration that the ranks will have, checked as they check it."""
+    from recipes import launch
+
+    found: dict = {}
+    reward = ["trainer.grpo.reward=http"] if args.reward_server else []
+    own = [
+        *reward,
+        "exp_manager.explicit_log_dir='" + str(args.run_dir).replace("'", "\\'") + "'",
+        f"trainer.num_nodes={args.nodes}",
+        f"trainer.devices={processes}",
+    ]
+    before = sys.argv
+    sys.argv = [
+        str(ROOT / "recipes" / f"{args.recipe}.py"),
+        "--config-name",
+        args.config,
+        *launch.forced([*overrides, *own]),
+    ]
+    try:
+        found = compose(launch.CONFIG_FOLDER, args.config)
+    finally:
+        sys.argv = before
+    return found
+
+
+def check_recipe(args: argparse.Namespace, config: dict) -> None:
+    """What the recipe itself would refuse, on every rank."""
+    from recipes import niah_trainer, settings
+    from recipes.config import build
+    from recipes.pretrained import Pretrained, configure
+    from recipes.rewards import get_reward
+    from recipes.run_folder import check_run_folder
+
+    kinds = {
+        "train_sft": settings.SFTConfig, "train_grpo": settings.GRPOConfig, "train_lftf": settings.LFTFConfig,
+        "eval_bias": settings.BiasEvalConfig, "locate_bias": settings.LocateConfig,
+        "train_video_niah": niah_trainer.NiahConfig,
+    }  # fmt: skip
+    folder = config["exp_manager"]["explicit_log_dir"]
+    if args.recipe not in TRAINING:
+        build(kinds[args.recipe], config)
+        check_run_folder(folder)
+        return
+    planned = config
+    if args.gpus_per_node and (config.get("model") or {}).get("precision", "auto") == "auto":
+        planned = config | {"model": config["model"] | {"precision": "bf16"}}  # what auto is on a GPU
+    typed, _ = configure(kinds[args.recipe], planned)
+    check_run_folder(folder, configure(kinds[args.recipe], config)[1])
+    if typed.pretrained_checkpoint.restore_from_path:
+        checkpoint = Pretrained.open(typed.pretrained_checkpoint.restore_from_path)
+        if typed.model.vocab_size is not None:
+            checkpoint.check(typed.model)
+    if args.recipe == "train_grpo":
+        reward = yaml.safe_load(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
+        name = reward.get("name", "") if isinstance(reward, dict) else reward
+        if not (isinstance(name, str) and ("." in name or ":" in name)):  # one's own need not be importable here
+            get_reward(reward)
+    check_memory(args, typed)
+
+
+def check_memory(args: argparse.Namespace, config: Any) -> None:
+    """Batches that do not divide, and what cannot fit, are refused; what the planner expects is said."""
+    from megatron_ext.planner import plan
+    from recipes.planning import job_of
+
+    known = config.model.vocab_size is not None
+    if not known:
+        config.model.vocab_size = UNKNOWN_VOCABULARY  # the rest of the job can be checked
+    job = job_of(config)
+    if not args.gpus_per_node:
+        return
+    if not known:
+        print("memory not planned: model.vocab_size comes from the tokenizer", file=sys.stderr)
+        return
+    planned = plan(job, args.gpu)
+    if not planned.fits:
+        raise ValueError(f"--config {args.config} {planned.reason} (tools/plan.py finds one)")
+    print(f"planned: {planned.reason}", file=sys.stderr)
+
+
+def check_layout(config: dict, processes: int) -> None:
+    model = config.get("model") or {}
+    sizes = {key: model.get(key, 1) for key in PARALLEL}
+    together = 1
+    for size in sizes.values():
+        together *= size if isinstance(size, int) and size > 0 else 1
+    if processes % together:
+        parts = " x ".join(f"model.{key}={size}" for key, size in sizes.items())
+        raise ValueError(
+            f"{processes} processes cannot be divided by {parts}: give nodes x processes that are a multiple of {together}"
+        )
+
+
+def command(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(sbatch's command line, what is exported to the job)."""
+    exported = {
+        "ROOT": str(ROOT),
+        "RECIPE": args.recipe,
+        "CONFIG": args.config,
+        "RUN_DIR": str(args.run_dir),
+        "GPUS": str(args.gpus_per_node if args.processes is None else args.processes),
+        "CANARY_GPUS": str(args.gpus_per_node),
+    }
+    if args.container:
+        exported["CONTAINER"] = args.container
+        if args.mounts:
+            exported["MOUNTS"] = args.mounts
+    # Jobs of one name wait for each other: those of one run folder, wherever it is.
+    name = f"{args.run_dir.name}-{zlib.crc32(str(args.run_dir).encode()):08x}"
+    parts = ["sbatch", "--parsable", f"--nodes={args.nodes}", f"--job-name={name}",
+             f"--output={args.run_dir}.slurm/%j.log"]  # fmt: skip
+    if args.gpus_per_node:
+        parts.append(f"--gpus-per-node={args.gpus_per_node}")
+    if args.test_only:
+        parts.append("--test-only")
+    parts += args.sbatch
+    job = JOB
+    if args.reward_server:
+        job = JOB.with_name("job_with_reward_server.sh")
+        exported["REWARD"] = args.reward_server
+        # Account, partition and time are the first part's. Another name: the job must not wait for its own second part.
+        parts += [
+            ":",
+            "--nodes=1",
+            f"--job-name={name}-reward",
+            *([f"--gpus-per-node={args.reward_gpus}"] if args.reward_gpus else []),
+            *args.sbatch,
+        ]
+    return [*parts, str(job), "--", *overrides], exported
+
+
+@user_errors()
+def main() -> int:
+    args, overrides = arguments(sys.argv[1:])
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    overrides = with_cluster(args, overrides)
+    check(args, overrides)
+    parts, exported = command(args, overrides)
+    shown = [f"{key}={shlex.quote(value)}" for key, value in exported.items()]
+    print(" ".join(shown) + " \\\n  " + " ".join(map(shlex.quote, parts)))
+    if args.dry_run:
+        return 0
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no sbatch here: submit from a login node of the cluster, or look with --dry-run")
+    if not args.test_only:
+        Path(f"{args.run_dir}.slurm").mkdir(parents=True, exist_ok=True)
+    return subprocess.run(parts, env=os.environ | exported, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Bytes that autograd keeps between a stream's forward and backward pass, on one rank, by the operation that keeps them.
+
+Counted once per storage, without parameters. Two ways to run a layer are known: `EAGER`, the CPU's, operation by
+operation, which tests compare with what autograd saves; and `FUSED`, a GPU's, whose norms keep their input and one
+number per row, and whose SwiGLU keeps its input alone.
+
+Symbols: t rows of the stream on this context-parallel rank, s those of the residual stream (t / tp under sequence
+parallelism), u predicted tokens, h hidden size, n query and m key/value heads of this tensor-parallel rank, d head size,
+f this rank's width of the MLP, e bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.planner.parameters import layers_of_stage
+
+__all__ = ["EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "stage_activations"]
+
+INDEX, FP32, MASK_TYPE = 8, 4, 4
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Which operations keep less than plain ones would."""
+
+    fused_norm: bool
+    fused_swiglu: bool
+
+
+EAGER = Implementation(fused_norm=False, fused_swiglu=False)
+FUSED = Implementation(fused_norm=True, fused_swiglu=True)
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """One microbatch on one context-parallel rank.
+
+    Attributes:
+        tokens: rows, the pad included.
+        predicted: rows of the vocabulary projection.
+        media_rows: rows that hold a medium. media_tokens: features projected, each once.
+    """
+
+    tokens: int
+    predicted: int
+    media_rows: int = 0
+    media_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one microbatch on one pipeline stage.
+
+    Attributes:
+        input: embedding and media, on the first stage.
+        layer: of one layer, as it is kept until backward.
+        layers: layers of the stage.
+        output: final norm and log-probabilities, on the last stage.
+        recomputed: what backward makes again and holds beside, for one layer at a time.
+    """
+
+    input: int
+    layer: int
+    layers: int
+    shared: int
+    output: int
+    recomputed: int
+
+    @property
+    def kept(self) -> int:
+        return self.input + self.layer * self.layers + self.shared + self.output
+
+    @property
+    def peak(self) -> int:
+        return self.kept + self.recomputed
+
+
+def stage_activations(
+    config: GPTModelConfig, stage: int, stream: StreamShape, implementation: Implementation = FUSED
+) -> Activations:
+    """What one microbatch keeps on a stage whose parameters all train."""
+    granularity = config.activations_checkpoint_granularity
+    t, h, e = stream.tokens, config.hidden_size, config.dtype.itemsize
+    s = t // config.tensor_model_parallel_size if config.sequence_parallel else t
+    rotary = t * _rotated(config)
+    whole = _layer(config, s, t, implementation, None)
+    if granularity == "full":
+        layer, shared, recomputed = s * h * e, rotary * FP32, whole
+    else:
+        layer, shared = _layer(config, s, t, implementation, granularity), 0
+        recomputed = _core_attention(config, t) if granularity == "selective" else 0
+    first, last = stage == 0, stage == config.pipeline_model_parallel_size - 1
+    return Activations(
+        input=_input(config, stream) if first else 0,
+        layer=layer,
+        layers=len(layers_of_stage(config, stage)),
+        shared=shared,
+        output=_output(config, s, stream, implementation) if last else 0,
+        recomputed=recomputed,
+    )
+
+
+def _rotated(config: GPTModelConfig) -> int:
+    return int(config.kv_channels * config.position_embedding.percent)
+
+
+def _heads(config: GPTModelConfig) -> tuple[int, int, int]:
+    tp = config.tensor_model_parallel_size
+    return config.num_attention_heads // tp, config.num_query_groups // tp, config.kv_channels
+
+
+def _norm(rows: int, width: int, e: int, implementation: Implementation) -> int:
+    """Of RMSNorm, its output excepted. Eagerly it works in fp32: input, 1 / rms and normalised input."""
+    if implementation.fused_norm:
+        return rows * (width * e + FP32)
+    return rows * (2 * width + 1) * FP32
+
+
+def _core_attention(config: GPTModelConfig, t: int) -> int:
+    """Rotated queries and keys, values, output and log-sum-exp: nothing per query-key pair."""
+    n, m, d = _heads(config)
+    return t * ((2 * n + 2 * m) * d * config.dtype.itemsize + n * FP32)
+
+
+def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementation, granularity: str | None) -> int:
+    h, e = config.hidden_size, config.dtype.itemsize
+    n, m, d = _heads(config)
+    f = config.ffn_hidden_size // config.tensor_model_parallel_size
+    projected = t * (n + 2 * m) * d * e
+    total = 2 * (_norm(s, h, e, implementation) + s * h * e)  # both norms, and what their linears keep of their output
+    total += 4 * t * _rotated(config) * e  # cosines and sines of queries and of keys
+    selective = granularity == "selective"
+    # Keys (and values, where no kernel of ours copies them) are views that keep the whole projection.
+    whole = selective
+    if config.qk_layernorm:
+        total += _query_key_norms(config, t, implementation)
+        whole = whole or e == FP32 or implementation.fused_norm
+    total += projected if whole else 0
+    total += _core_attention(config, t)
+    if selective:  # neither its own copy of the values nor the log-sum-exp; the kind of mask, as a number
+        total += MASK_TYPE - t * (m * d * e + n * FP32)
+    total += t * 3 * f * e  # into and out of SwiGLU
+    if not implementation.fused_swiglu:
+        total += t * 2 * f * e  # the gate's output, and the other half once more
+    return total
+
+
+def _query_key_norms(config: GPTModelConfig, t: int, implementation: Implementation) -> int:
+    """Without what the projection already keeps: keys are a view of it, queries are unless groups had to be joined."""
+    n, m, d = _heads(config)
+    e = config.dtype.itemsize
+    total = t * (n + m) * FP32  # 1 / rms
+    if not implementation.fused_norm:
+        total += t * (n + m) * d * FP32  # normalised
+        if e < FP32:
+            return total + t * (n + m) * d * FP32  # fp32 copies of the inputs
+    return total + (t * n * d * e if n > m > 1 else 0)
+
+
+def _input(config: GPTModelConfig, stream: StreamShape) -> int:
+    total = stream.tokens * INDEX
+    if config.tensor_model_parallel_size > 1:
+        total += stream.tokens  # which tokens another vocabulary shard holds
+    if config.vision is not None and stream.media_rows:
+        h, f, e = config.hidden_size, config.vision.feature_size, config.dtype.itemsize
+        # Norm: input and two numbers; both linears' inputs; GELU's input.
+        total += stream.media_tokens * (2 * f * e + 2 * FP32 + 2 * h * e) + 2 * stream.media_rows * INDEX
+    return total
+
+
+def _output(config: GPTModelConfig, s: int, stream: StreamShape, implementation: Implementation) -> int:
+    h, e, u = config.hidden_size, config.dtype.itemsize, stream.predicted
+    gathered = config.tensor_model_parallel_size if config.sequence_parallel else 0
+    indices = (3 if gathered else 2) * INDEX
+    return _norm(s, h, e, implementation) + u * (h * e + indices + 2 * FP32)

@@ -1,0 +1,173 @@
+"""Bytes on the ranks of each pipeline stage: what is always there, and the larger of what training and sampling add.
+
+Exact: parameters, gradients, optimizer state (tests compare them with real ranks). As autograd saves them, for the
+operations of a GPU: activations. Counted by hand from the code, and upper bounds: everything else.
+
+Symbols: t rows of the stream, u predicted tokens, r responses sampled together, h hidden size, n query and m key/value
+heads of this rank, d head size, f and v this rank's width of the MLP and of the vocabulary, e bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_ext.losses.logprobs import default_chunk_size
+from megatron_ext.models.config import GPTModelConfig, stream_multiple
+from megatron_ext.planner.activations import FUSED, Implementation, StreamShape, stage_activations
+from megatron_ext.planner.buffers import StateBytes, state_bytes
+from megatron_ext.planner.job import Job
+from megatron_ext.planner.parameters import layers_of_stage, stage_parameters
+
+__all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
+
+FP32 = 4
+# Of a trained block, beside the engine's: the best state so far, and the next one while it is copied.
+BLOCK_COPIES = 2
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the fullest rank of a pipeline stage.
+
+    Attributes:
+        parameters, gradients, optimizer: see `buffers.StateBytes`.
+        copies: the reference policy's weights, or the trained block's.
+        activations: of all microbatches in flight.
+        working: what the backward pass of one layer, or one chunk of logits, holds for a moment.
+        locating: gradients of all blocks, before there is an optimizer.
+        cache: keys and values of sampling, and what a decoding step adds.
+    """
+
+    stage: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    copies: int = 0
+    activations: int = 0
+    working: int = 0
+    locating: int = 0
+    cache: int = 0
+
+    @property
+    def resident(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.copies
+
+    @property
+    def training(self) -> int:
+        return self.resident + self.activations + self.working
+
+    @property
+    def sampling(self) -> int:
+        return self.resident + self.cache
+
+    @property
+    def total(self) -> int:
+        return max(self.training, self.sampling, self.parameters + self.locating + self.activations + self.working)
+
+    def parts(self) -> dict[str, int]:
+        """Name -> bytes, of what is there at the peak."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stage"}
+        if self.total == self.training:
+            unused = {"cache", "locating"}
+        elif self.total == self.sampling:
+            unused = {"activations", "working", "locating"}
+        else:
+            unused = {"gradients", "optimizer", "copies", "cache"}
+        return {name: value for name, value in named.items() if value and name not in unused}
+
+
+def stage_memory(job: Job, stage: int, implementation: Implementation = FUSED) -> StageMemory:
+    """The fullest rank of one pipeline stage."""
+    config = job.model
+    parameters = stage_parameters(config, stage)
+    state = _state(job, stage)
+    item = config.dtype.itemsize
+    copies = locating = 0
+    if job.reference_copy:
+        copies = item * sum(p.numel for p in parameters)
+    if job.block:
+        copies += BLOCK_COPIES * item * _block_numel(config, stage)
+    if job.locates:
+        locating = item * sum(p.numel for p in parameters if p.layer is not None)
+    stream = job.largest().shape
+    in_flight = min(len(job.microbatches), config.pipeline_model_parallel_size - stage)
+    found = stage_activations(config, stage, stream, implementation)
+    return StageMemory(
+        stage,
+        state.parameters,
+        state.gradients,
+        state.optimizer,
+        copies,
+        in_flight * found.kept,
+        found.recomputed + max(_layer_working(config, stream), _output_working(config, stage, stream)),
+        locating,
+        _cache(job, stage) if job.rollout else 0,
+    )
+
+
+def _block_numel(config: GPTModelConfig, stage: int) -> int:
+    layer = layers_of_stage(config, stage)[0]
+    return sum(p.numel for p in stage_parameters(config, stage) if p.layer == layer)
+
+
+def _state(job: Job, stage: int) -> StateBytes:
+    config = job.model
+    parameters = stage_parameters(config, stage)
+    layer = layers_of_stage(config, stage)[0]
+    trained = [p for p in parameters if not job.block or p.layer == layer]
+    frozen = [p for p in parameters if job.block and p.layer != layer]
+    ranks = job.data_parallel * config.context_parallel_size
+    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer)
+
+
+def _layer_working(config: GPTModelConfig, stream: StreamShape) -> int:
+    """The larger of what backward of attention and of the MLP hold beside what was saved."""
+    t, h, e = stream.tokens, config.hidden_size, config.dtype.itemsize
+    tp, d = config.tensor_model_parallel_size, config.kv_channels
+    n, m, f = config.num_attention_heads // tp, config.num_query_groups // tp, config.ffn_hidden_size // tp
+    gathered = 2 * t * h * e  # input and gradient of a column-parallel linear, of all rows
+    mlp = t * 3 * f * e + 2 * f * h * e  # gradients of SwiGLU's input and output; one weight's, before it is added
+    attention = t * (n + 2 * m) * d * (FP32 + e) + t * n * d * e
+    return gathered + max(mlp, attention)
+
+
+def _output_working(config: GPTModelConfig, stage: int, stream: StreamShape) -> int:
+    """Logits of one chunk with their scratch, and the gradients of the rows and of the vocabulary's weights."""
+    h, e, tp = config.hidden_size, config.dtype.itemsize, config.tensor_model_parallel_size
+    v = config.padded_vocab_size // tp
+    weight = v * h * e
+    if stage < config.pipeline_model_parallel_size - 1:
+        return weight if stage == 0 else 0
+    rows = min(config.logprob_chunk_size or default_chunk_size(v, "cuda"), stream.predicted)
+    logits = rows * v * (FP32 + FP32 // 4 + (e if e < FP32 else 0))
+    return logits + weight + stream.predicted * h * e
+
+
+def _cache(job: Job, stage: int) -> int:
+    """Keys and values, one layer's once more as a kernel copies them, the prefill's widest tensors, and logits."""
+    config = job.model
+    e, tp, v = config.dtype.itemsize, config.tensor_model_parallel_size, config.padded_vocab_size
+    prompts = sampled_together(job)
+    rows = prompts * job.samples
+    multiple = stream_multiple(config)
+    t = -(-prompts * job.prompt // multiple) * multiple
+    held = keys_and_values(config, stage, t, rows * job.response)
+    copied = keys_and_values(config, stage, 0, rows * job.response) // len(layers_of_stage(config, stage))
+    prefill = t * (3 * config.ffn_hidden_size // tp + 2 * config.hidden_size) * e
+    last = stage == config.pipeline_model_parallel_size - 1
+    # fp32 logits, scaled once more, their fp64 softmax and its cumulative sum.
+    logits = rows * v * (2 * FP32 + 2 * 8) if last else 0
+    return held + max(copied + logits, prefill)
+
+
+def keys_and_values(config: GPTModelConfig, stage: int, prompt_rows: int, response_rows: int) -> int:
+    """Bytes of sampling's cache on one rank: a prompt's once for all its responses, a pad included."""
+    heads = config.num_query_groups // config.tensor_model_parallel_size
+    per_token = 2 * heads * config.kv_channels * config.dtype.itemsize
+    return len(layers_of_stage(config, stage)) * per_token * (prompt_rows + response_rows)
+
+
+def sampled_together(job: Job) -> int:
+    """Prompts whose responses one rank decodes at a time; context-parallel ranks share them out."""
+    local = -(-job.local_groups * job.updates // job.model.context_parallel_size)
+    return min(job.rollout_prompts or local, local)

@@ -1,0 +1,107 @@
+"""Every parameter of a pipeline stage on one tensor-parallel rank, without building it.
+
+Names, shapes and order are those of `build_gpt`: Megatron lays its buffers out in that order.
+
+Symbols: h hidden size, n query and m key/value heads, d head size, f width of the MLP, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_ext.models.config import GPTModelConfig
+
+__all__ = ["ParameterTensor", "layers_of_stage", "model_parameters", "stage_parameters"]
+
+
+@dataclass(frozen=True)
+class ParameterTensor:
+    """One parameter as this rank holds it.
+
+    Attributes:
+        sharded: cut over the tensor-parallel ranks; else each of them has all of it.
+        shared_embedding: the word embedding of the first or last of several stages that share it.
+        layer: the number of its layer in the whole model, from 0; None outside of layers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharded: bool = False
+    shared_embedding: bool = False
+    layer: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def layers_of_stage(config: GPTModelConfig, stage: int) -> range:
+    """Numbers of its layers, from 0."""
+    count = config.num_layers // config.pipeline_model_parallel_size
+    return range(stage * count, (stage + 1) * count)
+
+
+def stage_parameters(config: GPTModelConfig, stage: int) -> list[ParameterTensor]:
+    """All parameters of a stage in `named_parameters` order; layers are numbered within the stage, as there."""
+    h, tp = config.hidden_size, config.tensor_model_parallel_size
+    stages = config.pipeline_model_parallel_size
+    first, last = stage == 0, stage == stages - 1
+    tied, vocabulary = config.share_embeddings_and_output_weights, (config.padded_vocab_size // tp, h)
+    found = []
+    if first:
+        shared = tied and stages > 1
+        found.append(ParameterTensor("embedding.word_embeddings.weight", vocabulary, True, shared))
+    for number, layer in enumerate(layers_of_stage(config, stage)):
+        found += _layer(config, f"decoder.layers.{number}.", layer)
+    if last:
+        found.append(ParameterTensor("decoder.final_layernorm.weight", (h,)))
+        if not (tied and first):
+            found.append(ParameterTensor("output_layer.weight", vocabulary, True, tied))
+    if first and config.vision is not None:
+        found += _media_projector(config.vision.feature_size, h)
+    return found
+
+
+def _layer(config: GPTModelConfig, prefix: str, layer: int) -> list[ParameterTensor]:
+    h, tp, d = config.hidden_size, config.tensor_model_parallel_size, config.kv_channels
+    heads = config.num_attention_heads // tp
+    qkv = (heads + 2 * config.num_query_groups // tp) * d
+    f = config.ffn_hidden_size // tp
+    rows = [
+        ("input_layernorm.weight", (h,), False, True),
+        ("self_attention.linear_proj.weight", (h, heads * d), True, True),
+        ("self_attention.linear_qkv.weight", (qkv, h), True, True),
+        ("self_attention.linear_qkv.bias", (qkv,), True, config.add_qkv_bias),
+        ("self_attention.q_layernorm.weight", (d,), False, config.qk_layernorm),
+        ("self_attention.k_layernorm.weight", (d,), False, config.qk_layernorm),
+        ("pre_mlp_layernorm.weight", (h,), False, True),
+        ("mlp.linear_fc1.weight", (2 * f, h), True, True),
+        ("mlp.linear_fc2.weight", (h, f), True, True),
+    ]
+    return [
+        ParameterTensor(prefix + name, shape, sharded, layer=layer) for name, shape, sharded, there in rows if there
+    ]
+
+
+def _media_projector(features: int, h: int) -> list[ParameterTensor]:
+    shapes = {
+        "norm.weight": (features,),
+        "norm.bias": (features,),
+        "patch.weight": (h, features),
+        "patch.bias": (h,),
+        "out.weight": (h, h),
+        "out.bias": (h,),
+    }
+    return [ParameterTensor(f"media_projector.{name}", shape) for name, shape in shapes.items()]
+
+
+def model_parameters(config: GPTModelConfig) -> int:
+    """Parameters of the whole model, each counted once: what a model card tells, with the padded vocabulary."""
+    total = 0
+    for stage in range(config.pipeline_model_parallel_size):
+        for p in stage_parameters(config, stage):
+            if p.shared_embedding and stage:
+                continue
+            total += p.numel * (config.tensor_model_parallel_size if p.sharded else 1)
+    return total

@@ -1,0 +1,47 @@
+"""The fastest layout of what fits: every tensor, pipeline and context size, with and without recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_ext.planner.hardware import Assumptions, Hardware
+from megatron_ext.planner.job import Job
+from megatron_ext.planner.planning import Plan, plan
+
+__all__ = ["best_layouts", "layouts"]
+
+
+def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
+    """The job in every layout that the model's rules and the batch allow; a tensor-parallel group stays in its node."""
+    for tensor in _powers(job.devices):
+        for pipeline in (p for p in range(1, job.model.num_layers + 1) if job.model.num_layers % p == 0):
+            for context in _powers(largest_context):
+                for granularity in (None, "full"):
+                    changes = {
+                        "tensor_model_parallel_size": tensor,
+                        "pipeline_model_parallel_size": pipeline,
+                        "context_parallel_size": context,
+                        "sequence_parallel": tensor > 1,
+                        "activations_checkpoint_granularity": granularity,
+                    }
+                    if job.world % (tensor * pipeline * context) or (job.block and granularity):
+                        continue
+                    try:
+                        yield job.laid_out(**changes)
+                    except ValueError:  # heads or batches that do not divide
+                        continue
+
+
+def best_layouts(
+    job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None, count: int = 5
+) -> list[Plan]:
+    """The fastest plans that fit, best first; none where nothing fits."""
+    plans = (plan(candidate, hardware, assumptions) for candidate in layouts(job))
+    return sorted((p for p in plans if p.fits), key=lambda p: p.step.total)[:count]
+
+
+def _powers(limit: int) -> Iterator[int]:
+    value = 1
+    while value <= limit:
+        yield value
+        value *= 2

@@ -1,0 +1,169 @@
+"""Seconds of one step, estimated from operation counts, bytes and a table of hardware. Never measured on a GPU.
+
+    step = sampling + scoring passes + updates x (forward and backward + gradients summed + optimizer)
+
+A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble.
+Sampling goes through the stages one after the other, token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ext.flops import Flops, model_flops, num_tokens
+from megatron_ext.planner.communication import Traffic, data_traffic, pass_traffic
+from megatron_ext.planner.hardware import Assumptions, Hardware
+from megatron_ext.planner.job import Job, Microbatch
+from megatron_ext.planner.memory import sampled_together
+from megatron_ext.planner.parameters import stage_parameters
+
+__all__ = ["StepTime", "step_time"]
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by phase; they add up.
+
+    Attributes:
+        sampling, scoring, training: computation and its communication, without the bubble.
+        bubble: stages waiting for each other while scoring and training.
+        data: gradients summed over data-parallel ranks, and parameters told.
+        optimizer: the update itself.
+        sent: kind -> bytes that one rank sends.
+        flops: operations of all ranks, sampling excepted.
+        tokens: that go through the layers when trained on, over all ranks.
+    """
+
+    sampling: float
+    scoring: float
+    training: float
+    bubble: float
+    data: float
+    optimizer: float
+    sent: dict[str, float]
+    flops: float
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return self.sampling + self.scoring + self.training + self.bubble + self.data + self.optimizer
+
+    def parts(self) -> dict[str, float]:
+        names = ("sampling", "scoring", "training", "bubble", "data", "optimizer")
+        return {name: value for name in names if (value := getattr(self, name))}
+
+
+def step_time(job: Job, hardware: Hardware, assumptions: Assumptions) -> StepTime:
+    """Estimate of one step of `job`."""
+    clock = _Clock(job, hardware, assumptions)
+    batch, updates, stages = job.microbatches, job.updates, job.model.pipeline_model_parallel_size
+    forward, both = ([clock.microbatch(m, backward) for m in batch] for backward in (False, True))
+    passes = job.scoring_passes * updates
+    bubble = (stages - 1) * (passes * max(forward) + updates * max(both))
+    summed = [data_traffic(job, stage) for stage in range(stages)]
+    sent: dict[str, float] = {}
+    for microbatch in batch:
+        for traffic in (
+            *(t.times(passes) for t in pass_traffic(job, microbatch, False)),
+            *(t.times(updates) for t in pass_traffic(job, microbatch, True)),
+        ):
+            sent[traffic.kind] = sent.get(traffic.kind, 0) + traffic.sent
+    for traffic in max(summed, key=lambda found: sum(t.sent for t in found)):
+        sent[traffic.kind] = sent.get(traffic.kind, 0) + updates * traffic.sent
+    counted = [model_flops(job.shape, m.lengths, job.share_prefix) for m in batch]
+    scored = [model_flops(job.shape, m.lengths, job.share_prefix, backward=False) for m in batch]
+    flops = updates * sum(f.total for f in counted) + passes * sum(f.total for f in scored)
+    return StepTime(
+        sampling=clock.sampling() if job.rollout else 0.0,
+        scoring=passes * sum(forward),
+        training=updates * sum(both),
+        bubble=bubble,
+        data=updates * max(sum(clock.link(t) for t in found) for found in summed),
+        optimizer=updates * clock.optimizer(),
+        sent=sent,
+        flops=job.data_parallel * flops,
+        tokens=job.data_parallel * updates * sum(num_tokens(m.lengths, job.share_prefix) for m in batch),
+    )
+
+
+class _Clock:
+    def __init__(self, job: Job, hardware: Hardware, assumptions: Assumptions):
+        self.job, self.hardware, self.assumed = job, hardware, assumptions
+        self._known: dict = {}
+
+    def link(self, traffic: Traffic) -> float:
+        speed = self.hardware.node_link if traffic.within_node else self.hardware.network_link
+        start = self.assumed.collective_latency + self.assumed.ring_latency * (traffic.ranks - 1)
+        return traffic.sent / (speed * self.assumed.link_efficiency) + traffic.collectives * start
+
+    def read(self, size: float) -> float:
+        """Seconds to read or write so many bytes of memory."""
+        return size / (self.hardware.memory_bandwidth * self.assumed.memory_efficiency)
+
+    def compute(self, flops: Flops, layers: float) -> float:
+        """Of one rank of the slowest stage, which has that share of the layers, and the vocabulary."""
+        config, peak = self.job.model, self.hardware.flops
+        ranks = config.tensor_model_parallel_size * config.context_parallel_size
+        linear = (flops.linear * layers + flops.vocabulary) / (peak * self.assumed.linear_efficiency)
+        return (linear + flops.attention * layers / (peak * self.assumed.attention_efficiency)) / ranks
+
+    def microbatch(self, microbatch: Microbatch, backward: bool) -> float:
+        key = (id(microbatch), backward)
+        if key not in self._known:
+            job = self.job
+            share = 1 / job.model.pipeline_model_parallel_size
+            flops = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward)
+            if backward and job.model.activations_checkpoint_granularity == "full":
+                again = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward=False)
+                flops = Flops(flops.linear + again.linear, flops.attention + again.attention, flops.vocabulary)
+            elif backward and job.model.activations_checkpoint_granularity == "selective":
+                flops = Flops(flops.linear, flops.attention * 4 / 3, flops.vocabulary)
+            # Each chunk of logits but the last is computed again in backward.
+            if backward:
+                flops = Flops(flops.linear, flops.attention, flops.vocabulary * 4 / 3)
+            sent = sum(self.link(t) for t in pass_traffic(job, microbatch, backward))
+            self._known[key] = self.compute(flops, share) + sent
+        return self._known[key]
+
+    def optimizer(self) -> float:
+        """State is read and written once, by the rank that holds it: two moments, weights, gradient, parameter."""
+        job = self.job
+        count = max(
+            sum(p.numel for p in stage_parameters(job.model, stage))
+            for stage in range(job.model.pipeline_model_parallel_size)
+        )
+        if job.block:
+            count = sum(p.numel for p in stage_parameters(job.model, 0) if p.layer == 0)
+        if job.distributed_optimizer:
+            count /= job.data_parallel * job.model.context_parallel_size
+        return self.read(count * (6 * FP32 + FP32 + job.model.dtype.itemsize))
+
+    def sampling(self) -> float:
+        """Prefill, then one token after the other, batch after batch."""
+        job, config = self.job, self.job.model
+        together = sampled_together(job)
+        local = -(-job.local_groups * job.updates // config.context_parallel_size)
+        batches = -(-local // together)
+        rows = together * job.samples
+        tp, stages, e = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.dtype.itemsize
+        prompts = [(job.prompt, [])] * together
+        prefill = self.compute(model_flops(job.shape, prompts, True, backward=False), 1) * config.context_parallel_size
+        weights = sum(p.numel for s in range(stages) for p in stage_parameters(config, s)) * e
+        per_token = 2 * (config.num_query_groups // tp) * config.kv_channels * e * config.num_layers
+        # A prompt's keys are read once for all its responses; a response's are copied by the kernel: read thrice.
+        held = per_token * (together * job.prompt + 3 * rows * job.response / 2)
+        flops = 2 * rows * weights / e
+        busy = max(self.read(weights + held), flops / (self.hardware.flops * self.assumed.linear_efficiency))
+        launch = config.num_layers * self.assumed.decode_kernels * self.assumed.kernel_launch
+        logits = self.read(rows * config.padded_vocab_size * (4 * FP32 + 4 * 8))
+        told = 0.0
+        if tp > 1:
+            size = 2 * rows * config.hidden_size * e
+            traffic = Traffic("tensor", 2 * size * config.num_layers, 2 * config.num_layers, tp, tp <= job.devices)
+            told += self.link(traffic)
+        if stages > 1:
+            told += (stages - 1) * self.link(Traffic("pipeline", rows * config.hidden_size * e, 1, 2, False))
+        # Kernels are launched ahead of the GPU: the slower of the two counts.
+        return batches * (prefill + job.response * (max(busy, launch) + logits + told))

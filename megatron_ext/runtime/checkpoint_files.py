@@ -1,0 +1,133 @@
+"""The files of a checkpoint: their checksums, and a way for Megatron's writers to report without a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import queue
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+__all__ = [
+    "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "flush", "flush_one", "gather_checksums", "with_checksums",
+]  # fmt: skip
+
+READ_BYTES = 1 << 24
+SUMS_FOLDER = "checksums"
+
+
+class WriterResults:
+    """What the writers of this rank's part of one save report.
+
+    Megatron hands results from its writing processes to the training process through a queue in a third process, which
+    takes a second to start and outlives a rank that is killed. A file does the same. Its content never leaves the machine's
+    own temporary folder.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="megatron_ext_save_")
+        self._path = Path(self._folder, "results")
+
+    def __enter__(self) -> WriterResults:
+        """Megatron uses this one for the saves that are prepared inside."""
+        filesystem_async._results_queue = self
+        return self
+
+    def __exit__(self, *exception) -> None:
+        filesystem_async._results_queue = None
+
+    def put(self, results: Any) -> None:
+        self._path.write_bytes(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        try:
+            return pickle.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            raise queue.Empty from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def with_checksums(write: Callable[..., None], rank: int, buckets: list, results: WriterResults) -> None:
+    """Megatron's function that writes a rank's files, in whatever process it runs; their checksums are kept beside."""
+    write(rank, buckets, results)
+    paths = [Path(path) for path, *_ in buckets if Path(path).is_file()]  # one may be missing: Megatron tells why
+    for path in paths:
+        place = path.parent.parent / SUMS_FOLDER / f"{path.parent.name}-{path.name}.json"
+        place.write_text(json.dumps({f"{path.parent.name}/{path.name}": checksum(path)}), encoding="utf-8")
+
+
+def gather_checksums(folder: Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file in a folder by its relative path; those that writers have left are taken."""
+    found: dict[str, list[int]] = {}
+    for path in (folder / SUMS_FOLDER).glob("*.json"):
+        found |= json.loads(path.read_text(encoding="utf-8"))
+    shutil.rmtree(folder / SUMS_FOLDER)
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in found:
+            found[name] = checksum(path)
+    return dict(sorted(found.items()))
+
+
+def checksum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def check_files(folder: Path, part: str, sums: dict[str, list[int]]) -> None:
+    """Compare the files of one part of a checkpoint with their checksums; every rank calls it and reads its share.
+
+    Raises:
+        ValueError: on every rank, one is missing, cut off or changed.
+    """
+    names = [name for name in sums if name.startswith(f"{part}/")]
+    wrong = None
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        path = folder / name
+        if not path.is_file():
+            wrong = f"{name} is missing"
+        elif path.stat().st_size != sums[name][0]:
+            wrong = f"{name} has {path.stat().st_size} bytes, {sums[name][0]} were saved"
+        elif checksum(path) != sums[name]:
+            wrong = f"{name} is not what was saved (its checksum differs)"
+        if wrong:
+            break
+    verdicts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(verdicts, wrong)
+    if any(verdicts):
+        raise ValueError(f"{folder} is damaged: {next(filter(None, verdicts))}; take another checkpoint")
+
+
+def flush(folder: Path) -> None:
+    """Everything in a folder to the disk, so that the rename that follows cannot outlive it."""
+    for path in folder.rglob("*"):
+        flush_one(path)
+    flush_one(folder)
+
+
+def flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,153 @@
+"""From a recipe's YAML to what the planner plans, without tokenizer, data or checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from megatron_ext.flops import ModelShape, sharing_pays
+from megatron_ext.planner import Job
+from recipes.config import ConfigError, build
+from recipes.launch import CONFIG_FOLDER, forced
+from recipes.settings import GRPOConfig, LFTFConfig, SFTConfig
+
+__all__ = ["cluster_choice", "job_of", "read_config"]
+
+RECIPES = {"sft": SFTConfig, "grpo": GRPOConfig, "lftf": LFTFConfig}
+# What a plan does not depend on may stay unset: paths.
+NOT_SET = "not-set"
+
+
+def read_config(
+    name: str, overrides: Sequence[str] = (), nodes: int | None = None, folder: Path = CONFIG_FOLDER
+) -> SFTConfig | GRPOConfig | LFTFConfig:
+    """A YAML of `nemo_configs/` with overrides as on a recipe's command line. Keys marked ??? may stay unset.
+
+    `model.precision: auto` is read as bf16: it is a GPU that is planned for.
+
+    Args:
+        nodes: instead of trainer.num_nodes. Where the YAML chooses a cluster, and the overrides do not, the layout is that
+            of the largest known cluster with no more nodes.
+
+    Raises:
+        ConfigError: a YAML without trainer.sft, trainer.grpo or trainer.lftf; a key that does not exist.
+        HydraException: no such file, or an override that cannot be read.
+        ValueError: whatever the recipe itself would refuse.
+    """
+    given = forced(overrides)
+    name = name.removesuffix(".yaml")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        if nodes is not None:
+            cluster = _cluster_choice(name, given, nodes, folder)
+            given += [f"cluster={cluster}"] * (cluster is not None) + [f"++trainer.num_nodes={nodes}"]
+        node = OmegaConf.to_container(compose(name, given), resolve=True)
+    kinds = [cls for kind, cls in RECIPES.items() if kind in (node.get("trainer") or {})]
+    if not kinds:
+        sections = ", ".join(f"trainer.{kind}" for kind in RECIPES)
+        raise ConfigError(f"{name} has none of {sections}: there is no training to plan")
+    node = _filled(node)
+    if isinstance(node.get("model"), dict) and node["model"].get("precision", "auto") == "auto":
+        node["model"]["precision"] = "bf16"
+    return build(kinds[0], node)
+
+
+def cluster_choice(name: str, overrides: Sequence[str], nodes: int, folder: Path = CONFIG_FOLDER) -> str | None:
+    """The file of cluster/ for so many nodes: of the largest cluster with no more. None: the YAML chooses none, or the
+    overrides do, or what is given cannot be read."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        try:
+            return _cluster_choice(name.removesuffix(".yaml"), forced(overrides), nodes, folder)
+        except HydraException:
+            return None
+
+
+def _cluster_choice(name: str, given: Sequence[str], nodes: int, folder: Path) -> str | None:
+    choices = compose(name, list(given), return_hydra_config=True).hydra.runtime.choices
+    if "cluster" not in choices or any(a.startswith("cluster=") for a in given):
+        return None
+    return _nearest_cluster(folder, nodes)
+
+
+def _nearest_cluster(folder: Path, nodes: int) -> str:
+    """The name of the largest cluster of no more nodes, else of the smallest; names are <nodes>x<GPUs>."""
+    names = sorted((path.stem for path in folder.glob("cluster/*.yaml")), key=lambda stem: int(stem.split("x")[0]))
+    return ([stem for stem in names if int(stem.split("x")[0]) <= nodes] or names[:1])[-1]
+
+
+def _filled(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _filled(value) for key, value in node.items()}
+    return NOT_SET if isinstance(node, str) and node == "???" else node
+
+
+def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = None, response: int | None = None) -> Job:
+    """One step of a recipe.
+
+    Args:
+        prompt, response: tokens; None: the longest that the configuration allows, hence an upper bound.
+
+    Raises:
+        ValueError: ranks or batches that do not divide; no model.vocab_size.
+    """
+    if isinstance(config, GRPOConfig):
+        return _grpo(config, prompt, response)
+    if prompt is not None and response is None:
+        raise ConfigError(
+            f"a sample is one document of prompt plus response: beside prompt={prompt} give response, too"
+        )
+    model, trainer = config.model, config.trainer
+    block = isinstance(config, LFTFConfig) and trainer.lftf.block != "all"
+    length = model.encoder_seq_length if response is None else (prompt or 0) + response
+    return Job(
+        model=model,
+        nodes=trainer.num_nodes,
+        devices=trainer.devices,
+        groups=model.global_batch_size,
+        # A sample is one document, whatever part of it is the prompt; LFTF's largest are its texts.
+        prompt=0,
+        response=length,
+        groups_per_stream=model.micro_batch_size,
+        block=block,
+        locates=block and trainer.lftf.block == "gradient",
+        distributed_optimizer=model.optim.name == "distributed_fused_adam",
+        media_tokens=length if model.vision is not None else 0,
+    )
+
+
+def _grpo(config: GRPOConfig, prompt: int | None, response: int | None) -> Job:
+    model, trainer, grpo = config.model, config.trainer, config.trainer.grpo
+    prompt = config.data.max_prompt_length if prompt is None else prompt
+    response = grpo.length_params.max_length if response is None else response
+    share = model.prefix_grouping
+    if share == "auto" and model.vocab_size is not None:
+        share = sharing_pays(ModelShape.of(model), [(prompt, [response] * grpo.samples_per_prompt)])
+    groups = model.global_batch_size // grpo.samples_per_prompt
+    by_tokens = model.micro_batch_tokens is not None
+    return Job(
+        model=model,
+        nodes=trainer.num_nodes,
+        devices=trainer.devices,
+        groups=groups,
+        prompt=prompt,
+        response=response,
+        samples=grpo.samples_per_prompt,
+        updates=grpo.num_prompts_per_grpo_step // groups,
+        share_prefix=bool(share),
+        groups_per_stream=None if by_tokens else model.micro_batch_size,
+        stream_tokens=model.micro_batch_tokens,
+        scoring_passes=1 + bool(grpo.initial_policy_kl_penalty),
+        reference_copy=bool(grpo.initial_policy_kl_penalty),
+        rollout=True,
+        rollout_prompts=grpo.rollout_micro_batch_size,
+        distributed_optimizer=model.optim.name == "distributed_fused_adam",
+        # Where videos are seen, all of a prompt may be one.
+        media_tokens=prompt if model.vision is not None else 0,
+    )

@@ -1,0 +1,258 @@
+"""What ranks really hold: bytes of parameters, gradients and optimizer state, and of what autograd saves."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ext.attention.context import ContextShard
+from megatron_ext.grouping import PackedTokens, pack
+from megatron_ext.models import GPTModelConfig, build_gpt
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.runtime.distributed import ParallelSizes
+from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from tests.gpt_cases import small_config
+from tests.layouts import Lengths
+from tests.pretend import be_alone, pretend
+
+__all__ = [
+    "ActivationCase",
+    "Layout",
+    "StateCase",
+    "activations",
+    "pretended",
+    "random_tokens",
+    "saved_bytes",
+    "states",
+]
+
+
+@dataclass
+class StateCase:
+    """fields: changes to `small_config`. block: the only layer that trains; None: all parameters do."""
+
+    fields: dict[str, Any]
+    optimizer: str = "distributed_fused_adam"
+    block: int | None = None
+
+
+@dataclass
+class ActivationCase:
+    fields: dict[str, Any]
+    lengths: Lengths
+    share_prefix: bool = True
+
+
+@dataclass
+class Held:
+    """What a rank holds. parameters: name and shape of each, and whether Megatron says it is sharded."""
+
+    config: GPTModelConfig
+    stage: int
+    data_ranks: int
+    data_rank: int
+    parameters: list[tuple[str, tuple[int, ...], bool]] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)
+    optimizer_tensors: int = 0
+    other_bytes: int = 0
+
+
+@dataclass
+class Layout:
+    """A world, and which of its ranks are looked at; None: all."""
+
+    world: int
+    sizes: ParallelSizes
+    ranks: list[int] | None = None
+
+
+def pretended(device: torch.device, questions: list[tuple]) -> list[list[list[Any]]]:
+    """For every question (function, layouts, cases) what `function(device, cases)` gives on every rank of every layout,
+    all by this one process: answers[question][layout][rank]."""
+    answers = []
+    for function, layouts, cases in questions:
+        answers.append([])
+        for layout in layouts:
+            answers[-1].append([])
+            for rank in range(layout.world) if layout.ranks is None else layout.ranks:
+                pretend(rank, layout.world, layout.sizes)
+                answers[-1][-1].append(function(device, cases))
+    be_alone()
+    return answers
+
+
+def here(fields: dict[str, Any]) -> GPTModelConfig:
+    """The small model, spread as this run's ranks are."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    sizes = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
+    return small_config(**({"sequence_parallel": tensor > 1} | fields | sizes))
+
+
+def states(device: torch.device, cases: list[StateCase]) -> list[Held]:
+    """After one optimizer step of every case."""
+    return [_state(device, case) for case in cases]
+
+
+def _state(device: torch.device, case: StateCase) -> Held:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    gc.collect()
+    gc.freeze()  # what is there already is looked at no more
+    config = here(case.fields)
+    held = Held(config, parallel_state.get_pipeline_model_parallel_rank(), group.size(), group.rank())
+    model = build_gpt(config, device)
+    for name, parameter in model.named_parameters():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        held.parameters.append((name, tuple(parameter.shape), sharded))
+    if case.block is not None:
+        layers = {id(p): layer.layer_number - 1 for layer in model.decoder.layers for p in layer.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(layers.get(id(parameter)) == case.block)
+    engine = Engine(model, OptimConfig(name=case.optimizer))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if trained:
+        engine.zero_grad()
+        for parameter in trained:
+            parameter.main_grad.fill_(0.1)
+        engine.step()
+    kinds = {
+        "parameters": _storages(model.parameters()),
+        "gradients": _storages(b.grad_data for b in engine.model.buffers),
+    }
+    known = {key for found in kinds.values() for key in found}
+    tensors = list(_optimizer_tensors(engine.optimizer))
+    held.optimizer_tensors = sum(1 for name, _ in tensors if name == "exp_avg")
+    kinds["optimizer"] = {k: v for k, v in _storages(t for _, t in tensors).items() if k not in known}
+    held.bytes = {kind: sum(found.values()) for kind, found in kinds.items()}
+    gc.collect()
+    alive = _storages(o for o in gc.get_objects() if isinstance(o, Tensor))
+    known |= set(kinds["optimizer"])
+    held.other_bytes = sum(size for key, size in alive.items() if key not in known)
+    return held
+
+
+def _storages(tensors) -> dict[int, int]:
+    """Bytes of every storage once, by its address."""
+    found = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and (storage := tensor.untyped_storage()).nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _optimizer_tensors(optimizer):
+    """(name, tensor) of the weights it updates and of Adam's moments, of all optimizers in a chain."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:  # nothing trains here
+            continue
+        for group in part.optimizer.param_groups:
+            yield from (("main", p) for p in group["params"])
+        for state in part.optimizer.state.values():
+            yield from ((name, value) for name, value in state.items() if name != "step")
+
+
+def random_tokens(lengths: Lengths) -> tuple[list, list]:
+    """Prompts and responses of these lengths."""
+    draw = lambda n: torch.randint(61, (n,)).tolist()  # noqa: E731
+    return [draw(p) for p, _ in lengths], [[draw(n) for n in sizes] for _, sizes in lengths]
+
+
+def saved_bytes(model: torch.nn.Module, batch: PackedTokens) -> int:
+    """What autograd saves in one forward pass, every storage once, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch.tokens, batch.position_ids, batch.groups, labels=batch.labels, media=batch.media)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def activations(device: torch.device, cases: list[ActivationCase]) -> list[dict[str, int]]:
+    return [_activation(device, case) for case in cases]
+
+
+def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
+    config = here(case.fields)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model = build_gpt(config, device)
+    prompts, responses = random_tokens(case.lengths)
+    batch = pack(prompts, responses, stream_multiple(config), device=device, share_prefix=case.share_prefix)
+    record = batch.groups
+    if config.context_parallel_size > 1:
+        group = parallel_state.get_context_parallel_group()
+        record = ContextShard.of(record, group, stream_multiple(config), model.token_cost)
+    tokens = record.num_tokens
+    if stage:
+        rows = tokens // config.tensor_model_parallel_size if config.sequence_parallel else tokens
+        model.set_input_tensor(torch.randn(rows, 1, config.hidden_size, dtype=config.dtype, requires_grad=True))
+    return {
+        "saved": saved_bytes(model, batch),
+        "stage": stage,
+        "tokens": tokens,
+        "predicted": len(record.predict_index),
+    }
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that one rank of a ring sends for every collective that is called: what a gather or a scatter spreads
+    counts (r - 1) / r times, a sum twice that. What is less than `small` bytes, a norm or log-probabilities, is left out."""
+
+    def __init__(self, small: int):
+        super().__init__()
+        self.small = small
+        self.sent = {"gather": 0.0, "scatter": 0.0, "sum": 0.0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._schema.name
+            kind = "gather" if "gather" in name else "scatter" if "scatter" in name else "sum"
+            size = max(t.nbytes for t in _tensors(args))
+            ranks = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject))).size()
+            if size >= self.small:
+                self.sent[kind] += size * (ranks - 1) / ranks * (2 if kind == "sum" else 1)
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(value):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def traffic(device: torch.device, cases: list[ActivationCase]) -> list[dict[str, Any]]:
+    """Bytes sent by a forward pass, by a forward and backward pass (gradients summed), and by an optimizer step."""
+    return [_traffic(device, case) for case in cases]
+
+
+def _traffic(device: torch.device, case: ActivationCase) -> dict[str, Any]:
+    config = here(case.fields)
+    engine = Engine(build_gpt(config, device), OptimConfig())
+    prompts, responses = random_tokens(case.lengths)
+    batch = pack(prompts, responses, stream_multiple(config), device=device, share_prefix=case.share_prefix)
+    small = 4 * config.hidden_size * 10
+    engine.zero_grad()
+    with Collectives(small) as forward:
+        engine.score([Microbatch(batch)])
+    with Collectives(small) as both:
+        engine.run([Microbatch(batch)], lambda microbatch, logprobs, entropy: (logprobs.sum(), {}))
+    with Collectives(small) as step:
+        engine.step()
+    return {"forward": forward.sent, "both": both.sent, "step": step.sent}

@@ -1,0 +1,261 @@
+"""The planner's bytes are those of real ranks: state exactly, what autograd saves exactly or nearly, what is sent nearly."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_ext.models.config import VisionConfig
+from megatron_ext.planner import Job
+from megatron_ext.planner.activations import EAGER, StreamShape, stage_activations
+from megatron_ext.planner.buffers import state_bytes
+from megatron_ext.planner.communication import data_traffic, pass_traffic
+from megatron_ext.planner.parameters import stage_parameters
+from megatron_ext.runtime.distributed import ParallelSizes
+from tests.distributed.planner_scenarios import (
+    ActivationCase,
+    Held,
+    Layout,
+    StateCase,
+    activations,
+    pretended,
+    states,
+    traffic,
+)
+from tests.gpt_cases import small_config
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+# Name -> layout. 3 ranks: lengths that do not divide by them are padded.
+LAYOUTS = {
+    "dp3": Layout(3, ParallelSizes()),
+    "pp2 dp2": Layout(4, ParallelSizes(pipeline=2)),
+    "cp3 dp2": Layout(6, ParallelSizes(context=3), [0, 5]),
+    "tp2 pp4 cp2 dp3": Layout(48, ParallelSizes(tensor=2, pipeline=4, context=2), [0, 13, 47]),
+}
+REAL = "tp2 cp2, on gloo"
+OPTIMIZERS = ("adam", "distributed_fused_adam")
+# Rotary tables (48 bytes) and numbers such as a gradient norm.
+SMALL = 64
+
+
+def state_cases() -> list[StateCase]:
+    """Both precisions and optimizers, tied and untied embeddings, one block alone, a media projector; odd sizes, drawn."""
+    draw = random.Random()
+    fields = {
+        "num_layers": 4,
+        "hidden_size": draw.randrange(16, 40, 2),
+        "ffn_hidden_size": draw.randrange(2, 60, 2),
+        "vocab_size": draw.randrange(20, 90),
+    }
+    print(fields)
+    varied = [
+        {},
+        {"precision": "bf16"},
+        {"precision": "bf16", "share_embeddings_and_output_weights": False, "add_qkv_bias": False},
+        {"precision": "bf16", "qk_layernorm": False, "vision": VisionConfig(7)},
+    ]
+    return [
+        StateCase(fields | more, optimizer, block)
+        for more in varied
+        for optimizer in OPTIMIZERS
+        for block in (None, 1)
+        if block is None or more == varied[1]
+    ]
+
+
+class Pretended:
+    """Everything that one process finds out as ranks of many worlds."""
+
+    def __init__(self):
+        self.states, self.activations, self.traffic = state_cases(), activation_cases(24), traffic_cases()
+        questions = [
+            (states, list(LAYOUTS.values()), self.states),
+            (activations, list(ACTIVATION_LAYOUTS.values()), self.activations),
+            (traffic, list(TRAFFIC_LAYOUTS.values()), self.traffic),
+        ]
+        (answers,) = run_ranks(pretended, 1, questions)
+        names = (LAYOUTS, ACTIVATION_LAYOUTS, TRAFFIC_LAYOUTS)
+        self.held, self.saved, self.sent = (dict(zip(n, a, strict=True)) for n, a in zip(names, answers, strict=True))
+        # One layout is not pretended.
+        self.held[REAL] = run_ranks(states, 4, self.states, sizes=ParallelSizes(tensor=2, context=2))
+
+    def states_of(self, name: str) -> list[tuple[StateCase, Held]]:
+        """Every case on the ranks of a layout."""
+        return [pair for rank in self.held[name] for pair in zip(self.states, rank, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def found() -> Pretended:
+    return Pretended()
+
+
+@pytest.fixture(params=[*LAYOUTS, REAL])
+def held(request, found) -> list[tuple[StateCase, Held]]:
+    return found.states_of(request.param)
+
+
+def test_parameters_have_the_real_names_shapes_and_order(held):
+    for _, real in held:
+        planned = stage_parameters(real.config, real.stage)
+        assert [(p.name, p.shape) for p in planned] == [(name, shape) for name, shape, _ in real.parameters]
+        if real.config.tensor_model_parallel_size > 1:
+            assert [p.sharded for p in planned] == [sharded for _, _, sharded in real.parameters]
+
+
+def test_state_bytes_are_exact(held):
+    """Nothing else of any size is alive either: torch's own step counters, 4 bytes for a tensor, apart."""
+    for case, real in held:
+        parameters = stage_parameters(real.config, real.stage)
+        trained = [p for p in parameters if case.block is None or p.layer == case.block]
+        planned = state_bytes(
+            real.config,
+            trained,
+            [p for p in parameters if p not in trained],
+            real.data_ranks,
+            real.data_rank,
+            case.optimizer != "adam",
+        )
+        found = {name: getattr(planned, name) for name in real.bytes}
+        assert found == real.bytes, (case, real.stage, real.data_rank)
+        assert planned.optimizer_tensors == real.optimizer_tensors
+        assert real.other_bytes <= 4 * planned.optimizer_tensors + SMALL
+        if case.block is None:
+            assert sum(real.bytes.values()) > 1000  # it is not about nothing
+
+
+@pytest.mark.parametrize("name", ["dp3", "pp2 dp2", REAL])
+def test_the_fullest_rank_is_found(name, found):
+    """Layouts of which every rank was looked at."""
+    by_stage: dict = {}
+    for case, real in found.states_of(name):
+        by_stage.setdefault((repr(case), real.stage), []).append((case, real))
+    for ranks in by_stage.values():
+        case, real = ranks[0]
+        parameters = stage_parameters(real.config, real.stage)
+        trained = [p for p in parameters if case.block is None or p.layer == case.block]
+        frozen = [p for p in parameters if p not in trained]
+        fullest = state_bytes(real.config, trained, frozen, real.data_ranks, None, case.optimizer != "adam")
+        assert fullest.optimizer == max(r.bytes["optimizer"] for _, r in ranks)
+
+
+ACTIVATION_LAYOUTS = {
+    "one": Layout(1, ParallelSizes()),
+    "tp2": Layout(2, ParallelSizes(tensor=2)),
+    "tp2 pp2": Layout(4, ParallelSizes(tensor=2, pipeline=2)),
+    "cp2": Layout(2, ParallelSizes(context=2)),
+}
+
+
+def activation_cases(count: int) -> list[ActivationCase]:
+    """Drawn: grouped and repeated, with and without recomputation, sequence parallelism, bf16."""
+    draw, cases = random.Random(), []
+    for number in range(count):
+        heads = draw.choice([4, 8])
+        fields = {
+            "num_layers": draw.choice([2, 4]),
+            "hidden_size": draw.randrange(16, 80, 8),
+            "ffn_hidden_size": draw.randrange(16, 120, 8),
+            "num_attention_heads": heads,
+            "num_query_groups": draw.choice([2, heads]),
+            "kv_channels": draw.choice([4, 8]),
+            "qk_layernorm": draw.random() < 0.5,
+            "precision": draw.choice(["32", "bf16"]),
+            "activations_checkpoint_granularity": (None, "selective", "full")[number % 3],
+        }
+        if draw.random() < 0.5:
+            fields["sequence_parallel"] = False
+        groups = [(draw.randint(0, 40), [draw.randint(1, 20) for _ in range(4)]) for _ in range(draw.randint(1, 3))]
+        cases.append(ActivationCase(fields, groups, share_prefix=number % 2 == 0))
+    print(cases)
+    return cases
+
+
+@pytest.mark.parametrize("name", ACTIVATION_LAYOUTS)
+def test_activation_bytes_are_what_autograd_saves(name, found):
+    """Exactly without sequence parallelism, whose index tables are counted for the fullest rank."""
+    sizes = ACTIVATION_LAYOUTS[name].sizes
+    for rank in found.saved[name]:
+        for case, real in zip(found.activations, rank, strict=True):
+            spread = {
+                "tensor_model_parallel_size": sizes.tensor,
+                "pipeline_model_parallel_size": sizes.pipeline,
+                "context_parallel_size": sizes.context,
+            }
+            config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
+            stream = StreamShape(real["tokens"], real["predicted"])
+            planned = stage_activations(config, real["stage"], stream, EAGER)
+            bound = 0.1 if config.sequence_parallel or sizes.context > 1 else 1e-12
+            assert planned.kept == pytest.approx(real["saved"], rel=bound), (case, real)
+
+
+# One kind of parallelism each, so that every collective's kind is known.
+TRAFFIC_LAYOUTS = {
+    "tensor": Layout(4, ParallelSizes(tensor=4), [0]),
+    "context": Layout(2, ParallelSizes(context=2), [0]),
+    "data": Layout(3, ParallelSizes(), [0]),
+}
+
+
+def traffic_cases() -> list[ActivationCase]:
+    draw = random.Random()
+    sizes = {"num_query_groups": 4, "hidden_size": 8 * draw.randint(8, 16), "ffn_hidden_size": 96, "num_layers": 4}
+    group = (draw.randint(30, 60), [draw.randint(10, 30)] * 4)
+    cases = [
+        ActivationCase(sizes | more, [group] * 3, share_prefix=share)
+        for more in ({}, {"sequence_parallel": False}, {"activations_checkpoint_granularity": "full"})
+        for share in (True, False)
+    ]
+    print(cases)
+    return cases
+
+
+@pytest.mark.parametrize("kind", TRAFFIC_LAYOUTS)
+def test_bytes_sent_are_those_of_the_collectives_called(kind, found):
+    """Within 5 %: padding of buffers and of gathered rows is not counted."""
+    layout = TRAFFIC_LAYOUTS[kind]
+    for case, real in zip(found.traffic, found.sent[kind][0], strict=True):
+        job = traffic_job(case, layout)
+        (microbatch,) = job.microbatches
+        passes = {
+            backward: sum(t.sent for t in pass_traffic(job, microbatch, backward) if t.kind == kind)
+            for backward in (False, True)
+        }
+        summed = sum(t.sent for t in data_traffic(job, 0))
+        forward, both, step = (sum(real[name].values()) for name in ("forward", "both", "step"))
+        if kind == "data":
+            assert (forward, passes[True]) == (0, 0)
+            assert summed == pytest.approx(both + step, rel=0.05) and summed > 0
+        else:
+            ring = data_ring(job) if kind == "context" else 0.0  # gradients are summed over these ranks, too
+            both -= ring
+            assert passes[False] == pytest.approx(forward, rel=0.05)
+            assert passes[True] == pytest.approx(both, rel=0.05, abs=0.05 * ring)
+            # Responses stay whole on a rank: of repeated prompts nothing is gathered.
+            assert (forward > 0) == (kind == "tensor" or case.share_prefix)
+
+
+def data_ring(job: Job) -> float:
+    """What the scatter of gradients sends, without the gather of parameters."""
+    (found,) = data_traffic(job, 0)
+    return found.sent / 2  # fp32 both
+
+
+def traffic_job(case: ActivationCase, layout: Layout) -> Job:
+    prompt, responses = case.lengths[0]
+    sizes = layout.sizes
+    spread = {"tensor_model_parallel_size": sizes.tensor, "context_parallel_size": sizes.context}
+    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
+    return Job(
+        config,
+        nodes=1,
+        devices=layout.world,
+        groups=len(case.lengths) * sizes.data(layout.world),
+        prompt=prompt,
+        response=responses[0],
+        samples=len(responses),
+        share_prefix=case.share_prefix,
+        groups_per_stream=len(case.lengths),
+    )

@@ -1,0 +1,131 @@
+"""From a Hugging Face folder through recipes and back, as a user does it: command lines alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ext.models import build_gpt
+from megatron_ext.models.hf import hf_model_config, load_hf_weights
+from megatron_ext.runtime.checkpoint import load_weights
+from recipes.data import load_tokenizer
+from tests.conftest import fresh_generator
+from tests.hf_models import make_hf_model
+from tests.recipe_runs import Finished, metrics, run
+
+pytestmark = pytest.mark.functional
+
+TP2 = ["trainer.devices=2", "model.tensor_model_parallel_size=2"]
+
+
+@dataclass
+class Start:
+    """A tiny Llama 3 with a tokenizer, and a task's data."""
+
+    data: Path
+    folder: Path
+
+    def train(self, recipe: str, out: Path, *overrides: str) -> Finished:
+        return run(
+            f"recipes/train_{recipe}.py", "--config-name", f"{recipe}_tiny", "model=pretrained",
+            f"pretrained_checkpoint.restore_from_path={self.folder}", f"exp_manager.explicit_log_dir={out}",
+            "model.micro_batch_size=4", *overrides,
+        )  # fmt: skip
+
+    def sft(self, out: Path, *overrides: str) -> Finished:
+        return self.train(
+            "sft", out, f"data.train_path={self.data / 'sft.jsonl'}", "trainer.sft.max_steps=2", "model.global_batch_size=8",
+            *overrides,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Start:
+    root = tmp_path_factory.mktemp("hf")
+    made = run(
+        "tools/make_word_problems.py", "--out", root / "data", "--seed", 7, "--sft", 32, "--train", 16, "--test", 4
+    )
+    assert made.code == 0, made.err
+    folder = root / "llama"
+    vocab = load_tokenizer(root / "data" / "tokenizer").vocab_size + 5  # rows that no token has
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.05}
+    make_hf_model(folder, "llama 3", fresh_generator(), vocab_size=vocab, **sizes)
+    for path in (root / "data" / "tokenizer").iterdir():
+        shutil.copy(path, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    return Start(root / "data", folder)
+
+
+@pytest.fixture(scope="module")
+def trained(start, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    done = start.sft(out, *TP2)
+    assert done.code == 0, done.err
+    return out
+
+
+def weights(folder) -> dict:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(str(path)).items()}
+
+
+def test_train_export_verify(start, trained, tmp_path):
+    """Two steps from a Hugging Face folder; the exported folder is what transformers answers like our checkpoint from."""
+    steps = metrics(trained)
+    assert len(steps) == 2 and all(0 < row["train_optim/loss"] < 20 for row in steps)
+    checkpoint, target = trained / "checkpoints" / "final", tmp_path / "new" / "exported"
+    done = run("tools/convert_hf.py", "export", checkpoint, target, "--max-shard-size", "100KB")
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"Hugging Face folder in {target}, float32, config.json like {checkpoint / 'source'}")
+    before, after = weights(start.folder), weights(target)
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    moved = [float((after[k] - before[k]).abs().max()) for k in before]
+    assert 0 < min(moved) and max(moved) < 0.02  # two steps of 4e-3 at most
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((target / name).read_text()) == json.loads((start.folder / name).read_text())
+    assert load_tokenizer(target).vocab_size == load_tokenizer(start.folder).vocab_size
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\n\nAnna gives two pears to Ben.\n")
+    done = run("tools/convert_hf.py", "verify", target, checkpoint, "--text", "Tom has 3 apples.", "--text-file", lines)
+    assert done.code == 0, done.err
+    assert "same next token" in done.out and float(done.out.rsplit("logit ")[1].split(",")[0]) <= 1e-4
+    done = run("tools/convert_hf.py", "verify", target, start.folder, "--text", "Tom has 3 apples.")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert f"{start.folder} and transformers' {target} differ: a logit by" in line
+
+
+def test_grpo_starts_from_the_folder(start, world, tmp_path):
+    """The first step has a learning rate of 0: what it saves are the folder's weights, bitwise."""
+    done = start.train(
+        "grpo", tmp_path / "run", f"data.train_path={start.data / 'train.jsonl'}", "trainer.devices=1",
+        "trainer.grpo.max_steps=1", "trainer.grpo.num_prompts_per_grpo_step=4", "trainer.grpo.samples_per_prompt=4",
+        "model.global_batch_size=16", "trainer.grpo.val_check_interval=0", "trainer.grpo.length_params.max_length=8",
+        "trainer.grpo.reward={name:length,target:12}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (step,) = metrics(tmp_path / "run")
+    assert (
+        step["train_optim/ratio"] == pytest.approx(1, abs=1e-5)
+        and step["train_optim/lr"] == 0 < step["train_optim/grad_norm"]
+    )
+    config = hf_model_config(start.folder, precision="32")
+    expected, found = build_gpt(config, world), build_gpt(config, world)
+    load_hf_weights(start.folder, expected)
+    load_weights(tmp_path / "run" / "checkpoints" / "final", found)
+    for (name, theirs), ours in zip(expected.named_parameters(), found.parameters(), strict=True):
+        rows = config.vocab_size if "embedding" in name else None  # those behind pad the vocabulary
+        assert torch.equal(ours[:rows], theirs[:rows]), name
+
+
+def test_yaml_that_contradicts_the_folder(start, tmp_path):
+    done = start.sft(tmp_path / "run", "trainer.devices=1", "+model.num_layers=3")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert f"model.num_layers=3, but the checkpoint {start.folder} was made with num_layers=4" in line
+    assert not (tmp_path / "run").exists()

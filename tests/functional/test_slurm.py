@@ -1,0 +1,281 @@
+"""The launcher on a real Slurm of two nodes, started on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch import submit
+from megatron_ext.models.hf import make_hf_config
+from recipes.planning import read_config
+from tests.functional.test_resume import weights
+from tests.harness import ROOT
+from tests.recipe_runs import metrics, run
+
+pytestmark = pytest.mark.functional
+
+WAIT = 300.0
+TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--processes", "1"]
+ACROSS = "model.tensor_model_parallel_size=2"  # the two ranks of a tensor-parallel group are on different nodes
+NO_SLURM = 77
+CORES = 64  # of a node of the partition "gpus"
+REWARD = ["--reward-server", "exact_answer", "--reward-gpus", "1"]
+CONFIGS = {"sft": "train_sft", "grpo": "train_grpo", "grpo_video": "train_grpo", "lftf": "train_lftf"}
+JOBS = [(recipe, config, nodes) for config, recipe in CONFIGS.items() for nodes in (1, 2, 8, 16)]
+TRAIN = ["data.train_path=x"]
+NEEDED = {"sft": TRAIN, "grpo": TRAIN, "grpo_video": TRAIN, "lftf": ["data.text_path=x", "data.validation_text_path=x"]}
+
+
+@dataclass
+class Cluster:
+    folder: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+
+    def ask(self, *command: object) -> str:
+        done = subprocess.run([*map(str, command)], env=self.env, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @property
+    def idle(self) -> bool:
+        return self.ask("sinfo", "-h", "-p", "test", "-o", "%D %t").split() == ["2", "idle"]
+
+    def submit(self, *arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "launch/submit.py", *map(str, arguments)]
+        return subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    def start(self, recipe: str, config: str, run_dir: Path, *overrides: object, nodes: list[str] = TWO_NODES) -> Job:
+        options = ["--recipe", recipe, "--config", config, "--run-dir", run_dir, *nodes]
+        done = self.submit(*options, "--", *overrides)
+        assert done.returncode == 0, done.stderr
+        return Job(self, done.stdout.split()[-1], run_dir)
+
+
+@dataclass
+class Job:
+    cluster: Cluster
+    number: str
+    run_dir: Path
+
+    @property
+    def state(self) -> str:
+        return re.search(r"JobState=(\w+)", self.cluster.ask("scontrol", "show", "job", self.number))[1]
+
+    @property
+    def log(self) -> str:
+        path = Path(f"{self.run_dir}.slurm", f"{self.number}.log")
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until(self, what, seconds: float = WAIT) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, f"{self.state}\n{self.log[-3000:]}"
+            assert self.state not in ("FAILED", "CANCELLED", "NODE_FAIL"), self.log[-3000:]
+            time.sleep(0.2)
+
+    def end(self) -> None:
+        self.until(lambda: self.state == "COMPLETED")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    script = str(ROOT / "launch/test_cluster.sh")
+    done = subprocess.run([script, "start", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode == NO_SLURM:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    yield Cluster(folder)
+    subprocess.run([script, "stop", str(folder)], check=True)
+
+
+def sft_settings(task) -> list[str]:
+    return [f"data.train_path={task.data / 'sft.jsonl'}", f"model.tokenizer={task.data / 'tokenizer'}", ACROSS]
+
+
+def test_grpo_on_two_nodes_is_grpo_on_one_machine(cluster, task, tmp_path, world):
+    """The same ranks, on two nodes or started by the recipe itself: bitwise."""
+    settings = [
+        "model=pretrained", f"data.train_path={task.data / 'train.jsonl'}",
+        f"pretrained_checkpoint.restore_from_path={task.checkpoint}",
+        "trainer.grpo.max_steps=2", "trainer.grpo.num_prompts_per_grpo_step=4", "trainer.grpo.samples_per_prompt=4",
+        "model.global_batch_size=16", "trainer.grpo.val_check_interval=0", ACROSS,
+    ]  # fmt: skip
+    job = cluster.start("train_grpo", "grpo_tiny", tmp_path / "grpo", *settings)
+    here = run(
+        "recipes/train_grpo.py", "--config-name", "grpo_tiny", *settings, "trainer.devices=2",
+        f"exp_manager.explicit_log_dir={tmp_path / 'here'}",
+    )  # fmt: skip
+    assert here.code == 0, here.err
+    job.end()
+    assert "2 nodes alike: 0 x None" in job.log
+    ranks = sorted(p.parts[-4] for p in Path(f"{job.run_dir}.slurm").glob("*/node*/*/attempt_0/0/stdout.log"))
+    assert len(ranks) == 2, "each node keeps its own log"
+    for ours, theirs in zip(metrics(job.run_dir), metrics(tmp_path / "here"), strict=True):
+        keys = [k for k in ours if not k.startswith("timers/") and "per_second" not in k]
+        assert [ours[k] for k in keys] == [theirs[k] for k in keys] and len(keys) > 10
+    there, local = (weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
+    assert all(torch.equal(local[name], value) for name, value in there.items())
+
+
+def test_a_reward_served_by_another_node(cluster, task, tmp_path):
+    """A heterogeneous job: one node trains, the other computes the rewards that the recipe itself would compute."""
+    settings = [
+        "model=pretrained", f"data.train_path={task.data / 'train.jsonl'}", "trainer.grpo.max_steps=1",
+        f"pretrained_checkpoint.restore_from_path={task.checkpoint}", "trainer.grpo.num_prompts_per_grpo_step=4",
+        "trainer.grpo.samples_per_prompt=4", "model.global_batch_size=16", "trainer.grpo.val_check_interval=0",
+    ]  # fmt: skip
+    reward = "{name: length, target: 60}"
+    nodes = ["--nodes", "1", "--gpus-per-node", "0", "--processes", "1", "--reward-server", reward]
+    job = cluster.start("train_grpo", "grpo_tiny", tmp_path / "grpo", *settings, nodes=nodes)
+    here = run(
+        "recipes/train_grpo.py", "--config-name", "grpo_tiny", *settings, "trainer.devices=1",
+        f"trainer.grpo.reward={reward}", f"exp_manager.explicit_log_dir={tmp_path / 'here'}",
+    )  # fmt: skip
+    assert here.code == 0, here.err
+    job.end()
+    assert f"reward {reward} at http://127.0.0.1:" in job.log
+    (ours,), (theirs,) = metrics(job.run_dir), metrics(tmp_path / "here")
+    keys = [k for k in ours if not k.startswith("timers/") and "per_second" not in k]
+    assert [ours[k] for k in keys] == [theirs[k] for k in keys]
+    assert 0 < ours["train_rollouts/reward"] < 1
+
+
+def test_lftf_on_two_nodes(cluster, tmp_path):
+    made = run("tools/make_biased_corpus.py", "--out", tmp_path / "data", "--biased", 400, "--hinted", 300, "--neutral", 200,
+               "--held-out", 20, "--vocab-size", 1024)  # fmt: skip
+    assert made.code == 0, made.err
+    small = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"]
+    done = run(
+        "recipes/train_sft.py", "--config-name", "sft_bias_tiny", f"data.train_path={tmp_path / 'data/sft.jsonl'}", *small,
+        f"model.tokenizer={tmp_path / 'data/tokenizer'}", f"exp_manager.explicit_log_dir={tmp_path / 'sft'}",
+        "trainer.devices=1", "trainer.sft.max_steps=3",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    job = cluster.start(
+        "train_lftf", "lftf_tiny", tmp_path / "lftf", "model=pretrained", ACROSS, "trainer.lftf.block=1",
+        f"pretrained_checkpoint.restore_from_path={tmp_path / 'sft/checkpoints/final'}", "trainer.lftf.max_steps=2",
+        f"data.text_path={tmp_path / 'data/neutral_train.jsonl'}", "trainer.lftf.val_check_interval=1",
+        f"data.validation_text_path={tmp_path / 'data/neutral_test.jsonl'}",
+    )  # fmt: skip
+    job.end()
+    result = json.loads((job.run_dir / "result.json").read_text())
+    assert result["block"] == 1 and result["steps"] == 2
+    assert (job.run_dir / "delta.safetensors").is_file()
+
+
+def test_a_preempted_run_goes_on_and_ends_as_if_undisturbed(cluster, task, tmp_path, world):
+    """Told to stop, first by a signal to its steps, then by one to its script, as Slurm sends when the time is nearly up, it
+    saves, stops and is queued again. Names with spaces, quotes and dollars survive."""
+    odd = tmp_path / 'it\'s "a" $HOME run'
+    odd.mkdir()
+    shutil.copy(task.data / "sft.jsonl", odd / "sft.jsonl")
+    path = str(odd / "sft.jsonl").replace("'", "\\'")
+    settings = [*sft_settings(task)[1:], f"data.train_path='{path}'", "trainer.sft.max_steps=80"]
+    job = cluster.start("train_sft", "sft_tiny", odd / "run", *settings)
+    stopped = 0
+    for options, told in [([], "told to stop"), (["--batch"], "time is nearly up")]:
+        before = stopped + 1
+        job.until(lambda: (job.run_dir / "metrics.jsonl").exists() and len(metrics(job.run_dir)) > before)  # noqa: B023
+        cluster.ask("scancel", *options, "--signal=USR1", job.number)
+        job.until(lambda: job.state == "PENDING")
+        stopped = len(metrics(job.run_dir))
+        assert before < stopped < 80 and not (job.run_dir / "checkpoints/final").exists()
+        assert (
+            told in job.log and f"asked to stop after step {stopped}: saved in" in job.log and "queued again" in job.log
+        )
+        job.until(lambda: cluster.idle)
+        time.sleep(2)  # nodes refuse what starts in the very second of the requeue: "Job credential revoked"
+        cluster.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # Slurm would wait for two minutes
+        job.until(lambda: f"going on after step {stopped}" in job.log)  # noqa: B023
+    here = run(
+        "recipes/train_sft.py", "--config-name", "sft_tiny", *settings, "trainer.devices=2",
+        f"exp_manager.explicit_log_dir={tmp_path / 'here'}",
+    )  # fmt: skip
+    assert here.code == 0, here.err
+    job.end()
+    assert yaml.safe_load((job.run_dir / "config.yaml").read_text())["data"]["train_path"] == str(odd / "sft.jsonl")
+    there, local = (weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
+    assert all(torch.equal(local[name], value) for name, value in there.items())
+    assert [r["step"] for r in metrics(job.run_dir)] == list(range(1, 81))
+
+
+def test_a_killed_rank_ends_the_job(cluster, task, tmp_path):
+    job = cluster.start("train_sft", "sft_tiny", tmp_path / "run", *sft_settings(task), "trainer.sft.max_steps=100000")
+    job.until(lambda: (job.run_dir / "metrics.jsonl").exists() and len(metrics(job.run_dir)) > 1)
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"recipes/train_sft.py.*explicit_log_dir='{job.run_dir}'"], capture_output=True, text=True
+    )
+    ranks = [int(pid) for pid in ranks.stdout.split() if "torch.distributed.run" not in command_line(int(pid))]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    while job.state not in ("FAILED", "COMPLETED"):
+        assert time.monotonic() - began < 60, job.log[-3000:]
+        time.sleep(0.2)
+    assert job.state == "FAILED"
+    assert re.search(r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9", job.log), job.log[-3000:]
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return "torch.distributed.run"  # gone
+
+
+def test_slurm_accepts_what_is_submitted(cluster, task, tmp_path):
+    settings = [
+        "model=pretrained",
+        f"data.train_path={task.data / 'train.jsonl'}",
+        f"pretrained_checkpoint.restore_from_path={task.checkpoint}",
+    ]
+    options = [
+        "--recipe",
+        "train_sft",
+        "--config",
+        "sft_tiny",
+        "--run-dir",
+        tmp_path / "run",
+        *TWO_NODES,
+        "--test-only",
+    ]
+    done = cluster.submit(*options, "--", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "to start at" in done.stderr and "using 2 processors on nodes node[1-2]" in done.stderr
+    assert not (tmp_path / "run.slurm").exists()
+
+
+@pytest.mark.parametrize(("recipe", "config", "nodes"), JOBS)
+def test_slurm_accepts_every_job_of_real_models(cluster, tmp_path, recipe, config, nodes):
+    """On a partition of 17 nodes of 8 GPUs; GRPO also with its reward on one more node."""
+    model = read_config(config.removesuffix("_video"), ["model=qwen3_8b", f"cluster={nodes}x8"]).model
+    (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
+    options = [
+        "--recipe", recipe, "--config", config, "--nodes", nodes, "--run-dir", tmp_path / "it's a run", "--test-only",
+        "--sbatch=--partition=gpus",
+    ]  # fmt: skip
+    settings = ["model=qwen3_8b", f"cluster={nodes}x8", f"pretrained_checkpoint.restore_from_path={tmp_path}"]
+    for more, total in [([], nodes)] + [(REWARD, nodes + 1)] * (config == "grpo"):
+        args, overrides = submit.arguments([*map(str, [*options, *more]), "--", *settings, *NEEDED[config]])
+        submit.check(args, overrides)
+        parts, exported = submit.command(args, overrides)
+        done = subprocess.run(parts, env=cluster.env | exported, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+        cores = CORES * nodes + (total > nodes)
+        assert f"using {cores} processors" in done.stderr, done.stderr

@@ -1,0 +1,227 @@
+"""Plans by themselves: what adds up, what is refused, which layout is best, what grouping and growth are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.flops import ModelShape, model_flops, num_tokens
+from megatron_ext.models import GPTModelConfig
+from megatron_ext.planner import HARDWARE, Assumptions, Hardware, Job, best_layouts, grouping_gain, grow, layouts, plan
+from megatron_ext.planner.communication import data_traffic, pass_traffic
+from megatron_ext.planner.growth import expected_seconds
+from megatron_ext.planner.parameters import model_parameters, stage_parameters
+
+GIB = 1 << 30
+
+
+def model(**changes) -> GPTModelConfig:
+    """A Llama of 1.2 billion parameters."""
+    fields = {
+        "num_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 8192,
+        "vocab_size": 128256,
+        "precision": "bf16",
+    }
+    return GPTModelConfig(**(fields | changes))
+
+
+def job(model_changes: dict | None = None, **changes) -> Job:
+    fields = {
+        "nodes": 1,
+        "devices": 8,
+        "groups": 64,
+        "prompt": 1024,
+        "response": 256,
+        "samples": 8,
+        "scoring_passes": 2,
+        "reference_copy": True,
+        "rollout": True,
+        "rollout_prompts": 8,
+    }
+    return Job(model(**(model_changes or {})), **(fields | changes))
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "tensor_model_parallel_size": st.sampled_from([1, 2, 4]),
+        "pipeline_model_parallel_size": st.sampled_from([1, 2]),
+        "context_parallel_size": st.sampled_from([1, 2]),
+        "activations_checkpoint_granularity": st.sampled_from([None, "selective", "full"]),
+    }
+)
+
+
+@given(LAYOUTS, st.booleans())
+def test_bytes_and_seconds_add_up(sizes, share):
+    if math.prod(v for v in sizes.values() if isinstance(v, int)) > 8:
+        return
+    planned = plan(job(sizes, share_prefix=share))
+    assert planned.bytes_per_rank == max(stage.total for stage in planned.stages)
+    for stage in planned.stages:
+        assert sum(stage.parts().values()) == stage.total >= stage.resident > 0
+    assert sum(planned.step.parts().values()) == pytest.approx(planned.step.total)
+    assert len(planned.stages) == sizes["pipeline_model_parallel_size"]
+    assert planned.fits == (planned.bytes_per_rank + planned.assumptions.reserve <= planned.hardware.memory)
+
+
+@given(st.integers(1, 4), st.integers(0, 300), st.integers(1, 100), st.integers(1, 8), st.booleans())
+def test_operations_and_tokens_are_those_of_the_flop_model(local, prompt, response, samples, share):
+    """Of one optimizer step: each group once forward for every scoring pass, and once forward and backward."""
+    given_job = job(
+        groups=8 * local, prompt=prompt, response=response, samples=samples, share_prefix=share, scoring_passes=1
+    )
+    lengths = [(prompt, [response] * samples)] * given_job.groups
+    shape = ModelShape.of(given_job.model)
+    expected = sum(model_flops(shape, lengths, share, backward).total for backward in (False, True))
+    step = plan(given_job).step
+    assert step.flops == pytest.approx(expected)
+    assert step.tokens == num_tokens(lengths, share)
+
+
+def test_grouping_pays_by_what_the_tokens_say():
+    long = grouping_gain(plan(job(prompt=4096, response=64, samples=16, rollout=False)))
+    assert long.repeated_tokens / long.tokens == pytest.approx((16 * (4096 + 64)) / (4096 + 16 * 64))
+    assert long.pays and 5 < long.repeated_seconds / long.seconds <= long.repeated_tokens / long.tokens * 1.5
+    assert long.repeated_flops / long.flops > 5
+    short = grouping_gain(plan(job(prompt=2, response=2048, rollout=False)))
+    assert not short.pays and short.repeated_seconds / short.seconds < 1.01
+
+
+def test_a_pipeline_waits_for_its_stages():
+    """m microbatches over p stages take the time of m + p - 1: the bubble is p - 1 of them, for every pass."""
+    draw = random.Random()
+    stages, groups = draw.choice([2, 4, 8]), 8 * draw.randint(1, 4)
+    planned = plan(job({"pipeline_model_parallel_size": stages}, groups=groups, scoring_passes=0))
+    count = len(planned.job.microbatches)
+    assert count == groups * stages // 8
+    assert planned.step.bubble == pytest.approx(planned.step.training * (stages - 1) / count)
+    assert plan(job(groups=groups)).step.bubble == 0
+
+
+def test_volumes_by_hand():
+    """TP 2 with sequence parallelism: 4 times the stream forward and 6 backward in every layer, half of it sent."""
+    one = job({"tensor_model_parallel_size": 2, "sequence_parallel": True}, groups=4)
+    (microbatch,) = one.microbatches
+    t, h = 1024 + 8 * 256, 2048
+    assert microbatch.shape.tokens == t
+    (forward,), (both,) = (pass_traffic(one, microbatch, backward) for backward in (False, True))
+    u = 8 * 256
+    assert forward.sent == (16 * 4 * t + t + u) * h * 2 / 2
+    assert both.sent == (16 * 10 * t + 2 * (t + u)) * h * 2 / 2
+    (data,) = data_traffic(one, 0)
+    count = sum(p.numel for p in stage_parameters(one.model, 0))
+    assert data.sent == pytest.approx(count * (4 + 2) * 3 / 4)  # 4 data-parallel ranks
+
+
+def test_groups_that_leave_their_node_are_slower():
+    links = HARDWARE["H100"]
+    inside, outside = (
+        plan(job({"tensor_model_parallel_size": 8, "sequence_parallel": True}, nodes=nodes, devices=devices))
+        for nodes, devices in ((1, 8), (2, 4))
+    )
+    assert links.node_link > links.network_link
+    assert outside.step.training > 2 * inside.step.training
+    assert outside.bytes_per_rank == inside.bytes_per_rank
+
+
+def test_the_search_finds_the_fastest_of_what_fits():
+    start = job({"num_layers": 8}, groups=16)
+    found = best_layouts(start, count=1000)
+    everything = [plan(candidate) for candidate in layouts(start)]
+    assert len(everything) > 30
+    assert {id(p) for p in found}.isdisjoint(id(p) for p in everything if not p.fits)
+    assert [p.step.total for p in found] == sorted(p.step.total for p in everything if p.fits)
+    for planned in found:
+        sizes = planned.job.sizes
+        assert sizes.tensor * sizes.pipeline * sizes.context * planned.job.data_parallel == 8
+
+
+def test_nothing_is_found_where_nothing_fits():
+    tiny = dataclasses.replace(HARDWARE["H100"], memory=6 * GIB)
+    assert best_layouts(job({"num_layers": 4}), tiny) == []
+    refused = plan(job(), tiny)
+    assert not refused.fits and refused.reason.startswith("does not fit: ") and "use more nodes" in refused.reason
+
+
+def test_a_large_model_needs_machines():
+    """70 billion parameters: 18 bytes each for Adam in bf16, 1.27 TB, are more than 16 GPUs of 80 GB have to spare."""
+    large = {
+        "num_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "ffn_hidden_size": 28672,
+        "share_embeddings_and_output_weights": False,
+    }
+    assert model_parameters(model(**large)) / 1e9 == pytest.approx(70.55, abs=0.005)
+    fits = {}
+    for nodes in (1, 2, 4, 8):
+        sizes = {
+            "tensor_model_parallel_size": 8,
+            "pipeline_model_parallel_size": min(nodes, 4),
+            "sequence_parallel": True,
+        }
+        sizes["activations_checkpoint_granularity"] = "full"
+        planned = plan(job(large | sizes, nodes=nodes, rollout=False, reference_copy=False))
+        fits[nodes] = planned.fits
+        resident = sum(stage.resident for stage in planned.stages) * 8 * planned.job.data_parallel
+        if nodes <= 4:  # one data-parallel rank
+            assert resident == pytest.approx(70.55e9 * 18, rel=0.01)
+    assert fits == {1: False, 2: False, 4: True, 8: True}
+
+
+def test_growth_waits_and_loses():
+    start = plan(job(rollout=False))
+    found = grow(start, [1, 8, 64, 512])
+    assert [g.gpus for g in found] == [8, 64, 512, 4096]
+    assert found[0].weak_efficiency == 1 and found[0].strong_efficiency == 1
+    weak = [g.weak_efficiency for g in found]
+    assert weak == sorted(weak, reverse=True) and 0.3 < weak[-1] < 0.95
+    strong = [g.strong_efficiency for g in found]
+    assert strong[1] < 1 and strong[2:] == [None, None]  # 64 groups over 512 ranks
+    perfect = Assumptions(spread=0.0, hours_between_failures=math.inf)
+    alone = plan(job(rollout=False), assumptions=perfect)
+    assert expected_seconds(alone) == alone.step.total
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (
+            lambda: job({"tensor_model_parallel_size": 4}, devices=6),
+            "cannot be divided by tensor_model_parallel_size=4",
+        ),
+        (
+            lambda: job(groups=12),
+            "12 prompts (or samples) of an optimizer step do not divide by the data-parallel size 8",
+        ),
+        (lambda: job(nodes=0), "nodes=0 must be at least 1"),
+        (lambda: job(prompt=-1), "prompt=-1 must not be negative"),
+        (lambda: job({"vocab_size": None}), "model.vocab_size is not set"),
+        (lambda: job(stream_tokens=8), "give one of them"),
+        (lambda: plan(job(groups_per_stream=None, stream_tokens=1100)), "exceed the budget of 1100 tokens"),
+        (lambda: plan(job(), "V100"), "hardware 'V100' is not known; there are: A100, H100, H200, B200"),
+        (lambda: grow(plan(job({"tensor_model_parallel_size": 8}, devices=8)), [0]), "nodes=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(build, words):
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_table_of_hardware_is_whole():
+    for name, hardware in HARDWARE.items():
+        assert isinstance(hardware, Hardware) and hardware.name == name and hardware.source
+        assert hardware.node_link > hardware.network_link > 0
+        assert 70 * GIB < hardware.memory < 192 * GIB
+        assert 100e12 < hardware.flops < 3e15 and 1e12 < hardware.memory_bandwidth < 1e13
+    assert HARDWARE["A100"].flops < HARDWARE["H100"].flops == HARDWARE["H200"].flops < HARDWARE["B200"].flops
