@@ -33,6 +33,7 @@ from megatron_ext.runtime.checkpoint_files import (
     flush,
     flush_one,
     gather_checksums,
+    self_checksum,
     with_checksums,
 )
 from megatron_ext.runtime.optimizer_state import adam_step, load_optimizer_tensors, sharded_optimizer_state
@@ -155,6 +156,7 @@ class CheckpointSave:
                 if self._save_more is not None:
                     self._save_more(self._unfinished)
                 info = json.loads(self._info) | {"files": gather_checksums(self._unfinished)}
+                info["checksum"] = self_checksum(info)
                 (self._unfinished / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
                 flush(self._unfinished)
                 os.replace(self._unfinished, self.folder)
@@ -214,7 +216,7 @@ def _num_bytes(state: dict) -> int:
 
 
 def read_checkpoint_info(folder: Path) -> dict[str, Any]:
-    """The `info` of `save_checkpoint`, with `files`: [bytes, CRC-32] of each file.
+    """The `info` of `save_checkpoint`, with `files`: [bytes, XXH3] of each file.
 
     Raises:
         ValueError: no checkpoint of ours there, or a damaged one.
@@ -228,7 +230,8 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
-    if not isinstance(info, dict) or "files" not in info or not (path.parent / WEIGHTS_FOLDER).is_dir():
+    saved = info.pop("checksum", None) if isinstance(info, dict) else None
+    if saved is None or saved != self_checksum(info) or not (path.parent / WEIGHTS_FOLDER).is_dir():
         raise ValueError(
             f"{folder} is damaged: {INFO_FILE} or {WEIGHTS_FOLDER}/ is not what was saved; take another checkpoint"
         )

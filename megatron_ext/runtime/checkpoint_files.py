@@ -8,19 +8,22 @@ import pickle
 import queue
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import xxhash
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 __all__ = [
-    "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "flush", "flush_one", "gather_checksums", "with_checksums",
+    "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "flush", "flush_one", "gather_checksums", "self_checksum",
+    "with_checksums",
 ]  # fmt: skip
 
-READ_BYTES = 1 << 24
+READ_BYTES = 1 << 22
 SUMS_FOLDER = "checksums"
 
 
@@ -61,16 +64,23 @@ class WriterResults:
 
 def with_checksums(write: Callable[..., None], rank: int, buckets: list, results: WriterResults) -> None:
     """Megatron's function that writes a rank's files, in whatever process it runs; their checksums are kept beside."""
-    write(rank, buckets, results)
+    own = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # torch's own costs as much as writing does, and is never compared
+    try:
+        write(rank, buckets, results)
+    finally:
+        torch.serialization.set_crc32_options(own)
     paths = [Path(path) for path, *_ in buckets if Path(path).is_file()]  # one may be missing: Megatron tells why
-    for path in paths:
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        sums = list(pool.map(checksum, paths))
+    for path, found in zip(paths, sums, strict=True):
         place = path.parent.parent / SUMS_FOLDER / f"{path.parent.name}-{path.name}.json"
-        place.write_text(json.dumps({f"{path.parent.name}/{path.name}": checksum(path)}), encoding="utf-8")
+        place.write_text(json.dumps({f"{path.parent.name}/{path.name}": found}), encoding="utf-8")
 
 
-def gather_checksums(folder: Path) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of every file in a folder by its relative path; those that writers have left are taken."""
-    found: dict[str, list[int]] = {}
+def gather_checksums(folder: Path) -> dict[str, list]:
+    """[bytes, XXH3] of every file in a folder by its relative path; those that writers have left are taken."""
+    found: dict[str, list] = {}
     for path in (folder / SUMS_FOLDER).glob("*.json"):
         found |= json.loads(path.read_text(encoding="utf-8"))
     shutil.rmtree(folder / SUMS_FOLDER)
@@ -81,16 +91,23 @@ def gather_checksums(folder: Path) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def checksum(path: Path) -> list[int]:
-    """[bytes, CRC-32] of a file."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+def checksum(path: Path) -> list:
+    """[bytes, XXH3 of 64 bits in hexadecimal] of a file."""
+    size, digest = 0, xxhash.xxh3_64()
+    block = memoryview(bytearray(READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(block):
+            digest.update(block[:read])
+            size += read
+    return [size, digest.hexdigest()]
 
 
-def check_files(folder: Path, part: str, sums: dict[str, list[int]]) -> None:
+def self_checksum(info: dict[str, Any]) -> str:
+    """Of what a JSON file says, to be kept in it."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(info).encode())
+
+
+def check_files(folder: Path, part: str, sums: dict[str, list]) -> None:
     """Compare the files of one part of a checkpoint with their checksums; every rank calls it and reads its share.
 
     Raises:

@@ -108,6 +108,19 @@ def flip(path: Path, rng: torch.Generator) -> None:
     path.write_bytes(data)
 
 
+def test_a_flipped_bit_in_the_description_is_found(rng, world, tmp_path: Path):
+    model = build(rng, world)
+    save_checkpoint(tmp_path / "c", model, {"learning_rate": 1e-4, "step": 3, "of": ["a", None, float("nan")]})
+    path = tmp_path / "c" / "checkpoint.json"
+    whole = path.read_bytes()
+    assert read_checkpoint_info(tmp_path / "c")["step"] == 3
+    for _ in range(50):
+        path.write_bytes(whole)
+        flip(path, rng)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_checkpoint_info(tmp_path / "c")
+
+
 DAMAGES = {
     "cut off": (lambda path, rng: os.truncate(path, path.stat().st_size - 1), "were saved"),
     "a bit flipped": (flip, "checksum differs"),
