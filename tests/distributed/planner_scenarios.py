@@ -211,21 +211,31 @@ def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
 
 class Collectives(TorchDispatchMode):
     """Bytes that one rank of a ring sends for every collective that is called: what a gather or a scatter spreads
-    counts (r - 1) / r times, a sum twice that. What is less than `small` bytes, a norm or log-probabilities, is left out."""
+    counts (r - 1) / r times, a sum twice that; and what it sends to its neighbour in the pipeline. What is less than
+    `small` bytes, a norm or log-probabilities, is left out."""
 
     def __init__(self, small: int):
         super().__init__()
         self.small = small
-        self.sent = {"gather": 0.0, "scatter": 0.0, "sum": 0.0}
+        self.sent = {"gather": 0.0, "scatter": 0.0, "sum": 0.0, "send": 0.0}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            name = function._schema.name
-            kind = "gather" if "gather" in name else "scatter" if "scatter" in name else "sum"
-            size = max(t.nbytes for t in _tensors(args))
+            name = function._schema.name.removeprefix("c10d::")
+            kind = (
+                "gather"
+                if "gather" in name
+                else "scatter"
+                if "scatter" in name
+                else "send"
+                if name == "send"
+                else "sum"
+            )
+            size = max((t.nbytes for t in _tensors(args)), default=0)  # a barrier has none
             ranks = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject))).size()
-            if size >= self.small:
-                self.sent[kind] += size * (ranks - 1) / ranks * (2 if kind == "sum" else 1)
+            if size >= self.small and not name.startswith("recv"):
+                ring = {"send": 1.0, "sum": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
+                self.sent[kind] += size * ring
         return function(*args, **(kwargs or {}))
 
 

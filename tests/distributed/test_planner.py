@@ -191,7 +191,7 @@ def test_activation_bytes_are_what_autograd_saves(name, found):
             assert planned.kept == pytest.approx(real["saved"], rel=bound), (case, real)
 
 
-# One kind of parallelism each, so that every collective's kind is known.
+# One kind of parallelism each, so that every collective's kind is known. The pipeline's needs real ranks, see below.
 TRAFFIC_LAYOUTS = {
     "tensor": Layout(4, ParallelSizes(tensor=4), [0]),
     "context": Layout(2, ParallelSizes(context=2), [0]),
@@ -237,6 +237,26 @@ def test_bytes_sent_are_those_of_the_collectives_called(kind, found):
             assert (forward > 0) == (kind == "tensor" or case.share_prefix)
 
 
+PIPELINE = Layout(4, ParallelSizes(pipeline=4))
+
+
+def test_bytes_sent_along_the_pipeline_are_those_of_real_stages(found):
+    """Four ranks: those in the middle send what is planned, the first no gradients and the last only them."""
+    ranks = run_ranks(traffic, PIPELINE.world, found.traffic, sizes=PIPELINE.sizes)
+    for number, case in enumerate(found.traffic):
+        job = traffic_job(case, PIPELINE)
+        (microbatch,) = job.microbatches
+        forward, both = (
+            sum(t.sent for t in pass_traffic(job, microbatch, backward) if t.kind == "pipeline")
+            for backward in (False, True)
+        )
+        assert both == 2 * forward > 0
+        sent = [rank[number] for rank in ranks]
+        assert [rank["forward"]["send"] for rank in sent] == [forward] * 3 + [0]
+        assert [rank["both"]["send"] for rank in sent] == [forward, both, both, forward]
+        assert all(rank["step"]["send"] == 0 for rank in sent)
+
+
 def data_ring(job: Job) -> float:
     """What the scatter of gradients sends, without the gather of parameters."""
     (found,) = data_traffic(job, 0)
@@ -246,7 +266,11 @@ def data_ring(job: Job) -> float:
 def traffic_job(case: ActivationCase, layout: Layout) -> Job:
     prompt, responses = case.lengths[0]
     sizes = layout.sizes
-    spread = {"tensor_model_parallel_size": sizes.tensor, "context_parallel_size": sizes.context}
+    spread = {
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "context_parallel_size": sizes.context,
+    }
     config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
     return Job(
         config,
