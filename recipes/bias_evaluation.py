@@ -22,6 +22,7 @@ from megatron_ext.bias.scores import (
     ub_score,
 )
 from recipes.bias_data import PromptSet
+from recipes.run_folder import write_whole
 from recipes.scorers import Progress, Scorer
 
 __all__ = [
@@ -134,7 +135,7 @@ def summary_rows(result: dict, words: tuple[str, str] = ("he", "she")) -> list[t
 
 def write_report(folder: Path, title: str, result: dict, words: tuple[str, str] = ("he", "she")) -> None:
     """bias.json, bias.md and professions.png."""
-    (folder / "bias.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "bias.json", json.dumps(result, indent=1) + "\n")
     plot_professions(result["profession_table"], folder / "professions.png", words)
     table = result["profession_table"]
     lines = [f"# {title}", "", f"{result['professions']} professions, {result['prompts']} prompts of GenBiasEval and "
@@ -171,7 +172,7 @@ def plot_professions(table: dict[str, float], path: Path, words: tuple[str, str]
 def write_ranking(folder: Path, ranking: BlockRanking) -> None:
     """ranking-<estimator>.json, .md and .png."""
     stem = f"ranking-{ranking.estimator}"
-    (folder / f"{stem}.json").write_text(json.dumps(ranking.as_dict(), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / f"{stem}.json", json.dumps(ranking.as_dict(), indent=1) + "\n")
     title = f"# Blocks by BMI, estimator {ranking.estimator}"
     (folder / f"{stem}.md").write_text(f"{title}\n\n{ranking.markdown()}\n\n![ranking]({stem}.png)\n", encoding="utf-8")
     plot_ranking(ranking, folder / f"{stem}.png")

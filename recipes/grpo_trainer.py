@@ -58,7 +58,7 @@ class GRPOTrainer:
             self.sampler.load_state_dict(state["sampler"])
         validating = settings.val_check_interval and self.validation
         if validating and not done:
-            session.metrics.write(0, self.run_validation())
+            session.write(0, self.run_validation())
         metrics: dict[str, float] = {}
         step, stopped = done, ""
         with session.progress(settings.max_steps, "GRPO", done) as bar:
@@ -66,7 +66,7 @@ class GRPOTrainer:
                 metrics = self.run_step(step)
                 if validating and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
-                session.metrics.write(step, metrics)
+                session.write(step, metrics)
                 bar.set_postfix_str(_summary(metrics), refresh=False)
                 bar.update()
                 last = step == settings.max_steps

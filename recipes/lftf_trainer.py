@@ -28,6 +28,7 @@ from megatron_ext.runtime.optimizer_state import sharded_like_parameters
 from recipes.bias_data import PromptSet
 from recipes.bias_evaluation import evaluate, perplexity, summary_rows, write_ranking
 from recipes.data import EpochSampler
+from recipes.run_folder import write_whole
 from recipes.scorers import MegatronScorer
 from recipes.session import Session
 from recipes.settings import LFTFConfig, LFTFSettings, check_batch_sizes
@@ -172,7 +173,7 @@ class LFTFTrainer:
             "after": after,
         }  # fmt: skip
         if session.is_main:
-            (session.log_dir / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(session.log_dir / "result.json", json.dumps(result, indent=1) + "\n")
             _write_report(session.log_dir, result, words)
         rows = zip(summary_rows(before, words), summary_rows(after, words), strict=True)
         session.say("\n".join(f"  {name:<40} {old:>28} -> {new}" for (name, old), (_, new) in rows))
@@ -209,7 +210,8 @@ class LFTFTrainer:
             "progress": dataclasses.asdict(self.progress),
             "samplers": {kind: sampler.state_dict() for kind, sampler in self.samplers.items()},
         }
-        metrics = {k: v for k, v in self.progress.validations[-1].items() if k.startswith("val/")}
+        last = self.progress.validations[-1]
+        metrics = {k: v for k, v in last.items() if k.startswith("val/")} if last["step"] == self.progress.steps else {}
         best = {BEST: sharded_like_parameters(self.model, self.best, BEST)}
         return self.session.save(self.engine, self.progress.steps, state, metrics, ended, best)
 
@@ -248,7 +250,7 @@ class LFTFTrainer:
         session, settings, done = self.session, self.settings, self.progress
         if not done.validations:
             start = self.run_validation()
-            session.metrics.write(0, start)
+            session.write(0, start)
             done.validations.append({"step": 0, **start, "complaint": None})
             done.best_afgb = start["val/afgb"]
         start = done.validations[0]
@@ -266,7 +268,7 @@ class LFTFTrainer:
                         metrics |= self.run_validation()
                     self._judge(metrics, guard)
                     bar.set_postfix_str(f"dev AFGB {metrics['val/afgb']:.4f}", refresh=False)
-                session.metrics.write(done.steps, metrics | session.timers.read())
+                session.write(done.steps, metrics | session.timers.read())
                 bar.update()
                 if done.stopped is None and done.steps >= self.steps:
                     done.stopped = "max_steps reached"

@@ -22,6 +22,7 @@ from megatron_ext.rotary import find_scheme
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from recipes.config import at_least
+from recipes.run_folder import write_whole
 from recipes.settings import ExpManagerSection, check_batch_sizes
 from recipes.video_niah import FEATURES, KINDS, VOCABULARY, Sample, answer_places, draw_sample
 from recipes.video_niah_report import read_results, write_report
@@ -155,7 +156,7 @@ class NiahTrainer:
                     }
                     if self.is_main:
                         path = self.folder / f"result-{scheme}-{seed}.json"
-                        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                        write_whole(path, json.dumps(result, indent=1) + "\n")
         if self.is_main:
             tqdm.write(write_report(read_results([self.folder]), self.folder))
         dist.barrier()

@@ -6,6 +6,7 @@ Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has e
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from typing import Any
 import yaml
 
 from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
+from megatron_ext.runtime.checkpoint_files import flush_one
 from recipes.settings import CheckpointCallbackSection
 
-__all__ = ["Checkpoints", "check_run_folder", "cut_metrics"]
+__all__ = ["Checkpoints", "check_run_folder", "claim_run_folder", "cut_metrics", "write_whole"]
 
 # What may change between a run and its resumption: where and how long it runs, not what it computes.
 FREE_KEYS = {
@@ -28,7 +30,11 @@ FREE_KEYS = {
     "model.min_shared_tokens", "model.logprob_chunk_size", "model.optim.name",
 }  # fmt: skip
 FREE_NAMES = {"max_steps", "max_epochs", "save_interval", "val_check_interval", "rollout_micro_batch_size"}
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+# How long it runs, which a learning rate that falls until then does not allow.
+LENGTHS = {"max_steps", "max_epochs"}
+METRICS_FILE = "metrics.jsonl"
+# Whose folder it is: the resolved configuration, where NeMo's exp_manager, which moves files of the folder itself, leaves it.
+RUN_FILE = Path("checkpoints", "run.yaml")
 
 
 def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Path:
@@ -40,7 +46,7 @@ def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Pa
         ValueError: the folder holds another run, or cannot be made.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _is_new(folder):
         if resolved is None or not folder.is_dir():
             hint = ", or go on with the same run by exp_manager.resume_if_exists=true" if folder.is_dir() else ""
             raise ValueError(
@@ -54,23 +60,59 @@ def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Pa
     return folder
 
 
+def _is_new(folder: Path) -> bool:
+    """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
+    begun = {RUN_FILE.parent, RUN_FILE.with_name(RUN_FILE.name + ".unfinished")}
+    return folder.is_dir() and {path.relative_to(folder) for path in folder.rglob("*")} <= begun
+
+
+def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Make the folder, or find it, and write first of all whose it is: after a kill at any moment the run can go on in it."""
+    (folder / RUN_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RUN_FILE, yaml.safe_dump(dict(resolved), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that there is never a part of it: beside, to the disk, and renamed."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text, encoding="utf-8")
+    flush_one(beside)
+    os.replace(beside, path)
+
+
 def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:
     try:
-        before = yaml.safe_load(_kept(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+        before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         before = None
     if not isinstance(before, dict):
         raise ValueError(
-            f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({CONFIG_FILE} is missing or damaged): "
+            f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({RUN_FILE} is missing or damaged): "
             "choose a new folder"
         )
     old, new = dict(_flat(before)), dict(_flat(resolved))
+    schedule = {"name": "constant", "decay_steps": None} | _section(resolved, "model", "optim", "sched")
+    any_length = schedule["name"] == "constant" or schedule["decay_steps"] is not None
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not _free(key):
+        if old.get(key) == new.get(key):
+            continue
+        differs = f"holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}"
+        if not _free(key):
             raise ValueError(
-                f"exp_manager.explicit_log_dir={folder} holds a run with {key}={old.get(key)}, this one has "
-                f"{key}={new.get(key)}: it would not be the same run; set it as it was, or choose a new folder"
+                f"exp_manager.explicit_log_dir={folder} {differs}: it would not be the same run; set it as it was, or choose "
+                "a new folder"
             )
+        if key.rpartition(".")[2] in LENGTHS and not any_length:
+            raise ValueError(
+                f"exp_manager.explicit_log_dir={folder} {differs}: the learning rate falls until the last step, so it would "
+                "not be the same run; say in model.optim.sched.decay_steps, before the run begins, how long it falls"
+            )
+
+
+def _section(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        node = node.get(name) or {}
+    return dict(node)
 
 
 def _free(key: str) -> bool:
@@ -105,9 +147,7 @@ def cut_metrics(folder: Path, last: int) -> None:
             continue
         if row["step"] <= last:
             kept.append(line)
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, "".join(kept))
 
 
 class Checkpoints:
@@ -141,33 +181,28 @@ class Checkpoints:
     def arrange(self, last: int, ended: bool) -> None:
         """Set the links after step `last` has been saved, and remove what save_top_k does not keep."""
         known = self.complete()
-        ranked = self._best_first(known)
+        ranked, k = self._best_first(known), self.settings.save_top_k
+        kept = set(known) if k < 0 else set((ranked or sorted(known, reverse=True))[:k]) | {last}
         self._link("latest", last)
-        if ranked:
-            self._link("best", ranked[0])
-        if ended:
-            self._link("final", last)
-        k = self.settings.save_top_k
-        if k < 0:
-            return
-        kept = set((ranked or sorted(known, reverse=True))[:k]) | {last}
-        for step in known:
-            if step not in kept:
-                # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
-                going = self.path(step).with_name(f"step-{step}.unfinished-removal")
-                self.path(step).rename(going)
-                shutil.rmtree(going)
+        self._link("best", next((step for step in ranked if step in kept), None))
+        self._link("final", last if ended else None)  # a run that is made longer has not ended any more
+        for step in known.keys() - kept:
+            # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
+            going = self.path(step).with_name(f"step-{step}.unfinished-removal")
+            self.path(step).rename(going)
+            shutil.rmtree(going)
 
     def _best_first(self, known: dict[int, dict]) -> list[int]:
-        """Steps whose checkpoint knows the monitored metric; of equal ones the later first."""
+        """Steps whose checkpoint knows the monitored metric, and a number for it; of equal ones the later first."""
         name = self.settings.monitor
-        if name is None:
-            return []
         sign = 1 if self.settings.mode == "min" else -1
-        values = {s: info["trainer"]["metrics"].get(name) for s, info in known.items() if "trainer" in info}
-        return sorted((s for s, v in values.items() if v is not None), key=lambda s: (sign * values[s], -s))
+        values = {s: info["trainer"]["metrics"].get(name, math.nan) for s, info in known.items() if "trainer" in info}
+        return sorted((s for s, v in values.items() if math.isfinite(v)), key=lambda s: (sign * values[s], -s))
 
-    def _link(self, name: str, step: int) -> None:
+    def _link(self, name: str, step: int | None) -> None:
+        if step is None:
+            (self.folder / name).unlink(missing_ok=True)
+            return
         beside = self.folder / f".{name}"
         beside.unlink(missing_ok=True)
         beside.symlink_to(self.path(step).name, target_is_directory=True)

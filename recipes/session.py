@@ -35,7 +35,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.data import Tokenizer, load_tokenizer
 from recipes.pretrained import Pretrained
-from recipes.run_folder import CONFIG_FILE, Checkpoints, check_run_folder, cut_metrics
+from recipes.run_folder import Checkpoints, check_run_folder, claim_run_folder, cut_metrics, write_whole
 from recipes.stopping import REASONS, StopRequests
 
 __all__ = ["Session", "progress_bar"]
@@ -144,10 +144,11 @@ class Session:
             trainer = pl.Trainer(
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
+            claim_run_folder(self.log_dir, self.resolved)
             exp_manager(trainer, keys)
             remove_unfinished(self.checkpoints.folder)
             cut_metrics(self.log_dir, int(self.resume_from.name.removeprefix("step-")) if self.resume_from else -1)
-            (self.log_dir / CONFIG_FILE).write_text(yaml.safe_dump(self.resolved, sort_keys=False), encoding="utf-8")
+            write_whole(self.log_dir / "config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
             loggers = list(trainer.loggers)
             if manager.create_mlflow_logger:  # exp_manager of NeMo 3.0 cannot: it names the run twice
                 from lightning.pytorch.loggers import MLFlowLogger
@@ -232,6 +233,22 @@ class Session:
                 )
         return self.resumed
 
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Numbers of one step, to the log.
+
+        Raises:
+            ValueError: `monitor` names none of them, at the first validation.
+        """
+        self.metrics.write(step, metrics)
+        monitor = self.config.exp_manager.checkpoint_callback_params.monitor
+        validated = any(name.startswith("val") for name in metrics)
+        # Before the first step there is validation alone.
+        if monitor and validated and monitor not in metrics and (step > 0 or monitor.startswith("val")):
+            raise ValueError(
+                f"exp_manager.checkpoint_callback_params.monitor={monitor} is no metric of this run; there are "
+                f"{', '.join(sorted(metrics))}"
+            )
+
     def progress(self, total: int, what: str, done: int = 0, unit: str = "step"):
         """A bar over steps, or what the unit says, on rank 0 only."""
         return progress_bar(total, what, unit, done, self.is_main)
@@ -241,7 +258,8 @@ class Session:
             tqdm.write(text)
 
     def say_saved(self, folder: Path, step: int, stopped: str) -> None:
-        """Where the last checkpoint is, and how to go on if the run has been stopped before its end."""
+        """Where the last checkpoint is, once it is whole, and how to go on if the run has been stopped before its end."""
+        self._finish_saving()
         if stopped:
             self.say(f"{stopped} after step {step}: saved in {folder}; exp_manager.resume_if_exists=true goes on")
         else:

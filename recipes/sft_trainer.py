@@ -51,7 +51,7 @@ class SFTTrainer:
                 if self.validation and settings.val_check_interval and step % settings.val_check_interval == 0:
                     metrics |= self.run_validation()
                 metrics |= session.timers.read()
-                session.metrics.write(step, metrics)
+                session.write(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['train_optim/loss']:.4f}", refresh=False)
                 bar.update()
                 last = step == settings.max_steps

@@ -169,7 +169,9 @@ class CheckpointSave:
         try:
             yield
         except (OSError, CheckpointException) as error:
-            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            # A rank whose own part was written knows only that another's was not.
+            failures = getattr(error, "failures", {})
+            first = next(iter(failures.values()))[0] if failures else error
             free = shutil.disk_usage(self.folder.parent).free
             raise OSError(
                 f"the checkpoint {self.folder} could not be written ({' '.join(str(first).split())[:200]}; "

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.models import build_gpt
 from megatron_ext.models.blocks import train_only_block
-from megatron_ext.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
+from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine
 from tests.distributed.scenarios import copies, optim
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, small_config
 
-__all__ = ["ResumeCase", "resume"]
+__all__ = ["ResumeCase", "refused", "resume"]
 
 
 @dataclass
@@ -67,3 +69,18 @@ def step(engine: Engine, case: ResumeCase) -> dict[str, float]:
     engine.zero_grad()
     outputs = engine.run(make_microbatches(case.rollout, case.cuts[rank::ranks], counts(case.rollout)), grpo)
     return engine.reduce_metrics(outputs) | engine.step()
+
+
+def refused(device: torch.device, folder: Path, hurt: int) -> list[str]:
+    """What this rank is told where rank `hurt` cannot write its files: in the foreground, in the background."""
+    model = build_gpt(small_config(num_layers=2, tensor_model_parallel_size=dist.get_world_size()), device)
+    if dist.get_rank() == hurt:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    found = []
+    for in_background in (False, True):
+        try:
+            CheckpointSave(folder / "checkpoint", model, {}, in_background=in_background).finish()
+        except OSError as error:
+            found.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return found

@@ -10,7 +10,7 @@ import torch
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.resume_scenarios import ResumeCase, resume
+from tests.distributed.resume_scenarios import ResumeCase, refused, resume
 from tests.distributed.sharding import full_name, shard
 from tests.engine_cases import relative_error
 from tests.gpt_cases import make_rollout, randomize, small_config
@@ -32,6 +32,7 @@ MOVES = {
     "tp2 to pp2": (ParallelSizes(tensor=2), ParallelSizes(pipeline=2), {}),
     "tp1 to tp2 sp": (ParallelSizes(), ParallelSizes(tensor=2), {"sequence_parallel": True}),
     "dp1 to dp2": (ParallelSizes(), (ParallelSizes(), 2), {}),
+    "tp2 to cp2": (ParallelSizes(tensor=2), ParallelSizes(context=2), {}),
 }
 
 
@@ -107,6 +108,16 @@ def test_another_layout(moved, start):
                 assert relative_error(value, shard(full, expected[full], other, tp_rank)) <= BOUND, (kind, full)
                 moved_by = relative_error(value, shard(full, start[0][full], other, tp_rank))
                 assert (moved_by > 10 * BOUND) == (kind != "one block" or "layers.2." in full), (kind, full)
+
+
+@pytest.mark.parametrize("hurt", [0, 1])
+def test_a_disk_that_refuses_one_rank_is_one_line_on_all(hurt, tmp_path):
+    for rank in run_ranks(refused, 2, tmp_path, hurt, sizes=ParallelSizes(tensor=2)):
+        assert len(rank) == 2
+        assert all(
+            "could not be written (" in line and line.endswith("untouched") and "\n" not in line for line in rank
+        )
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def _whole(ranks: list[dict], config) -> dict[str, torch.Tensor]:

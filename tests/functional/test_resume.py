@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ import torch
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
 from recipes.config import build
-from tests.recipe_runs import metrics
+from recipes.stopping import STOP_FILE_VARIABLE
+from tests.recipe_runs import ROOT, metrics
 
 pytestmark = pytest.mark.functional
 
@@ -66,7 +72,7 @@ def test_bitwise_the_run_that_was_never_stopped(runs, world):
 
 def test_links_and_what_stays(runs):
     found = runs[1] / "stopped/checkpoints"
-    assert sorted(os.listdir(found)) == ["final", "latest", "step-10", "step-5"]
+    assert sorted(os.listdir(found)) == ["final", "latest", "run.yaml", "step-10", "step-5"]
     assert os.readlink(found / "final") == os.readlink(found / "latest") == "step-10"
 
 
@@ -101,3 +107,50 @@ def test_the_checkpoint_says_what_it_is(runs):
     assert set(info["versions"]) == {"megatron-core", "megatron-ext", "torch"}
     assert info["config"]["exp_manager"]["resume_if_exists"] is True
     assert info["trainer"]["step"] == info["adam_step"] == 10
+
+
+BACKGROUND = "exp_manager.checkpoint_callback_params.async_save=true"
+
+
+def test_a_run_that_is_stopped_has_saved_when_it_says_so(task, tmp_path, monkeypatch):
+    """Also in the background."""
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv(STOP_FILE_VARIABLE, str(tmp_path / "stop"))
+    done = start(task, "sft", tmp_path / "run", BACKGROUND)
+    assert f"saved in {tmp_path / 'run/checkpoints/step-1'}; exp_manager.resume_if_exists" in done.out + done.err
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["latest", "run.yaml", "step-1"]
+    done = start(task, "sft", tmp_path / "run", BACKGROUND, RESUME)
+    assert "going on after step 1" in done.out + done.err
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_run_that_is_killed_while_it_starts_can_be_started_again(task, tmp_path):
+    """From the moment that its folder is there, before anything is in it, to its first steps."""
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
+        f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *RECIPES["sft"], *KEEP, RESUME,
+    ]  # fmt: skip
+    for _ in range(3):
+        pause, known = random.random() ** 2, len(list(out.glob("**/*")))
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while len(list(out.glob("**/*"))) == known:
+            assert process.poll() is None, process.stdout.read().decode()
+            time.sleep(0.001)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in metrics(out)] == list(range(1, 11)) and (out / "checkpoints/final").is_dir()
+
+
+def test_a_monitor_that_is_no_metric_is_refused(task, tmp_path):
+    done = task.sft(
+        tmp_path / "run", "trainer.sft.val_check_interval=1", f"data.validation_path={task.data / 'sft.jsonl'}",
+        "exp_manager.checkpoint_callback_params.monitor=val_loss",
+    )  # fmt: skip
+    (line,) = done.error_lines
+    assert done.code == 2 and "monitor=val_loss is no metric of this run; there are " in line and "val/loss" in line
