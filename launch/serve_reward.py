@@ -3,13 +3,15 @@
     python launch/serve_reward.py --reward exact_answer --port 8000
     python launch/serve_reward.py --reward '{name: my_package.my_module.my_reward, alpha: 2}' --url-file /shared/runs/mine.url
 
-Runs until it is ended. --url-file is written when it listens, for others to find it.
+Runs until it is ended; SIGUSR1, which asks a job to stop, is not for it: trainers need their rewards until they have saved.
+--url-file is written when it listens, for others to find it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port {args.port} is no port: give 0 to 65535")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory
     server = reward_server(get_reward(yaml.safe_load(args.reward)), args.reward, args.host, args.port)
     url = f"http://{args.name}:{server.server_address[1]}"

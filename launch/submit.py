@@ -11,6 +11,7 @@ start the job. Options of sbatch itself come by --sbatch, each in one piece:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import shutil
@@ -19,13 +20,16 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
 from recipes.errors import compose, user_errors
+
+if TYPE_CHECKING:
+    from megatron_ext.planner import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "launch" / "slurm" / "job.sh"
@@ -36,7 +40,17 @@ OWN_KEYS = (
     ("trainer.num_nodes", "--nodes"),
     ("trainer.devices", "--gpus-per-node or --processes"),
 )
+# What this script says to sbatch: said twice, the job would not be the one that was checked.
+OWN_OPTIONS = ("--nodes", "-N", "--job-name", "-J", "--output", "-o", "--export", "--gpus-per-node", "--ntasks", "-n",
+               "--ntasks-per-node", "--array", "-a", "--wrap", "--parsable", "--test-only")  # fmt: skip
+# Variables of the job script that are the options' to set, whatever the environment says.
+OWN_VARIABLES = ("ROOT", "RECIPE", "CONFIG", "RUN_DIR", "GPUS", "CANARY_GPUS", "CONTAINER", "MOUNTS", "REWARD")
+# Variables of the job script that the environment may set; they are shown.
+FREE_VARIABLES = ("PYTHON", "SERVER_PYTHON", "CANARY_SECONDS", "RENDEZVOUS_PORT")
 UNKNOWN_VOCABULARY = 1 << 17
+# Seconds before the end of its time at which a job is told to stop: for saving, and for the step in hand and the one
+# that may begin before it is seen.
+SAVING_SECONDS, STEPS_IN_HAND = 180, 2
 PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
@@ -65,17 +79,26 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
-def check(args: argparse.Namespace, overrides: list[str]) -> None:
+def check(args: argparse.Namespace, overrides: list[str]) -> Plan | None:
     """
+    Returns:
+        What the planner says of it; None where there are no GPUs, nothing is trained, or the vocabulary is not known.
+
     Raises:
         ValueError: the first thing that would end the job.
     """
     processes = args.gpus_per_node if args.processes is None else args.processes
-    if args.nodes < 1 or processes < 1 or args.gpus_per_node < 0:
+    if args.nodes < 1 or processes < 1 or args.gpus_per_node < 0 or args.reward_gpus < 0:
         raise ValueError(
-            f"--nodes {args.nodes}, --gpus-per-node {args.gpus_per_node}: give at least one node and one process on each "
-            "(--processes where there are no GPUs)"
+            f"--nodes {args.nodes}, --gpus-per-node {args.gpus_per_node}, --reward-gpus {args.reward_gpus}: give at least one "
+            "node and one process on each (--processes where there are no GPUs)"
         )
+    if args.gpus_per_node and processes > args.gpus_per_node:
+        raise ValueError(f"--processes {processes} on {args.gpus_per_node} GPUs: two ranks cannot share one")
+    for option in args.sbatch:
+        name = option.partition("=")[0]
+        if name in OWN_OPTIONS or any(len(own) == 2 and name.startswith(own) for own in OWN_OPTIONS):
+            raise ValueError(f"--sbatch={option}: submit.py says {name} itself; use its own options")
     recipes = sorted(
         path.stem for path in (ROOT / "recipes").glob("*.py") if "launch.run(" in path.read_text(encoding="utf-8")
     )
@@ -91,14 +114,12 @@ def check(args: argparse.Namespace, overrides: list[str]) -> None:
             if override.lstrip("+").partition("=")[0] == key:
                 raise ValueError(f"{override}: {option} says it for the whole job; leave the override out")
     check_run_dir(args.run_dir)
-    image = args.container
-    if args.mounts and not image:
-        raise ValueError(f"--mounts {args.mounts} is for a container: name one with --container")
-    if image and (image.startswith(("/", ".")) or image.endswith(".sqsh")) and not Path(image).is_file():
-        raise ValueError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
+    check_container(args.container, args.mounts)
     config = composed(args, overrides, processes)
     check_layout(config, args.nodes * processes)
-    check_recipe(args, config)
+    if not args.container:  # inside, paths may be others
+        check_data(config)
+    return check_recipe(args, config)
 
 
 def with_cluster(args: argparse.Namespace, overrides: list[str]) -> list[str]:
@@ -112,13 +133,43 @@ def with_cluster(args: argparse.Namespace, overrides: list[str]) -> list[str]:
 def check_run_dir(folder: Path) -> None:
     if not folder.is_absolute():
         raise ValueError(f"--run-dir {folder} must be absolute: every node resolves it")
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if len(folder.parts) > 2 and existing == Path(folder.anchor):
+    if "${" in str(folder):
+        raise ValueError(f"--run-dir {folder}: Hydra would fill in what follows the dollar; choose another name")
+    parent = folder.parent
+    if parent == parent.parent:
+        raise ValueError(f"--run-dir {folder}: name a folder of a filesystem that all nodes share, not of {parent}")
+    if not os.path.lexists(parent):
         raise ValueError(
-            f"--run-dir {folder}: /{folder.parts[1]} does not exist; is the shared filesystem mounted here?"
+            f"--run-dir {folder}: {parent} does not exist; is the shared filesystem mounted here? If so, mkdir -p {parent}"
         )
+    existing = folder if folder.exists() else parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--run-dir {folder} cannot be made: {existing} is no folder to write to")
+
+
+def check_container(image: str | None, mounts: str | None) -> None:
+    if mounts and not image:
+        raise ValueError(f"--mounts {mounts} is for a container: name one with --container")
+    if not image:
+        return
+    if image.startswith(("/", ".")) or image.endswith(".sqsh"):
+        if not Path(image).is_file():
+            raise ValueError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
+    elif image.split() != [image]:
+        raise ValueError(f"--container {image!r} is no image: name a .sqsh file or registry#image:tag")
+    for mount in (mounts or "").split(",") if mounts else ():
+        source = mount.split(":")[0]
+        if not source.startswith("/") or not Path(source).exists():
+            raise ValueError(f"--mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
+
+
+def check_data(config: dict) -> None:
+    """Files that `data` names must be there, as this folder sees them, in which the job will run."""
+    for key, value in (config.get("data") or {}).items():
+        paths = value if isinstance(value, list) else [value]
+        for path in paths if key.endswith(("_path", "_paths")) else ():
+            if isinstance(path, str) and path and not Path(path).exists():
+                raise ValueError(f"data.{key}={path} does not exist, seen from {Path.cwd()}")
 
 
 def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> dict:
@@ -147,8 +198,8 @@ def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> 
     return found
 
 
-def check_recipe(args: argparse.Namespace, config: dict) -> None:
-    """What the recipe itself would refuse, on every rank."""
+def check_recipe(args: argparse.Namespace, config: dict) -> Plan | None:
+    """What the recipe itself would refuse, on every rank; what the planner says of it."""
     from recipes import niah_trainer, settings
     from recipes.config import build
     from recipes.pretrained import Pretrained, configure
@@ -164,7 +215,7 @@ def check_recipe(args: argparse.Namespace, config: dict) -> None:
     if args.recipe not in TRAINING:
         build(kinds[args.recipe], config)
         check_run_folder(folder)
-        return
+        return None
     planned = config
     if args.gpus_per_node and (config.get("model") or {}).get("precision", "auto") == "auto":
         planned = config | {"model": config["model"] | {"precision": "bf16"}}  # what auto is on a GPU
@@ -175,14 +226,21 @@ def check_recipe(args: argparse.Namespace, config: dict) -> None:
         if typed.model.vocab_size is not None:
             checkpoint.check(typed.model)
     if args.recipe == "train_grpo":
-        reward = yaml.safe_load(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
+        reward = reward_to_serve(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
         name = reward.get("name", "") if isinstance(reward, dict) else reward
         if not (isinstance(name, str) and ("." in name or ":" in name)):  # one's own need not be importable here
             get_reward(reward)
-    check_memory(args, typed)
+    return check_memory(args, typed)
 
 
-def check_memory(args: argparse.Namespace, config: Any) -> None:
+def reward_to_serve(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--reward-server {text} is no YAML ({' '.join(str(error).split())})") from error
+
+
+def check_memory(args: argparse.Namespace, config: Any) -> Plan | None:
     """Batches that do not divide, and what cannot fit, are refused; what the planner expects is said."""
     from megatron_ext.planner import plan
     from recipes.planning import job_of
@@ -192,14 +250,15 @@ def check_memory(args: argparse.Namespace, config: Any) -> None:
         config.model.vocab_size = UNKNOWN_VOCABULARY  # the rest of the job can be checked
     job = job_of(config)
     if not args.gpus_per_node:
-        return
+        return None
     if not known:
         print("memory not planned: model.vocab_size comes from the tokenizer", file=sys.stderr)
-        return
+        return None
     planned = plan(job, args.gpu)
     if not planned.fits:
         raise ValueError(f"--config {args.config} {planned.reason} (tools/plan.py finds one)")
     print(f"planned: {planned.reason}", file=sys.stderr)
+    return planned
 
 
 def check_layout(config: dict, processes: int) -> None:
@@ -215,7 +274,13 @@ def check_layout(config: dict, processes: int) -> None:
         )
 
 
-def command(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], dict[str, str]]:
+def notice(planned: Plan | None) -> int:
+    """Seconds before the end of its time at which the job is told to stop."""
+    step = planned.step.total if planned else 0.0
+    return SAVING_SECONDS + math.ceil(STEPS_IN_HAND * step)
+
+
+def command(args: argparse.Namespace, overrides: list[str], planned: Plan | None) -> tuple[list[str], dict[str, str]]:
     """(sbatch's command line, what is exported to the job)."""
     exported = {
         "ROOT": str(ROOT),
@@ -232,7 +297,8 @@ def command(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], 
     # Jobs of one name wait for each other: those of one run folder, wherever it is.
     name = f"{args.run_dir.name}-{zlib.crc32(str(args.run_dir).encode()):08x}"
     parts = ["sbatch", "--parsable", f"--nodes={args.nodes}", f"--job-name={name}",
-             f"--output={args.run_dir}.slurm/%j.log"]  # fmt: skip
+             f"--output={str(args.run_dir).replace('%', '%%')}.slurm/%j.log", "--export=ALL",
+             f"--signal=B:USR1@{notice(planned)}"]  # fmt: skip
     if args.gpus_per_node:
         parts.append(f"--gpus-per-node={args.gpus_per_node}")
     if args.test_only:
@@ -246,6 +312,7 @@ def command(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], 
         parts += [
             ":",
             "--nodes=1",
+            "--export=ALL",
             f"--job-name={name}-reward",
             *([f"--gpus-per-node={args.reward_gpus}"] if args.reward_gpus else []),
             *args.sbatch,
@@ -258,9 +325,11 @@ def main() -> int:
     args, overrides = arguments(sys.argv[1:])
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     overrides = with_cluster(args, overrides)
-    check(args, overrides)
-    parts, exported = command(args, overrides)
-    shown = [f"{key}={shlex.quote(value)}" for key, value in exported.items()]
+    planned = check(args, overrides)
+    parts, exported = command(args, overrides, planned)
+    inherited = {key: value for key, value in os.environ.items() if key not in OWN_VARIABLES}
+    free = {key: inherited[key] for key in FREE_VARIABLES if key in inherited}
+    shown = [f"{key}={shlex.quote(value)}" for key, value in (exported | free).items()]
     print(" ".join(shown) + " \\\n  " + " ".join(map(shlex.quote, parts)))
     if args.dry_run:
         return 0
@@ -268,7 +337,7 @@ def main() -> int:
         raise ValueError("there is no sbatch here: submit from a login node of the cluster, or look with --dry-run")
     if not args.test_only:
         Path(f"{args.run_dir}.slurm").mkdir(parents=True, exist_ok=True)
-    return subprocess.run(parts, env=os.environ | exported, check=False).returncode
+    return subprocess.run(parts, env=inherited | exported, check=False).returncode
 
 
 if __name__ == "__main__":

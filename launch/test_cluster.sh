@@ -90,12 +90,31 @@ CONF
     exit 1
 }
 
+# Ends what a pid file names, and waits until it has ended.
+end() {
+    local pid
+    for file in "$@"; do
+        [ -f "$file" ] || continue
+        pid=$(cat "$file")
+        kill "$pid" 2>/dev/null || continue
+        for ((i = 0; i < 100; i++)); do
+            # A zombie is one whose parent does not look.
+            grep -qs '^State:[[:space:]]*[^Z[:space:]]' "/proc/$pid/status" || break
+            sleep 0.1
+        done
+    done
+}
+
 stop() {
     export SLURM_CONF=$folder/slurm.conf
     scancel --user="$(id -un)" 2>/dev/null || true
-    for pid in "$folder"/slurmd-*.pid "$folder/slurmctld.pid" "$folder/munged.pid"; do
-        [ -f "$pid" ] && kill "$(cat "$pid")" 2>/dev/null || true
+    # Steps end, and say so to slurmctld, before it goes.
+    for ((i = 0; i < 150; i++)); do
+        [ -n "$(squeue -h 2>/dev/null)" ] || break
+        sleep 0.1
     done
+    end "$folder"/slurmd-*.pid
+    end "$folder/slurmctld.pid" "$folder/munged.pid"
 }
 
 case $command in

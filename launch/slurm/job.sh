@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # One job script for every recipe. `launch/submit.py` fills in nodes, GPUs and the like, checks them and submits it; by hand:
-#   sbatch --nodes 2 --gpus-per-node 8 --export ALL,RECIPE=train_grpo,CONFIG=grpo_tiny,RUN_DIR=/shared/runs/mine \
-#       launch/slurm/job.sh -- data.train_path=/shared/my.jsonl trainer.grpo.reward=exact_answer
+#   sbatch --nodes 2 --gpus-per-node 8 --export ALL,RECIPE=train_grpo,CONFIG=grpo,RUN_DIR=/shared/runs/mine \
+#       launch/slurm/job.sh -- model=qwen3_8b cluster=2x8 pretrained_checkpoint.restore_from_path=/shared/Qwen3-8B \
+#       data.train_path=/shared/my.jsonl trainer.grpo.reward=exact_answer
 #
 # RECIPE     file of recipes/ without .py                 RUN_DIR    folder of the run, on a filesystem that all nodes share
 # CONFIG     file of nemo_configs/ without .yaml          GPUS       processes on each node (default: the GPUs of the job)
 # PYTHON     the interpreter (default: .venv/bin/python of this repository; in a container: python)
 # CONTAINER  image for pyxis, with MOUNTS=/host:/container,...; without it the virtual environment is used
+# CANARY_GPUS     GPUs that each node must have (default: GPUS; 0 for nodes without)
+# CANARY_SECONDS  for looking at the nodes; one that has not answered by then is named (default: 120, with a container, which may have
+#                 to be fetched first, 1200)
+# RENDEZVOUS_PORT of the first node (default: from the job's number)
 # Arguments after -- go to the recipe byte for byte.
 #
 # Set account, partition and time for your cluster, here or on sbatch's command line:
@@ -33,10 +38,10 @@ LOGS=$RUN_DIR.slurm/$start
 STOP_FILE=$LOGS/stop
 mkdir -p "$LOGS"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# The first node's address as Slurm itself reaches it: its name need not resolve everywhere.
-head=$(scontrol -o show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-export GPUS RECIPE CONFIG LOGS
-export RENDEZVOUS_ID=$start RENDEZVOUS=$head:${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+NODE_ADDRESSES=$(addresses_of "$SLURM_JOB_NODELIST")
+head=$(addresses_of "${hosts[0]}")
+export GPUS RECIPE CONFIG LOGS NODE_ADDRESSES
+export RENDEZVOUS_ID=$start RENDEZVOUS=${head#*=}:${RENDEZVOUS_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 # Trainers look for this file after every step: a signal would have to find its way through srun, containers and torchrun.
 export MEGATRON_EXT_STOP_FILE=$STOP_FILE
 
@@ -55,11 +60,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS ? cores / GPUS : 1))}
 on_all_nodes=(srun --kill-on-bad-exit=1 --ntasks-per-node=1 --ntasks "$SLURM_JOB_NUM_NODES" "${in_container[@]}")
 
 trap 'echo "time is nearly up: the run saves and stops"; touch "$STOP_FILE"' USR1
+[ -z "$told" ] || touch "$STOP_FILE"
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $RECIPE on ${#hosts[@]} x $GPUS, logs in $LOGS"
 canary=$ROOT/launch/canary.py
 canary_args=(--folder "$LOGS/canary" --gpus "${CANARY_GPUS:-$GPUS}")
 mkdir -p "$LOGS/canary"
-"${on_all_nodes[@]}" "$PYTHON" "$canary" look "${canary_args[@]}" || true # a node that fails is named by what follows
+# A node that fails, or hangs, is named by what follows.
+timeout --kill-after 10 "${CANARY_SECONDS:-$([ -n "${CONTAINER:-}" ] && echo 1200 || echo 120)}" \
+    "${on_all_nodes[@]}" "$PYTHON" "$canary" look "${canary_args[@]}" || true
 python3 "$canary" judge "${canary_args[@]}" --nodes "${hosts[@]}"
 
 # Training goes on from where it was; evaluations start anew.

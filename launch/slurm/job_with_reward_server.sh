@@ -24,9 +24,9 @@ source "$ROOT/launch/slurm/where.sh"
 url_file=$RUN_DIR.slurm/reward-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.url
 mkdir -p "$(dirname "$url_file")"
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1" | head -n 1)
-address=$(scontrol -o show node "$node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+address=$(addresses_of "$node")
 srun --het-group=1 --ntasks=1 "${in_container[@]}" "${SERVER_PYTHON:-$PYTHON}" "$ROOT/launch/serve_reward.py" \
-    --reward "$REWARD" --name "$address" --url-file "$url_file" &
+    --reward "$REWARD" --name "${address#*=}" --url-file "$url_file" &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 for ((i = 0; i < 600; i++)); do
@@ -34,6 +34,7 @@ for ((i = 0; i < 600; i++)); do
     kill -0 "$server" 2>/dev/null || { echo "error: the reward server has ended, see above" >&2 && exit 1; }
     sleep 0.5
 done
+[ -e "$url_file" ] || { echo "error: the reward server on $node has not come up in five minutes, see above" >&2 && exit 1; }
 MEGATRON_EXT_REWARD_URL=$(cat "$url_file")
 export MEGATRON_EXT_REWARD_URL
 set -- "$@" trainer.grpo.reward=http

@@ -7,9 +7,11 @@ set -euo pipefail
 trap 'echo "told to stop: the run saves and stops"; touch "$MEGATRON_EXT_STOP_FILE"' USR1
 (
     trap '' USR1
+    # Said, not guessed: torch would look for its host by comparing names with addresses.
+    address=$(sed -n "s/^$SLURMD_NODENAME=//p" <<<"$NODE_ADDRESSES")
     exec "$PYTHON" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS" --max-restarts 0 \
-        --rdzv-backend c10d --rdzv-id "$RENDEZVOUS_ID" --rdzv-endpoint "$RENDEZVOUS" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
-        --log-dir "$LOGS/${SLURMD_NODENAME:-node$SLURM_NODEID}" --tee 3 "$ROOT/recipes/$RECIPE.py" "$@"
+        --rdzv-backend c10d --rdzv-id "$RENDEZVOUS_ID" --rdzv-endpoint "$RENDEZVOUS" \
+        --rdzv-conf "is_host=$((SLURM_NODEID == 0))" --local-addr "$address" --log-dir "$LOGS/$SLURMD_NODENAME" --tee 3 "$ROOT/recipes/$RECIPE.py" "$@"
 ) &
 run=$!
 while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a trap interrupts the wait

@@ -1,9 +1,13 @@
 """SFT and GRPO end to end on two processes, and that a run is what its seed and data make it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
-from tests.recipe_runs import metrics
+from tests.recipe_runs import ROOT, SMALL, metrics
 
 pytestmark = pytest.mark.functional
 
@@ -17,6 +21,24 @@ def test_sft_leaves_a_complete_run(task):
     config = yaml.safe_load((task.folder / "sft" / "config.yaml").read_text())
     assert config["model"]["hidden_size"] == 32 and config["trainer"]["sft"]["max_steps"] == 3
     assert list((task.folder / "sft").glob("**/events.out.tfevents*")), "no TensorBoard file"
+
+
+def test_local_sh_is_the_recipe_under_torchrun(task, tmp_path):
+    """The same numbers as the recipe that starts its own processes; each rank's output is kept."""
+    done = subprocess.run(
+        [
+            "launch/local.sh", "train_sft", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
+            f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={tmp_path / 'run'}", *SMALL,
+            "trainer.sft.max_steps=2", "model.global_batch_size=8", "model.micro_batch_size=4",
+        ],
+        env=os.environ | {"NPROC": "2", "PYTHON": sys.executable, "LOGS": str(tmp_path / "logs"), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loss = "train_optim/loss"
+    assert task.sft(tmp_path / "plain", "trainer.sft.max_steps=2").code == 0
+    assert [r[loss] for r in metrics(tmp_path / "run")] == [r[loss] for r in metrics(tmp_path / "plain")]
+    assert len(list((tmp_path / "logs").glob("**/stdout.log"))) == 2
 
 
 @pytest.fixture(scope="module")

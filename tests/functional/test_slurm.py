@@ -34,8 +34,10 @@ CORES = 64  # of a node of the partition "gpus"
 REWARD = ["--reward-server", "exact_answer", "--reward-gpus", "1"]
 CONFIGS = {"sft": "train_sft", "grpo": "train_grpo", "grpo_video": "train_grpo", "lftf": "train_lftf"}
 JOBS = [(recipe, config, nodes) for config, recipe in CONFIGS.items() for nodes in (1, 2, 8, 16)]
-TRAIN = ["data.train_path=x"]
-NEEDED = {"sft": TRAIN, "grpo": TRAIN, "grpo_video": TRAIN, "lftf": ["data.text_path=x", "data.validation_text_path=x"]}
+THERE = ROOT / "README.md"  # nothing looks inside
+TRAIN = [f"data.train_path={THERE}"]
+TEXTS = [f"data.text_path={THERE}", f"data.validation_text_path={THERE}"]
+NEEDED = {"sft": TRAIN, "grpo": TRAIN, "grpo_video": TRAIN, "lftf": TEXTS}
 
 
 @dataclass
@@ -232,6 +234,50 @@ def test_a_killed_rank_ends_the_job(cluster, task, tmp_path):
     assert re.search(r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9", job.log), job.log[-3000:]
 
 
+def test_jobs_of_one_run_wait_for_each_other(cluster, task, tmp_path):
+    """Submitted twice, a run has twice the time; the second finds it ended."""
+    jobs = [
+        cluster.start("train_sft", "sft_tiny", tmp_path / "run", *sft_settings(task), "trainer.sft.max_steps=3")
+        for _ in "12"
+    ]
+    job = cluster.ask("scontrol", "show", "job", jobs[1].number)
+    assert "JobState=PENDING" in job and "Reason=Dependency" in job and "Dependency=singleton" in job
+    for job in jobs:
+        job.end()
+    assert "going on after step 3" in jobs[1].log
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_the_canary_ends_a_job_and_names_its_nodes(cluster, tmp_path):
+    """Submitted by hand, as the job script's head says: the nodes lack the GPUs that are asked for."""
+    variables = {
+        "RECIPE": "train_sft",
+        "CONFIG": "sft_tiny",
+        "RUN_DIR": str(tmp_path / "run"),
+        "GPUS": "1",
+        "CANARY_GPUS": "3",
+    }
+    (tmp_path / "run.slurm").mkdir()
+    command = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        f"--output={tmp_path}/run.slurm/%j.log",
+        "launch/slurm/job.sh",
+        "--",
+    ]
+    done = subprocess.run(command, env=cluster.env | variables, cwd=ROOT, capture_output=True, text=True, check=True)
+    job = Job(cluster, done.stdout.strip(), tmp_path / "run")
+    began = time.monotonic()
+    while job.state not in ("FAILED", "COMPLETED"):
+        assert time.monotonic() - began < 60, job.log
+        time.sleep(0.2)
+    assert job.state == "FAILED" and "error: the nodes are not fit for the run:" in job.log
+    for node in ("node1", "node2"):
+        assert f"{node}: has 0 GPUs that work, 3 were asked for" in job.log
+    assert not (tmp_path / "run").exists()
+
+
 def command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
@@ -273,8 +319,7 @@ def test_slurm_accepts_every_job_of_real_models(cluster, tmp_path, recipe, confi
     settings = ["model=qwen3_8b", f"cluster={nodes}x8", f"pretrained_checkpoint.restore_from_path={tmp_path}"]
     for more, total in [([], nodes)] + [(REWARD, nodes + 1)] * (config == "grpo"):
         args, overrides = submit.arguments([*map(str, [*options, *more]), "--", *settings, *NEEDED[config]])
-        submit.check(args, overrides)
-        parts, exported = submit.command(args, overrides)
+        parts, exported = submit.command(args, overrides, submit.check(args, overrides))
         done = subprocess.run(parts, env=cluster.env | exported, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
         cores = CORES * nodes + (total > nodes)

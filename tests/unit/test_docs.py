@@ -40,7 +40,7 @@ def test_files_that_a_page_names_exist(page):
 def literals() -> str:
     """The literal text of every message in the source, ... for what is filled in."""
     found = []
-    for folder in ("megatron_ext", "recipes", "tools"):
+    for folder in ("megatron_ext", "recipes", "tools", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -17,10 +17,13 @@ import pytest
 from launch import canary
 from launch import submit as launcher
 from megatron_ext.models.hf import make_hf_config
+from megatron_ext.planner import plan
 from recipes import stopping
-from recipes.planning import read_config
+from recipes.planning import job_of, read_config
 
 ROOT = Path(__file__).parents[2]
+# Files that are there; nothing looks inside.
+TRAIN = f"data.train_path={ROOT / 'README.md'}"
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("launch/**/*.sh"))
 
 
@@ -57,13 +60,17 @@ def judged(folder: Path, **nodes: dict | None) -> list[str]:
 
 def test_the_canary_passes_nodes_that_are_alike(tmp_path):
     assert judged(tmp_path, a=node(), b=node(), c=node()) == []
+    assert judged(tmp_path, a=node(), b=node(gpus=16)) == []
 
 
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
         (None, "b: did not write to"),
-        (node(gpus=7), "b: has 7 GPUs that work, 8 were asked for"),
+        (
+            node(gpus=7),
+            "b: has 7 GPUs that work, 8 were asked for",
+        ),  # more than 8 are others', where Slurm does not hide them
         (node(driver="550.9"), 'b: driver is "550.9", others have "570.1"'),
         (node(time=2e9), "b: its clock differs from the shared filesystem's by +"),
         (node(packages={"torch": "2.12.0", "transformers": "5.1"}), "b: packages is torch 2.12.0 (others 2.13.0)"),
@@ -91,20 +98,48 @@ def test_the_canary_looks_at_this_machine(tmp_path):
     assert done.returncode == 1 and f"here: has {seen['gpus']} GPUs that work, 999 were asked for" in done.stderr
 
 
-def submit(*arguments: object, recipe: str = "train_sft", overrides: tuple[str, ...] = ("data.train_path=x",)):
+def submit(*arguments: object, recipe: str = "train_sft", overrides: tuple[str, ...] = (TRAIN,)):
     command = [sys.executable, "launch/submit.py", "--recipe", recipe, "--config", "sft_tiny", "--dry-run",
                "--gpus-per-node", "0", "--processes", "2", *map(str, arguments), "--", *overrides]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_a_dry_run_shows_what_would_be_submitted(tmp_path):
+    (tmp_path / """it's "a" $HOME.jsonl""").touch()
     value = f"""data.train_path='{tmp_path}/it\\'s "a" $HOME.jsonl'"""
     done = submit("--nodes", 4, "--run-dir", tmp_path / "my run", "--sbatch=--account=me", overrides=(value,))
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout.replace("\\\n", " "))
     assert words[-1] == value and words[-2] == "--" and "--account=me" in words and "--nodes=4" in words
     assert f"RUN_DIR={tmp_path}/my run" in words and "GPUS=2" in words and "CANARY_GPUS=0" in words
-    assert list(tmp_path.iterdir()) == []
+    assert len(list(tmp_path.iterdir())) == 1 and "--signal=B:USR1@180" in words and "--export=ALL" in words
+
+
+def test_the_environment_does_not_change_what_was_checked(tmp_path, monkeypatch):
+    """What options say is theirs alone; what the job script takes from the environment is shown."""
+    monkeypatch.setenv("CONTAINER", "/nosuch.sqsh")
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    monkeypatch.setenv("PYTHON", "/opt/my python")
+    done = submit("--run-dir", tmp_path / "50% of it")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.replace("\\\n", " "))
+    assert "PYTHON=/opt/my python" in words and "--export=ALL" in words and not any("CONTAINER" in w for w in words)
+    assert f"--output={tmp_path}/50%% of it.slurm/%j.log" in words
+
+
+def test_a_job_is_told_to_stop_early_enough(tmp_path, monkeypatch, capsys):
+    """Before a step ends nobody looks: two of them, as planned, and three minutes to save."""
+    (tmp_path / "config.json").write_text(json.dumps(make_hf_config(read_config("grpo", ["model=qwen3_8b"]).model)))
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["submit.py", "--dry-run", "--recipe", "train_grpo", "--config", "grpo", "--run-dir", str(tmp_path / "r"), "--", TRAIN,
+         f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=qwen3_8b", "trainer.grpo.max_steps=5"],
+    )  # fmt: skip
+    assert launcher.main() == 0
+    (said,) = [w for w in shlex.split(capsys.readouterr().out.replace("\\\n", " ")) if w.startswith("--signal=B:USR1@")]
+    step = plan(job_of(read_config("grpo", ["model=qwen3_8b", "cluster=1x8"]))).step.total
+    assert step > 60 and 0 <= int(said.split("@")[1]) - (180 + 2 * step) < 1
 
 
 @pytest.mark.parametrize(
@@ -112,7 +147,10 @@ def test_a_dry_run_shows_what_would_be_submitted(tmp_path):
     [
         (["--nodes", "3", "--run-dir", "/tmp/r"], ["model.tensor_model_parallel_size=4"],
          "6 processes cannot be divided by model.tensor"),
-        (["--run-dir", "/nosuch/shared/r"], [], "/nosuch does not exist; is the shared filesystem mounted here?"),
+        (["--run-dir", "/nosuch/shared/r"], [], "/nosuch/shared does not exist; is the shared filesystem mounted here?"),
+        (["--run-dir", "/mnt/nosuch_shared/runs/r"], [], "/mnt/nosuch_shared/runs does not exist; is the shared filesystem"),
+        (["--run-dir", "/r"], [], "name a folder of a filesystem that all nodes share, not of /"),
+        (["--run-dir", "/tmp/${b}"], [], "Hydra would fill in what follows the dollar"),
         (["--run-dir", "relative/r"], [], "--run-dir relative/r must be absolute"),
         (["--run-dir", "/etc/hostname/r"], [], "/etc/hostname is no folder to write to"),
         (["--run-dir", "/tmp/r", "--container", "/nosuch/image.sqsh"], [], "--container /nosuch/image.sqsh does not exist"),
@@ -122,6 +160,14 @@ def test_a_dry_run_shows_what_would_be_submitted(tmp_path):
         (["--run-dir", "/tmp/r"], ["trainer.devices=4"], "trainer.devices=4: --gpus-per-node or --processes says it"),
         (["--run-dir", "/tmp/r"], ["exp_manager.explicit_log_dir=/tmp/o"], "--run-dir says it for the whole job"),
         (["--run-dir", "/tmp/r", "--mounts", "/a:/a"], [], "--mounts /a:/a is for a container"),
+        (["--run-dir", "/tmp/r", "--container", "nvcr.io#x y"], [], "--container 'nvcr.io#x y' is no image"),
+        (["--run-dir", "/tmp/r", "--container", "a#b", "--mounts", "/tmp:/t,/nosuch:/z"], [], "/nosuch does not exist here"),
+        (["--run-dir", "/tmp/r", "--gpus-per-node", "1"], [], "--processes 2 on 1 GPUs: two ranks cannot share one"),
+        (["--run-dir", "/tmp/r", "--reward-gpus", "-3"], [], "--reward-gpus -3"),
+        (["--run-dir", "/tmp/r", "--sbatch=--nodes=4"], [], "--sbatch=--nodes=4: submit.py says --nodes itself"),
+        (["--run-dir", "/tmp/r", "--sbatch=-N4"], [], "--sbatch=-N4: submit.py says -N4 itself"),
+        (["--run-dir", "/tmp/r", "--sbatch=--export=NONE"], [], "--sbatch=--export=NONE: submit.py says --export itself"),
+        (["--run-dir", "/tmp/r"], ["data.validation_path=/nosuch.jsonl"], "data.validation_path=/nosuch.jsonl does not exist"),
         (["--run-dir", ROOT], [], "holds files, but no run of ours"),
         (["--run-dir", "/tmp/r"], ["pretrained_checkpoint.restore_from_path=/nosuch"],
          "/nosuch is not a complete checkpoint of ours"),
@@ -129,7 +175,7 @@ def test_a_dry_run_shows_what_would_be_submitted(tmp_path):
 )  # fmt: skip
 def test_refused_before_anything_is_submitted(arguments, overrides, words, refused):
     line = refused("--recipe", "train_sft", "--config", "sft_tiny", "--gpus-per-node", "0", "--processes", "2", *arguments,
-                   "--", "data.train_path=x", *overrides)  # fmt: skip
+                   "--", TRAIN, *overrides)  # fmt: skip
     assert words in line
 
 
@@ -152,6 +198,30 @@ def refused(monkeypatch, capsys):
 def test_an_unknown_recipe(refused):
     line = refused("--recipe", "train_stf", "--config", "sft_tiny", "--run-dir", "/tmp/r")
     assert "train_stf does not exist; there are eval_bias, locate_bias, train_grpo" in line
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_first_node_is_the_host_by_its_number(number, tmp_path):
+    """And each says by which address the others reach it, whatever names resolve to."""
+    shown = tmp_path / "python"
+    shown.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    shown.chmod(0o755)
+    env = {
+        "PATH": os.environ["PATH"], "PYTHON": str(shown), "SLURMD_NODENAME": ["a1", "a11"][number], "SLURM_NODEID": str(number),
+        "NODE_ADDRESSES": "a1=10.0.0.1\na11=other.name", "SLURM_JOB_NUM_NODES": "2", "GPUS": "8", "RENDEZVOUS_ID": "1-0",
+        "RENDEZVOUS": "10.0.0.1:20001", "LOGS": "/shared/my logs", "ROOT": "/my root", "RECIPE": "train_sft",
+        "MEGATRON_EXT_STOP_FILE": "/shared/stop",
+    }  # fmt: skip
+    script = ROOT / "launch/slurm/node.sh"
+    done = subprocess.run(
+        ["bash", script, "--config-name", "it's"], env=env, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    options = dict(zip(words, words[1:], strict=False))
+    assert options["--rdzv-conf"] == f"is_host={1 - number}" and options["--rdzv-endpoint"] == "10.0.0.1:20001"
+    assert options["--local-addr"] == ["10.0.0.1", "other.name"][number]
+    assert options["--log-dir"] == f"/shared/my logs/{env['SLURMD_NODENAME']}"
+    assert words[-3:] == ["/my root/recipes/train_sft.py", "--config-name", "it's"]
 
 
 def test_a_run_is_asked_to_stop(tmp_path, monkeypatch):
@@ -185,7 +255,7 @@ def test_what_cannot_fit_is_refused(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     overrides = [
-        "data.train_path=x", f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=llama3_1_70b", "cluster=8x8",
+        TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=llama3_1_70b", "cluster=8x8",
         "trainer.grpo.initial_policy_kl_penalty=0",
     ]  # fmt: skip
 
@@ -210,11 +280,14 @@ def test_what_the_ranks_would_refuse_is_refused(tmp_path, refused, monkeypatch, 
     model = read_config("grpo", ["model=qwen3_8b"]).model
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
     asked = ["--recipe", "train_grpo", "--config", "grpo", "--nodes", "2", "--run-dir", "/tmp/r"]
-    kept = ["--", "data.train_path=x", f"pretrained_checkpoint.restore_from_path={tmp_path}"]
+    kept = ["--", TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}"]
     line = refused(*asked, *kept, "model=llama3_1_8b")
     assert f"but the checkpoint {tmp_path} was made with num_layers=36" in line
     assert "did you mean exact_answer?" in refused(*asked, *kept, "model=qwen3_8b", "trainer.grpo.reward=exact_anwser")
     assert "did you mean exact_answer?" in refused(*asked, "--reward-server", "exact_anwser", *kept, "model=qwen3_8b")
+    assert "--reward-server {name: [ is no YAML" in refused(
+        *asked, "--reward-server", "{name: [", *kept, "model=qwen3_8b"
+    )
     monkeypatch.setattr(sys, "argv", ["submit.py", "--dry-run", *asked, *kept, "model=qwen3_8b"])
     assert launcher.main() == 0
     assert shlex.split(capsys.readouterr().out)[-1] == "cluster=2x8"

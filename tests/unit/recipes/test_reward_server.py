@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -13,6 +17,7 @@ import pytest
 from recipes.config import ConfigError
 from recipes.reward_server import URL_VARIABLE, HttpReward, reward_server
 from recipes.rewards import RewardError, get_reward, score
+from tests.harness import ROOT
 
 
 @pytest.fixture
@@ -59,6 +64,32 @@ def test_a_server_that_starts_later(serve):
     timer.start()
     assert HttpReward(f"http://127.0.0.1:{port}", patience=60)(["ab"], [{}]) == [1.0]
     timer.join()
+
+
+def test_a_request_to_stop_is_not_for_the_server(tmp_path):
+    """scancel --signal=USR1 reaches it, too, and the trainers still need their rewards."""
+    file = tmp_path / "url"
+    command = [
+        sys.executable,
+        "launch/serve_reward.py",
+        "--reward",
+        "exact_answer",
+        "--name",
+        "127.0.0.1",
+        "--url-file",
+        file,
+    ]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT)
+    try:
+        while not file.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert score(HttpReward(file.read_text()), RESPONSES, ROWS) == [1.0, 0.0, 1.0]
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_no_server():
