@@ -1,20 +1,24 @@
-"""Bytes that one rank sends in one step, by kind, and the link each kind takes.
+"""Bytes that one rank sends in one step, by kind, and the links each kind takes.
 
-Ranks are numbered as Megatron does: tensor first, then context, data and pipeline. A group of neighbours that fits into a
-node stays there. Collectives are rings: of x bytes over r ranks, an all-gather or reduce-scatter sends x (r - 1) / r from
-each rank, an all-reduce twice that.
+Ranks are numbered as Megatron does: tensor first, then context, data and pipeline. Collectives are rings: of x bytes over
+r ranks, an all-gather or reduce-scatter sends x (r - 1) / r from each rank, an all-reduce twice that. Rings are laid node
+by node, and every GPU has a NIC of its own. A group with k members in each of its nodes has k rings, each of which
+carries its part and crosses a node's border through another member's NIC: together they are as fast as k NICs.
 
 Symbols: t rows of the stream on this context-parallel rank, h hidden size, L layers of the stage, e bytes of a number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
+from megatron_ext.planner.hardware import Hardware
 from megatron_ext.planner.job import Job, Microbatch
 from megatron_ext.planner.parameters import stage_parameters
 
-__all__ = ["Traffic", "data_traffic", "pass_traffic"]
+__all__ = ["Traffic", "data_traffic", "members_per_node", "neighbours", "pass_traffic", "ring"]
 
 FP32 = 4
 
@@ -25,17 +29,28 @@ class Traffic:
 
     Attributes:
         kind: tensor, context, pipeline or data.
-        within_node: the group never leaves a node.
+        per_node: members of the group in each of its nodes, see `members_per_node`.
+        exchange: an all-to-all, not a ring: what a rank has for ranks of other nodes leaves by its own NIC.
     """
 
     kind: str
     sent: float
     collectives: float
     ranks: int
-    within_node: bool
+    per_node: int
+    exchange: bool = False
 
     def times(self, factor: float) -> Traffic:
-        return Traffic(self.kind, factor * self.sent, factor * self.collectives, self.ranks, self.within_node)
+        return dataclasses.replace(self, sent=factor * self.sent, collectives=factor * self.collectives)
+
+    def bandwidth(self, hardware: Hardware) -> float:
+        """Bytes per second at which a rank sends, at the links' full speed."""
+        if self.per_node == self.ranks:
+            return hardware.node_link
+        if self.exchange:
+            outside = (self.ranks - self.per_node) / (self.ranks - 1)
+            return min(hardware.node_link, hardware.network_link / outside)
+        return min(hardware.node_link, hardware.network_link * self.per_node)
 
 
 def pass_traffic(job: Job, microbatch: Microbatch, backward: bool) -> list[Traffic]:
@@ -60,53 +75,77 @@ def pass_traffic(job: Job, microbatch: Microbatch, backward: bool) -> list[Traff
         if backward and not config.sequence_parallel:
             ends += 2 * microbatch.shape.predicted
         sent = (count * layers * t + ends) * h * e
-        found.append(_ring("tensor", sent, calls * layers + 4, tp, job.devices >= tp))
+        found.append(ring(job, "tensor", sent, calls * layers + 4))
     if cp > 1:
         found.append(_context(job, microbatch, layers, forwards, backward))
     if pp > 1:
         rows = t // tp if config.sequence_parallel else t
         count = 1 + backward
-        inside = job.devices >= job.world  # neighbouring stages are world / pp ranks apart
-        found.append(Traffic("pipeline", count * rows * h * e, count, 2, inside))
+        found.append(neighbours(job, count * rows * h * e, count))
     return found
 
 
 def _context(job: Job, microbatch: Microbatch, layers: int, forwards: int, backward: bool) -> Traffic:
     config = job.model
-    tp, cp, d, e = (
-        config.tensor_model_parallel_size,
-        config.context_parallel_size,
-        config.kv_channels,
-        config.dtype.itemsize,
-    )
+    tp, d, e = config.tensor_model_parallel_size, config.kv_channels, config.dtype.itemsize
     n, m = config.num_attention_heads // tp, config.num_query_groups // tp
-    inside = tp * cp <= job.devices
     if config.cp_comm_type == "a2a":
         passes = forwards + backward
         sent = passes * microbatch.shape.tokens * (2 * n + 2 * m) * d * e
-        return _ring("context", layers * sent, layers * 4 * passes, cp, inside)
+        return ring(job, "context", layers * sent, layers * 4 * passes, exchange=True)
     rows = microbatch.gathered * 2 * m * d
     gathers = forwards + backward  # backward gathers again, and sums gradients in fp32
     sent = rows * (gathers * e + backward * FP32)
-    return _ring("context", layers * sent, layers * (gathers + backward), cp, inside)
+    return ring(job, "context", layers * sent, layers * (gathers + backward))
 
 
 def data_traffic(job: Job, stage: int) -> list[Traffic]:
     """Of one optimizer step: gradients in fp32, and, where the optimizer is sharded, the new parameters."""
     config = job.model
-    ranks = job.data_parallel * config.context_parallel_size
-    if ranks == 1:
+    if job.data_parallel * config.context_parallel_size == 1:
         return []
     parameters = stage_parameters(config, stage)
     if job.block:
         layer = next(p.layer for p in parameters if p.layer is not None)
         parameters = [p for p in parameters if p.layer == layer]
     count = sum(p.numel for p in parameters)
-    inside = config.tensor_model_parallel_size * ranks <= job.devices
     # A reduce-scatter and a gather of parameters, or an all-reduce.
     sent = count * (FP32 + config.dtype.itemsize if job.distributed_optimizer else 2 * FP32)
-    return [_ring("data", sent, 2, ranks, inside)]
+    return [ring(job, "data", sent, 2)]
 
 
-def _ring(kind: str, total: float, collectives: float, ranks: int, inside: bool) -> Traffic:
-    return Traffic(kind, total * (ranks - 1) / ranks, collectives, ranks, inside)
+def ring(job: Job, kind: str, total: float, collectives: float, exchange: bool = False) -> Traffic:
+    """Collectives over the group of this kind that spread, all in all, `total` bytes."""
+    stride, ranks = _group(job, kind)
+    per_node = members_per_node(stride, ranks, job.world, job.devices)
+    return Traffic(kind, total * (ranks - 1) / ranks, collectives, ranks, per_node, exchange)
+
+
+def neighbours(job: Job, sent: float, count: float) -> Traffic:
+    """Sends from a pipeline stage to the next, over one link: stages lie world / pp ranks apart, so that on several nodes
+    some neighbours are in different ones."""
+    return Traffic("pipeline", sent, count, 2, 2 if job.nodes == 1 else 1)
+
+
+def _group(job: Job, kind: str) -> tuple[int, int]:
+    """How far a group's ranks lie apart, and how many there are; gradients are summed over context ranks, too."""
+    tp, cp = job.model.tensor_model_parallel_size, job.model.context_parallel_size
+    return {"tensor": (1, tp), "context": (tp, cp), "data": (tp, cp * job.data_parallel)}[kind]
+
+
+@lru_cache(maxsize=1024)
+def members_per_node(stride: int, ranks: int, world: int, devices: int) -> int:
+    """The fewest members that a group of `ranks` ranks, `stride` apart, has in one of its nodes. It is `ranks` only where
+    none of these groups leaves its node.
+
+    Args:
+        world: ranks of all nodes. devices: of each node.
+    """
+    fewest = ranks
+    for first in range(0, world, stride * ranks):
+        for offset in range(first, first + stride):
+            held: dict[int, int] = {}
+            for rank in range(offset, offset + stride * ranks, stride):
+                held[rank // devices] = held.get(rank // devices, 0) + 1
+            fewest = min(fewest, *held.values())
+    return fewest

@@ -78,6 +78,7 @@ class Assumptions:
             f"memory and links reach {self.memory_efficiency:.0%} and {self.link_efficiency:.0%} of their bandwidth",
             f"a collective takes {1e6 * self.collective_latency:.0f} us to start and {1e6 * self.ring_latency:.0f} us per "
             "rank of its ring; nothing overlaps with computation",
+            "rings are laid node by node, and every GPU has a NIC: a group with k members in a node leaves it through k NICs",
             f"decoding a token launches {self.decode_kernels} kernels per layer, {1e6 * self.kernel_launch:.0f} us each",
             f"{self.reserve / GIB:.0f} GiB of every GPU go to CUDA, NCCL and gaps between allocations",
             "all prompts and responses are of the given length, and all ranks equally busy",

@@ -13,8 +13,8 @@ __all__ = ["best_layouts", "layouts"]
 
 def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
     """The job in every layout that the model's rules and the batch allow; a tensor-parallel group stays in its node."""
-    for tensor in _powers(job.devices):
-        for pipeline in (p for p in range(1, job.model.num_layers + 1) if job.model.num_layers % p == 0):
+    for tensor in _divisors(job.devices):
+        for pipeline in _divisors(job.model.num_layers):
             for context in _powers(largest_context):
                 for granularity in (None, "full"):
                     changes = {
@@ -38,6 +38,10 @@ def best_layouts(
     """The fastest plans that fit, best first; none where nothing fits."""
     plans = (plan(candidate, hardware, assumptions) for candidate in layouts(job))
     return sorted((p for p in plans if p.fits), key=lambda p: p.step.total)[:count]
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (d for d in range(1, number + 1) if number % d == 0)
 
 
 def _powers(limit: int) -> Iterator[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ext.flops import Flops, model_flops, num_tokens
-from megatron_ext.planner.communication import Traffic, data_traffic, pass_traffic
+from megatron_ext.planner.communication import Traffic, data_traffic, neighbours, pass_traffic, ring
 from megatron_ext.planner.hardware import Assumptions, Hardware
 from megatron_ext.planner.job import Job, Microbatch
 from megatron_ext.planner.memory import sampled_together
@@ -94,9 +94,9 @@ class _Clock:
         self._known: dict = {}
 
     def link(self, traffic: Traffic) -> float:
-        speed = self.hardware.node_link if traffic.within_node else self.hardware.network_link
         start = self.assumed.collective_latency + self.assumed.ring_latency * (traffic.ranks - 1)
-        return traffic.sent / (speed * self.assumed.link_efficiency) + traffic.collectives * start
+        speed = traffic.bandwidth(self.hardware) * self.assumed.link_efficiency
+        return traffic.sent / speed + traffic.collectives * start
 
     def read(self, size: float) -> float:
         """Seconds to read or write so many bytes of memory."""
@@ -160,10 +160,9 @@ class _Clock:
         logits = self.read(rows * config.padded_vocab_size * (4 * FP32 + 4 * 8))
         told = 0.0
         if tp > 1:
-            size = 2 * rows * config.hidden_size * e
-            traffic = Traffic("tensor", 2 * size * config.num_layers, 2 * config.num_layers, tp, tp <= job.devices)
-            told += self.link(traffic)
+            calls = 2 * config.num_layers  # all-reduces, one after attention and one after the MLP
+            told += self.link(ring(job, "tensor", calls * 2 * rows * config.hidden_size * e, calls))
         if stages > 1:
-            told += (stages - 1) * self.link(Traffic("pipeline", rows * config.hidden_size * e, 1, 2, False))
+            told += (stages - 1) * self.link(neighbours(job, rows * config.hidden_size * e, 1))
         # Kernels are launched ahead of the GPU: the slower of the two counts.
         return batches * (prefill + job.response * (max(busy, launch) + logits + told))

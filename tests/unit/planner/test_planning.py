@@ -11,43 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.flops import ModelShape, model_flops, num_tokens
-from megatron_ext.models import GPTModelConfig
-from megatron_ext.planner import HARDWARE, Assumptions, Hardware, Job, best_layouts, grouping_gain, grow, layouts, plan
-from megatron_ext.planner.communication import data_traffic, pass_traffic
+from megatron_ext.planner import HARDWARE, Assumptions, Hardware, best_layouts, grouping_gain, grow, layouts, plan
 from megatron_ext.planner.growth import expected_seconds
-from megatron_ext.planner.parameters import model_parameters, stage_parameters
+from megatron_ext.planner.parameters import model_parameters
+from tests.unit.planner.cases import job, model
 
 GIB = 1 << 30
-
-
-def model(**changes) -> GPTModelConfig:
-    """A Llama of 1.2 billion parameters."""
-    fields = {
-        "num_layers": 16,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "ffn_hidden_size": 8192,
-        "vocab_size": 128256,
-        "precision": "bf16",
-    }
-    return GPTModelConfig(**(fields | changes))
-
-
-def job(model_changes: dict | None = None, **changes) -> Job:
-    fields = {
-        "nodes": 1,
-        "devices": 8,
-        "groups": 64,
-        "prompt": 1024,
-        "response": 256,
-        "samples": 8,
-        "scoring_passes": 2,
-        "reference_copy": True,
-        "rollout": True,
-        "rollout_prompts": 8,
-    }
-    return Job(model(**(model_changes or {})), **(fields | changes))
 
 
 LAYOUTS = st.fixed_dictionaries(
@@ -107,32 +76,6 @@ def test_a_pipeline_waits_for_its_stages():
     assert plan(job(groups=groups)).step.bubble == 0
 
 
-def test_volumes_by_hand():
-    """TP 2 with sequence parallelism: 4 times the stream forward and 6 backward in every layer, half of it sent."""
-    one = job({"tensor_model_parallel_size": 2, "sequence_parallel": True}, groups=4)
-    (microbatch,) = one.microbatches
-    t, h = 1024 + 8 * 256, 2048
-    assert microbatch.shape.tokens == t
-    (forward,), (both,) = (pass_traffic(one, microbatch, backward) for backward in (False, True))
-    u = 8 * 256
-    assert forward.sent == (16 * 4 * t + t + u) * h * 2 / 2
-    assert both.sent == (16 * 10 * t + 2 * (t + u)) * h * 2 / 2
-    (data,) = data_traffic(one, 0)
-    count = sum(p.numel for p in stage_parameters(one.model, 0))
-    assert data.sent == pytest.approx(count * (4 + 2) * 3 / 4)  # 4 data-parallel ranks
-
-
-def test_groups_that_leave_their_node_are_slower():
-    links = HARDWARE["H100"]
-    inside, outside = (
-        plan(job({"tensor_model_parallel_size": 8, "sequence_parallel": True}, nodes=nodes, devices=devices))
-        for nodes, devices in ((1, 8), (2, 4))
-    )
-    assert links.node_link > links.network_link
-    assert outside.step.training > 2 * inside.step.training
-    assert outside.bytes_per_rank == inside.bytes_per_rank
-
-
 def test_the_search_finds_the_fastest_of_what_fits():
     start = job({"num_layers": 8}, groups=16)
     found = best_layouts(start, count=1000)
@@ -143,6 +86,13 @@ def test_the_search_finds_the_fastest_of_what_fits():
     for planned in found:
         sizes = planned.job.sizes
         assert sizes.tensor * sizes.pipeline * sizes.context * planned.job.data_parallel == 8
+
+
+def test_the_search_keeps_tensor_parallel_groups_in_their_nodes():
+    """Of 2 x 6 GPUs: 4 divides the 12, but one group of the three would lie in both nodes."""
+    heads = {"num_attention_heads": 12, "num_query_groups": 12, "kv_channels": 64, "ffn_hidden_size": 6144}
+    found = {j.model.tensor_model_parallel_size for j in layouts(job(heads, nodes=2, devices=6, groups=144))}
+    assert found == {1, 2, 3, 6}
 
 
 def test_nothing_is_found_where_nothing_fits():
