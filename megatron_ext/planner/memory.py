@@ -15,7 +15,7 @@ from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.planner.activations import FUSED, Implementation, StreamShape, stage_activations
 from megatron_ext.planner.buffers import StateBytes, state_bytes
-from megatron_ext.planner.job import Job
+from megatron_ext.planner.job import Job, Microbatch
 from megatron_ext.planner.parameters import layers_of_stage, stage_parameters
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
@@ -89,7 +89,8 @@ def stage_memory(job: Job, stage: int, implementation: Implementation = FUSED) -
         copies += BLOCK_COPIES * item * _block_numel(config, stage)
     if job.locates:
         locating = item * sum(p.numel for p in parameters if p.layer is not None)
-    stream = job.largest().shape
+    largest = job.largest()
+    stream = largest.shape
     in_flight = min(len(job.microbatches), config.pipeline_model_parallel_size - stage)
     found = stage_activations(config, stage, stream, implementation)
     return StageMemory(
@@ -99,7 +100,7 @@ def stage_memory(job: Job, stage: int, implementation: Implementation = FUSED) -
         state.optimizer,
         copies,
         in_flight * found.kept,
-        found.recomputed + max(_layer_working(config, stream), _output_working(config, stage, stream)),
+        found.recomputed + max(_layer_working(config, largest), _output_working(config, stage, stream)),
         locating,
         _cache(job, stage) if job.rollout else 0,
     )
@@ -120,15 +121,34 @@ def _state(job: Job, stage: int) -> StateBytes:
     return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer)
 
 
-def _layer_working(config: GPTModelConfig, stream: StreamShape) -> int:
+def _layer_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
     """The larger of what backward of attention and of the MLP hold beside what was saved."""
-    t, h, e = stream.tokens, config.hidden_size, config.dtype.itemsize
-    tp, d = config.tensor_model_parallel_size, config.kv_channels
-    n, m, f = config.num_attention_heads // tp, config.num_query_groups // tp, config.ffn_hidden_size // tp
-    gathered = 2 * t * h * e  # input and gradient of a column-parallel linear, of all rows
+    t, h, e = microbatch.shape.tokens, config.hidden_size, config.dtype.itemsize
+    f = config.ffn_hidden_size // config.tensor_model_parallel_size
+    rows = 2 * t * h * e  # input and gradient of a column-parallel linear, of all rows
     mlp = t * 3 * f * e + 2 * f * h * e  # gradients of SwiGLU's input and output; one weight's, before it is added
-    attention = t * (n + 2 * m) * d * (FP32 + e) + t * n * d * e
-    return gathered + max(mlp, attention)
+    return rows + max(mlp, _attention_working(config, microbatch))
+
+
+def _attention_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
+    """Of backward: while a kernel runs or, where context-parallel ranks sum gradients then, whichever is more."""
+    t, d, e = microbatch.shape.tokens, config.kv_channels, config.dtype.itemsize
+    tp = config.tensor_model_parallel_size
+    n, m = config.num_attention_heads // tp, config.num_query_groups // tp
+    # Flash attention makes dk and dv of every query head and sums them afterwards; its own dq is in fp32.
+    every_head = 2 * n * d * e if n > m else 0
+    # The output's gradient; copies of it, of queries and of the output; dq as a call gives it, the kernel's, and ours.
+    queries = n * d * (5 * e + 2 * FP32)
+    kernel = t * (queries + 2 * m * d * (2 * e + FP32) + every_head)  # copies, gradients of a call, and ours
+    if config.context_parallel_size == 1 or config.cp_comm_type == "a2a":
+        return kernel
+    # Keys and values are gathered again, and their gradients are fp32. A call reads a prefix at most twice: for what this
+    # rank has of it, and for the responses.
+    gathered = microbatch.gathered
+    kernel += gathered * (2 * m * d * (e + FP32) + 2 * (2 * m * d * 2 * e + every_head))
+    # Then gradients of gathered rows are there three times: as computed, joined, and in the order of ranks.
+    summed = gathered * 2 * m * d * (e + 3 * FP32) + t * d * (2 * m * (3 * e + 2 * FP32) + 2 * n * e)
+    return max(kernel, summed)
 
 
 def _output_working(config: GPTModelConfig, stage: int, stream: StreamShape) -> int:

@@ -16,6 +16,7 @@ from megatron_ext.attention.context import ContextShard
 from megatron_ext.grouping import PackedTokens, pack
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
+from megatron_ext.planner import Job
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from tests.gpt_cases import small_config
@@ -27,6 +28,8 @@ __all__ = [
     "Layout",
     "StateCase",
     "activations",
+    "here",
+    "planned_job",
     "pretended",
     "random_tokens",
     "saved_bytes",
@@ -97,6 +100,29 @@ def here(fields: dict[str, Any]) -> GPTModelConfig:
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
     return small_config(**({"sequence_parallel": tensor > 1} | fields | sizes))
+
+
+def planned_job(case: ActivationCase, layout: Layout) -> Job:
+    """The case as the planner is told of it: one microbatch, of groups that are all alike."""
+    prompt, responses = case.lengths[0]
+    sizes = layout.sizes
+    spread = {
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "context_parallel_size": sizes.context,
+    }
+    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
+    return Job(
+        config,
+        nodes=1,
+        devices=layout.world,
+        groups=len(case.lengths) * sizes.data(layout.world),
+        prompt=prompt,
+        response=responses[0],
+        samples=len(responses),
+        share_prefix=case.share_prefix,
+        groups_per_stream=len(case.lengths),
+    )
 
 
 def states(device: torch.device, cases: list[StateCase]) -> list[Held]:

@@ -19,6 +19,7 @@ from tests.distributed.planner_scenarios import (
     Layout,
     StateCase,
     activations,
+    planned_job,
     pretended,
     states,
     traffic,
@@ -217,7 +218,7 @@ def test_bytes_sent_are_those_of_the_collectives_called(kind, found):
     """Within 5 %: padding of buffers and of gathered rows is not counted."""
     layout = TRAFFIC_LAYOUTS[kind]
     for case, real in zip(found.traffic, found.sent[kind][0], strict=True):
-        job = traffic_job(case, layout)
+        job = planned_job(case, layout)
         (microbatch,) = job.microbatches
         passes = {
             backward: sum(t.sent for t in pass_traffic(job, microbatch, backward) if t.kind == kind)
@@ -244,7 +245,7 @@ def test_bytes_sent_along_the_pipeline_are_those_of_real_stages(found):
     """Four ranks: those in the middle send what is planned, the first no gradients and the last only them."""
     ranks = run_ranks(traffic, PIPELINE.world, found.traffic, sizes=PIPELINE.sizes)
     for number, case in enumerate(found.traffic):
-        job = traffic_job(case, PIPELINE)
+        job = planned_job(case, PIPELINE)
         (microbatch,) = job.microbatches
         forward, both = (
             sum(t.sent for t in pass_traffic(job, microbatch, backward) if t.kind == "pipeline")
@@ -261,25 +262,3 @@ def data_ring(job: Job) -> float:
     """What the scatter of gradients sends, without the gather of parameters."""
     (found,) = data_traffic(job, 0)
     return found.sent / 2  # fp32 both
-
-
-def traffic_job(case: ActivationCase, layout: Layout) -> Job:
-    prompt, responses = case.lengths[0]
-    sizes = layout.sizes
-    spread = {
-        "tensor_model_parallel_size": sizes.tensor,
-        "pipeline_model_parallel_size": sizes.pipeline,
-        "context_parallel_size": sizes.context,
-    }
-    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
-    return Job(
-        config,
-        nodes=1,
-        devices=layout.world,
-        groups=len(case.lengths) * sizes.data(layout.world),
-        prompt=prompt,
-        response=responses[0],
-        samples=len(responses),
-        share_prefix=case.share_prefix,
-        groups_per_stream=len(case.lengths),
-    )
