@@ -2,7 +2,8 @@
 
     step = sampling + scoring passes + updates x (forward and backward + gradients summed + optimizer)
 
-A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble.
+A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble. A
+scoring pass is one run, over the microbatches of all updates; training is one for each update.
 Sampling goes through the stages one after the other, token by token.
 """
 
@@ -60,8 +61,8 @@ def step_time(job: Job, hardware: Hardware, assumptions: Assumptions) -> StepTim
     clock = _Clock(job, hardware, assumptions)
     batch, updates, stages = job.microbatches, job.updates, job.model.pipeline_model_parallel_size
     forward, both = ([clock.microbatch(m, backward) for m in batch] for backward in (False, True))
-    passes = job.scoring_passes * updates
-    bubble = (stages - 1) * (passes * max(forward) + updates * max(both))
+    passes = job.scoring_passes * updates  # of an update's microbatches
+    bubble = (stages - 1) * (job.scoring_passes * max(forward) + updates * max(both))
     summed = [data_traffic(job, stage) for stage in range(stages)]
     sent: dict[str, float] = {}
     for microbatch in batch:
