@@ -235,29 +235,26 @@ def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
     }
 
 
+# What a rank of r sends of x bytes: a ring's sum (r - 1) / r twice, gathers, scatters and all-to-alls once; a send all.
+KINDS = {"alltoall": "exchange", "gather": "gather", "scatter": "scatter", "send": "send"}
+
+
 class Collectives(TorchDispatchMode):
-    """Bytes that one rank of a ring sends for every collective that is called: what a gather or a scatter spreads
-    counts (r - 1) / r times, a sum twice that; and what it sends to its neighbour in the pipeline. What is less than
-    `small` bytes, a norm or log-probabilities, is left out."""
+    """Bytes that one rank sends for every collective that is called, by kind, and to its neighbour in the pipeline. What is
+    less than `small` bytes, a norm or log-probabilities, is left out."""
 
     def __init__(self, small: int):
         super().__init__()
         self.small = small
-        self.sent = {"gather": 0.0, "scatter": 0.0, "sum": 0.0, "send": 0.0}
+        self.sent = dict.fromkeys((*KINDS.values(), "sum"), 0.0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             name = function._schema.name.removeprefix("c10d::")
-            kind = (
-                "gather"
-                if "gather" in name
-                else "scatter"
-                if "scatter" in name
-                else "send"
-                if name == "send"
-                else "sum"
-            )
-            size = max((t.nbytes for t in _tensors(args)), default=0)  # a barrier has none
+            kind = next((kind for word, kind in KINDS.items() if word in name), "sum")
+            # The larger of what goes in and what comes out, but of an all-to-all what goes in; a barrier has none.
+            tensors = list(_tensors(args))
+            size = tensors[1].nbytes if kind == "exchange" else max((t.nbytes for t in tensors), default=0)
             ranks = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject))).size()
             if size >= self.small and not name.startswith("recv"):
                 ring = {"send": 1.0, "sum": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)

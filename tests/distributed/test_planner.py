@@ -204,9 +204,18 @@ def traffic_cases() -> list[ActivationCase]:
     draw = random.Random()
     sizes = {"num_query_groups": 4, "hidden_size": 8 * draw.randint(8, 16), "ffn_hidden_size": 96, "num_layers": 4}
     group = (draw.randint(30, 60), [draw.randint(10, 30)] * 4)
+    longer = (draw.randint(100, 140), [draw.randint(40, 60)] * 4)  # an all-to-all sends no pad: let it be small
+    a2a = {"cp_comm_type": "a2a"}
+    full = {"activations_checkpoint_granularity": "full"}
     cases = [
-        ActivationCase(sizes | more, [group] * 3, share_prefix=share)
-        for more in ({}, {"sequence_parallel": False}, {"activations_checkpoint_granularity": "full"})
+        ActivationCase(sizes | more, [groups] * 3, share_prefix=share)
+        for more, groups in (
+            ({}, group),
+            ({"sequence_parallel": False}, group),
+            (full, group),
+            (a2a, longer),
+            (a2a | full, longer),
+        )
         for share in (True, False)
     ]
     print(cases)
@@ -215,7 +224,7 @@ def traffic_cases() -> list[ActivationCase]:
 
 @pytest.mark.parametrize("kind", TRAFFIC_LAYOUTS)
 def test_bytes_sent_are_those_of_the_collectives_called(kind, found):
-    """Within 5 %: padding of buffers and of gathered rows is not counted."""
+    """Within 5 %: padding of buffers and of gathered rows is not counted, that of a stream is."""
     layout = TRAFFIC_LAYOUTS[kind]
     for case, real in zip(found.traffic, found.sent[kind][0], strict=True):
         job = planned_job(case, layout)
@@ -235,7 +244,9 @@ def test_bytes_sent_are_those_of_the_collectives_called(kind, found):
             assert passes[False] == pytest.approx(forward, rel=0.05)
             assert passes[True] == pytest.approx(both, rel=0.05, abs=0.05 * ring)
             # Responses stay whole on a rank: of repeated prompts nothing is gathered.
-            assert (forward > 0) == (kind == "tensor" or case.share_prefix)
+            exchanged = job.model.cp_comm_type == "a2a"
+            assert (forward > 0) == (kind == "tensor" or case.share_prefix or exchanged)
+            assert (real["forward"]["exchange"] > 0) == (kind == "context" and exchanged)
 
 
 PIPELINE = Layout(4, ParallelSizes(pipeline=4))
