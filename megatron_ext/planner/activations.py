@@ -1,8 +1,8 @@
 """Bytes that autograd keeps between a stream's forward and backward pass, on one rank, by the operation that keeps them.
 
 Counted once per storage, without parameters. Two ways to run a layer are known: `EAGER`, the CPU's, operation by
-operation, which tests compare with what autograd saves; and `FUSED`, a GPU's, whose norms keep their input and one
-number per row, and whose SwiGLU keeps its input alone.
+operation, which tests compare with what autograd saves; and `FUSED`, Transformer Engine's, whose norms keep their input
+and one number per row, and whose SwiGLU keeps its input alone. `on_gpu` says which a GPU takes.
 
 Symbols: t rows of the stream on this context-parallel rank, s those of the residual stream (t / tp under sequence
 parallelism), u predicted tokens, h hidden size, n query and m key/value heads of this tensor-parallel rank, d head size,
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import layers_of_stage
 
-__all__ = ["EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "stage_activations"]
+__all__ = ["EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "on_gpu", "stage_activations"]
 
 INDEX, FP32, MASK_TYPE = 8, 4, 4
 
@@ -31,6 +33,17 @@ class Implementation:
 
 EAGER = Implementation(fused_norm=False, fused_swiglu=False)
 FUSED = Implementation(fused_norm=True, fused_swiglu=True)
+
+
+def on_gpu(transformer_impl: str) -> Implementation:
+    """How a GPU runs layers of `model.transformer_impl`; "auto" is taken for Transformer Engine.
+
+    "local" has Megatron's fused SwiGLU, too, and torch's RMSNorm, which is one kernel on a GPU from torch 2.9 on (pull
+    request 153666) and plain operations before. The torch that plans is taken for the one that will run.
+    """
+    if transformer_impl == "local":
+        return Implementation(fused_norm=hasattr(torch.ops.aten, "_fused_rms_norm_backward"), fused_swiglu=True)
+    return FUSED
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Activations:
 
 
 def stage_activations(
-    config: GPTModelConfig, stage: int, stream: StreamShape, implementation: Implementation = FUSED
+    config: GPTModelConfig, stage: int, stream: StreamShape, implementation: Implementation
 ) -> Activations:
     """What one microbatch keeps on a stage whose parameters all train."""
     granularity = config.activations_checkpoint_granularity

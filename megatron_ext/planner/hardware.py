@@ -72,7 +72,7 @@ class Assumptions:
     steps_between_checkpoints: int = 50
 
     def lines(self) -> list[str]:
-        """Printed with every estimate of time."""
+        """Printed with every plan."""
         return [
             f"products reach {self.linear_efficiency:.0%} of the peak, attention {self.attention_efficiency:.0%}",
             f"memory and links reach {self.memory_efficiency:.0%} and {self.link_efficiency:.0%} of their bandwidth",
@@ -81,6 +81,7 @@ class Assumptions:
             "rings are laid node by node, and every GPU has a NIC: a group with k members in a node leaves it through k NICs",
             f"decoding a token launches {self.decode_kernels} kernels per layer, {1e6 * self.kernel_launch:.0f} us each",
             f"{self.reserve / GIB:.0f} GiB of every GPU go to CUDA, NCCL and gaps between allocations",
+            "model.transformer_impl=auto is Transformer Engine: norms keep their input and one number per row, SwiGLU its input",
             "all prompts and responses are of the given length, and all ranks equally busy",
         ]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
-from megatron_ext.planner.activations import FUSED, Implementation, StreamShape, stage_activations
+from megatron_ext.planner.activations import StreamShape, on_gpu, stage_activations
 from megatron_ext.planner.buffers import StateBytes, state_bytes
 from megatron_ext.planner.job import Job, Microbatch
 from megatron_ext.planner.parameters import layers_of_stage, stage_parameters
@@ -76,7 +76,7 @@ class StageMemory:
         return {name: value for name, value in named.items() if value and name not in unused}
 
 
-def stage_memory(job: Job, stage: int, implementation: Implementation = FUSED) -> StageMemory:
+def stage_memory(job: Job, stage: int) -> StageMemory:
     """The fullest rank of one pipeline stage."""
     config = job.model
     parameters = stage_parameters(config, stage)
@@ -92,7 +92,7 @@ def stage_memory(job: Job, stage: int, implementation: Implementation = FUSED) -
     largest = job.largest()
     stream = largest.shape
     in_flight = min(len(job.microbatches), config.pipeline_model_parallel_size - stage)
-    found = stage_activations(config, stage, stream, implementation)
+    found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl))
     return StageMemory(
         stage,
         state.parameters,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.media import MediaPrompt, pack_prompts
-from megatron_ext.planner.activations import EAGER, FUSED, StreamShape, stage_activations
+from megatron_ext.planner.activations import EAGER, FUSED, Implementation, StreamShape, on_gpu, stage_activations
 from megatron_ext.rotary import Text, Video
 from tests.distributed.planner_scenarios import saved_bytes
 from tests.gpt_cases import small_config
@@ -38,6 +39,22 @@ def test_media_are_counted(share, rng, world):
     planned = stage_activations(config, 0, stream, EAGER)
     assert planned.input > 2 * video.length * features * 4
     assert planned.kept == pytest.approx(saved_bytes(model, batch), rel=0.1)
+
+
+def test_layers_of_a_gpu_are_fused_but_for_norms_of_an_old_torch():
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert on_gpu("auto") == on_gpu("transformer_engine") == FUSED
+    assert on_gpu("local") == Implementation(fused_norm=version >= (2, 9), fused_swiglu=True)
+
+
+def test_a_plain_norm_keeps_six_bytes_more_of_every_number():
+    """In bf16: input and normalised input in fp32, instead of the input. Two norms in each of four layers, and the last."""
+    stream = StreamShape(1024, 300)
+    config = small_config(precision="bf16", num_layers=4, qk_layernorm=False)
+    plain, fused = (
+        stage_activations(config, 0, stream, Implementation(norm, fused_swiglu=True)).kept for norm in (False, True)
+    )
+    assert plain - fused == (2 * 4 + 1) * 1024 * 32 * 6
 
 
 @pytest.mark.parametrize("granularity", [None, "selective", "full"])
