@@ -95,8 +95,12 @@ def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = Non
         prompt, response: tokens; None: the longest that the configuration allows, hence an upper bound.
 
     Raises:
+        ConfigError: a negative prompt, a response without tokens, or, but for GRPO, a prompt without a response.
         ValueError: ranks or batches that do not divide; no model.vocab_size.
     """
+    for name, value, least in (("prompt", prompt, 0), ("response", response, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} (tools/plan.py: --{name}) must be at least {least}")
     if isinstance(config, GRPOConfig):
         return _grpo(config, prompt, response)
     if prompt is not None and response is None:

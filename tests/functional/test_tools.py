@@ -18,6 +18,7 @@ pytestmark = pytest.mark.functional
         ("plot_position_bias.py --head-dim 7 --plot {folder}/a.png", "--head-dim 7 must be even, at least 2"),
         ("plot_position_bias.py --head-dim 1 --plot {folder}/a.png", "--head-dim 1 must be even, at least 2"),
         ("plan.py --config grpo --nodes 3", "do not divide by the data-parallel size 12 on 3 x 8 GPUs"),
+        ("plan.py --config sft --prompt -5 --response 7", "prompt=-5 (tools/plan.py: --prompt) must be at least 0"),
         ("plan.py --config grpo --hardware V100", "hardware 'V100' is not known; there are: A100, H100, H200, B200"),
         ("plot_position_bias.py --frames 0 --plot {folder}/a.png", "a medium has at least one frame"),
     ],

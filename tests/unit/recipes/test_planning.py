@@ -38,6 +38,20 @@ def test_sft_and_lftf_are_read_whole():
     assert not job_of(read_config("lftf", ["trainer.lftf.block=all"])).block
 
 
+@pytest.mark.parametrize("recipe", ["sft", "grpo", "lftf"])
+def test_lengths_that_cannot_be_are_refused(recipe):
+    """Also where their sum would be a length."""
+    config = read_config(recipe)
+    for prompt, response, words in (
+        (-5, 7, r"^prompt=-5 \(tools/plan.py: --prompt\) must be at least 0$"),
+        (7, 0, r"^response=0 \(tools/plan.py: --response\) must be at least 1$"),
+        (7, -2, r"^response=-2 \(tools/plan.py: --response\) must be at least 1$"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            job_of(config, prompt, response)
+    assert job_of(config, 0, 1).response == 1
+
+
 @pytest.mark.parametrize(("nodes", "pipeline"), [(1, 1), (2, 2), (3, 2), (4, 2), (16, 2), (64, 2)])
 def test_nodes_choose_a_layout(nodes, pipeline):
     config = read_config("lftf", ["model=llama3_1_70b"], nodes)
