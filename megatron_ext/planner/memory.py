@@ -1,7 +1,8 @@
 """Bytes on the ranks of each pipeline stage: what is always there, and the larger of what training and sampling add.
 
 Exact: parameters, gradients, optimizer state (tests compare them with real ranks). As autograd saves them, for the
-operations of a GPU: activations. Counted by hand from the code, and upper bounds: everything else.
+operations of a GPU: activations. Counted by hand from the code, and upper bounds: everything else (tests hold that of
+attention against the bytes alive).
 
 Symbols: t rows of the stream, u predicted tokens, r responses sampled together, h hidden size, n query and m key/value
 heads of this rank, d head size, f and v this rank's width of the MLP and of the vocabulary, e bytes of a number.
