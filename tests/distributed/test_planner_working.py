@@ -51,4 +51,4 @@ def test_backward_of_attention_holds_no_more_than_planned(name, measured):
     for number, case in enumerate(drawn):
         working = stage_memory(planned_job(case, LAYOUTS[name]), 0).working
         peak = max(rank[number] for rank in peaks[name])
-        assert 0.4 * working < peak <= working, (case, peak / working)
+        assert 0.25 * working < peak <= working, (case, peak / working)
