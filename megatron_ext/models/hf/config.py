@@ -40,7 +40,10 @@ WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_lay
 # What our model computes; another value is refused.
 ONLY = {
     "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "attention_bias": (False,), "mlp_bias": (False,),
+    "is_causal": (True,),
 }  # fmt: skip
+# transformers takes it from any family's file, though it is a field of none.
+EVERYWHERE = {"is_causal"}
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 DEFAULT_ROPE = {"rope_theta": 10000.0}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
@@ -180,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): name the folder of a Hugging Face model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets of thousands of levels
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object; fetch it again")
@@ -201,9 +204,7 @@ def _fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
     fields: dict[str, Any] = {ours: _integer(config, theirs, where) for ours, theirs in NUMBERS.items()}
     for ours, theirs in (("num_query_groups", "num_key_value_heads"), ("kv_channels", "head_dim")):
         fields[ours] = None if config[theirs] is None else _integer(config, theirs, where)
-    heads = fields["num_attention_heads"]
-    fields["num_query_groups"] = fields["num_query_groups"] or heads
-    fields["kv_channels"] = fields["kv_channels"] or fields["hidden_size"] // heads
+    _complete_heads(fields, where)
     window, skip = _windows(config, fields["num_layers"], where)
     return fields | {
         "share_embeddings_and_output_weights": _switch(config, "tie_word_embeddings", where),
@@ -219,6 +220,27 @@ def _fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _complete_heads(fields: dict[str, Any], where: str) -> None:
+    """Fill in what the file leaves out about heads, and refuse heads that cannot be."""
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    groups = fields["num_query_groups"] = fields["num_query_groups"] or heads
+    if heads % groups:
+        raise ValueError(
+            f"{where}: num_attention_heads={heads} is not divisible by num_key_value_heads={groups}; fetch the file again"
+        )
+    if fields["kv_channels"] is None and hidden % heads:
+        raise ValueError(
+            f"{where}: hidden_size={hidden} is not divisible by num_attention_heads={heads}, and there is no head_dim; "
+            "fetch the file again"
+        )
+    fields["kv_channels"] = fields["kv_channels"] or hidden // heads
+    if fields["kv_channels"] % 2:
+        raise ValueError(
+            f"{where}: the head size {fields['kv_channels']} (head_dim, or hidden_size by num_attention_heads) must be "
+            "even, rotary positions turn pairs; fetch the file again"
+        )
+
+
 def _refuse(raw: dict[str, Any], family: Family, where: str) -> None:
     """Refuse what our model does not compute."""
     architectures = raw.get("architectures") or [family.architecture]
@@ -230,9 +252,9 @@ def _refuse(raw: dict[str, Any], family: Family, where: str) -> None:
     if raw.get("quantization_config"):
         raise ValueError(f"{where}: quantised weights (quantization_config) are not read; take the model without them")
     for key, values in ONLY.items():
-        if key in family.defaults and raw.get(key, values[0]) not in values:
+        if key in family.defaults.keys() | EVERYWHERE and raw.get(key, values[0]) not in values:
             raise ValueError(f"{where}: {key}={raw[key]!r} is not supported, only {values[0]!r}; choose another model")
-    known = {*family.defaults, *NUMBERS.values(), *ROPE, *NEUTRAL}
+    known = {*family.defaults, *NUMBERS.values(), *ROPE, *NEUTRAL, *EVERYWHERE}
     for key, value in raw.items():
         if key not in known and not key.startswith(("_", "unsloth_")) and value is not None and value is not False:
             raise ValueError(
@@ -309,6 +331,8 @@ def _position(config: dict[str, Any], where: str) -> PositionEmbedding:
         raise ValueError(f"{where}: {unknown[0]} is not known of rope_type={kind!r}; choose another model")
     theta = next((source for source in (rope, config) if source.get("rope_theta") is not None), DEFAULT_ROPE)
     base = _number(theta, "rope_theta", where)
+    if base == 0:
+        raise ValueError(f"{where}: rope_theta must be more than 0, got {base}; fetch the file again")
     if kind == "default":
         return PositionEmbedding(base=base)
     original = "original_max_position_embeddings"

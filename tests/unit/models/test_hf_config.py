@@ -275,6 +275,10 @@ def test_windows_are_those_of_transformers(tmp_path, family, more):
         (QWEN3_06B, {"layer_types": ["sliding_attention"] * 28}, "no sliding window is in use"),
         (QWEN25_05B, {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers must be an integer"),
         (QWEN25_05B, {"use_mrope": True}, "use_mrope=True is not known of qwen2"),
+        (TINY_LLAMA, {"rope_theta": 0}, "rope_theta must be more than 0, got 0"),
+        (QWEN25_05B, {"num_key_value_heads": 3}, "num_attention_heads=14 is not divisible by num_key_value_heads=3"),
+        (QWEN25_05B, {"hidden_size": 897}, "hidden_size=897 is not divisible by num_attention_heads=14, and there is no"),
+        (QWEN3_06B, {"head_dim": 63}, "the head size 63 .* must be even"),
     ],
 )  # fmt: skip
 def test_what_our_model_does_not_compute_is_refused(tmp_path, base, changes, words):
@@ -284,11 +288,22 @@ def test_what_our_model_does_not_compute_is_refused(tmp_path, base, changes, wor
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "config.json"))
 
 
+@pytest.mark.parametrize("raw", [LLAMA_31_8B, MISTRAL_7B_01, QWEN25_05B, QWEN3_06B])
+def test_a_model_that_looks_ahead_is_refused(tmp_path, raw):
+    """transformers makes any family see both ways by this key, which is a field of none."""
+    write(tmp_path, raw | {"is_causal": True})
+    read_hf_config(tmp_path)
+    for value in (False, None, 0):
+        write(tmp_path, raw | {"is_causal": value})
+        with pytest.raises(ValueError, match=f"is_causal={value} is not supported, only True; choose another model"):
+            read_hf_config(tmp_path)
+
+
 def test_a_missing_or_damaged_file(tmp_path):
     assert not is_hf_folder(tmp_path) and not is_hf_folder(tmp_path / "none")
     with pytest.raises(ValueError, match="cannot read .*config.json .No such file or directory.: name the folder"):
         read_hf_config(tmp_path)
-    for text in ("{", "[]", '"llama"'):
+    for text in ("{", "[]", '"llama"', '{"a": ' + "[" * 100_000):
         (tmp_path / "config.json").write_text(text)
         for read in (read_hf_config, is_hf_folder):
             with pytest.raises(ValueError, match="config.json is damaged"):
