@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.models.hf import is_hf_folder, load_hf_weights, read_hf_config
+from megatron_ext.models.hf import is_hf_folder, load_hf_weights, read_checked_config
 from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info
 from recipes.config import ABSENT, build
 
@@ -49,19 +49,23 @@ class Pretrained:
     precision: str | None = None
 
     @classmethod
-    def open(cls, path: str) -> Pretrained:
+    def open(cls, path: str, named_by: str = "pretrained_checkpoint.restore_from_path") -> Pretrained:
         """
+        Args:
+            named_by: the setting that the path comes from.
+
         Raises:
-            ValueError: neither kind, damaged, or a model that is not supported.
+            ValueError: neither kind, damaged, a model that is not supported, or a config.json that the headers of the
+                weights contradict.
         """
         path = str(Path(path).expanduser())
         folder = Path(path)
         if not (folder / INFO_FILE).is_file():
             if is_hf_folder(folder):
-                return cls(path, read_hf_config(folder), True)
+                return cls(path, read_checked_config(folder), True)
             raise ValueError(
                 f"{path} is not a complete checkpoint of ours (it has no {INFO_FILE}) and no Hugging Face folder (it "
-                "has no config.json with a model_type); check pretrained_checkpoint.restore_from_path"
+                f"has no config.json with a model_type); check {named_by}"
             )
         saved = read_checkpoint_info(folder).get("model", {})
         fields = (*ARCHITECTURE, "encoder_seq_length")

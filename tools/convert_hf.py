@@ -27,9 +27,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.errors import user_errors
+from recipes.errors import is_user_error, user_errors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_ext.models import PrefixGroupedGPT
     from recipes.pretrained import Pretrained
 
@@ -39,10 +41,19 @@ UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 def sized(text: str) -> int:
     """Bytes: 5GB, 200MB, or a number."""
-    for unit, factor in UNITS.items():
+    number, factor = text, 1
+    for unit in UNITS:
         if text.upper().endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
-    return int(text)
+            number, factor = text[: -len(unit)], UNITS[unit]
+    try:
+        found = int(float(number) * factor)
+    except (ValueError, OverflowError):  # no number; infinity
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size of at least a byte: give one such as 5GB, 200MB or 100000"
+        )
+    return found
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,6 +103,34 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def open_source(path: Path, args: argparse.Namespace, metavar: str) -> Pretrained:
+    """The model at a path that the command line gives as `metavar`, which the ranks can hold.
+
+    Raises:
+        ValueError: see `Pretrained.open`; or --tensor and --pipeline do not divide it, or the processes.
+    """
+    from megatron_ext.runtime.distributed import world_size
+    from recipes.pretrained import Pretrained
+
+    pretrained = Pretrained.open(str(path), metavar)
+    needed = args.tensor * args.pipeline
+    if min(args.tensor, args.pipeline) < 1:
+        raise ValueError(f"--tensor {args.tensor} and --pipeline {args.pipeline} must be at least 1")
+    if world_size() % needed:
+        raise ValueError(
+            f"--tensor {args.tensor} x --pipeline {args.pipeline} does not divide the {world_size()} processes that run: start "
+            f"them with torchrun --nproc-per-node {needed}, or a multiple of it"
+        )
+    for option, size, names in (
+        ("--tensor", args.tensor, ("num_attention_heads", "num_query_groups", "ffn_hidden_size")),
+        ("--pipeline", args.pipeline, ("num_layers",)),
+    ):
+        for name in names:
+            if (value := pretrained.architecture[name]) % size:
+                raise ValueError(f"{option} {size} does not divide {name}={value} of {path}; choose another")
+    return pretrained
+
+
 def load(pretrained: Pretrained, args: argparse.Namespace, precision: str) -> PrefixGroupedGPT:
     """This rank's stage."""
     import torch
@@ -128,10 +167,9 @@ def run_import(args: argparse.Namespace) -> str:
     from megatron_ext.models.hf.files import check_target
     from megatron_ext.runtime.checkpoint import save_checkpoint
     from recipes.data import load_tokenizer
-    from recipes.pretrained import Pretrained
 
     check_target(args.target)
-    pretrained = Pretrained.open(str(args.source))
+    pretrained = open_source(args.source, args, "HF_FOLDER")
     if not pretrained.hugging_face:
         raise ValueError(f"{args.source} is a checkpoint of ours already; import takes a Hugging Face folder")
     tokenizer = load_tokenizer(args.source)
@@ -151,20 +189,27 @@ def run_import(args: argparse.Namespace) -> str:
 def run_export(args: argparse.Namespace) -> str:
     import torch
 
-    from megatron_ext.models.delta import apply_delta
+    from megatron_ext.models.config import PRECISIONS
+    from megatron_ext.models.delta import apply_delta, read_delta
     from megatron_ext.models.hf import export_hf
     from megatron_ext.models.hf.config import CONFIG_FILE
+    from megatron_ext.models.hf.files import check_target
     from megatron_ext.runtime.checkpoint import read_checkpoint_info
     from megatron_ext.runtime.checkpoint_files import check_files
-    from recipes.pretrained import SOURCE_FOLDER, Pretrained
+    from recipes.pretrained import SOURCE_FOLDER
 
-    pretrained = Pretrained.open(str(args.source))
+    check_target(args.target)
+    pretrained = open_source(args.source, args, "CHECKPOINT")
     kept = args.source / SOURCE_FOLDER
     like = args.like or (args.source if pretrained.hugging_face else kept if (kept / CONFIG_FILE).is_file() else None)
     tokenizer = args.source / "tokenizer"
     dtype = args.dtype or (kept_dtype(like) if like else None)
     # In its own type: what the folder's type has no room for is rounded when it is written.
-    model = load(pretrained, args, pretrained.precision or ("bf16" if dtype == "bfloat16" else "32"))
+    precision = pretrained.precision or ("bf16" if dtype == "bfloat16" else "32")
+    if args.delta:  # in that of the training, in which the delta fits
+        trained = read_delta(args.delta)[0]["dtype"]
+        precision = next(name for name, kind in PRECISIONS.items() if str(kind) == f"torch.{trained}")
+    model = load(pretrained, args, precision)
     for part in () if pretrained.hugging_face else ("tokenizer", SOURCE_FOLDER):
         check_files(args.source, part, read_checkpoint_info(args.source)["files"])
     if args.delta:
@@ -176,15 +221,65 @@ def run_export(args: argparse.Namespace) -> str:
     return f"Hugging Face folder in {args.target}, {dtype or str(model.model_config.dtype).removeprefix('torch.')}, {described}"
 
 
-def run_verify(args: argparse.Namespace) -> str:
+def same_vocabulary(source: Path, model: Pretrained, rows: list[list[int]]) -> None:
+    """
+    Raises:
+        ValueError: source is no Hugging Face folder, the vocabularies differ, or the tokenizer's is larger.
+    """
+    from recipes.pretrained import Pretrained
+
+    theirs = Pretrained.open(str(source), "HF_FOLDER")
+    if not theirs.hugging_face:
+        raise ValueError(f"{source} is a checkpoint of ours: name the Hugging Face folder first, then the checkpoint")
+    size, here = theirs.architecture["vocab_size"], model.architecture["vocab_size"]
+    if size != here:
+        raise ValueError(
+            f"the vocabularies differ: {here} rows in {model.path}, {size} in {source}; name the folder that was exported from it"
+        )
+    if (largest := max((token for row in rows for token in row), default=0)) >= size:
+        raise ValueError(
+            f"the tokenizer of {source} gives token {largest}, the model has {size} rows; name its own folder"
+        )
+
+
+def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], ours: list[Tensor]) -> tuple[float, int]:
+    """(largest difference of a logit, same next tokens) beside transformers.
+
+    Raises:
+        ValueError: transformers cannot load the folder, a logit is not finite, or the difference is too large.
+    """
     import torch
-    import torch.distributed as dist
 
     from megatron_ext.models.config import PRECISIONS
+    from recipes.scorers import HuggingFaceScorer
+
+    theirs = HuggingFaceScorer(args.source, torch.device("cpu"), PRECISIONS[args.precision])
+    worst, agreed = 0.0, 0
+    for text, row, mine in zip(texts, rows, ours, strict=True):
+        other = theirs.logits(row)
+        for logits, whose in ((mine, f"{args.model or args.source} here"), (other, f"{args.source} in transformers")):
+            if bad := int((~logits.isfinite().all(1)).sum()):
+                raise ValueError(
+                    f"{whose} has logits that are not finite behind {bad} of {len(row)} tokens of {text[:40]!r}: its "
+                    "weights are of no use"
+                )
+        gap, same = float((mine - other).abs().max()), int((mine.argmax(1) == other.argmax(1)).sum())
+        print(f"  {len(mine):>6} tokens   largest difference {gap:.2e}   same next token {same} of {len(mine)}   "
+              f"{text[:40]!r}")  # fmt: skip
+        worst, agreed = max(worst, gap), agreed + same
+    if not worst <= args.tolerance:
+        raise ValueError(
+            f"{args.model or args.source} and transformers' {args.source} differ: a logit by {worst:.2e}, more than "
+            f"--tolerance {args.tolerance:.0e}"
+        )
+    return worst, agreed
+
+
+def run_verify(args: argparse.Namespace) -> str:
+    import torch.distributed as dist
+
     from megatron_ext.models.generation import text_logits
     from recipes.data import load_tokenizer
-    from recipes.pretrained import Pretrained
-    from recipes.scorers import HuggingFaceScorer
 
     texts = list(args.text or [])
     if args.text_file:
@@ -194,30 +289,27 @@ def run_verify(args: argparse.Namespace) -> str:
             raise ValueError(f"--text-file {args.text_file} is no UTF-8 text: {error}") from error
     if not texts:
         raise ValueError("nothing to compare: give --text or --text-file")
-    pretrained = Pretrained.open(str(args.model or args.source))
+    pretrained = open_source(args.model or args.source, args, "CHECKPOINT" if args.model else "HF_FOLDER")
     tokenizer = load_tokenizer(args.source)
     rows = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
+    same_vocabulary(args.source, pretrained, rows)
     model = load(pretrained, args, args.precision)
     ours = [text_logits(model, row).cpu() for row in rows]
-    worst, agreed = 0.0, 0
+    found: list = [None, None]
     if dist.get_rank() == 0:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        theirs = HuggingFaceScorer(args.source, torch.device("cpu"), PRECISIONS[args.precision])
-        for number, mine in enumerate(ours):
-            other = theirs.logits(rows[number])[:, : mine.size(1)]
-            gap, same = float((mine - other).abs().max()), int((mine.argmax(1) == other.argmax(1)).sum())
-            print(f"  {len(mine):>6} tokens   largest difference {gap:.2e}   same next token {same} of {len(mine)}   "
-                  f"{texts[number][:40]!r}")  # fmt: skip
-            worst, agreed = max(worst, gap), agreed + same
-    held = [worst]
-    dist.broadcast_object_list(held, src=0)
-    if not held[0] <= args.tolerance:
-        raise ValueError(
-            f"{args.model or args.source} and transformers' {args.source} differ: a logit by {held[0]:.2e}, more than "
-            f"--tolerance {args.tolerance:.0e}"
-        )
+        try:
+            found = [compare(args, texts, rows, ours), None]
+        except ValueError as error:  # the other ranks are to say it, too
+            if not is_user_error(error):
+                raise
+            found = [None, str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if found[1]:
+        raise ValueError(found[1])
+    worst, agreed = found[0]
     return f"{sum(map(len, rows))} tokens, largest difference of a logit {worst:.2e}, same next token {agreed}"
 
 

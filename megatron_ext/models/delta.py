@@ -2,7 +2,7 @@
 
 Safetensors, whole tensors whatever the tensor-parallel size, under Megatron's names for fused layers
 (`decoder.layers.7.self_attention.linear_qkv.weight`). The metadata names the block and carries a digest of the weights
-that it replaces, so that a delta is not put on another model.
+that it replaces, so that a delta is not put on another model, and one of all that the file says, so that damage is found.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from torch import Tensor
 
-from megatron_ext.models.blocks import blocks_here, check_block
+from megatron_ext.models.blocks import blocks_here
+from megatron_ext.models.config import PRECISIONS
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.checkpoint_files import flush_one
 
-__all__ = ["apply_delta", "block_digest", "block_weights", "read_delta", "save_delta"]
+__all__ = ["apply_delta", "block_digest", "block_weights", "content_digest", "read_delta", "save_delta"]
 
 FORMAT = "megatron_ext.block_delta.1"
 
@@ -54,6 +56,13 @@ def block_digest(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def content_digest(description: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a file's tensors and of what its description says besides this digest, which it keeps as "content"."""
+    about = {key: value for key, value in description.items() if key != "content"}
+    text = f"{json.dumps(about, sort_keys=True)}\n{block_digest(tensors)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None) -> None:
     """Write one block's weights; every rank calls it, one writes.
 
@@ -70,22 +79,22 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
 
         config = model.model_config
         dtype = str(config.dtype).removeprefix("torch.")
+        tensors = {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()}
         description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
+        description["content"] = content_digest(description, tensors)
         unfinished = path.with_name(path.name + ".unfinished")
-        save_file(
-            {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()},
-            str(unfinished),
-            metadata={"format": FORMAT, "delta": json.dumps(description)},
-        )
+        save_file(tensors, str(unfinished), metadata={"format": FORMAT, "delta": json.dumps(description)})
+        flush_one(unfinished)
         os.replace(unfinished, path)
+        flush_one(path.absolute().parent)
     dist.barrier()
 
 
 def read_delta(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(description, tensors) of a delta: block, num_layers, base and dtype.
+    """(description, tensors) of a delta: block, num_layers, base, dtype and content.
 
     Raises:
-        ValueError: no delta of ours, or a damaged one.
+        ValueError: no delta of ours, a damaged one, or one with a number that is not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -99,12 +108,25 @@ def read_delta(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path} is no delta of one block: its format is {metadata.get('format')!r}")
     try:
         description = json.loads(metadata["delta"])
-        kinds = {"block": int, "num_layers": int, "base": str | None, "dtype": str}
+        kinds = {"block": int, "num_layers": int, "base": str | None, "dtype": str, "content": str}
         good = all(isinstance(description[key], kind) for key, kind in kinds.items())
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"the delta {path} is damaged: its description is not what was saved; take another")
+    if description["content"] != content_digest(description, tensors):
+        raise ValueError(f"the delta {path} is damaged: its checksum differs from its content; take another")
+    block, layers, dtypes = description["block"], description["num_layers"], [str(d) for d in PRECISIONS.values()]
+    if not 0 <= block < layers or f"torch.{description['dtype']}" not in dtypes:
+        raise ValueError(
+            f"the delta {path} is of block {block} of {layers} in {description['dtype']}, which no model of ours has; take "
+            "another"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the delta {path} holds a number that is not finite in {name}: its training broke; take another"
+            )
     return description, tensors
 
 
@@ -122,7 +144,6 @@ def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
         raise ValueError(
             f"the delta {path} belongs to a model of {description['num_layers']} blocks, this one has {layers}"
         )
-    check_block(block, layers)
     dtype = str(model.model_config.dtype).removeprefix("torch.")
     if description["dtype"] != dtype:
         raise ValueError(

@@ -130,8 +130,9 @@ DAMAGED = {
     "no description": lambda about: {"format": about["format"]},
     "broken description": lambda about: about | {"delta": about["delta"][:-5]},
     "no base": lambda about: about | {"delta": json.dumps({**json.loads(about["delta"]), "base": 3})},
-    "trained in bfloat16": lambda about: (
-        about | {"delta": json.dumps({**json.loads(about["delta"]), "dtype": "bfloat16"})}
+    "another dtype": lambda about: about | {"delta": json.dumps({**json.loads(about["delta"]), "dtype": "bfloat16"})},
+    "no checksum": lambda about: (
+        about | {"delta": json.dumps({k: v for k, v in json.loads(about["delta"]).items() if k != "content"})}
     ),
 }
 
@@ -144,9 +145,16 @@ def test_a_damaged_delta_is_one_line(damage, bias_task, mended, world, tmp_path)
     model = build_gpt(build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"]), world)
     load_weights(bias_task.checkpoint, model)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="is damaged" if "trained" not in damage else "set model.precision"):
+    with pytest.raises(ValueError, match="the delta .*d is damaged"):
         apply_delta(tmp_path / "d", model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_delta_of_another_precision_is_refused(bias_task, mended, world):
+    fields = read_checkpoint_info(bias_task.checkpoint)["model"] | {"precision": "bf16"}
+    model = build_gpt(build(GPTModelConfig, fields), world)
+    with pytest.raises(ValueError, match="was trained in float32, this model is bfloat16.*set model.precision"):
+        apply_delta(mended / "delta.safetensors", model)
 
 
 def test_the_delta_is_the_checkpoint(bias_task, mended, tmp_path):

@@ -50,7 +50,7 @@ def export_hf(
     beforehand, so each rank of the first data-parallel replica writes its own part of each tensor, and nothing is sent.
 
     Args:
-        folder: new or empty. It is written beside its place, flushed to the disk and renamed when whole.
+        folder: new. It is written beside its place, flushed to the disk and renamed when whole.
         source: Hugging Face folder that the model came from: its config.json, generation_config.json and tokenizer are
             copied. None: they are made.
         tokenizer: folder of a Hugging Face tokenizer, instead of the source's.
@@ -58,7 +58,7 @@ def export_hf(
         max_shard_size: bytes of tensors in a file.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        FileExistsError: the folder is there, if only empty.
         ValueError: transformers has no such model, the source is of another shape, or a number is not finite in `dtype`.
         OSError: the disk is full.
         Nothing is left behind then.

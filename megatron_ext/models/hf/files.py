@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.models.hf.config import read_json
+from megatron_ext.runtime.checkpoint_files import flush, flush_one
 
 __all__ = [
     "DTYPES", "INDEX_FILE", "OTHER_FILES", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
-    "copy_companions", "create_files", "described", "finish", "flush", "opened", "plan_files", "read_headers",
+    "copy_companions", "create_files", "described", "finish", "opened", "plan_files", "read_headers",
     "read_slots", "unfinished_folder",
 ]  # fmt: skip
 
@@ -217,12 +218,14 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def check_target(folder: Path) -> None:
-    """
+    """What is written, a folder or a file, gets its name by a rename when it is whole, which nothing may stand in the way
+    of: an empty folder may be a mount, and a link would be replaced, not followed.
+
     Raises:
-        FileExistsError: something is there that is no empty folder.
+        FileExistsError: anything is there, if only an empty folder or a link to nothing.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; nothing is ever overwritten, choose another folder")
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already; nothing is ever overwritten, choose another name")
 
 
 def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
@@ -236,16 +239,6 @@ def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> No
 def finish(folder: Path) -> None:
     """Flush what stands in the unfinished folder and give it its name."""
     unfinished = unfinished_folder(folder)
-    for path in (*unfinished.iterdir(), unfinished):
-        flush(path)
+    flush(unfinished)
     os.replace(unfinished, folder)
-    flush(folder.absolute().parent)
-
-
-def flush(path: Path) -> None:
-    """Put a file or a folder's list of names on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    flush_one(folder.absolute().parent)

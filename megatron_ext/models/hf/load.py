@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,15 +14,27 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.hf.config import difference, read_hf_config
 from megatron_ext.models.hf.files import DTYPES, Stored, read_headers
-from megatron_ext.models.hf.mapping import EMBEDDING, Entry, hf_shapes, placed_parameters
+from megatron_ext.models.hf.mapping import EMBEDDING, Architecture, Entry, hf_shapes, placed_parameters
 from megatron_ext.models.hf.tensors import read_block
 
-__all__ = ["checked_headers", "load_hf_weights", "read_parameter"]
+__all__ = ["checked_headers", "load_hf_weights", "read_checked_config", "read_parameter"]
 
 logger = logging.getLogger(__name__)
 
 OUTPUT = "lm_head.weight"
 COMPARED_ROWS = 1024
+
+
+def read_checked_config(folder: str | Path) -> dict[str, Any]:
+    """`read_hf_config` of a folder whose safetensors have headers that agree with it: before anything is allocated,
+    and without reading a tensor.
+
+    Raises:
+        ValueError: the config.json is refused, the folder is damaged, or the two contradict each other.
+    """
+    fields = read_hf_config(folder)
+    _compare(Path(folder), SimpleNamespace(**fields))
+    return fields
 
 
 @torch.no_grad()
@@ -74,10 +88,23 @@ def checked_headers(folder: Path, config: GPTModelConfig) -> dict[str, Stored]:
     Raises:
         ValueError: they are not, or are of another shape or a type that is no plain number.
     """
-    expected, found = hf_shapes(config), read_headers(folder)
-    found = {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    found, repeated = _compare(folder, config)
+    if repeated is not None:
+        _check_tied(found[EMBEDDING], repeated, folder)
+    return found
+
+
+def _compare(folder: Path, config: Architecture) -> tuple[dict[str, Stored], Stored | None]:
+    """(the model's tensors, a tied embedding's second copy if there is one), by headers alone."""
+    found = {name: s for name, s in read_headers(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.num_layers > len(found):  # before names are made of a number that may be anything
+        raise ValueError(
+            f"{folder} contradicts its config.json: num_hidden_layers is {config.num_layers}, and it has {len(found)} "
+            "tensors in all; fetch both again"
+        )
+    expected, repeated = hf_shapes(config), None
     if config.share_embeddings_and_output_weights and {EMBEDDING, OUTPUT} <= found.keys():
-        _check_tied(found[EMBEDDING], found.pop(OUTPUT), folder)
+        repeated = found.pop(OUTPUT)
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         parts = [
@@ -98,7 +125,7 @@ def checked_headers(folder: Path, config: GPTModelConfig) -> dict[str, Stored]:
                 f"{folder}: {name} is stored as {stored.dtype}; quantised weights are not read, take the model in one of "
                 f"{', '.join(DTYPES)}"
             )
-    return found
+    return found, repeated
 
 
 def _check_tied(embedding: Stored, output: Stored, folder: Path) -> None:

@@ -9,16 +9,32 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 
-__all__ = ["Entry", "Piece", "entries", "hf_shapes", "placed_parameters"]
+__all__ = ["Architecture", "Entry", "Piece", "entries", "hf_shapes", "placed_parameters"]
 
 OURS, THEIRS = "decoder.layers.{}.", "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
+
+
+class Architecture(Protocol):
+    """What of a `GPTModelConfig` gives the tensors their names and shapes."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    vocab_size: int
+    share_embeddings_and_output_weights: bool
+    add_qkv_bias: bool
+    qk_layernorm: bool
 
 
 @dataclass(frozen=True)
@@ -55,10 +71,10 @@ class Entry:
     ours: tuple[str, ...]
     theirs: dict[str, str]
     cut: str
-    when: Callable[[GPTModelConfig], bool] = lambda config: True
+    when: Callable[[Architecture], bool] = lambda config: True
     copy: bool = False
 
-    def tensors(self, layer: int, config: GPTModelConfig) -> dict[str, tuple[int, ...]]:
+    def tensors(self, layer: int, config: Architecture) -> dict[str, tuple[int, ...]]:
         """Whole tensors by name, with their shapes."""
         sizes = {
             "v": config.vocab_size,
@@ -144,7 +160,7 @@ def entries(config: GPTModelConfig) -> dict[str, Entry]:
     return {name: entry for entry in TABLE if entry.when(config) for name in entry.ours}
 
 
-def hf_shapes(config: GPTModelConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model, in the model's order."""
     found: dict[str, tuple[int, ...]] = {}
     here = (entry for entry in TABLE if entry.when(config) and not entry.copy)

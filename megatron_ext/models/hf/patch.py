@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ext.models.blocks import check_block
-from megatron_ext.models.delta import block_digest, read_delta
+from megatron_ext.models.delta import block_digest, content_digest, read_delta
 from megatron_ext.models.hf.config import CONFIG_FILE, hf_model_config
 from megatron_ext.models.hf.files import (
     DTYPES,
@@ -29,7 +28,6 @@ from megatron_ext.models.hf.files import (
     copy_companions,
     described,
     finish,
-    flush,
     opened,
     read_headers,
     read_slots,
@@ -37,7 +35,8 @@ from megatron_ext.models.hf.files import (
 )
 from megatron_ext.models.hf.load import checked_headers, read_parameter
 from megatron_ext.models.hf.mapping import OURS, entries
-from megatron_ext.models.hf.tensors import TensorWriter
+from megatron_ext.models.hf.tensors import TensorWriter, is_finite
+from megatron_ext.runtime.checkpoint_files import flush_one
 
 __all__ = ["apply_patch", "make_patch"]
 
@@ -55,20 +54,23 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
         Nothing is left behind then.
     """
     delta, folder, path = Path(delta), Path(folder), Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; nothing is ever overwritten, choose another file")
+    check_target(path)
     config = hf_model_config(folder)
     headers = checked_headers(folder, config)
     description, new = read_delta(delta)
     block, known = description["block"], entries(config)
-    check_block(block, config.num_layers)
+    if description["num_layers"] != config.num_layers:
+        raise ValueError(
+            f"the delta {delta} belongs to another model than {folder}: of {description['num_layers']} blocks, not "
+            f"{config.num_layers}"
+        )
     prefix = f"decoder.layers.{block}."
     patch: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
     for name, tensor in new.items():
         key = name.removeprefix(prefix)
         entry = known.get(OURS + key)
-        if entry is None or description["num_layers"] != config.num_layers:
+        if entry is None or not name.startswith(prefix):
             raise ValueError(f"the delta {delta} belongs to another model than {folder}: {name} has no place there")
         old = torch.empty_like(tensor)
         shapes = entry.tensors(block, config)
@@ -80,6 +82,11 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
                 )
             part = tensor.view(piece.view)[piece.place].reshape(shapes[piece.name])
             patch[piece.name] = part.to(DTYPES[headers[piece.name].dtype]).contiguous()
+            if not is_finite(patch[piece.name]):
+                raise ValueError(
+                    f"the delta {delta} has a number in {name} that is not finite in {patch[piece.name].dtype}, the type of "
+                    f"{folder}'s tensors; take the model in a type with a larger range"
+                )
         read_parameter(old, entry, block, config, 0, headers)
         base[key] = old
     if description["base"] not in (block_digest(base), None):
@@ -87,14 +94,14 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
             f"the delta {delta} was made from other weights than {folder}'s; name the folder that its checkpoint was "
             "imported from"
         )
-    about = {"block": block, "base": _digest(patch, headers), "content": block_digest(patch)}
+    about = {"format": PATCH_FORMAT, "block": block, "base": _digest(patch, headers)}
+    about["content"] = content_digest(about, patch)
     unfinished = unfinished_folder(path)
     try:
-        save_file(
-            patch, str(unfinished), metadata={"format": "pt", "patch": json.dumps({"format": PATCH_FORMAT} | about)}
-        )
-        flush(unfinished)
+        save_file(patch, str(unfinished), metadata={"format": "pt", "patch": json.dumps(about)})
+        flush_one(unfinished)
         os.replace(unfinished, path)
+        flush_one(path.absolute().parent)
     except (SafetensorError, OSError) as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from error
@@ -106,7 +113,7 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
     block's number.
 
     Raises:
-        FileExistsError: `folder` is not empty.
+        FileExistsError: `folder` is there, if only empty.
         ValueError: no patch, or one of another model than `base`.
         OSError: the disk is full.
         Nothing is left behind then.
@@ -149,15 +156,16 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"the patch {path} does not exist")
     with opened(path) as file:
+        metadata = file.metadata() or {}
         try:
-            description = json.loads((file.metadata() or {})["patch"])
+            description = json.loads(metadata["patch"])
             found = description["format"]
         except (KeyError, ValueError, TypeError):
             found = None
         if found != PATCH_FORMAT:
             raise ValueError(f"{path} is no patch of one block: its format is {found!r}, not {PATCH_FORMAT!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if block_digest(tensors) != description.get("content"):
+    if (content_digest(description, tensors), "pt") != (description.get("content"), metadata.get("format")):
         raise ValueError(f"the patch {path} is damaged (its checksum differs): make it again")
     return description, tensors
 

@@ -227,10 +227,13 @@ def test_folders_that_are_no_model(tmp_path):
 
 
 def test_targets(tmp_path):
-    check_target(tmp_path)
+    """Nothing may be there, not even an empty folder: a checkpoint's rule."""
     check_target(tmp_path / "new")
     (tmp_path / "something").write_text("x")
-    for taken in (tmp_path, tmp_path / "something"):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "astray").symlink_to(tmp_path / "none")
+    for taken in (tmp_path, *tmp_path.iterdir()):
         with pytest.raises(FileExistsError, match="exists already; nothing is ever overwritten"):
             check_target(taken)
 

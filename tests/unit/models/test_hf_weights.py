@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import VisionConfig
-from megatron_ext.models.delta import block_digest, block_weights, save_delta
+from megatron_ext.models.delta import block_digest, block_weights, content_digest, read_delta, save_delta
 from megatron_ext.models.generation import text_logits
 from megatron_ext.models.hf import apply_patch, export_hf, hf_model_config, load_hf_weights, make_patch
 from megatron_ext.models.hf.files import create_files, plan_files, read_slots
@@ -442,6 +443,56 @@ def test_a_damaged_patch(folder, world, tmp_path):
     assert not (tmp_path / "mended").exists()
 
 
+def write_delta(path, about, tensors_of) -> None:
+    """A delta that is whole, whatever it says."""
+    about = about | {"content": content_digest(about, tensors_of)}
+    save_file(tensors_of, str(path), metadata={"format": "megatron_ext.block_delta.1", "delta": json.dumps(about)})
+
+
+def test_any_flipped_bit_of_a_delta_or_a_patch_is_found(folder, world, tmp_path):
+    """Of the header, where the description is, and of the tensors."""
+    patch = made_patch(folder, world, tmp_path)
+    readers = {tmp_path / "delta": read_delta, patch: lambda path: apply_patch(folder, path, tmp_path / "mended")}
+    rng = random.Random()
+    for path, read in readers.items():
+        sound = path.read_bytes()
+        begin = 8 + int.from_bytes(sound[:8], "little")
+        for place in [rng.randrange(begin) for _ in range(60)] + [rng.randrange(begin, len(sound)) for _ in range(60)]:
+            flipped, bit = bytearray(sound), rng.randrange(8)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match=f"(delta|patch) {path}|{path} is") as caught:
+                read(path)
+            assert "\n" not in str(caught.value), f"bit {bit} of byte {place}"
+        path.write_bytes(sound)
+        read(path)
+
+
+def test_a_delta_of_a_block_that_is_not_there_or_broke(folder, world, tmp_path):
+    made_patch(folder, world, tmp_path)
+    about, found = read_delta(tmp_path / "delta")
+    name = min(found)
+    large = found[name].clone()
+    large.view(-1)[-1] = 1e38
+    for changes, tensor, words in (
+        ({"block": 4}, found[name], "is of block 4 of 4 in float32, which no model of ours has; take another"),
+        ({"block": -1}, found[name], "is of block -1 of 4"),
+        ({"dtype": "float16"}, found[name], f"is of block {BLOCK} of 4 in float16, which no model of ours has"),
+        ({}, found[name] * math.nan, f"holds a number that is not finite in {name}: its training broke"),
+        ({}, found[name] * math.inf, f"holds a number that is not finite in {name}"),
+    ):
+        write_delta(tmp_path / "wrong", about | changes, found | {name: tensor})
+        with pytest.raises(ValueError, match=f"the delta .*wrong {words}"):
+            make_patch(tmp_path / "wrong", folder, tmp_path / "out")
+    assert name == f"decoder.layers.{BLOCK}.mlp.linear_fc1.layer_norm_weight"
+    theirs = f"model.layers.{BLOCK}.post_attention_layernorm.weight"
+    set_tensor(folder, theirs, tensors(folder)[theirs].half())
+    write_delta(tmp_path / "wide", about | {"base": None}, found | {name: large})
+    with pytest.raises(ValueError, match=f"has a number in {name} that is not finite in torch.float16, the type of"):
+        make_patch(tmp_path / "wide", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["llama 3", "qwen2 with windows", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_patch_is_an_export_of_that_block(rng, tmp_path, world, name, dtype):
@@ -511,10 +562,10 @@ def test_patches_that_do_not_belong(folder, originals, world, tmp_path):
     for tensors_of, layers, words in (
         (shapes | {turned: shapes[turned].T.contiguous()}, 4, r"fc1.weight is \(32, 96\) there, \(96, 32\) here"),
         (shapes | {f"decoder.layers.{BLOCK}.more": torch.ones(1)}, 4, "more has no place there"),
-        (shapes, 5, "has no place there"),
+        (shapes, 5, "belongs to another model than .*: of 5 blocks, not 4"),
+        ({name.replace(f".{BLOCK}.", ".1."): t for name, t in shapes.items()}, 4, "layers.1.* has no place there"),
     ):
-        metadata = {"format": "megatron_ext.block_delta.1", "delta": json.dumps(about | {"num_layers": layers})}
-        save_file(tensors_of, str(tmp_path / "wrong"), metadata=metadata)
+        write_delta(tmp_path / "wrong", about | {"num_layers": layers}, tensors_of)
         with pytest.raises(ValueError, match=words):
             make_patch(tmp_path / "wrong", folder, out)
     assert {path.name for path in tmp_path.iterdir()} == kept | {"wrong"}
