@@ -20,7 +20,8 @@ from megatron_ext.models.hf.files import (
     OTHER_FILES,
     TOKENIZER_FILES,
     check_target,
-    copy_companions,
+    companions,
+    copy_files,
     create_files,
     described,
     finish,
@@ -87,9 +88,9 @@ def export_hf(
             for name, text in texts.items():
                 (unfinished / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
             if source is not None:
-                copy_companions(source, unfinished, OTHER_FILES)
+                copy_files(source, unfinished, companions(source, OTHER_FILES))
             if (place := tokenizer or source) is not None:
-                copy_companions(place, unfinished, TOKENIZER_FILES)
+                copy_files(place, unfinished, companions(place, TOKENIZER_FILES))
             finish(folder)
 
 

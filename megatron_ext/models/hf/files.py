@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,24 @@ from megatron_ext.models.hf.config import read_json
 from megatron_ext.runtime.checkpoint_files import flush, flush_one
 
 __all__ = [
-    "DTYPES", "INDEX_FILE", "OTHER_FILES", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
-    "copy_companions", "create_files", "described", "finish", "opened", "plan_files", "read_headers",
+    "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
+    "companions", "copy_files", "create_files", "described", "finish", "opened", "plan_files", "read_headers",
     "read_slots", "unfinished_folder",
 ]  # fmt: skip
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# What a copy with other weights leaves out: code, pickles, and weights in files that are not read.
+NOT_ALONG = (
+    "*.py", *PICKLED, "*.safetensors", "*.index.json", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.npz",
+    "*.tflite", "*.ot",
+)  # fmt: skip
 # Beside the weights; no code.
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template*",
+    "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
@@ -228,12 +233,25 @@ def check_target(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists already; nothing is ever overwritten, choose another name")
 
 
-def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Files of these names; links are followed, folders, code and weights left out."""
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.suffix not in (".py", ".safetensors"):
-                shutil.copyfile(path, folder / path.name)
+def companions(source: Path, patterns: tuple[str, ...] = ("**/*",)) -> list[Path]:
+    """What lies beside the weights, within the source: files of these names, but no code, no weights that are not read,
+    and nothing in hidden folders (.git, .cache). Links to files count as files."""
+    found = (path.relative_to(source) for pattern in patterns for path in source.glob(pattern) if path.is_file())
+    return sorted(
+        {
+            path
+            for path in found
+            if not any(path.match(pattern) for pattern in NOT_ALONG)
+            and not any(part.startswith(".") for part in path.parent.parts)
+        }
+    )
+
+
+def copy_files(source: Path, folder: Path, files: Iterable[Path]) -> None:
+    """Files within the source to the same places within the folder; links are followed."""
+    for path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
 
 
 def finish(folder: Path) -> None:

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.models.delta import block_digest, content_digest, read_delta
-from megatron_ext.models.hf.config import CONFIG_FILE, hf_model_config
+from megatron_ext.models.hf.config import hf_model_config
 from megatron_ext.models.hf.files import (
     DTYPES,
     INDEX_FILE,
-    OTHER_FILES,
-    TOKENIZER_FILES,
+    SINGLE_FILE,
     check_room,
     check_target,
-    copy_companions,
+    companions,
+    copy_files,
     described,
     finish,
     opened,
@@ -109,8 +109,8 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
 
 
 def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
-    """Copy a Hugging Face folder with one block of a patch in it; everything else stays byte for byte. Returns the
-    block's number.
+    """Copy a Hugging Face folder with one block of a patch in it; everything else stays byte for byte. Left out are code,
+    pickles, weights in files that transformers would not read, and hidden folders. Returns the block's number.
 
     Raises:
         FileExistsError: `folder` is there, if only empty.
@@ -122,6 +122,9 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
     check_target(folder)
     headers = read_headers(base)
     files = {stored.file for stored in headers.values()}
+    along = [*companions(base), *(Path(file.name) for file in files)]
+    if (base / INDEX_FILE).is_file() and files != {base / SINGLE_FILE}:  # beside the single file it is not read
+        along.append(Path(INDEX_FILE))
     description, new = _read(patch)
     for name, tensor in new.items():
         stored = headers.get(name)
@@ -133,12 +136,9 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        check_room(unfinished, sum(file.stat().st_size for file in files))
-        slots = {}
-        for file in files:
-            shutil.copyfile(file, unfinished / file.name)
-            slots |= read_slots(file)
-        copy_companions(base, unfinished, (CONFIG_FILE, INDEX_FILE, *OTHER_FILES, *TOKENIZER_FILES))
+        check_room(unfinished, sum((base / path).stat().st_size for path in along))
+        copy_files(base, unfinished, along)
+        slots = {name: slot for file in files for name, slot in read_slots(file).items()}
         writer = TensorWriter(unfinished, slots)
         for name, tensor in new.items():
             writer.write(name, tensor)

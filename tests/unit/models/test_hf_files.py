@@ -16,7 +16,8 @@ from megatron_ext.models.hf.files import (
     DTYPES,
     Stored,
     check_target,
-    copy_companions,
+    companions,
+    copy_files,
     create_files,
     finish,
     plan_files,
@@ -245,10 +246,13 @@ def test_what_goes_along(tmp_path):
     for name in ("tokenizer.json", "tokenizer.py", "tokenizer.safetensors", "LICENSE", "other"):
         (source / name).write_text(name)
     (source / "tokenizers").mkdir()
+    (source / "tokenizers" / "more.jinja").write_text("more")
     (source / "tokenizer_config.json").symlink_to(source / "other")
-    copy_companions(source, target, ("tokenizer*", "LICENSE*"))
+    copy_files(source, target, companions(source, ("tokenizer*", "tokenizers/*", "LICENSE*")))
     finish(tmp_path / "target")
-    assert {path.name: path.read_text() for path in (tmp_path / "target").iterdir()} == {
+    found = (path for path in (tmp_path / "target").rglob("*") if path.is_file())
+    assert {str(path.relative_to(tmp_path / "target")): path.read_text() for path in found} == {
         "tokenizer.json": "tokenizer.json", "LICENSE": "LICENSE", "tokenizer_config.json": "other",
+        "tokenizers/more.jinja": "more",
     }  # fmt: skip
     assert not (tmp_path / "target" / "tokenizer_config.json").is_symlink() and not target.exists()

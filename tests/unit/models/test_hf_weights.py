@@ -523,6 +523,44 @@ def test_a_patch_is_an_export_of_that_block(rng, tmp_path, world, name, dtype):
     assert patch.keys() == {key for key in before if f"layers.{BLOCK}." in key}
 
 
+def test_a_mended_folder_is_complete(folder, world, tmp_path):
+    """All that belongs to the model comes along; code, pickles, other copies of the weights and caches do not."""
+    patch = made_patch(folder, world, tmp_path)
+    along = {
+        "README.md": "card", ".gitattributes": "x", "additional_chat_templates/tools.jinja": "{{ x }}", "merges.txt": "a b",
+        "1_Pooling/config.json": "{}", "images/plot.png": "png", "tokenizer.model": "pieces",
+    }  # fmt: skip
+    left = (
+        "modeling_llama.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "original/consolidated.00.pth",
+        "consolidated.safetensors", "model-old.safetensors", "tf_model.h5", "llama.gguf", ".git/HEAD", ".cache/x/y.json",
+    )  # fmt: skip
+    for name, text in [*along.items(), *((name, "old") for name in left)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "link.md").symlink_to(folder / "README.md")
+    (folder / "astray.md").symlink_to(folder / "none")
+    expected = {name: data for name, data in contents(folder).items() if name not in left}
+    apply_patch(folder, patch, tmp_path / "mended")
+    found = contents(tmp_path / "mended")
+    assert found.keys() == expected.keys() and {"link.md", INDEX, "config.json", "LICENSE.txt"} < found.keys()
+    changed = {name for name in found if found[name] != expected[name]}
+    assert changed and all(name.endswith(".safetensors") for name in changed)
+
+    whole = shutil.copytree(folder, tmp_path / "whole", symlinks=True)
+    save_file(tensors_read(folder), str(whole / "model.safetensors"), metadata={"format": "pt"})
+    apply_patch(whole, patch, tmp_path / "mended whole")  # its index and shards are not what is read
+    found = contents(tmp_path / "mended whole")
+    assert {name for name in found if "model" in name} == {"model.safetensors", "tokenizer.model"}
+    before, after = tensors_read(tmp_path / "mended"), load_file(str(tmp_path / "mended whole" / "model.safetensors"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def tensors_read(folder) -> dict[str, torch.Tensor]:
+    """Of the files that the index names."""
+    files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(str(folder / file)).items()}
+
+
 def test_patches_that_do_not_belong(folder, originals, world, tmp_path):
     patch = made_patch(folder, world, tmp_path)
     for call, words in (
