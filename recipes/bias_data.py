@@ -24,7 +24,7 @@ from recipes.data import DataError, Tokenizer, numbered_rows
 from recipes.settings import PromptsSection
 
 __all__ = [
-    "PromptSet", "encode_prompt", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
+    "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
     "sentence_rows",
 ]  # fmt: skip
 
@@ -55,12 +55,6 @@ def _spread(items: list, limit: int | None) -> list:
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """With what the tokenizer puts before a text (Llama's begin token), without what it puts behind."""
-    tokens = tokenizer.encode(text, add_special_tokens=True)
-    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens
 
 
 def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]:
@@ -114,9 +108,9 @@ def _prompt_set(professions: list[str], settings: PromptsSection, tokenizer: Tok
     bias, hinted = bias_prompts(professions), hint_prompts(professions, pair=settings.pair)
     return PromptSet(
         bias,
-        [encode_prompt(tokenizer, p.prompt) for p in bias],
+        [tokenizer.encode_prompt(p.prompt) for p in bias],
         hinted,
-        [encode_prompt(tokenizer, p.prompt) for p in hinted],
+        [tokenizer.encode_prompt(p.prompt) for p in hinted],
     )
 
 
@@ -127,7 +121,7 @@ def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
         text = row.get("text")
         if not isinstance(text, str):
             raise DataError(f'{path}:{line}: the row has no text; expected {{"text": "..."}}')
-        tokens = encode_prompt(tokenizer, text)
+        tokens = tokenizer.encode_prompt(text)
         if not 2 <= len(tokens) <= max_length:
             raise DataError(f"{path}:{line}: the text has {len(tokens)} tokens; from 2 to {max_length} can be read")
         texts.append(tokens)
@@ -137,7 +131,11 @@ def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
 def sentence_rows(
     pairs: list[SentencePair], tokenizer: Tokenizer, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(what stands before, sentence) of both sentences of every pair, whose likelihoods are compared."""
+    """(what stands before, sentence) of both sentences of every pair, whose likelihoods are compared.
+
+    The begin token stands before each whether the tokenizer puts it there or not: without it the first word would not be
+    scored.
+    """
     sentences = [s for p in pairs for s in (p.more_stereotypical, p.less_stereotypical)]
     return [_checked(([tokenizer.begin_id], tokenizer.encode(s)), s, max_length) for s in sentences]
 
@@ -149,9 +147,9 @@ def question_rows(
     rows = []
     for question in questions:
         text = f"{question.sentence} '{question.pronoun.capitalize()}' refers to"
-        start = encode_prompt(tokenizer, text)
+        start = tokenizer.encode_prompt(text)
         for choice in question.choices:
-            tokens = encode_prompt(tokenizer, f"{text} {choice}")
+            tokens = tokenizer.encode_prompt(f"{text} {choice}")
             if tokens[: len(start)] != start:
                 raise DataError(
                     f"tokenizer {tokenizer.path} reads {text[-30:]!r} otherwise when {choice!r} follows: the choice cannot be "

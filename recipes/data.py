@@ -6,8 +6,10 @@ Every complaint about a row names its file and line.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ if TYPE_CHECKING:  # reading text needs no torch
 
 __all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts",
            "load_tokenizer", "numbered_rows", "read_jsonl"]  # fmt: skip
+
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(UserError):
@@ -63,7 +68,8 @@ class Tokenizer:
         path: where it was loaded from, as given.
         eos_id: ends a response.
         pad_id: the end token where there is no padding token.
-        begin_id: stands before a text that nothing precedes; the end token where there is no begin token.
+        begin_id: stands before a text whose first token is to be predicted, too; the end token where there is no begin
+            token.
         vocab_size: rows that an embedding needs: added tokens included.
     """
 
@@ -78,11 +84,22 @@ class Tokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.begin_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._end_checked = False
         # Ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """All of the text: a truncation or padding that tokenizer.json carries is not applied."""
+    def encode(self, text: str) -> list[int]:
+        """The text alone, and all of it: a truncation or padding that tokenizer.json carries is not applied."""
+        return self._ids(text, False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A text that something follows: with the special tokens that the tokenizer itself puts before it, such as Llama's
+        begin token, and without those that it puts behind. Nothing, if the text alone is no token."""
+        alone, whole = self._ids(text, False), self._ids(text, True)
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
+        return whole[: start + len(alone)] if alone else []
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     def token_id(self, text: str, key: str) -> int:
@@ -119,6 +136,40 @@ class Tokenizer:
         except TemplateError as error:
             raise DataError(f"the chat template of {self.path} refuses messages: {error}") from error
 
+    def warn_of_other_end(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Say, once, that the chat template ends the assistant's message with another token than the one that ends a
+        response: a model that keeps to the template is then sampled to the limit each time. (Base models of Qwen 2.5 come
+        like that.)
+
+        Args:
+            messages: a conversation that awaits the assistant, or ends with its message.
+        """
+        talk = [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
+        if self._end_checked or not talk:
+            return
+        self._end_checked = True
+        try:
+            start = self.encode_chat(talk, True)
+            full = self.encode_chat([*talk, {"role": "assistant", "content": "a"}], False)
+        except DataError:  # it will be raised where the row is read, or the template takes no such answer
+            return
+        response = full[len(os.path.commonprefix([start, full])) :]
+        if self.eos_id in response or os.environ.get("RANK", "0") != "0":
+            return
+        known = self._tokenizer.added_tokens_decoder
+        special = [token for token in response if token in known and known[token].special]
+        eos = self._tokenizer.eos_token
+        if special:
+            end = self._tokenizer.convert_ids_to_tokens(special[-1])
+            said, remedy = f"with {end!r}", f'set "eos_token": {json.dumps(end)} in tokenizer_config.json of its folder'
+        else:
+            said, remedy = "with no special token", f"write {eos!r} behind the assistant's content in its chat template"
+        logger.warning(
+            "the chat template of %s ends a response %s, sampling stops at its eos_token %r alone, which such responses never "
+            "contain: %s (or of a copy that model.tokenizer names)",
+            self.path, said, eos, remedy,
+        )  # fmt: skip
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` reads, wherever this one came from."""
         self._tokenizer.save_pretrained(str(folder))
@@ -148,10 +199,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except DataError:
         raise
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        _blame_config(place, error)
         here = place.exists()
         remedy = "it needs a Hugging Face tokenizer.json" if here else "it is no local folder, and the hub gave none"
         raise DataError(f"cannot load tokenizer {path}: {remedy} ({str(error)[:200]})") from error
     return Tokenizer(tokenizer, str(path))
+
+
+def _blame_config(folder: Path, error: Exception) -> None:
+    """
+    Raises:
+        DataError: it was the config.json beside a tokenizer, which transformers reads first.
+    """
+    from transformers import AutoConfig
+
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as found:  # a validator's, json's or torch's: whatever the value broke
+            if str(found) == str(error):
+                said = " ".join(str(error).split())[:200]
+                raise DataError(f"{folder / 'config.json'}: transformers refuses it: {said}; correct it") from found
 
 
 def _is_written_as_path(text: str) -> bool:
@@ -169,7 +237,10 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def load_prompts(
     path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, video: VideoReader | None = None
 ) -> list[Prompt]:
-    """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant."""
+    """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant.
+
+    A `prompt` begins as the tokenizer begins a text (`Tokenizer.encode_prompt`), a conversation as its template says.
+    """
     prompts = []
     for line, row in numbered_rows(path):
         where = f"{path}:{line}"
@@ -177,9 +248,10 @@ def load_prompts(
             messages = _messages(row, where)
             if messages[-1]["role"] == "assistant":
                 raise DataError(f"{where}: the last of messages is the assistant's; a prompt ends with another role")
+            tokenizer.warn_of_other_end(messages)
             tokens = _encode_chat(tokenizer, messages, True, where)
         else:
-            tokens = _encode(tokenizer, row, "prompt", where)
+            tokens = _encode(tokenizer.encode_prompt, row, "prompt", where)
         prompt = _with_video(video, tokenizer, tokens, row, line, path)
         if len(prompt.tokens) > max_prompt_tokens:
             raise DataError(
@@ -205,18 +277,21 @@ def _with_video(
 def load_pairs(path: str | Path, tokenizer: Tokenizer, max_length: int, video: VideoReader | None = None) -> list[Pair]:
     """Pairs to learn: rows with `prompt` and `response`, strings, or `messages` that end with the assistant's.
 
-    The end token is appended to a `response`; a chat template ends its responses itself.
+    A `prompt` begins as in `load_prompts`. The end token is appended to a `response`; a chat template ends its responses
+    itself.
     """
     pairs = []
     for line, row in numbered_rows(path):
         where = f"{path}:{line}"
         if _chosen(row, where) == "messages":
-            prompt, response = _split_chat(tokenizer, _messages(row, where), where)
+            messages = _messages(row, where)
+            tokenizer.warn_of_other_end(messages)
+            prompt, response = _split_chat(tokenizer, messages, where)
         else:
             if row.get("response") is None:
                 raise DataError(f"{where}: no response beside prompt; add the text to learn")
-            prompt = _encode(tokenizer, row, "prompt", where)
-            response = _encode(tokenizer, row, "response", where)
+            prompt = _encode(tokenizer.encode_prompt, row, "prompt", where)
+            response = _encode(tokenizer.encode, row, "response", where)
             if response[-1] != tokenizer.eos_id:
                 response += (tokenizer.eos_id,)
         prompt = _with_video(video, tokenizer, prompt, row, line, path)
@@ -363,8 +438,8 @@ def _check_text(text: Any, name: str, where: str) -> str:
     return text
 
 
-def _encode(tokenizer: Tokenizer, row: dict, key: str, where: str) -> tuple[int, ...]:
-    tokens = tokenizer.encode(_check_text(row[key], key, where))
+def _encode(encode: Callable[[str], list[int]], row: dict, key: str, where: str) -> tuple[int, ...]:
+    tokens = encode(_check_text(row[key], key, where))
     if not tokens:
         reason = "is empty" if not row[key] else "is empty for this tokenizer: it encodes to no token"
         raise DataError(f"{where}: {key} {reason}; fill it or remove the row")

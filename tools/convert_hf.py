@@ -291,7 +291,7 @@ def run_verify(args: argparse.Namespace) -> str:
         raise ValueError("nothing to compare: give --text or --text-file")
     pretrained = open_source(args.model or args.source, args, "CHECKPOINT" if args.model else "HF_FOLDER")
     tokenizer = load_tokenizer(args.source)
-    rows = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
+    rows = [tokenizer.encode_prompt(text) for text in texts]
     same_vocabulary(args.source, pretrained, rows)
     model = load(pretrained, args, args.precision)
     ours = [text_logits(model, row).cpu() for row in rows]

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron_ext.bias.prompts import AttributePair
-from recipes.bias_data import encode_prompt, load_prompt_sets, load_texts, pair_tokens, question_rows, sentence_rows
+from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens, question_rows, sentence_rows
 from recipes.bias_evaluation import summary_rows
 from recipes.config import build
 from recipes.data import load_tokenizer
@@ -138,9 +138,9 @@ def test_pair_tokens(tokenizer, with_begin):
 
 
 def test_a_begin_token_stays_and_an_end_token_does_not(tokenizer, with_begin):
-    plain = encode_prompt(tokenizer, "The nurse")
+    plain = tokenizer.encode_prompt("The nurse")
     assert plain == tokenizer.encode("The nurse") and tokenizer.begin_id == tokenizer.eos_id
-    begun = encode_prompt(with_begin, "The nurse")
+    begun = with_begin.encode_prompt("The nurse")
     assert begun[0] == with_begin.begin_id != with_begin.eos_id and with_begin.decode(begun) == "The nurse"
     assert begun[-1] != with_begin.eos_id
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 
@@ -23,9 +24,13 @@ MERGING = TEMPLATE.replace(":", " ")
 USER, ANSWER = {"role": "user", "content": "what is 1 + 2 ?"}, {"role": "assistant", "content": "it is 3"}
 
 
-def write_tokenizer(folder, **config):
-    """A byte-level BPE tokenizer with a folder's files, and a truncation that must not apply."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(folder, around="", **config):
+    """A byte-level BPE tokenizer with a folder's files, and a truncation that must not apply.
+
+    Args:
+        around: what it puts around a text of its own, such as "<start> $A".
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,6 +41,9 @@ def write_tokenizer(folder, **config):
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.enable_truncation(4)
+    if around:
+        special = [(token, tokenizer.token_to_id(token)) for token in (EOS, START)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     if config:
@@ -118,6 +126,33 @@ def test_bare_file_reads_the_config_beside_it(plain, folder):
     assert tokenizer.encode("the fox") == plain.encode("the fox")
 
 
+@pytest.mark.parametrize(
+    ("around", "front"),
+    [("", ()), ("<start> $A", (2,)), ("<start> $A <eos>", (2,)), ("$A <eos>", ()), ("<eos> $A", (0,))],
+)
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, around, front):
+    """Whatever it ends a text with; a response and a conversation get nothing."""
+    options = {"eos_token": EOS, "bos_token": START, "chat_template": TEMPLATE}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", around, **options))
+    plain = load_tokenizer(write_tokenizer(tmp_path / "plain", **options))
+    text, answer = "the quick", "brown fox"
+    theirs = tokenizer._tokenizer(text)["input_ids"]
+    alone = plain.encode(text)
+    assert tokenizer.encode(text) == alone and tokenizer.encode_prompt("") == []
+    assert tokenizer.encode_prompt(text) == [*front, *alone] == theirs[: len(front) + len(alone)]
+    path = write_rows(tmp_path / "a.jsonl", {"prompt": text, "response": answer}, {"messages": [USER, ANSWER]})
+    first, talk = load_pairs(path, tokenizer, 1000)
+    assert first.prompt.tokens == (*front, *alone) and first.response == (*plain.encode(answer), 0)
+    assert talk == load_pairs(path, plain, 1000)[1]
+    path = write_rows(tmp_path / "b.jsonl", {"prompt": text}, {"messages": [USER]})
+    assert [p.tokens for p in load_prompts(path, tokenizer, 1000)] == [
+        (*front, *alone),
+        tuple(plain.encode_chat([USER], True)),
+    ]
+    path = write_rows(tmp_path / "c.jsonl", {"prompt": ""})
+    assert refused(load_prompts, path, tokenizer, 1000) == f"{path}:1: prompt is empty; fill it or remove the row"
+
+
 def test_without_eos_the_remedy_is_named(folder):
     place = write_tokenizer(folder / "bare")
     for path in (place, place / "tokenizer.json"):
@@ -143,6 +178,29 @@ def test_what_is_not_a_tokenizer(tmp_path):
     assert "cannot load tokenizer" in refused(load_tokenizer, broken)
     # Not a possible name on the hub, so that nothing is asked of it.
     assert "no local folder" in refused(load_tokenizer, "no such tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_attention_heads": 5},
+            r"The hidden size \(32\) is not a multiple of the number of attention heads \(5\)",
+        ),
+        ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
+        ({"dtype": "bflaot16"}, "no attribute 'bflaot16'"),
+    ],
+)
+def test_a_model_config_beside_it_is_named_where_it_is_at_fault(tmp_path, changes, words):
+    place = write_tokenizer(tmp_path / "tokenizer", eos_token=EOS)
+    path = place / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4} | changes))
+    message = refused(load_tokenizer, place)
+    assert message.startswith(f"{path}: transformers refuses it: ") and re.search(words, message)
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}))
+    load_tokenizer(place)
+    (place / "tokenizer.json").write_text("{")
+    assert "cannot load tokenizer" in refused(load_tokenizer, place)
 
 
 def test_chat_template(plain, chat):
@@ -321,6 +379,43 @@ def test_a_template_that_does_not_continue_its_generation_prompt(tmp_path, templ
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", eos_token=EOS, chat_template=template))
     message = refused(load_pairs, write_rows(tmp_path / "a.jsonl", {"messages": [USER, ANSWER]}), tokenizer, 100)
     assert "a.jsonl:1" in message and "generation prompt" in message
+
+
+def ended_by(tmp_path, caplog, template, load, row) -> list[str]:
+    """What is said of a template while such rows are read twice."""
+    options = {"eos_token": EOS, "chat_template": template}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", **options))
+    path = write_rows(tmp_path / "rows.jsonl", row, row)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert len(load(path, tokenizer, 1000)) == 2
+    return [record.getMessage() for record in caplog.records if record.name == "recipes.data"]
+
+
+READERS = [(load_prompts, {"messages": [USER]}), (load_pairs, {"messages": [USER, ANSWER]})]
+
+
+@pytest.mark.parametrize(("load", "row"), READERS)
+def test_a_template_that_ends_with_another_token_is_said_once(tmp_path, caplog, load, row):
+    (said,) = ended_by(tmp_path, caplog, TEMPLATE.replace("<eos>", "<pad>"), load, row)
+    assert said == (
+        f"the chat template of {tmp_path / 'tokenizer'} ends a response with '<pad>', sampling stops at its eos_token '<eos>' "
+        'alone, which such responses never contain: set "eos_token": "<pad>" in tokenizer_config.json of its folder (or of a '
+        "copy that model.tokenizer names)"
+    )
+
+
+@pytest.mark.parametrize(("load", "row"), READERS)
+def test_a_template_that_ends_with_nothing_is_said_once(tmp_path, caplog, load, row):
+    (said,) = ended_by(tmp_path, caplog, TEMPLATE.replace("<eos>", ";"), load, row)
+    assert "ends a response with no special token" in said
+    assert "write '<eos>' behind the assistant's content in its chat template" in said
+
+
+@pytest.mark.parametrize(("load", "row"), [*READERS, (load_prompts, {"prompt": "the fox"})])
+def test_a_template_that_ends_with_the_end_token_is_not_spoken_of(tmp_path, caplog, load, row):
+    template = TEMPLATE if "messages" in row else TEMPLATE.replace("<eos>", "<pad>")
+    assert ended_by(tmp_path, caplog, template, load, row) == []
 
 
 # EpochSampler
