@@ -221,6 +221,26 @@ def run_export(args: argparse.Namespace) -> str:
     return f"Hugging Face folder in {args.target}, {dtype or str(model.model_config.dtype).removeprefix('torch.')}, {described}"
 
 
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """What verify is to read, from --text and --text-file.
+
+    Raises:
+        ValueError: nothing, or no UTF-8.
+    """
+    texts = list(args.text or [])
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"--text {text!r} is no UTF-8 text")
+    if args.text_file:
+        try:
+            texts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--text-file {args.text_file} is no UTF-8 text: {error}") from error
+    if not texts:
+        raise ValueError("nothing to compare: give --text or --text-file")
+    return texts
+
+
 def same_vocabulary(source: Path, model: Pretrained, rows: list[list[int]]) -> None:
     """
     Raises:
@@ -281,17 +301,14 @@ def run_verify(args: argparse.Namespace) -> str:
     from megatron_ext.models.generation import text_logits
     from recipes.data import load_tokenizer
 
-    texts = list(args.text or [])
-    if args.text_file:
-        try:
-            texts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--text-file {args.text_file} is no UTF-8 text: {error}") from error
-    if not texts:
-        raise ValueError("nothing to compare: give --text or --text-file")
+    texts = texts_of(args)
     pretrained = open_source(args.model or args.source, args, "CHECKPOINT" if args.model else "HF_FOLDER")
     tokenizer = load_tokenizer(args.source)
     rows = [tokenizer.encode_prompt(text) for text in texts]
+    if not all(rows):
+        raise ValueError(
+            f"the text {texts[rows.index([])]!r} is no token to the tokenizer of {args.source}; leave it out"
+        )
     same_vocabulary(args.source, pretrained, rows)
     model = load(pretrained, args, args.precision)
     ours = [text_logits(model, row).cpu() for row in rows]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_ext.models import build_gpt
-from megatron_ext.models.hf import hf_model_config, load_hf_weights
-from megatron_ext.runtime.checkpoint import load_weights
+from megatron_ext.models import GPTModelConfig, build_gpt
+from megatron_ext.models.delta import block_digest, block_weights, save_delta
+from megatron_ext.models.hf import export_hf, hf_model_config, load_hf_weights
+from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
+from recipes.config import build
 from recipes.data import load_tokenizer
 from tests.conftest import fresh_generator
 from tests.hf_models import make_hf_model
@@ -21,6 +23,7 @@ from tests.recipe_runs import Finished, metrics, run
 
 pytestmark = pytest.mark.functional
 
+ONE_RANK = {"tensor_model_parallel_size": 1, "sequence_parallel": False}
 TP2 = ["trainer.devices=2", "model.tensor_model_parallel_size=2"]
 
 
@@ -98,6 +101,82 @@ def test_train_export_verify(start, trained, tmp_path):
     assert done.code == 2
     (line,) = done.error_lines
     assert f"{start.folder} and transformers' {target} differ: a logit by" in line
+
+
+@pytest.fixture(scope="module")
+def delta(trained, world, tmp_path_factory) -> Path:
+    """Of the trained checkpoint's block 1, moved by a thousandth; and what the model is then."""
+    folder = tmp_path_factory.mktemp("delta")
+    config = build(GPTModelConfig, read_checkpoint_info(trained / "checkpoints" / "final")["model"] | ONE_RANK)
+    model = build_gpt(config, world)
+    load_weights(trained / "checkpoints" / "final", model)
+    base = block_digest(block_weights(model, 1))
+    with torch.no_grad():
+        for parameter in model.decoder.layers[1].parameters():
+            parameter.mul_(1.001)
+    save_delta(folder / "delta.safetensors", model, 1, base)
+    export_hf(model, folder / "expected", trained / "checkpoints" / "final" / "source")
+    return folder
+
+
+def same(folder, other) -> bool:
+    ours, theirs = weights(folder), weights(other)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) for name, tensor in theirs.items()
+    )
+
+
+def convert(*arguments: object, ranks: int = 1) -> None:
+    """It must end well; prints one line, whatever the number of ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = run(*launcher, "tools/convert_hf.py", *arguments)
+    assert done.code == 0, done.err
+    assert len([line for line in done.out.splitlines() if not line.startswith("  ")]) == 1, done.out
+
+
+def test_in_and_out_on_two_ranks(start, tmp_path):
+    """A checkpoint made by two stages, a folder made of it by two halves, checked by two stages: every tensor as it was."""
+    convert("import", start.folder, tmp_path / "ours", "--pipeline", 2, "--precision", "32", ranks=2)
+    assert (tmp_path / "ours" / "tokenizer").is_dir() and (tmp_path / "ours" / "source" / "config.json").is_file()
+    convert("export", tmp_path / "ours", tmp_path / "theirs", "--tensor", 2, ranks=2)
+    assert same(tmp_path / "theirs", start.folder)
+    convert("verify", tmp_path / "theirs", tmp_path / "ours", "--text", "Tom has 3 apples.", "--pipeline", 2, ranks=2)
+
+
+def test_a_delta_goes_along_and_a_patch_is_the_same(start, trained, delta, tmp_path):
+    """export --delta --like --dtype; and patch and apply on the folder of the checkpoint without it."""
+    checkpoint, like = trained / "checkpoints" / "final", shutil.copytree(start.folder, tmp_path / "like")
+    (like / "generation_config.json").write_text('{"top_k": 7}')
+    options = ("--delta", delta / "delta.safetensors", "--like", like, "--dtype", "bfloat16")
+    convert("export", checkpoint, tmp_path / "half", *options)
+    expected, found = weights(delta / "expected"), weights(tmp_path / "half")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "half" / "generation_config.json").read_text()) == {"top_k": 7}
+
+    convert("export", checkpoint, tmp_path / "plain")
+    (tmp_path / "plain" / "README.md").write_text("card")
+    convert("patch", delta / "delta.safetensors", tmp_path / "plain", tmp_path / "block.safetensors")
+    convert("apply", tmp_path / "plain", tmp_path / "block.safetensors", tmp_path / "mended")
+    assert same(tmp_path / "mended", delta / "expected") and not same(tmp_path / "mended", tmp_path / "plain")
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {path.name for path in (tmp_path / "mended").iterdir()} == names and "README.md" in names
+
+
+def test_verify_fails_where_logits_are_not_finite(start, tmp_path):
+    """Two finite weights whose product is not: the difference of such logits is NaN, which no maximum sees."""
+    broken = shutil.copytree(start.folder, tmp_path / "broken")
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(str(path))
+        for name, place in (("model.norm.weight", (0,)), ("model.embed_tokens.weight", (-1, 0))):
+            if name in tensors:
+                tensors[name][place] = 3e38
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    done = run("tools/convert_hf.py", "verify", broken, "--text", "Tom has 3 apples.")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert f"{broken} here has logits that are not finite behind 6 of 6 tokens of 'Tom has 3 apples.'" in line
 
 
 def test_grpo_starts_from_the_folder(start, world, tmp_path):
