@@ -94,10 +94,19 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """A text that something follows: with the special tokens that the tokenizer itself puts before it, such as Llama's
-        begin token, and without those that it puts behind. Nothing, if the text alone is no token."""
+        begin token, and without those that it puts behind. Nothing, if the text alone is no token.
+
+        Raises:
+            DataError: between its special tokens the tokenizer reads the text otherwise than alone.
+        """
         alone, whole = self._ids(text, False), self._ids(text, True)
-        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
-        return whole[: start + len(alone)] if alone else []
+        for start in range(len(whole) - len(alone) + 1):
+            if whole[start : start + len(alone)] == alone:
+                return whole[: start + len(alone)] if alone else []
+        raise DataError(
+            f"the tokenizer of {self.path} reads {text[:40]!r} otherwise with its special tokens than without: it cannot be "
+            "said where a response begins; name another in model.tokenizer"
+        )
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

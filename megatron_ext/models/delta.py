@@ -67,7 +67,7 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
     """Write one block's weights; every rank calls it, one writes.
 
     Args:
-        base: `block_digest` of the block before training, known on the ranks that hold it.
+        base: `block_digest` of the block before training; None on ranks that do not hold it.
     """
     weights = block_weights(model, block)
     ranks = (
@@ -108,7 +108,7 @@ def read_delta(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path} is no delta of one block: its format is {metadata.get('format')!r}")
     try:
         description = json.loads(metadata["delta"])
-        kinds = {"block": int, "num_layers": int, "base": str | None, "dtype": str, "content": str}
+        kinds = {"block": int, "num_layers": int, "base": str, "dtype": str, "content": str}
         good = all(isinstance(description[key], kind) for key, kind in kinds.items())
     except (ValueError, KeyError, TypeError):
         good = False
@@ -170,7 +170,7 @@ def _mismatch(new: dict[str, Tensor], current: dict[str, Tensor], base: str) -> 
     for name, tensor in new.items():
         if tensor.shape != current[name].shape:
             return f"{name} is {tuple(tensor.shape)}, the model's {tuple(current[name].shape)}"
-    if base not in (block_digest(current), None):
+    if base != block_digest(current):
         return "it was made from other weights than the checkpoint's; name the checkpoint it was trained from"
     return None
 

@@ -89,7 +89,7 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
                 )
         read_parameter(old, entry, block, config, 0, headers)
         base[key] = old
-    if description["base"] not in (block_digest(base), None):
+    if description["base"] != block_digest(base):
         raise ValueError(
             f"the delta {delta} was made from other weights than {folder}'s; name the folder that its checkpoint was "
             "imported from"

@@ -487,7 +487,7 @@ def test_a_delta_of_a_block_that_is_not_there_or_broke(folder, world, tmp_path):
     assert name == f"decoder.layers.{BLOCK}.mlp.linear_fc1.layer_norm_weight"
     theirs = f"model.layers.{BLOCK}.post_attention_layernorm.weight"
     set_tensor(folder, theirs, tensors(folder)[theirs].half())
-    write_delta(tmp_path / "wide", about | {"base": None}, found | {name: large})
+    write_delta(tmp_path / "wide", about | {"base": "of no model"}, found | {name: large})
     with pytest.raises(ValueError, match=f"has a number in {name} that is not finite in torch.float16, the type of"):
         make_patch(tmp_path / "wide", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -596,7 +596,7 @@ def test_patches_that_do_not_belong(folder, originals, world, tmp_path):
         assert "\n" not in str(caught.value)
     shapes = load_file(str(delta))
     turned = next(name for name, tensor in shapes.items() if tensor.dim() == 2 and tensor.size(0) != tensor.size(1))
-    about = {"block": BLOCK, "num_layers": 4, "base": None, "dtype": "float32"}
+    about = {"block": BLOCK, "num_layers": 4, "base": "of no model", "dtype": "float32"}
     for tensors_of, layers, words in (
         (shapes | {turned: shapes[turned].T.contiguous()}, 4, r"fc1.weight is \(32, 96\) there, \(96, 32\) here"),
         (shapes | {f"decoder.layers.{BLOCK}.more": torch.ones(1)}, 4, "more has no place there"),
