@@ -5,7 +5,7 @@ Both give the probabilities of a pair of words behind prompts, and the log-proba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -99,18 +99,26 @@ class HuggingFaceScorer:
     """A causal language model that transformers loads from a local folder; one process.
 
     Raises:
-        ValueError: transformers cannot load it.
+        ValueError: transformers cannot load it, or would fill weights that the folder lacks with random numbers.
     """
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype):
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            self.model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+        _check_loaded(folder, report)
         self.model.eval().to(device)
         self.device = device
 
@@ -156,6 +164,21 @@ class HuggingFaceScorer:
                 ids[row, : len(texts[number])] = torch.tensor(texts[number])
                 mask[row, : len(texts[number])] = 1
             yield numbers, self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+
+
+def _check_loaded(folder: str | Path, report: Mapping[str, Collection]) -> None:
+    """transformers only prints which weights it has made up. A tied weight that stands once is not among them."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}: scores of random "
+            "numbers would mean nothing; complete the folder"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise ValueError(
+            f"{folder}: {name} has shape {list(found)}, and its config.json asks for {list(expected)} "
+            f"({len(mismatched)} such); config.json and weights must belong together"
+        )
 
 
 def _parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
