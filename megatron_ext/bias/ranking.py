@@ -6,6 +6,7 @@ The name is LFTF's (arXiv 2505.15475). The one formula that is known, from a thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
@@ -30,15 +31,20 @@ class BlockRanking:
     @classmethod
     def of(cls, estimator: str, scores: Sequence[float], exclude: Collection[int] = ()) -> BlockRanking:
         """
+        Args:
+            exclude: some of the blocks, which `megatron_ext.models.locate.check_excluded` has checked.
+
         Raises:
-            ValueError: every block is excluded, or an excluded one does not exist.
+            ValueError: a score that is not finite.
         """
-        for block in exclude:
-            if not 0 <= block < len(scores):
-                raise ValueError(f"excluded block {block} does not exist: the model has {len(scores)} blocks")
-        order = sorted((b for b in range(len(scores)) if b not in exclude), key=lambda b: (-scores[b], b))
-        if not order:
-            raise ValueError(f"all {len(scores)} blocks are excluded: leave one to choose")
+        for block, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"estimator {estimator} gives block {block} the score {score}: the model has diverged, or its numbers "
+                    "overflow; rank a checkpoint from before that"
+                )
+        order = sorted(set(range(len(scores))) - set(exclude), key=lambda b: (-scores[b], b))
+        assert order and len(order) + len(exclude) == len(scores), (exclude, len(scores))
         return cls(estimator, tuple(map(float, scores)), tuple(order), tuple(sorted(exclude)))
 
     @property

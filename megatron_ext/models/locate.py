@@ -10,7 +10,7 @@ Shape legend: t rows of a stream, b = 1, h hidden size, n prompts, L blocks.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +51,14 @@ class BiasProbe:
 
 
 def rank_blocks(
-    estimator: str, model: PrefixGroupedGPT, probe: BiasProbe, exclude: Collection[int] = (0,)
+    estimator: str, model: PrefixGroupedGPT, probe: BiasProbe, exclude: Sequence[int] = (0,)
 ) -> BlockRanking:
     """All blocks by one of `ESTIMATORS`. Leaves weights and `requires_grad` as they were, and no gradients.
 
     Call it before an engine with an optimizer is made of the model: Megatron's DDP takes gradients away as they come.
 
     Raises:
-        ValueError: an unknown estimator, nothing to ask, every block excluded.
+        ValueError: an unknown estimator, nothing to ask, blocks that cannot be excluded, or scores that are not finite.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"BMI estimator {estimator!r} does not exist; there are: {', '.join(ESTIMATORS)}")
@@ -66,14 +66,16 @@ def rank_blocks(
     return BlockRanking.of(estimator, ESTIMATORS[estimator](model, probe), exclude)
 
 
-def check_excluded(exclude: Collection[int], num_layers: int) -> None:
+def check_excluded(exclude: Sequence[int], num_layers: int) -> None:
     """
     Raises:
-        ValueError: a block that does not exist, or all of them.
+        ValueError: a block that does not exist or is named twice, or all of them.
     """
     for block in exclude:
         check_block(block, num_layers)
-    if len(set(exclude)) == num_layers:
+    if twice := sorted({block for block in exclude if exclude.count(block) > 1}):
+        raise ValueError(f"block {twice[0]} is excluded twice; name each block once")
+    if len(exclude) == num_layers:
         raise ValueError(f"all {num_layers} blocks are excluded; leave at least one to choose")
 
 

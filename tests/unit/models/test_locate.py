@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -158,6 +160,27 @@ def test_refusals(rng, world):
         rank_blocks("last", model, empty, exclude=range(4))
     with pytest.raises(ValueError, match="block 9 does not exist: the model has 4 blocks"):
         rank_blocks("last", model, empty, exclude=[9])
+    with pytest.raises(ValueError, match="^block 2 is excluded twice; name each block once$"):
+        rank_blocks("last", model, empty, exclude=[0, 2, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["similarity", "gradient", "intervention"])
+def test_a_diverged_model_is_not_ranked(name, rng, world):
+    model = build(rng, world)
+    model.decoder.layers[1].mlp.linear_fc2.weight.data[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=rf"^estimator {name} gives block [01] the score nan: the model has diverged"):
+        rank_blocks(name, model, draw_probe(rng))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_must_be_finite(bad):
+    """Of excluded blocks, too: their scores are shown."""
+    message = (
+        f"estimator gradient gives block 0 the score {bad}: the model has diverged, or its numbers overflow; rank a "
+        "checkpoint from before that"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        BlockRanking.of("gradient", [bad, 1.0, 2.0], exclude=[0])
 
 
 def test_ranking():
