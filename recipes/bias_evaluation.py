@@ -145,7 +145,7 @@ def write_report(folder: Path, title: str, result: dict, words: tuple[str, str] 
     lines += ["", "![most skewed professions](professions.png)", "", f"## P({words[0]}) - P({words[1]}) by profession", "",
               "| profession | difference |", "|---|---:|"]  # fmt: skip
     lines += [f"| {name} | {value:+.4f} |" for name, value in table.items()]
-    (folder / "bias.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "bias.md", "\n".join(lines) + "\n")
 
 
 def plot_professions(table: dict[str, float], path: Path, words: tuple[str, str] = ("he", "she")) -> None:
@@ -174,7 +174,7 @@ def write_ranking(folder: Path, ranking: BlockRanking) -> None:
     stem = f"ranking-{ranking.estimator}"
     write_whole(folder / f"{stem}.json", json.dumps(ranking.as_dict(), indent=1) + "\n")
     title = f"# Blocks by BMI, estimator {ranking.estimator}"
-    (folder / f"{stem}.md").write_text(f"{title}\n\n{ranking.markdown()}\n\n![ranking]({stem}.png)\n", encoding="utf-8")
+    write_whole(folder / f"{stem}.md", f"{title}\n\n{ranking.markdown()}\n\n![ranking]({stem}.png)\n")
     plot_ranking(ranking, folder / f"{stem}.png")
 
 

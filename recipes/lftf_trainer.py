@@ -385,4 +385,4 @@ def _write_report(folder: Path, result: dict, words: tuple[str, str]) -> None:
         f"| {v['complaint'] or 'kept'} |"
         for v in result["validations"]
     ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "report.md", "\n".join(lines) + "\n")
