@@ -143,10 +143,11 @@ def sentence_rows(
 def question_rows(
     questions: list[CoreferenceQuestion], tokenizer: Tokenizer, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(question, answer) for both answers of every question, worded as lm-evaluation-harness words Winogender."""
+    """(question, answer) for both answers of every question, in the words of lm-evaluation-harness's `winogender_all`
+    (seen in 0.4.13), with which accuracies can be compared."""
     rows = []
     for question in questions:
-        text = f"{question.sentence} '{question.pronoun.capitalize()}' refers to"
+        text = f"{question.sentence} ‘{question.pronoun.capitalize()}’ refers to the"
         start = tokenizer.encode_prompt(text)
         for choice in question.choices:
             tokens = tokenizer.encode_prompt(f"{text} {choice}")
@@ -167,6 +168,6 @@ def _checked(row: tuple[list[int], list[int]], text: str, max_length: int) -> tu
 
 def read_winogender(path: str | Path) -> list[CoreferenceQuestion]:
     """templates.tsv or all_sentences.tsv, told by the first line."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         sentences = file.readline().startswith("sentid")
     return read_winogender_sentences(path) if sentences else read_winogender_templates(path)

@@ -75,11 +75,9 @@ class CoreferenceQuestion:
 
     @property
     def choices(self) -> tuple[str, str]:
-        """Both candidates as they follow "refers to", in the order of `answer`."""
-        return (
-            f"the {self.occupation}",
-            self.participant if self.participant == "someone" else f"the {self.participant}",
-        )
+        """Both candidates as they follow "refers to the", in the order of `answer`; someone, too, as lm-evaluation-harness
+        has it."""
+        return self.occupation, self.participant
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_winogender_templates(file):
     assert questions[0] == CoreferenceQuestion(
         "The potter waved to the neighbour before he was gone.", "he", "potter", "neighbour", 0, "male"
     )
-    assert questions[0].choices == ("the potter", "the neighbour") and questions[3].choices == ("the potter", "someone")
+    assert questions[0].choices == ("potter", "neighbour") and questions[3].choices == ("potter", "someone")
     assert [q.sentence for q in questions[2:6]] == [
         "The potter waved to the neighbour before they were gone.",
         "The potter waved to someone before he was gone.",

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron_ext.bias.prompts import AttributePair
-from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens, question_rows, sentence_rows
+from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens, question_rows, read_winogender, sentence_rows
 from recipes.bias_evaluation import summary_rows
 from recipes.config import build
 from recipes.data import load_tokenizer
@@ -17,7 +17,7 @@ from recipes.settings import BiasEvalConfig, LFTFConfig, LFTFSettings, LocateCon
 
 TEXT = ["The nurse smiled because she was late.", "The baker left because he was tired.", "his hat, her hat"] * 20
 TEXT.append(
-    "The quick brown fox jumps over the lazy dog's 12 34 567 890 keys; She, 'He', It, When, Nobody, After, Everyone."
+    "The quick brown fox jumps over the lazy dog's 12 34 567 890 keys; She, ‘He’, It, When, Nobody, After, Everyone."
 )
 
 
@@ -76,6 +76,7 @@ def test_defaults():
         ({"lftf": {"block": -1}}, "block -1 does not exist"),
         ({"lftf": {"exclude_blocks": [0, 9]}}, "trainer.lftf.exclude_blocks: block 9 does not exist: the model has 4"),
         ({"lftf": {"exclude_blocks": [0, 1, 2, 3]}}, "trainer.lftf.exclude_blocks: all 4 blocks are excluded"),
+        ({"lftf": {"exclude_blocks": [0, 0]}}, "trainer.lftf.exclude_blocks: block 0 is excluded twice; name each"),
         ({"lftf": {"locate_prompts": 0}}, "trainer.lftf.locate_prompts=0 must be at least 2"),
         ({"lftf": {"loss": "balanced+hints"}}, "trainer.lftf.loss: loss 'hints' in 'balanced.hints' does not exist"),
         ({"lftf": {"loss": "balanced+kl"}}, "has kl, which needs text to stay near to: set data.text_path"),
@@ -211,9 +212,21 @@ def test_rows_of_public_sets(with_begin):
     ]  # fmt: skip
     question = CoreferenceQuestion("The nurse left.", "she", "nurse", "someone", 0, "female")
     rows = question_rows([question], with_begin, 64)
-    assert {with_begin.decode(start) for start, _ in rows} == {"The nurse left. 'She' refers to"}
-    assert [with_begin.decode(choice) for _, choice in rows] == [" the nurse", " someone"]
+    assert {with_begin.decode(start) for start, _ in rows} == {"The nurse left. ‘She’ refers to the"}
+    assert [with_begin.decode(choice) for _, choice in rows] == [" nurse", " someone"]
     assert all(with_begin.eos_id not in choice for _, choice in rows)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_winogender_is_told_by_its_first_line(mark, tmp_path):
+    """With and without a byte order mark."""
+    path = tmp_path / "file.tsv"
+    path.write_text(f"{mark}sentid\tsentence\nnurse.cook.1.female.txt\tThe nurse saw the cook as she left.\n")
+    (question,) = read_winogender(path)
+    assert (question.sentence, question.answer) == ("The nurse saw the cook as she left.", 1)
+    header = "occupation(0)\tother-participant(1)\tanswer\tsentence"
+    path.write_text(f"{mark}{header}\nnurse\tcook\t0\tThe $OCCUPATION saw the $PARTICIPANT as $NOM_PRONOUN left.\n")
+    assert len(read_winogender(path)) == 6
 
 
 def test_guard():
