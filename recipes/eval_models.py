@@ -21,13 +21,14 @@ __all__ = ["CheckpointModel", "open_model"]
 
 
 def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _HuggingFace:
-    """Hugging Face folders run in transformers, whatever their family, where one process is asked for, and else as ours
-    do. Nothing is started or written yet.
+    """Hugging Face folders run in transformers, whatever their family, where one process is asked for and no delta, which
+    is cut as our blocks are, and else as ours do. Nothing is started or written yet.
 
     Raises:
         ValueError: neither kind of model, or one that cannot be run as asked.
     """
-    alone = world_size() == 1 and is_hf_folder(config.pretrained_checkpoint.restore_from_path)
+    source = config.pretrained_checkpoint
+    alone = world_size() == 1 and source.delta_path is None and is_hf_folder(source.restore_from_path)
     return (_HuggingFace if alone else CheckpointModel)(config, resolved)
 
 
@@ -66,10 +67,6 @@ class _HuggingFace:
                     f"model.{field.name}={getattr(model, field.name)} has no meaning for {self.path}, a Hugging Face folder, "
                     "which transformers runs in one process; set trainer.devices to 2 or more to run it on Megatron"
                 )
-        if config.pretrained_checkpoint.delta_path:
-            raise ValueError(
-                f"pretrained_checkpoint.delta_path belongs to a checkpoint of ours, and {self.path} is none"
-            )
         self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
         self.tokenizer = load_tokenizer(model.tokenizer or self.path)
         self.device = local_device()
