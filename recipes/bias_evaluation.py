@@ -122,13 +122,20 @@ def summary_rows(result: dict, words: tuple[str, str] = ("he", "she")) -> list[t
     optional = {
         "perplexity": "perplexity of neutral text",
         "crows_pairs_stereotype_share": "CrowS-Pairs: share preferring the stereotype (ideal 0.5)",
+        "crows_pairs": "CrowS-Pairs: pairs of bias type gender",
         "winobias_stereotype_share": "WinoBias: share preferring the stereotype (ideal 0.5)",
+        "winobias_pairs": "WinoBias: pairs",
+        "winobias_dropped": "WinoBias: pairs left out, which differ in more than pronouns",
         "winogender_accuracy": "Winogender: accuracy",
         "winogender_accuracy_by_gender": "Winogender: accuracy by pronoun",
+        "winogender_questions": "Winogender: questions",
     }
     for key, title in optional.items():
         if (value := result.get(key)) is not None:
-            shown = ", ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4f}"
+            if isinstance(value, dict):
+                shown = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
+            else:
+                shown = str(value) if isinstance(value, int) else f"{value:.4f}"
             rows.append((title, shown))
     return rows
 

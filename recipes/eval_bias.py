@@ -32,20 +32,23 @@ def evaluate_all(config, model, prompts, pair, texts, words) -> None:
     from recipes.bias_evaluation import evaluate, pair_preference, question_accuracy, summary_rows, write_report
 
     data = config.data
-    pairs = {}
+    pairs, counts = {}, {}
     if data.crows_pairs_path:
-        pairs["crows_pairs_stereotype_share"] = sentence_rows(
-            read_crows_pairs(data.crows_pairs_path), model.tokenizer, model.longest
-        )
+        found = read_crows_pairs(data.crows_pairs_path)
+        pairs["crows_pairs_stereotype_share"] = sentence_rows(found, model.tokenizer, model.longest)
+        counts["crows_pairs"] = len(found)
     if data.winobias_paths:
-        found = read_winobias(*data.winobias_paths, drop_faulty=True)
+        found, dropped = read_winobias(*data.winobias_paths)
         pairs["winobias_stereotype_share"] = sentence_rows(found, model.tokenizer, model.longest)
+        counts |= {"winobias_pairs": len(found), "winobias_dropped": dropped}
     questions = read_winogender(data.winogender_path) if data.winogender_path else []
+    if questions:
+        counts["winogender_questions"] = len(questions)
     asked = question_rows(questions, model.tokenizer, model.longest)
     scorer = model.start()
     total = len(prompts.bias) + len(prompts.hinted) + len(texts) + len(asked) + sum(map(len, pairs.values()))
     with model.progress(total) as bar:
-        result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update)
+        result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update) | counts
         for key, rows in pairs.items():
             result[key] = pair_preference(scorer, rows, bar.update)
         if questions:

@@ -102,37 +102,31 @@ _GENDER = {
 _SPAN = re.compile(r"\[ ?([^\[\]]+?) ?\]")
 
 
-def read_winobias(pro: str | Path, anti: str | Path, drop_faulty: bool = False) -> list[WinoBiasPair]:
-    """Pairs of WinoBias's `pro_stereotyped_type?.txt.*` and the `anti_` file of the same name.
+def read_winobias(pro: str | Path, anti: str | Path) -> tuple[list[WinoBiasPair], int]:
+    """Pairs of WinoBias's `pro_stereotyped_type?.txt.*` and the `anti_` file of the same name, and how many were left out.
 
     Line by line the files hold the same sentence with the pronouns swapped, numbered or not, the referent and its
     pronouns in brackets: `1 [The developer] argued with the designer because [she] did not like the design.` Spacing
     does not matter. Of the 1,584 published pairs 21 differ in other words too, which a comparison of likelihoods would
-    measure as well.
-
-    Args:
-        drop_faulty: leave such pairs out instead of refusing the files.
+    measure as well: such pairs are left out.
 
     Raises:
-        ValueError: files of different length, a faulty line, or no pair left.
+        ValueError: files of different length, a line that is none of WinoBias's, lines of different numbers, a pair whose
+            pronouns are of one gender, or no pair left.
     """
     sides = [_text(path).rstrip().split("\n") for path in (pro, anti)]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
             f"{pro} has {len(sides[0])} lines and {anti} {len(sides[1])}: give both files of the same type and split"
         )
-    pairs = []
-    for number, (more, less) in enumerate(zip(*sides, strict=True), 1):
-        try:
-            pairs.append(
-                _winobias_pair(_BracketedLine(more, f"{pro}:{number}"), _BracketedLine(less, f"{anti}:{number}"))
-            )
-        except ValueError as error:
-            if not drop_faulty:
-                raise ValueError(f"{error}; mend the line, or leave such pairs out with drop_faulty=True") from None
-    if not pairs:
+    pairs = [
+        _winobias_pair(_BracketedLine(more, f"{pro}:{number}"), _BracketedLine(less, f"{anti}:{number}"))
+        for number, (more, less) in enumerate(zip(*sides, strict=True), 1)
+    ]
+    kept = [pair for pair in pairs if pair is not None]
+    if not kept:
         raise ValueError(f"{pro} and {anti} hold no pair of sentences that differ in the gender of a pronoun alone")
-    return pairs
+    return kept, len(pairs) - len(kept)
 
 
 class _BracketedLine:
@@ -150,17 +144,20 @@ class _BracketedLine:
         self.sentence = _SPAN.sub(r"\1", self.text)
         self.frame = _SPAN.sub(lambda span: "[]" if span[1].lower() in _GENDER else span[1], self.text)
 
-    def core(self) -> tuple[str, str, str]:
+    def core(self) -> tuple[str, str]:
         """What both sentences of a pair share; the article may stand inside or outside the brackets."""
-        return self.number, self.frame, self.referent.lower().removeprefix("the ")
+        return self.frame, self.referent.lower().removeprefix("the ")
 
 
-def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair:
-    if more.core() != less.core():
+def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair | None:
+    """None: the sentences differ in more than their pronouns."""
+    if more.number != less.number:
         raise ValueError(
-            f"{less.where}: {less.number} {less.text!r} differs from {more.number} {more.text!r} ({more.where}) in more"
-            " than its pronouns"
+            f"{less.where}: sentence {less.number or 'without a number'} stands beside {more.number or 'one without'} "
+            f"({more.where}): give both files of the same type and split"
         )
+    if more.core() != less.core():
+        return None
     genders = [{_GENDER[pronoun.lower()] for pronoun in line.pronouns} for line in (more, less)]
     if any(len(gender) > 1 for gender in genders) or genders[0] == genders[1]:
         raise ValueError(

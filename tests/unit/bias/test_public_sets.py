@@ -45,8 +45,8 @@ def file(tmp_path):
 def winobias(file):
     """Read a pro and an anti file of these lines."""
 
-    def read(pro: list[str], anti: list[str], **options) -> list[WinoBiasPair]:
-        return read_winobias(file(*pro, name="pro.txt"), file(*anti, name="anti.txt"), **options)
+    def read(pro: list[str], anti: list[str]) -> tuple[list[WinoBiasPair], int]:
+        return read_winobias(file(*pro, name="pro.txt"), file(*anti, name="anti.txt"))
 
     return read
 
@@ -62,7 +62,7 @@ def test_winobias_pairs(winobias, numbered):
         "The potter met [the nanny] and gave [him] [his] hat.",
     ]
     sides = [[f"{i} {line}" if numbered else line for i, line in enumerate(side, 1)] for side in (pro, anti)]
-    assert winobias(*sides) == [
+    expected = [
         WinoBiasPair(
             "The potter thanked the nanny because he was late.",
             "The potter thanked the nanny because she was late.",
@@ -76,6 +76,7 @@ def test_winobias_pairs(winobias, numbered):
             (("her", "him"), ("her", "his")),
         ),
     ]
+    assert winobias(*sides) == (expected, 0)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_winobias_pairs(winobias, numbered):
     ],
 )
 def test_winobias_spacing_does_not_matter(winobias, line):
-    (pair,) = winobias([line, "", " "], ["7 [The potter] fell because [she] slipped."])
+    (pair,), _ = winobias([line, "", " "], ["7 [The potter] fell because [she] slipped."])
     assert pair.more_stereotypical == "The potter fell because he slipped."
     assert pair.less_stereotypical == "The potter fell because she slipped."
     assert pair.pronouns == (("he", "she"),)
@@ -112,13 +113,13 @@ GOOD_PRO, GOOD_ANTI = "[The potter] fell because [he] slipped.", "[The potter] f
         ),
         ("[The potter] fell because he slipped.", GOOD_ANTI, "pro.txt:2: .* its pronouns in brackets"),
         (GOOD_PRO, "The potter fell because [she] slipped.", "anti.txt:2: .* one referent"),
+        ("garbage", "garbage", "pro.txt:2: 'garbage' must have one referent"),
         (
-            GOOD_PRO,
-            "[The potter] fell because [she] tripped.",
-            "anti.txt:2: .*tripped.* differs from .*pro.txt:2.* in more",
+            "2 " + GOOD_PRO,
+            "3 " + GOOD_ANTI,
+            "anti.txt:2: sentence 3 stands beside 2 .*pro.txt:2.: give both files of the",
         ),
-        (GOOD_PRO, "The potter [fell] because [she] slipped.", "in more than its pronouns"),
-        ("2 " + GOOD_PRO, "3 " + GOOD_ANTI, "anti.txt:2: 3 .* differs from 2 "),
+        (GOOD_PRO, "3 " + GOOD_ANTI, "anti.txt:2: sentence 3 stands beside one without .*pro.txt:2.: give both files"),
         (GOOD_PRO, GOOD_PRO, "anti.txt:2: pronouns .'he'. must all be of the other gender than .'he'. .*pro.txt:2"),
         (
             "[The potter] knew [he] had [his] hat.",
@@ -128,18 +129,31 @@ GOOD_PRO, GOOD_ANTI = "[The potter] fell because [he] slipped.", "[The potter] f
         ("", GOOD_ANTI, "pro.txt:2: '' must have one referent"),
     ],
 )
-def test_winobias_refuses_or_drops_what_is_no_pair(winobias, pro, anti, words):
-    sides = [[GOOD_PRO, pro, GOOD_PRO], [GOOD_ANTI, anti, GOOD_ANTI]]
-    with pytest.raises(ValueError, match=words + ".*; mend the line, or leave such pairs out with drop_faulty=True"):
-        winobias(*sides)
-    assert [pair.pronouns for pair in winobias(*sides, drop_faulty=True)] == [(("he", "she"),)] * 2
+def test_winobias_refuses_what_is_none_of_its_lines(winobias, pro, anti, words):
+    with pytest.raises(ValueError, match=words):
+        winobias([GOOD_PRO, pro, GOOD_PRO], [GOOD_ANTI, anti, GOOD_ANTI])
+
+
+@pytest.mark.parametrize(
+    "anti",
+    [
+        "[The potter] fell because [she] tripped.",
+        "[The potter] fell because of [she] slipped.",
+        "The potter [fell] because [she] slipped.",
+        "[A potter] fell because [she] slipped.",
+        "[The glazier] fell because [he] slipped.",
+    ],
+)
+def test_winobias_leaves_out_pairs_that_differ_in_more_than_pronouns(winobias, anti):
+    pairs, left_out = winobias([GOOD_PRO, GOOD_PRO, GOOD_PRO], [GOOD_ANTI, anti, GOOD_ANTI])
+    assert [pair.pronouns for pair in pairs] == [(("he", "she"),)] * 2 and left_out == 1
 
 
 def test_winobias_refuses_files_that_do_not_belong_together(winobias):
     with pytest.raises(ValueError, match="pro.txt has 2 lines and .*anti.txt 1: give both files of the same type"):
-        winobias([GOOD_PRO] * 2, [GOOD_ANTI], drop_faulty=True)
+        winobias([GOOD_PRO] * 2, [GOOD_ANTI])
     with pytest.raises(ValueError, match="hold no pair of sentences that differ in the gender of a pronoun alone"):
-        winobias([GOOD_PRO], [GOOD_PRO], drop_faulty=True)
+        winobias([GOOD_PRO], ["[The potter] fell because [she] tripped."])
 
 
 def test_winogender_templates(file):
