@@ -103,11 +103,30 @@ def layout(request, one_rank):
 
 def test_same_rankings_as_one_rank(layout):
     _, _, expected, ranks = layout
+    assert_same_rankings(ranks, expected)
+
+
+def assert_same_rankings(ranks: list[dict], expected: dict) -> None:
     for rank in ranks:
+        assert rank["rankings"].keys() == expected["rankings"].keys()
         for name, ranking in rank["rankings"].items():
             truth = expected["rankings"][name]
             assert relative_error(torch.tensor(ranking.scores), torch.tensor(truth.scores)) <= BOUND, name
             assert ranking.order == truth.order, name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "changes"),
+    [(2, ParallelSizes(), {}), (4, ParallelSizes(tensor=2), {"sequence_parallel": True})],
+    ids=["dp2", "tp2 sp dp2"],
+)
+def test_data_parallel_ranks_share_the_prompts(world_size, sizes, changes, one_rank):
+    """Odd numbers of prompts and of pairs: one rank has one more."""
+    case, expected = one_rank
+    assert len(case.probe.prompts) % 2 and len(case.probe.swapped) % 2
+    fields = case.fields | changes | {"tensor_model_parallel_size": sizes.tensor}
+    here = BlockCase(**{**vars(case), "fields": fields, "trained": []})
+    assert_same_rankings(run_ranks(blocks, world_size, here, sizes=sizes), expected)
 
 
 def test_same_training_as_one_rank(layout):
