@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def train(device, config, weights, case: BlockCase, block: int, name: str, first
             outputs = engine.run(make_microbatches(case.rollout, case.cuts, counts(case.rollout)), grpo)
             losses.append(engine.reduce_metrics(outputs) | engine.step())
     buffers = [*engine.model.buffers, *engine.model.expert_parallel_buffers]
-    states = [s for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]) for s in _tensors(o)]
+    optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
     path = case.folder / f"{block}-{name}.safetensors"
     if first:
         save_delta(path, model, block, base)
@@ -90,7 +91,7 @@ def train(device, config, weights, case: BlockCase, block: int, name: str, first
         "graph": sorted(set(graph)),
         "gradient_bytes": sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
         "gradient_numel": sum(b.grad_data.numel() for b in buffers),
-        "state_numel": sum(s.numel() for s in states),
+        "state_bytes": sum((_bytes(o, model) for o in optimizers), Counter()),
         "parameters": copies(model),
         "whole": after,
         "chosen": chosen,
@@ -98,9 +99,18 @@ def train(device, config, weights, case: BlockCase, block: int, name: str, first
     }
 
 
-def _tensors(optimizer) -> list[Tensor]:
-    """The optimizer's moments on this rank."""
+def _bytes(optimizer, model) -> Counter:
+    """What the optimizer holds on this rank beside the model's own memory, by use: bytes of whole storages."""
     inner = getattr(optimizer, "optimizer", optimizer)
+    found: Counter = Counter()
     if inner is None:
-        return []
-    return [s[key] for s in inner.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return found
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = [("master weights", p) for group in inner.param_groups for p in group["params"]]
+    held += [(key, s) for state in inner.state.values() for key, s in state.items() if isinstance(s, Tensor)]
+    for name, tensor in held:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[name] += storage.nbytes()
+    return found

@@ -75,9 +75,28 @@ def test_only_the_block_costs_and_changes(one_rank):
         # The distributed optimizer pads its buffer to a multiple of 128 numbers or so.
         assert numel <= run["gradient_numel"] <= numel + 512
         assert run["gradient_bytes"] == 4 * run["gradient_numel"]
-        assert run["state_numel"] == 2 * numel
+        assert run["state_bytes"] == state_bytes(numel, len(run["names"]))
         assert run["graph"] == [(b, b > block, b >= block) for b in range(LAYERS)]
         assert run["losses"][0]["loss"] != run["losses"][1]["loss"]
+
+
+def state_bytes(numel: int, tensors: int) -> dict[str, int]:
+    """Adam's two moments in fp32, and torch's own count of steps for each tensor."""
+    return {"exp_avg": 4 * numel, "exp_avg_sq": 4 * numel, "step": 4 * tensors}
+
+
+def test_in_bf16_one_block_has_master_weights(one_rank, tmp_path):
+    """Bytes of the optimizer's own tensors: fp32 copies and moments of the block's weights, and nothing of the others."""
+    case, _ = one_rank
+    seed = int(torch.randint(2**31, (), generator=fresh_generator()))
+    fields = case.fields | {"precision": "bf16"}
+    here = BlockCase(**{**vars(case), "fields": fields, "weights": seed, "trained": [2], "folder": tmp_path})
+    (found,) = run_ranks(blocks, 1, here)
+    numel = block_numel(found["weights"], 2)
+    assert all(w.dtype == torch.bfloat16 for w in found["weights"].values())
+    for run in found["trained"]:
+        assert run["state_bytes"] == state_bytes(numel, len(run["names"])) | {"master weights": 4 * numel}
+        assert numel <= run["gradient_numel"] <= numel + 512 and run["gradient_bytes"] == 4 * run["gradient_numel"]
 
 
 def test_a_delta_is_the_trained_block(one_rank):
@@ -159,11 +178,11 @@ def test_stages_below_run_no_backward(layout):
             run, (_, stage) = rank["trained"][number], rank["ranks"]
             mine = range(stage * per_stage, (stage + 1) * per_stage)
             assert run["graph"] == [(b, b > block, b >= block) for b in mine]
-            assert bool(run["names"]) == bool(run["state_numel"]) == bool(run["gradient_numel"]) == (block in mine)
-            state += run["state_numel"]
+            assert bool(run["names"]) == bool(run["state_bytes"]) == bool(run["gradient_numel"]) == (block in mine)
+            state += run["state_bytes"]["exp_avg"] + run["state_bytes"]["exp_avg_sq"]
         replicas = config.context_parallel_size if truth["name"] == "adam" else 1
         duplicates = (config.tensor_model_parallel_size - 1) * _replicated(case, config, block)
-        assert state == replicas * 2 * (block_numel(case.weights, block) + duplicates)
+        assert state == replicas * 8 * (block_numel(case.weights, block) + duplicates)
 
 
 def _replicated(case: BlockCase, config, block: int) -> int:
