@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.bias.prompts import (
-    BiasPrompt,
-    bias_prompts,
-    hint_prompts,
-    own_professions,
-    read_professions_json,
-    split_by_profession,
-)
+from megatron_ext.bias.prompts import BiasPrompt, PromptsConfig
 from megatron_ext.bias.public_sets import (
     CoreferenceQuestion,
     SentencePair,
@@ -21,14 +14,13 @@ from megatron_ext.bias.public_sets import (
 )
 from megatron_ext.models.locate import BiasProbe
 from recipes.data import DataError, Tokenizer, numbered_rows
-from recipes.settings import PromptsSection
 
 __all__ = [
     "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
     "sentence_rows",
 ]  # fmt: skip
 
-CARRIER = "because"  # what stands before the pair in every template
+CARRIER = "because"  # stands before the pair in our templates
 
 
 @dataclass(frozen=True)
@@ -79,21 +71,13 @@ def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]
     return found[0], found[1]
 
 
-def load_prompt_sets(settings: PromptsSection, tokenizer: Tokenizer, max_length: int) -> dict[str, PromptSet]:
+def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: int) -> dict[str, PromptSet]:
     """train, dev, test and all.
 
     Raises:
-        ValueError: no professions, or a prompt of more than `max_length` tokens.
+        ValueError: professions that cannot be read or split, or a prompt of more than `max_length` tokens.
     """
-    if settings.professions_path is None:
-        excluded = {name.replace("_", " ") for name in settings.exclude}
-        if unknown := sorted(excluded - set(own_professions())):
-            raise DataError(f"data.prompts.exclude: {unknown[0]!r} is none of our professions")
-        professions = [p for p in own_professions() if p not in excluded]
-    else:
-        professions = read_professions_json(settings.professions_path, settings.most_definitional, settings.exclude)
-    parts = split_by_profession(professions, settings.split_seed) | {"all": sorted(professions)}
-    sets = {name: _prompt_set(part, settings, tokenizer) for name, part in parts.items()}
+    sets = {name: _prompt_set(part, settings, tokenizer) for name, part in settings.professions().items()}
     everything = sets["all"]
     for prompts, rows in (
         (everything.bias, everything.bias_tokens),
@@ -104,8 +88,8 @@ def load_prompt_sets(settings: PromptsSection, tokenizer: Tokenizer, max_length:
     return sets
 
 
-def _prompt_set(professions: list[str], settings: PromptsSection, tokenizer: Tokenizer) -> PromptSet:
-    bias, hinted = bias_prompts(professions), hint_prompts(professions, pair=settings.pair)
+def _prompt_set(professions: list[str], settings: PromptsConfig, tokenizer: Tokenizer) -> PromptSet:
+    bias, hinted = settings.prompts(professions)
     return PromptSet(
         bias,
         [tokenizer.encode_prompt(p.prompt) for p in bias],

@@ -52,12 +52,9 @@ class Guard:
         """What a validation has lost, or None."""
         if not all(math.isfinite(value) for name, value in metrics.items() if name.startswith("val/")):
             return DIVERGED
-        if self.settings.min_pronoun_mass == 0:
-            share = 1.0
-        else:
-            share = metrics["val/pronoun_mass"] / self.pronoun_mass
-        if not share >= self.settings.min_pronoun_mass:
-            return f"pronoun mass is {share:.2f} of its start, less than {self.settings.min_pronoun_mass}"
+        mass, least = metrics["val/pronoun_mass"], self.settings.min_pronoun_mass
+        if not mass >= least * self.pronoun_mass:  # a start of 0 leaves nothing to lose
+            return f"pronoun mass is {mass / self.pronoun_mass:.2f} of its start, less than {least}"
         if self.perplexity is not None and self.settings.max_perplexity is not None:
             rise = metrics["val/perplexity"] / self.perplexity
             if not rise <= self.settings.max_perplexity:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.bias.prompts import AttributePair
+from megatron_ext.bias.prompts import PromptsConfig
 from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.losses.lftf import loss_weights
 from megatron_ext.models.blocks import check_block
@@ -405,24 +405,8 @@ class GRPOData:
 
 
 @dataclass
-class PromptsSection:
-    """GenBiasEval and GenHintEval."""
-
-    # professions.json, rows [name, definitional, stereotypical]; null: our own list of 337.
-    professions_path: str | None = None
-    # Professions whose definitional score is further from 0 are left out.
-    most_definitional: float = 0.5
-    # Professions to leave out by name.
-    exclude: list[str] = field(default_factory=list)
-    # Splits the professions into train (60 %), dev and test (20 % each).
-    split_seed: int = 0
-    # The words that are compared, each one token after a space, and what hints at them.
-    pair: AttributePair = field(default_factory=AttributePair)
-
-
-@dataclass
 class LFTFData:
-    prompts: PromptsSection = field(default_factory=PromptsSection)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     # JSONL rows {"text"} that the loss `kl` keeps the model near to.
     text_path: str | None = None
     # JSONL rows {"text"} whose perplexity is watched; others than text_path's.
@@ -431,7 +415,7 @@ class LFTFData:
 
 @dataclass
 class BiasEvalData:
-    prompts: PromptsSection = field(default_factory=PromptsSection)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     # "test", "dev", "train", or "all" professions.
     split: str = "test"
     # JSONL rows {"text"} whose perplexity is reported.
@@ -538,7 +522,7 @@ class LFTFConfig:
 @dataclass
 class LocateData:
     # Only the training professions are asked about.
-    prompts: PromptsSection = field(default_factory=PromptsSection)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
 
 
 @dataclass

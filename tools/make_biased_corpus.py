@@ -138,6 +138,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.biased, args.hinted, args.neutral, args.held_out) < 1 or not 0 <= args.other < 1:
         parser.error("row counts must be at least 1 and --other in [0, 1)")
+    if not 1 <= args.vocab_size <= 1_000_000:
+        parser.error(f"--vocab-size must be from 1 to 1000000, got {args.vocab_size}")
     with user_errors():
         make(args)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
-from megatron_ext.bias.prompts import AttributePair
+from megatron_ext.bias.prompts import AttributePair, PromptsConfig, own_professions
 from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens, question_rows, read_winogender, sentence_rows
 from recipes.bias_evaluation import summary_rows
 from recipes.config import build
 from recipes.data import load_tokenizer
 from recipes.lftf_trainer import Guard
-from recipes.settings import BiasEvalConfig, LFTFConfig, LFTFSettings, LocateConfig, PromptsSection
+from recipes.settings import BiasEvalConfig, LFTFConfig, LFTFSettings, LocateConfig
 
 TEXT = ["The nurse smiled because she was late.", "The baker left because he was tired.", "his hat, her hat"] * 20
 TEXT.append(
@@ -149,7 +150,7 @@ def test_a_begin_token_stays_and_an_end_token_does_not(tokenizer, with_begin):
 def test_prompt_sets(tokenizer, tmp_path):
     path = tmp_path / "professions.json"
     path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)] + [["monk", 1.0, 0]]))
-    sets = load_prompt_sets(PromptsSection(professions_path=str(path), exclude=["job 3"]), tokenizer, 64)
+    sets = load_prompt_sets(PromptsConfig(professions_path=str(path), exclude=["job 3"]), tokenizer, 64)
     names = {name: {p.profession for p in part.bias} for name, part in sets.items()}
     assert not names["train"] & names["test"] and not names["train"] & names["dev"] and len(names["all"]) == 19
     assert names["train"] | names["dev"] | names["test"] == names["all"] and "job 3" not in names["all"]
@@ -160,16 +161,72 @@ def test_prompt_sets(tokenizer, tmp_path):
     probe = train.probe((1, 2), 10, 7)
     assert len(probe.prompts) == 10 and len(probe.swapped) == 5 and probe.seed == 7
     assert all(p in train.bias_tokens for p in probe.prompts)
-    other = load_prompt_sets(
-        PromptsSection(professions_path=str(path), pair=AttributePair("man", "woman", "a", "b")), tokenizer, 64
+
+
+def test_another_pair_with_its_templates(tokenizer, tmp_path):
+    path = tmp_path / "professions.json"
+    path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)]))
+    settings = PromptsConfig(
+        professions_path=str(path),
+        pair=AttributePair("man", "woman", "father", "mother"),
+        bias_templates=["The {profession} was a kind", "We know the {profession}, a good"],
+        hint_templates=["The {profession}, a {hint} of two, was a kind"],
     )
-    assert " a " in other["all"].hinted[0].prompt
+    everything = load_prompt_sets(settings, tokenizer, 64)["all"]
+    assert [p.prompt for p in everything.bias[:2]] == ["The job 0 was a kind", "We know the job 0, a good"]
+    assert [(p.prompt, p.hint) for p in everything.hinted[:2]] == [
+        ("The job 0, a father of two, was a kind", 1), ("The job 0, a mother of two, was a kind", -1)
+    ]  # fmt: skip
+    assert len(everything.bias) == 40 and len(everything.hinted) == 40
+    assert [tokenizer.decode(a) for a, _ in everything.swapped[:1]] == [everything.hinted[0].prompt]
+    assert {p.scale for p in (*everything.bias, *everything.hinted)} == {"own"}
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"bias_templates": []}, "bias_templates is empty: give at least one template, or null for ours"),
+        (
+            {"bias_templates": ["The {job} sat because"]},
+            "bias_templates: template 'The {job} sat because' must hold {profession} and nothing else in braces",
+        ),
+        (
+            {"bias_templates": ["The {profession} {sat because"]},
+            "bias_templates: template 'The {profession} {sat because' must hold {profession} and nothing else in braces",
+        ),
+        ({"bias_templates": [""]}, "bias_templates: template '' must hold {profession} and nothing else in braces"),
+        (
+            {"bias_templates": ["The {profession} sat because "]},
+            "bias_templates: template 'The {profession} sat because ' must not end in a space: the words are read after one",
+        ),
+        ({"bias_templates": ["{profession}:"] * 2}, "bias_templates: template '{profession}:' is there twice"),
+        (
+            {"hint_templates": ["The {profession} sat because"]},
+            "hint_templates: template 'The {profession} sat because' must hold {hint} and {profession} and nothing else in "
+            "braces",
+        ),
+        (
+            {"bias_templates": "The {profession}"},
+            "data.prompts.bias_templates must be a list of str or null, got 'The {",
+        ),
+        ({"bias_templats": []}, "unknown key data.prompts.bias_templats; did you mean data.prompts.bias_templates?"),
+    ],
+)
+def test_template_refusals(templates, message):
+    node = {"exp_manager": {"explicit_log_dir": "x"}, "pretrained_checkpoint": {"restore_from_path": "y"}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(BiasEvalConfig, node | {"data": {"prompts": templates}})
 
 
 def test_malformed_professions_are_one_line(tokenizer, tmp_path):
     path = tmp_path / "professions.json"
     for text, message in (
         ("[[", "no JSON"),
+        ("[" * 100_000, "professions.json: no JSON .maximum recursion depth exceeded"),
+        ('[["nurse", NaN, 0]]', r"entry 0 is \['nurse', nan, 0\], expected \[name, definitional score"),
+        ('[["nurse", 0, 0], ["nun", -Infinity, 0]]', r"entry 1 is \['nun', -inf, 0\], expected"),
+        ('[["nurse", true, 0]]', r"entry 0 is \['nurse', True, 0\], expected"),
+        (f"{'[' * 300}{']' * 300}", r"entry 0 is .*\[\.\.\.\].*, expected \[name, definitional score"),
         ('[["nurse", 0]]', r"entry 0 is \['nurse', 0\], expected \[name, definitional score"),
         ('[["monk", 1.0, 0]]', "no profession is left"),
         ('[["_", 0, 0]]', "entry 0 has an empty name"),
@@ -181,12 +238,29 @@ def test_malformed_professions_are_one_line(tokenizer, tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            load_prompt_sets(PromptsSection(professions_path=str(path)), tokenizer, 64)
+            load_prompt_sets(PromptsConfig(professions_path=str(path)), tokenizer, 64)
 
 
-def test_an_unknown_excluded_profession(tokenizer):
-    with pytest.raises(ValueError, match="data.prompts.exclude: 'space cook' is none of our professions"):
-        load_prompt_sets(PromptsSection(exclude=["nurse", "space_cook"]), tokenizer, 64)
+def test_an_unknown_excluded_profession(tokenizer, tmp_path):
+    """In our list and in a file, where what its scores leave out may be named."""
+    path = tmp_path / "professions.json"
+    path.write_text(json.dumps([*([f"job_{i}", 0, 0] for i in range(20)), ["monk", 1.0, 0]]))
+    ours, theirs = (
+        PromptsConfig(exclude=["nurse"]),
+        PromptsConfig(professions_path=str(path), exclude=["monk", "job_7"]),
+    )
+    assert "nurse" not in ours.professions()["all"] and len(ours.professions()["all"]) == len(own_professions()) - 1
+    assert len(theirs.professions()["all"]) == 19
+    for settings, message in (
+        (PromptsConfig(exclude=["nurse", "xyz_xyz"]), "exclude: 'xyz xyz' is none of our professions"),
+        (PromptsConfig(exclude=["nurze"]), "exclude: 'nurze' is none of our professions; did you mean 'nurse'?"),
+        (
+            PromptsConfig(professions_path=str(path), exclude=["job_77"]),
+            f"exclude: 'job 77' is not in {path}; did you mean 'job 7'?",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            load_prompt_sets(settings, tokenizer, 64)
 
 
 def test_texts(tokenizer, tmp_path):
@@ -242,8 +316,9 @@ def test_guard():
         assert complaint(0.9, bad) == complaint(bad, 20.0) == "the model has diverged"
     free = Guard(LFTFSettings(min_pronoun_mass=0, max_perplexity=None), 0.9, None)
     assert free.complaint({"val/pronoun_mass": 0.0}) is None
-    nothing = Guard(LFTFSettings(min_pronoun_mass=0, max_perplexity=None), 0.0, None)
-    assert nothing.complaint({"val/pronoun_mass": 0.0, "train_optim/loss": math.nan}) is None
+    for least in (0, 0.8):  # a model that says neither word has nothing to lose
+        nothing = Guard(LFTFSettings(min_pronoun_mass=least, max_perplexity=None), 0.0, None)
+        assert nothing.complaint({"val/pronoun_mass": 0.0, "train_optim/loss": math.nan}) is None
 
 
 def test_summary():
