@@ -18,13 +18,15 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from recipes.errors import user_errors
+from recipes.run_folder import write_whole
 from tools.demo import ROOT, command, run
 
 ESTIMATORS = ("similarity", "gradient", "intervention", "random", "last")
@@ -62,6 +64,7 @@ def build_model(out: Path, seed: int, short: bool, devices: int) -> list[str]:
             "recipes/locate_bias.py", f"pretrained_checkpoint.restore_from_path={checkpoint}",
             f"exp_manager.explicit_log_dir={out / 'located'}", f"trainer.locate.estimators=[{','.join(ESTIMATORS)}]",
             f"trainer.locate.seed={seed}", f"trainer.devices={devices}",
+            *(["trainer.locate.locate_prompts=16"] if short else []),
         ),
     )  # fmt: skip
     return [
@@ -109,6 +112,20 @@ def fine_tune(out: Path, name: str, common: list[str], options: list[str]) -> di
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
+def fine_tune_all(out: Path, runs: dict[str, list[str]], common: list[str], jobs: int) -> dict[str, dict]:
+    """Results by name, in the order of `runs`. Where one fails, those that have not begun are not begun."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", mininterval=1) as bar:
+        waiting = {pool.submit(fine_tune, out, name, common, options): name for name, options in runs.items()}
+        results: dict[str, dict] = {}
+        try:
+            for future in as_completed(waiting):
+                results[waiting[future]] = future.result()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {name: results[name] for name in runs}
+
+
 def row(name: str, result: dict) -> dict:
     """What the report compares, after against before."""
     before, after = result["before"], result["after"]
@@ -134,12 +151,7 @@ def one_seed(out: Path, seed: int, args: argparse.Namespace) -> dict:
     common = build_model(folder, seed, args.short, args.devices)
     runs = plan_runs(folder / "located", seed, args.short)
     print(f"\n--- seed {seed}: {len(runs)} fine-tunings, {args.jobs} at a time; each command is in its log", flush=True)
-    results: dict[str, dict] = {}
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", mininterval=1) as bar:
-        waiting = {name: pool.submit(fine_tune, folder, name, common, options) for name, options in runs.items()}
-        for name, future in waiting.items():
-            results[name] = future.result()
-            bar.update()
+    results = fine_tune_all(folder, runs, common, args.jobs)
     best = {name: json.loads((folder / f"located/ranking-{name}.json").read_text()) for name in ESTIMATORS}
     first = next(iter(results.values()))["before"]
     rows = [row(f"block of {e}", results[key]) for e in ESTIMATORS if (key := f"block-{best[e]['best']}") in results]
@@ -205,7 +217,7 @@ def write_report(out: Path, seeds: list[dict], seconds: float) -> None:
     for estimator in ESTIMATORS:
         orders = [", ".join(map(str, s["rankings"][estimator]["order"])) for s in seeds]
         lines.append(f"| {estimator} | " + " | ".join(orders) + " |")
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(out / "report.md", "\n".join(lines) + "\n")
 
 
 def plot(out: Path, seeds: list[dict]) -> None:
@@ -237,6 +249,7 @@ def plot(out: Path, seeds: list[dict]) -> None:
     plt.close(figure)
 
 
+@user_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -253,13 +266,14 @@ def main() -> None:
     if min(args.jobs, args.devices) < 1 or len(set(args.seeds)) < len(args.seeds):
         parser.error("--jobs and --devices must be at least 1, and no seed named twice")
     out = (args.out or ROOT / "runs" / time.strftime("lftf-%Y%m%d-%H%M%S")).resolve()
-    if out.exists() and any(out.iterdir()):
-        sys.exit(f"error: {out} is not empty; choose another --out")
-    start = time.monotonic()
-    seeds = [one_seed(out, seed, args) for seed in args.seeds]
-    (out / "results.json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
-    write_report(out, seeds, time.monotonic() - start)
-    plot(out, seeds)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty, or no folder; choose another")
+    start, seeds = time.monotonic(), []
+    for seed in args.seeds:  # what has been found stays, should a later seed fail
+        seeds.append(one_seed(out, seed, args))
+        write_whole(out / "results.json", json.dumps(seeds, indent=1) + "\n")
+        write_report(out, seeds, time.monotonic() - start)
+        plot(out, seeds)
     print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nreport: {out / 'report.md'}")
 
 

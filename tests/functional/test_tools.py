@@ -1,8 +1,12 @@
 """Tools told what they cannot do: one clear line, exit code 2, no traceback. And the planner, which says what fits."""
 
+import json
+
 import pytest
 
+from megatron_ext.bias.prompts import AttributePair, BiasPrompt, PromptsConfig
 from tests.recipe_runs import run
+from tools.lftf import fine_tune_all
 
 pytestmark = pytest.mark.functional
 
@@ -13,6 +17,15 @@ pytestmark = pytest.mark.functional
         ("make_video_problems.py --out {file}", "--out {file} is not empty, or no folder; choose another"),
         ("make_video_problems.py --out {folder}", "--out {folder} is not empty, or no folder; choose another"),
         ("make_video_problems.py --out {file}/new", "Not a directory"),
+        ("make_biased_corpus.py --out {folder}/new --vocab-size -1", "--vocab-size must be from 1 to 1000000, got -1"),
+        ("lftf.py --out {file}", "--out {file} is not empty, or no folder; choose another"),
+        ("lftf.py --out {file}/new", "Not a directory"),
+        ("lftf.py --jobs 0", "--jobs and --devices must be at least 1"),
+        (
+            "export_bias_prompts.py --out {folder}/new --exclude nurze",
+            "is none of our professions; did you mean 'nurse'?",
+        ),
+        ("export_bias_prompts.py --out {file}", "File exists"),
         ("bench_rotary.py --tokens 1151", "--tokens must be at least 1152"),
         ("bench_rotary.py --head-dim 7", "--head-dim must be even"),
         ("plot_position_bias.py --head-dim 7 --plot {folder}/a.png", "--head-dim 7 must be even, at least 2"),
@@ -52,3 +65,62 @@ def test_the_planner_refuses_what_does_not_fit():
     assert done.code == 1 and "Traceback" not in done.err
     (line,) = [line for line in done.out.splitlines() if line.startswith("does not fit: ")]
     assert "GiB of it are optimizer; use more nodes or another layout" in line
+
+
+def test_lftf_short_from_a_corpus_to_a_report(tmp_path):
+    """What one seed has found is kept when the next one fails: its model's seed must not be negative."""
+    out = tmp_path / "run"
+    done = run("tools/lftf.py", "--short", "--seeds", 1, -5, "--devices", 1, "--jobs", 2, "--out", out, timeout=600)
+    assert done.code == 2 and done.error_lines == ["error: model.seed=-5 must be at least 0"], done.err
+    (seed,) = json.loads((out / "results.json").read_text())
+    assert seed["seed"] == 1 and all(sorted(r["order"]) == [1, 2, 3, 4, 5] for r in seed["rankings"].values())
+    best = seed["rankings"]["gradient"]["best"]
+    rows = {row["name"]: row for row in seed["rows"]}
+    assert rows["block of gradient"]["block"] == rows["loss sum, no guard"]["block"] == best
+    for name, folder in (("block of gradient", f"block-{best}"), ("loss sum, no guard", "loss-sum-no-guard")):
+        result = json.loads((out / "seed-1" / folder / "result.json").read_text())
+        assert rows[name]["afgb"] == result["after"]["afgb"]
+        assert rows[name]["afgb_fall"] == 1 - result["after"]["afgb"] / result["before"]["afgb"]
+        assert not (out / "seed-1" / folder / "checkpoints").exists()
+    report = (out / "report.md").read_text()
+    assert f"| 1 | {seed['before']['afgb']:.3f} [" in report and "| loss sum, no guard |" in report
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_fine_tuning_does_not_wait_for_the_others(tmp_path):
+    runs = {f"run-{number}": ["trainer.lftf.nonsense=1"] for number in range(6)}
+    with pytest.raises(SystemExit, match=f"error: run-0 ended with code 2; see {tmp_path}/run-0.log"):
+        fine_tune_all(tmp_path, runs, [], 1)
+    assert len(list(tmp_path.glob("*.log"))) <= 2  # the next one may have begun
+    assert "unknown key trainer.lftf.nonsense" in (tmp_path / "run-0.log").read_text()
+
+
+def test_exported_prompts_are_those_of_the_recipe(tmp_path):
+    """The same split of the same professions in the same templates."""
+    path = tmp_path / "professions.json"
+    path.write_text(json.dumps([*([f"job_{i}", 0.05 * i, 0] for i in range(20)), ["monk", 1.0, 0]]))
+    options = [
+        "--professions", path, "--most-definitional", 0.7, "--exclude", "job_3", "job 5", "--split-seed", 4, "--split", "dev",
+        "--pair", "man", "woman", "father", "mother", "--bias-templates", "The {profession} was a kind",
+        "--hint-templates", "A {hint}, the {profession} was a",
+    ]  # fmt: skip
+    done = run("tools/export_bias_prompts.py", "--out", tmp_path / "tasks", *options)
+    assert done.code == 0, done.err
+    settings = PromptsConfig(
+        str(path), 0.7, ["job 3", "job 5"], 4, AttributePair("man", "woman", "father", "mother"),
+        ["The {profession} was a kind"], ["A {hint}, the {profession} was a"],
+    )  # fmt: skip
+    names = settings.professions()["dev"]
+    assert 2 <= len(names) <= 3 and "job 3" not in settings.professions()["all"]
+    for name, prompts in zip(("genbiaseval", "genhinteval"), settings.prompts(names), strict=True):
+        rows = [json.loads(line) for line in (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines()]
+        assert [BiasPrompt(**row) for row in rows] == prompts
+        assert 'doc_to_choice: ["man", "woman"]' in (tmp_path / "tasks" / f"{name}.yaml").read_text()
+    assert (
+        f"{len(names)} and {2 * len(names)} prompts about {len(names)} professions in {tmp_path / 'tasks'}" in done.out
+    )
+    done = run("tools/export_bias_prompts.py", "--out", tmp_path / "ours")
+    assert done.code == 0, done.err
+    bias, _ = PromptsConfig().prompts(PromptsConfig().professions()["test"])
+    rows = [json.loads(line) for line in (tmp_path / "ours" / "genbiaseval.jsonl").read_text().splitlines()]
+    assert [BiasPrompt(**row) for row in rows] == bias
