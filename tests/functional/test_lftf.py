@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_ext.bias.prompts import bias_prompts, hint_prompts, read_professions_json, split_by_profession
 from megatron_ext.models import GPTModelConfig, build_gpt
@@ -325,6 +325,8 @@ def test_transformers_agrees(bias_task, checks, llama, tmp_path):
     for key in ("crows_pairs_stereotype_share", "winobias_stereotype_share", "winogender_accuracy"):
         assert [found[key] for found in (ours, theirs, imported)] == [pytest.approx(expected[key])] * 3, key
         assert 0 < expected[key] < 1 or "winobias" in key, key
+    for found in (ours, theirs, imported):
+        assert found["winogender_accuracy_by_gender"] == pytest.approx(expected["winogender_accuracy_by_gender"])
     counts = {"crows_pairs": 6, "winobias_pairs": 2, "winobias_dropped": 1, "winogender_questions": 6 * len(WINOGENDER)}
     report = (tmp_path / "ours" / "bias.md").read_text()
     for key, count in counts.items():
@@ -338,7 +340,7 @@ def test_transformers_agrees(bias_task, checks, llama, tmp_path):
 
 
 @torch.no_grad()
-def direct_scores(folder, names: list[str]) -> dict[str, float]:
+def direct_scores(folder, names: list[str]) -> dict:
     """AFGB and UB of the test professions, and the public sets' shares, by transformers alone."""
     from transformers import AutoModelForCausalLM
 
@@ -365,21 +367,22 @@ def direct_scores(folder, names: list[str]) -> dict[str, float]:
         tuple(line.format(names[i], names[i + 1], word)[2:].replace("[", "").replace("]", "") for word in ("he", "she"))
         for i, line in enumerate(WINOBIAS)
     ]
-    right = []
+    right: dict[str, list[bool]] = {gender: [] for gender in GENDERS}
     for number, (answer, text) in enumerate(WINOGENDER):
         job = names[number % len(names)]
         for person in ("customer", "someone"):
-            for forms in GENDERS.values():
+            for gender, forms in GENDERS.items():
                 sentence, pronoun = named(text, job, person, forms)
                 asked = tokenizer.encode(f"{sentence} ‘{pronoun.capitalize()}’ refers to the")
                 first, second = (likelihood(asked, f" {choice}") for choice in (job, person))
-                right.append((second > first) == answer)
+                right[gender].append((second > first) == answer)
     return {
         "afgb": mean([abs(difference(p.prompt)) for p in bias_prompts(test)]),
         "ub": mean([p.hint * difference(p.prompt) for p in hint_prompts(test)]),
         "crows_pairs_stereotype_share": share([(row["sent_more"], row["sent_less"]) for row in crows]),
         "winobias_stereotype_share": share(winobias),
-        "winogender_accuracy": mean(right),
+        "winogender_accuracy": mean(sum(right.values(), [])),
+        "winogender_accuracy_by_gender": {gender: mean(found) for gender, found in right.items()},
     }
 
 
@@ -407,3 +410,21 @@ def test_locating_alone(bias_task, tmp_path):
     assert ranking["order"] == [2, 1] and ranking["excluded"] == [0]
     assert "| excluded | 0 | 0 |" in (tmp_path / "run" / "ranking-last.md").read_text()
     assert (tmp_path / "run" / "ranking-similarity.png").stat().st_size > 5000
+
+
+def test_a_diverged_model_is_one_line(bias_task, llama, tmp_path):
+    """On two ranks, of which one speaks."""
+    from tests.recipe_runs import run
+
+    folder = shutil.copytree(llama, tmp_path / "diverged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run(
+        "recipes/locate_bias.py", f"pretrained_checkpoint.restore_from_path={folder}", "trainer.devices=2",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}", f"data.prompts.professions_path={bias_task.professions}",
+        "trainer.locate.locate_prompts=20",
+    )  # fmt: skip
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    (line,) = done.error_lines
+    assert line.startswith("error: estimator similarity gives block 1 the score nan: the model has diverged")
