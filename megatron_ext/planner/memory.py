@@ -138,8 +138,9 @@ def _attention_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
     n, m = config.num_attention_heads // tp, config.num_query_groups // tp
     # Flash attention makes dk and dv of every query head and sums them afterwards; its own dq is in fp32.
     every_head = 2 * n * d * e if n > m else 0
-    # The output's gradient; copies of it, of queries and of the output; dq as a call gives it, the kernel's, and ours.
-    queries = n * d * (5 * e + 2 * FP32)
+    # The output's gradient; copies of it, of queries and of the output; dq as a call gives it, the kernel's, and ours. Of each
+    # row, a copy of the log-sum-exp, and the sum of gradient x output.
+    queries = n * (d * (5 * e + 2 * FP32) + 2 * FP32)
     kernel = t * (queries + 2 * m * d * (2 * e + FP32) + every_head)  # copies, gradients of a call, and ours
     if config.context_parallel_size == 1 or config.cp_comm_type == "a2a":
         return kernel

@@ -46,9 +46,9 @@ def measured() -> tuple[list[ActivationCase], dict[str, list[list[int]]]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_backward_of_attention_holds_no_more_than_planned(name, measured):
-    """And at least two fifths of it: what a GPU's kernels hold is planned as well."""
+    """And at least a third of it: a GPU runs a call's sequences at once, the CPU one after the other."""
     drawn, peaks = measured
     for number, case in enumerate(drawn):
         working = stage_memory(planned_job(case, LAYOUTS[name]), 0).working
         peak = max(rank[number] for rank in peaks[name])
-        assert 0.25 * working < peak <= working, (case, peak / working)
+        assert working / 4 < peak <= working, (case, peak / working)
