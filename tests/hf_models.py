@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-__all__ = ["FAMILY_CASES", "VOCAB", "hf_logits", "make_hf_model"]
+from megatron_ext.models.hf import read_hf_config
+from megatron_ext.models.hf.export import MAX_SHARD_SIZE
+from megatron_ext.models.hf.files import INDEX_FILE, plan_files
+from megatron_ext.models.hf.mapping import hf_shapes
+
+__all__ = ["FAMILY_CASES", "VOCAB", "hf_logits", "make_hf_model", "write_hollow_weights"]
 
 VOCAB = 67  # no multiple of anything: rows are padded
 SIZES = {
@@ -55,6 +62,18 @@ def make_hf_model(
                 if parameter.dim() == 1:
                     parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
     model.save_pretrained(str(folder), max_shard_size=shard)
+
+
+def write_hollow_weights(folder: Path) -> None:
+    """Beside a config.json of any size the safetensors that belong to it: headers, and holes that take no disk."""
+    shapes = hf_shapes(SimpleNamespace(**read_hf_config(folder)))
+    slots, beginnings = plan_files(shapes, torch.bfloat16, MAX_SHARD_SIZE)
+    index = {"weight_map": {name: slot.file for name, slot in slots.items()}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    for name, beginning in beginnings.items():
+        with open(folder / name, "wb") as file:
+            file.write(beginning)
+            file.truncate(max(slot.start + slot.size for slot in slots.values() if slot.file == name))
 
 
 @torch.no_grad()

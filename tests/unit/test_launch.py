@@ -20,6 +20,7 @@ from megatron_ext.models.hf import make_hf_config
 from megatron_ext.planner import plan
 from recipes import stopping
 from recipes.planning import job_of, read_config
+from tests.hf_models import write_hollow_weights
 
 ROOT = Path(__file__).parents[2]
 # Files that are there; nothing looks inside.
@@ -246,7 +247,7 @@ def test_a_run_is_asked_to_stop(tmp_path, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused(tmp_path):
-    """By the planner, from the folder's config.json alone: 70 billion parameters on one node, and on eight."""
+    """By the planner, from the folder's config.json and headers alone: 70 billion parameters on one node, and on eight."""
     config = {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -254,6 +255,7 @@ def test_what_cannot_fit_is_refused(tmp_path):
         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
+    write_hollow_weights(tmp_path)
     overrides = [
         TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=llama3_1_70b", "cluster=8x8",
         "trainer.grpo.initial_policy_kl_penalty=0",
@@ -279,6 +281,7 @@ def test_what_the_ranks_would_refuse_is_refused(tmp_path, refused, monkeypatch, 
     """A checkpoint of another model than the YAML's, a reward that does not exist."""
     model = read_config("grpo", ["model=qwen3_8b"]).model
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
+    write_hollow_weights(tmp_path)
     asked = ["--recipe", "train_grpo", "--config", "grpo", "--nodes", "2", "--run-dir", "/tmp/r"]
     kept = ["--", TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}"]
     line = refused(*asked, *kept, "model=llama3_1_8b")
