@@ -13,7 +13,7 @@ from megatron_ext.bias.public_sets import (
     read_winogender_templates,
 )
 from megatron_ext.models.locate import BiasProbe
-from recipes.data import DataError, Tokenizer, numbered_rows
+from recipes.data import DataError, Tokenizer, check_text, numbered_rows
 
 __all__ = [
     "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
@@ -105,7 +105,7 @@ def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
         text = row.get("text")
         if not isinstance(text, str):
             raise DataError(f'{path}:{line}: the row has no text; expected {{"text": "..."}}')
-        tokens = tokenizer.encode_prompt(text)
+        tokens = tokenizer.encode_prompt(check_text(text, "text", f"{path}:{line}"))
         if not 2 <= len(tokens) <= max_length:
             raise DataError(f"{path}:{line}: the text has {len(tokens)} tokens; from 2 to {max_length} can be read")
         texts.append(tokens)

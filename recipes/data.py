@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # reading text needs no torch
     from megatron_ext.models.media import MediaPrompt
     from recipes.video import Clip, VideoReader
 
-__all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "load_pairs", "load_prompts",
+__all__ = ["DataError", "EpochSampler", "Pair", "Prompt", "Tokenizer", "check_text", "load_pairs", "load_prompts",
            "load_tokenizer", "numbered_rows", "read_jsonl"]  # fmt: skip
 
 
@@ -430,13 +430,14 @@ def _messages(row: dict, where: str) -> list[dict[str, Any]]:
         for key in ("role", "content"):
             if key not in message:
                 raise DataError(f"{where}: messages[{i}] has no {key}; each message needs role and content")
-            _check_text(message[key], f"messages[{i}].{key}", where)
+            check_text(message[key], f"messages[{i}].{key}", where)
     if not messages[-1]["content"]:
         raise DataError(f"{where}: the content of messages[{len(messages) - 1}] is empty")
     return messages
 
 
-def _check_text(text: Any, name: str, where: str) -> str:
+def check_text(text: Any, name: str, where: str) -> str:
+    """The text, if a tokenizer can read it."""
     if not isinstance(text, str):
         remedy = "; a conversation goes under messages" if name == "prompt" and isinstance(text, list) else ""
         raise DataError(f"{where}: {name} must be a string, got {_kind(text)}{remedy}")
@@ -448,7 +449,7 @@ def _check_text(text: Any, name: str, where: str) -> str:
 
 
 def _encode(encode: Callable[[str], list[int]], row: dict, key: str, where: str) -> tuple[int, ...]:
-    tokens = encode(_check_text(row[key], key, where))
+    tokens = encode(check_text(row[key], key, where))
     if not tokens:
         reason = "is empty" if not row[key] else "is empty for this tokenizer: it encodes to no token"
         raise DataError(f"{where}: {key} {reason}; fill it or remove the row")

@@ -137,8 +137,8 @@ def read_professions_json(path: str | Path, most_definitional: float = 0.5, excl
                 f"{path}: entry {number} is {reprlib.repr(row)}, expected [name, definitional score, stereotypical score]"
             )
         name = row[0].replace("_", " ").strip()
-        if not name:
-            raise ValueError(f"{path}: entry {number} has an empty name")
+        if not name or not name.isprintable():
+            raise ValueError(f"{path}: entry {number} has a name that is empty or cannot be printed: {row[0]!a}")
         scores.setdefault(name, row[1])
     excluded = _excluded(exclude, list(scores), f"is not in {path}")
     names = [name for name, score in scores.items() if abs(score) <= most_definitional and name not in excluded]

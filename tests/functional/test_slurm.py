@@ -22,6 +22,7 @@ from megatron_ext.models.hf import make_hf_config
 from recipes.planning import read_config
 from tests.functional.test_resume import weights
 from tests.harness import ROOT
+from tests.hf_models import write_hollow_weights
 from tests.recipe_runs import metrics, run
 
 pytestmark = pytest.mark.functional
@@ -312,6 +313,7 @@ def test_slurm_accepts_every_job_of_real_models(cluster, tmp_path, recipe, confi
     """On a partition of 17 nodes of 8 GPUs; GRPO also with its reward on one more node."""
     model = read_config(config.removesuffix("_video"), ["model=qwen3_8b", f"cluster={nodes}x8"]).model
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
+    write_hollow_weights(tmp_path)
     options = [
         "--recipe", recipe, "--config", config, "--nodes", nodes, "--run-dir", tmp_path / "it's a run", "--test-only",
         "--sbatch=--partition=gpus",

@@ -131,6 +131,7 @@ def test_the_environment_does_not_change_what_was_checked(tmp_path, monkeypatch)
 def test_a_job_is_told_to_stop_early_enough(tmp_path, monkeypatch, capsys):
     """Before a step ends nobody looks: two of them, as planned, and three minutes to save."""
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(read_config("grpo", ["model=qwen3_8b"]).model)))
+    write_hollow_weights(tmp_path)
     monkeypatch.setattr(
         sys,
         "argv",

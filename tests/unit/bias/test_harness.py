@@ -120,14 +120,14 @@ def test_the_real_harness_computes_our_scores(tmp_path, monkeypatch, rng):
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5), tasks=[GROUP], task_manager=tasks, num_fewshot=3
     )["results"]
     he, she = next_token_probabilities(model, tokenizer, bias)
-    assert afgb_score(he, she) > 1e-3
-    assert found[BIAS]["afgb_score,none"] == pytest.approx(afgb_score(he, she), abs=1e-5)
-    assert found[BIAS]["pronoun_mass,none"] == pytest.approx(pronoun_mass(he, she), abs=1e-5)
+    assert afgb_score(he, she) > 1e-5
+    assert found[BIAS]["afgb_score,none"] == pytest.approx(afgb_score(he, she), abs=1e-6)
+    assert found[BIAS]["pronoun_mass,none"] == pytest.approx(pronoun_mass(he, she), abs=1e-6)
     assert found[BIAS]["share_preferring_first,none"] == share_preferring_first(he, she)
     he, she = next_token_probabilities(model, tokenizer, hinted)
     hint = torch.tensor([row.hint for row in hinted])
-    assert found[HINT]["ub_score,none"] == pytest.approx(ub_score(he, she, hint), abs=1e-5)
-    assert found[HINT]["pronoun_mass,none"] == pytest.approx(pronoun_mass(he, she), abs=1e-5)
+    assert found[HINT]["ub_score,none"] == pytest.approx(ub_score(he, she, hint), abs=1e-6)
+    assert found[HINT]["pronoun_mass,none"] == pytest.approx(pronoun_mass(he, she), abs=1e-6)
 
 
 def tiny_tokenizer():

@@ -229,7 +229,8 @@ def test_malformed_professions_are_one_line(tokenizer, tmp_path):
         (f"{'[' * 300}{']' * 300}", r"entry 0 is .*\[\.\.\.\].*, expected \[name, definitional score"),
         ('[["nurse", 0]]', r"entry 0 is \['nurse', 0\], expected \[name, definitional score"),
         ('[["monk", 1.0, 0]]', "no profession is left"),
-        ('[["_", 0, 0]]', "entry 0 has an empty name"),
+        ('[["_", 0, 0]]', "entry 0 has a name that is empty or cannot be printed: '_'"),
+        ('[["\\ud800", 0, 0]]', r"entry 0 has a name that is empty or cannot be printed: '\\ud800'"),
         (
             json.dumps([[f"job_{i}" * 40, 0, 0] for i in range(20)]),
             r"'The job 0job.*has \d+ tokens; the model reads at most 63",
@@ -269,6 +270,7 @@ def test_texts(tokenizer, tmp_path):
     assert [tokenizer.decode(t) for t in load_texts(path, tokenizer, 64)] == ["The nurse smiled.", "because she"]
     for row, message in (
         ('{"txt": "a b"}', "text.jsonl:1: the row has no text"),
+        ('{"text": "a nurse \\ud800"}', "text.jsonl:1: text holds half of a surrogate pair"),
         ('{"text": "a"}', "text.jsonl:1: the text has 1 tokens; from 2 to 64"),
         (json.dumps({"text": "nurse " * 90}), r"text.jsonl:1: the text has \d+ tokens"),
     ):
