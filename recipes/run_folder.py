@@ -63,7 +63,8 @@ def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Pa
 def _is_new(folder: Path) -> bool:
     """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
     begun = {RUN_FILE.parent, RUN_FILE.with_name(RUN_FILE.name + ".unfinished")}
-    return folder.is_dir() and {path.relative_to(folder) for path in folder.rglob("*")} <= begun
+    # The first other file decides: a whole home is not walked through.
+    return folder.is_dir() and all(path.relative_to(folder) in begun for path in folder.rglob("*"))
 
 
 def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
