@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from recipes.errors import user_errors
-from recipes.reward_server import reward_server
-from recipes.rewards import get_reward
+from megatron_ext.errors import UserError
+from recipes.cli.errors import user_errors
+from recipes.grpo.reward_server import reward_server
+from recipes.grpo.rewards import get_reward
 
 
 @user_errors()
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--url-file", type=Path)
     args = parser.parse_args()
     if not 0 <= args.port < 1 << 16:
-        raise ValueError(f"--port {args.port} is no port: give 0 to 65535")
+        raise UserError(f"--port {args.port} is no port: give 0 to 65535")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory
     server = reward_server(get_reward(yaml.safe_load(args.reward)), args.reward, args.host, args.port)

@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from recipes.errors import compose, user_errors
+from megatron_ext.errors import UserError
+from recipes.cli.compose import compose
+from recipes.cli.errors import user_errors
 
 if TYPE_CHECKING:
     from megatron_ext.planner import Plan
@@ -85,34 +87,32 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Plan | None:
         What the planner says of it; None where there are no GPUs, nothing is trained, or the vocabulary is not known.
 
     Raises:
-        ValueError: the first thing that would end the job.
+        UserError: the first thing that would end the job.
     """
     processes = args.gpus_per_node if args.processes is None else args.processes
     if args.nodes < 1 or processes < 1 or args.gpus_per_node < 0 or args.reward_gpus < 0:
-        raise ValueError(
+        raise UserError(
             f"--nodes {args.nodes}, --gpus-per-node {args.gpus_per_node}, --reward-gpus {args.reward_gpus}: give at least one "
             "node and one process on each (--processes where there are no GPUs)"
         )
     if args.gpus_per_node and processes > args.gpus_per_node:
-        raise ValueError(f"--processes {processes} on {args.gpus_per_node} GPUs: two ranks cannot share one")
+        raise UserError(f"--processes {processes} on {args.gpus_per_node} GPUs: two ranks cannot share one")
     for option in args.sbatch:
         name = option.partition("=")[0]
         if name in OWN_OPTIONS or any(len(own) == 2 and name.startswith(own) for own in OWN_OPTIONS):
-            raise ValueError(f"--sbatch={option}: submit.py says {name} itself; use its own options")
+            raise UserError(f"--sbatch={option}: submit.py says {name} itself; use its own options")
     recipes = sorted(
         path.stem for path in (ROOT / "recipes").glob("*.py") if "launch.run(" in path.read_text(encoding="utf-8")
     )
     if args.recipe not in recipes:
-        raise ValueError(f"--recipe {args.recipe} does not exist; there are {', '.join(recipes)}")
+        raise UserError(f"--recipe {args.recipe} does not exist; there are {', '.join(recipes)}")
     if args.reward_server and args.recipe != "train_grpo":
-        raise ValueError(
-            f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only train_grpo does"
-        )
+        raise UserError(f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only train_grpo does")
     own = [*OWN_KEYS, ("trainer.grpo.reward", "--reward-server")] if args.reward_server else OWN_KEYS
     for key, option in own:
         for override in overrides:
             if override.lstrip("+").partition("=")[0] == key:
-                raise ValueError(f"{override}: {option} says it for the whole job; leave the override out")
+                raise UserError(f"{override}: {option} says it for the whole job; leave the override out")
     check_run_dir(args.run_dir)
     check_container(args.container, args.mounts)
     config = composed(args, overrides, processes)
@@ -132,35 +132,35 @@ def with_cluster(args: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 def check_run_dir(folder: Path) -> None:
     if not folder.is_absolute():
-        raise ValueError(f"--run-dir {folder} must be absolute: every node resolves it")
+        raise UserError(f"--run-dir {folder} must be absolute: every node resolves it")
     if "${" in str(folder):
-        raise ValueError(f"--run-dir {folder}: Hydra would fill in what follows the dollar; choose another name")
+        raise UserError(f"--run-dir {folder}: Hydra would fill in what follows the dollar; choose another name")
     parent = folder.parent
     if parent == parent.parent:
-        raise ValueError(f"--run-dir {folder}: name a folder of a filesystem that all nodes share, not of {parent}")
+        raise UserError(f"--run-dir {folder}: name a folder of a filesystem that all nodes share, not of {parent}")
     if not os.path.lexists(parent):
-        raise ValueError(
+        raise UserError(
             f"--run-dir {folder}: {parent} does not exist; is the shared filesystem mounted here? If so, mkdir -p {parent}"
         )
     existing = folder if folder.exists() else parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--run-dir {folder} cannot be made: {existing} is no folder to write to")
+        raise UserError(f"--run-dir {folder} cannot be made: {existing} is no folder to write to")
 
 
 def check_container(image: str | None, mounts: str | None) -> None:
     if mounts and not image:
-        raise ValueError(f"--mounts {mounts} is for a container: name one with --container")
+        raise UserError(f"--mounts {mounts} is for a container: name one with --container")
     if not image:
         return
     if image.startswith(("/", ".")) or image.endswith(".sqsh"):
         if not Path(image).is_file():
-            raise ValueError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
+            raise UserError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
     elif image.split() != [image]:
-        raise ValueError(f"--container {image!r} is no image: name a .sqsh file or registry#image:tag")
+        raise UserError(f"--container {image!r} is no image: name a .sqsh file or registry#image:tag")
     for mount in (mounts or "").split(",") if mounts else ():
         source = mount.split(":")[0]
         if not source.startswith("/") or not Path(source).exists():
-            raise ValueError(f"--mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
+            raise UserError(f"--mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
 
 
 def check_data(config: dict) -> None:
@@ -169,12 +169,12 @@ def check_data(config: dict) -> None:
         paths = value if isinstance(value, list) else [value]
         for path in paths if key.endswith(("_path", "_paths")) else ():
             if isinstance(path, str) and path and not Path(path).exists():
-                raise ValueError(f"data.{key}={path} does not exist, seen from {Path.cwd()}")
+                raise UserError(f"data.{key}={path} does not exist, seen from {Path.cwd()}")
 
 
 def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> dict:
     """The configuration that the ranks will have, checked as they check it."""
-    from recipes import launch
+    from recipes.cli import launch
 
     found: dict = {}
     reward = ["trainer.grpo.reward=http"] if args.reward_server else []
@@ -200,16 +200,18 @@ def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> 
 
 def check_recipe(args: argparse.Namespace, config: dict) -> Plan | None:
     """What the recipe itself would refuse, on every rank; what the planner says of it."""
-    from recipes import niah_trainer, settings
-    from recipes.config import build
-    from recipes.pretrained import Pretrained, configure
-    from recipes.rewards import get_reward
-    from recipes.run_folder import check_run_folder
+    from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
+    from recipes.cli.config import build
+    from recipes.grpo.rewards import get_reward
+    from recipes.grpo.settings import GRPOConfig
+    from recipes.niah.settings import NiahConfig
+    from recipes.run.pretrained import Pretrained, configure
+    from recipes.run.run_folder import check_run_folder
+    from recipes.sft.settings import SFTConfig
 
     kinds = {
-        "train_sft": settings.SFTConfig, "train_grpo": settings.GRPOConfig, "train_lftf": settings.LFTFConfig,
-        "eval_bias": settings.BiasEvalConfig, "locate_bias": settings.LocateConfig,
-        "train_video_niah": niah_trainer.NiahConfig,
+        "train_sft": SFTConfig, "train_grpo": GRPOConfig, "train_lftf": LFTFConfig,
+        "eval_bias": BiasEvalConfig, "locate_bias": LocateConfig, "train_video_niah": NiahConfig,
     }  # fmt: skip
     folder = config["exp_manager"]["explicit_log_dir"]
     if args.recipe not in TRAINING:
@@ -237,7 +239,7 @@ def reward_to_serve(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--reward-server {text} is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"--reward-server {text} is no YAML ({' '.join(str(error).split())})") from error
 
 
 def check_memory(args: argparse.Namespace, config: Any) -> Plan | None:
@@ -256,7 +258,7 @@ def check_memory(args: argparse.Namespace, config: Any) -> Plan | None:
         return None
     planned = plan(job, args.gpu)
     if not planned.fits:
-        raise ValueError(f"--config {args.config} {planned.reason} (tools/plan.py finds one)")
+        raise UserError(f"--config {args.config} {planned.reason} (tools/plan.py finds one)")
     print(f"planned: {planned.reason}", file=sys.stderr)
     return planned
 
@@ -269,7 +271,7 @@ def check_layout(config: dict, processes: int) -> None:
         together *= size if isinstance(size, int) and size > 0 else 1
     if processes % together:
         parts = " x ".join(f"model.{key}={size}" for key, size in sizes.items())
-        raise ValueError(
+        raise UserError(
             f"{processes} processes cannot be divided by {parts}: give nodes x processes that are a multiple of {together}"
         )
 
@@ -334,7 +336,7 @@ def main() -> int:
     if args.dry_run:
         return 0
     if shutil.which("sbatch") is None:
-        raise ValueError("there is no sbatch here: submit from a login node of the cluster, or look with --dry-run")
+        raise UserError("there is no sbatch here: submit from a login node of the cluster, or look with --dry-run")
     if not args.test_only:
         Path(f"{args.run_dir}.slurm").mkdir(parents=True, exist_ok=True)
     return subprocess.run(parts, env=inherited | exported, check=False).returncode

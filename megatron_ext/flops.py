@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ext.errors import UserError
 from megatron_ext.prefix_tree import Nested, PrefixTree
 
 __all__ = [
@@ -185,5 +186,5 @@ def _passes(backward: bool) -> int:
 
 def _ratio(repeated: float, shared: float) -> float:
     if not shared:
-        raise ValueError("a speed-up needs at least one token, got only empty groups")
+        raise UserError("a speed-up needs at least one token, got only empty groups")
     return repeated / shared

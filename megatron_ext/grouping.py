@@ -23,6 +23,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.prefix_tree import Nested, PrefixTree
 
 __all__ = ["PackedTokens", "PrefixGroups", "Segment", "StreamMedia", "pack", "unpack"]
@@ -127,7 +128,7 @@ class PrefixGroups(PackedSeqParams):
             device: where the index tensors are made.
 
         Raises:
-            ValueError: no token at all, a negative length, or a pad multiple below 1.
+            UserError: no token at all, a negative length, or a pad multiple below 1.
         """
         return cls.from_trees([PrefixTree.from_nested(group) for group in lengths], pad_to_multiple, device)
 
@@ -137,10 +138,10 @@ class PrefixGroups(PackedSeqParams):
     ) -> PrefixGroups:
         """Lay out trees in one stream; see `from_lengths`."""
         if pad_to_multiple < 1:
-            raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
+            raise UserError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
         num_real = sum(tree.num_tokens for tree in trees)
         if num_real == 0:
-            raise ValueError("a stream needs at least one token, got only empty groups")
+            raise UserError("a stream needs at least one token, got only empty groups")
         num_pad = -num_real % pad_to_multiple
         segments = tuple(_segments(trees))
         tensors = _row_tensors(segments, num_pad) | _predict_tensors(trees)
@@ -314,7 +315,7 @@ class PackedTokens:
             return torch.ones(groups.num_predicted_tokens, dtype=torch.bool, device=self.tokens.device)
         lengths = [len(m) for m in response_masks]
         if lengths != list(groups.response_lengths):
-            raise ValueError(f"response masks of lengths {lengths} do not fit responses of {groups.response_lengths}")
+            raise UserError(f"response masks of lengths {lengths} do not fit responses of {groups.response_lengths}")
         flat = torch.tensor([bool(x) for mask in response_masks for x in mask], dtype=torch.bool)
         first = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(groups.response_ids.device)
         index = first[groups.response_ids] + groups.response_token_index
@@ -340,10 +341,10 @@ def pack(
             `PrefixTree.from_token_lists`. None: the prompt only.
 
     Raises:
-        ValueError: `prompts` and `responses` differ in length, or there is no token.
+        UserError: `prompts` and `responses` differ in length, or there is no token.
     """
     if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but responses for {len(responses)}")
+        raise UserError(f"{len(prompts)} prompts but responses for {len(responses)}")
     if not share_prefix:
         prompts, responses = (
             [p for p, rs in zip(prompts, responses, strict=True) for _ in rs],

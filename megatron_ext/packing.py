@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ext.errors import UserError
 from megatron_ext.flops import ModelShape, model_flops, num_tokens
 
 __all__ = ["Part", "pack_groups", "saving_kept", "split_group"]
@@ -31,12 +32,12 @@ def split_group(prompt: int, responses: Sequence[int], budget: int) -> list[list
     that holds least.
 
     Raises:
-        ValueError: a response does not fit beside the prompt.
+        UserError: a response does not fit beside the prompt.
     """
     room = budget - prompt
     longest = max(responses, default=0)
     if longest > room:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {prompt} tokens and a response of {longest} exceed the budget of {budget} tokens of a microbatch"
         )
     order = sorted(range(len(responses)), key=lambda i: (-responses[i], i))
@@ -69,7 +70,7 @@ def pack_groups(
         result[rank] is that rank's list of microbatches, at least one each; a microbatch is a list of parts.
 
     Raises:
-        ValueError: a response that does not fit beside its prompt, or fewer parts than ranks.
+        UserError: a response that does not fit beside its prompt, or fewer parts than ranks.
     """
     parts = [
         Part(number, tuple(chosen))
@@ -77,7 +78,7 @@ def pack_groups(
         for chosen in _choose(prompt, responses, budget, share_prefix)
     ]
     if len(parts) < ranks:
-        raise ValueError(
+        raise UserError(
             f"{len(parts)} groups cannot be spread over {ranks} data-parallel ranks; use more prompts per step"
         )
     sizes = {part: _lengths(part, lengths) for part in parts}

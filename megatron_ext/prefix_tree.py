@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_ext.errors import UserError
+
 __all__ = ["Nested", "PrefixTree"]
 
 # (length, children), or a length: a leaf.
@@ -40,7 +42,7 @@ class PrefixTree:
         """Read nested lengths; the outermost pair is the prompt with what continues it.
 
         Raises:
-            ValueError: a negative length, or something that is neither a number nor a pair.
+            UserError: a negative length, or something that is neither a number nor a pair.
         """
         lengths, parents, leaves = [], [], []
         stack: list[tuple[Nested, int]] = [(nested, -1)]
@@ -49,7 +51,7 @@ class PrefixTree:
             number = len(lengths)
             length, children = _read(node, nested)
             if children is None and parent < 0:
-                raise ValueError(f"a tree is (prompt length, [continuations]), got only {node!r}")
+                raise UserError(f"a tree is (prompt length, [continuations]), got only {node!r}")
             lengths.append(length)
             parents.append(parent)
             if children is None:
@@ -72,14 +74,14 @@ class PrefixTree:
                 than it saves.
 
         Raises:
-            ValueError: no sequence, or one that does not begin with the prompt.
+            UserError: no sequence, or one that does not begin with the prompt.
         """
         if not sequences:
-            raise ValueError("a tree needs at least one sequence")
+            raise UserError("a tree needs at least one sequence")
         rows = [list(s) for s in sequences]
         for number, row in enumerate(rows):
             if len(row) < prompt_length or row[:prompt_length] != rows[0][:prompt_length]:
-                raise ValueError(
+                raise UserError(
                     f"sequence {number} does not begin with the {prompt_length} prompt tokens of sequence 0"
                 )
         lengths, parents, leaves = [prompt_length], [-1], [0] * len(rows)
@@ -167,9 +169,9 @@ def _read(node: Nested, whole: object) -> tuple[int, Sequence[Nested] | None]:
         length = int(length)
         children = None if children is None else list(children)
     except (TypeError, ValueError):
-        raise ValueError(f"a node is a length or (length, [children]), got {node!r}") from None
+        raise UserError(f"a node is a length or (length, [children]), got {node!r}") from None
     if length < 0:
-        raise ValueError(f"lengths must not be negative, got {length} in {whole!r}")
+        raise UserError(f"lengths must not be negative, got {length} in {whole!r}")
     return length, children
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens
-    from recipes.config import build
-    from recipes.eval_models import open_model
-    from recipes.settings import BiasEvalConfig
+    from recipes.bias.models import open_model
+    from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
+    from recipes.bias.settings import BiasEvalConfig
+    from recipes.cli.config import build
 
     config = build(BiasEvalConfig, cfg)
     model = open_model(config, cfg)
@@ -28,8 +28,9 @@ def main(cfg: dict) -> None:
 
 def evaluate_all(config, model, prompts, pair, texts, words) -> None:
     from megatron_ext.bias.public_sets import read_crows_pairs, read_winobias
-    from recipes.bias_data import question_rows, read_winogender, sentence_rows
-    from recipes.bias_evaluation import evaluate, pair_preference, question_accuracy, summary_rows, write_report
+    from recipes.bias.evaluation import evaluate, pair_preference, question_accuracy
+    from recipes.bias.prompts import question_rows, read_winogender, sentence_rows
+    from recipes.bias.report import summary_rows, write_report
 
     data = config.data
     pairs, counts = {}, {}
@@ -62,9 +63,7 @@ def evaluate_all(config, model, prompts, pair, texts, words) -> None:
 
 
 if __name__ == "__main__":
-    # The repository instead of recipes/, whose modules would hide a user's own; theirs lies in the working directory.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-    from recipes import launch
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
+    from recipes.cli import launch
 
     launch.run(main, __file__, default_config="eval_bias")

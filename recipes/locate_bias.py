@@ -11,12 +11,13 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from megatron_ext.models.locate import check_excluded, rank_blocks
-    from recipes.bias_data import load_prompt_sets, pair_tokens
-    from recipes.bias_evaluation import write_ranking
-    from recipes.config import build
-    from recipes.eval_models import CheckpointModel
-    from recipes.settings import LocateConfig
+    from megatron_ext.blocks.importance import check_excluded, rank_blocks
+    from megatron_ext.errors import UserError
+    from recipes.bias.models import CheckpointModel
+    from recipes.bias.prompts import load_prompt_sets, pair_tokens
+    from recipes.bias.report import write_ranking
+    from recipes.bias.settings import LocateConfig
+    from recipes.cli.config import build
 
     config = build(LocateConfig, cfg)
     opened = CheckpointModel(config, cfg)
@@ -24,7 +25,7 @@ def main(cfg: dict) -> None:
     try:
         check_excluded(settings.exclude_blocks, opened.num_layers)
     except ValueError as error:
-        raise ValueError(f"trainer.locate.exclude_blocks: {error}") from error
+        raise UserError(f"trainer.locate.exclude_blocks: {error}") from error
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
     train = load_prompt_sets(prompts, opened.tokenizer, opened.longest)["train"]
     model = opened.build()
@@ -43,9 +44,7 @@ def main(cfg: dict) -> None:
 
 
 if __name__ == "__main__":
-    # The repository instead of recipes/, whose modules would hide a user's own; theirs lies in the working directory.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-    from recipes import launch
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
+    from recipes.cli import launch
 
     launch.run(main, __file__, default_config="locate_bias")

@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from megatron_ext.flops import ModelShape, sharing_pays
 from megatron_ext.planner import Job
-from recipes.config import ConfigError, build
-from recipes.launch import CONFIG_FOLDER, forced
-from recipes.settings import GRPOConfig, LFTFConfig, SFTConfig
+from recipes.bias.settings import LFTFConfig
+from recipes.cli.config import ConfigError, build
+from recipes.cli.launch import CONFIG_FOLDER, forced
+from recipes.grpo.settings import GRPOConfig
+from recipes.sft.settings import SFTConfig
 
 __all__ = ["cluster_choice", "job_of", "read_config"]
 
@@ -38,7 +40,7 @@ def read_config(
     Raises:
         ConfigError: a YAML without trainer.sft, trainer.grpo or trainer.lftf; a key that does not exist.
         HydraException: no such file, or an override that cannot be read.
-        ValueError: whatever the recipe itself would refuse.
+        UserError: whatever the recipe itself would refuse.
     """
     given = forced(overrides)
     name = name.removesuffix(".yaml")
@@ -96,7 +98,7 @@ def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = Non
 
     Raises:
         ConfigError: a negative prompt, a response without tokens, or, but for GRPO, a prompt without a response.
-        ValueError: ranks or batches that do not divide; no model.vocab_size.
+        UserError: ranks or batches that do not divide; no model.vocab_size.
     """
     for name, value, least in (("prompt", prompt, 0), ("response", response, 1)):
         if value is not None and value < least:

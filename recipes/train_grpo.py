@@ -12,14 +12,14 @@ from pathlib import Path
 
 def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
-    from recipes import reward_server  # noqa: F401  registers the reward http
-    from recipes.data import load_prompts
-    from recipes.grpo_trainer import GRPOTrainer
-    from recipes.pretrained import configure
-    from recipes.rewards import check_rows, get_reward
-    from recipes.session import Session
-    from recipes.settings import GRPOConfig
-    from recipes.video import VideoReader
+    from recipes.data.rows import load_prompts
+    from recipes.data.video import VideoReader
+    from recipes.grpo import reward_server  # noqa: F401  registers the reward http
+    from recipes.grpo.rewards import check_rows, get_reward
+    from recipes.grpo.settings import GRPOConfig
+    from recipes.grpo.trainer import GRPOTrainer
+    from recipes.run.pretrained import configure
+    from recipes.run.session import Session
 
     config, cfg = configure(GRPOConfig, cfg)
     reward = get_reward(config.trainer.grpo.reward)
@@ -46,9 +46,7 @@ def main(cfg: dict) -> None:
 
 
 if __name__ == "__main__":
-    # The repository instead of recipes/, whose rewards.py would hide a user's own; theirs lies in the working directory.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-    from recipes import launch
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
+    from recipes.cli import launch
 
     launch.run(main, __file__, default_config="grpo_tiny")

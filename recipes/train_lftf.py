@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from recipes.bias_data import load_prompt_sets, load_texts, pair_tokens
-    from recipes.lftf_trainer import LFTFTrainer
-    from recipes.pretrained import configure
-    from recipes.session import Session
-    from recipes.settings import LFTFConfig
+    from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
+    from recipes.bias.settings import LFTFConfig
+    from recipes.bias.trainer import LFTFTrainer
+    from recipes.run.pretrained import configure
+    from recipes.run.session import Session
 
     config, cfg = configure(LFTFConfig, cfg)
     session = Session(config, cfg)
@@ -35,9 +35,7 @@ def main(cfg: dict) -> None:
 
 
 if __name__ == "__main__":
-    # The repository instead of recipes/, whose modules would hide a user's own; theirs lies in the working directory.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-    from recipes import launch
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
+    from recipes.cli import launch
 
     launch.run(main, __file__, default_config="lftf_tiny")

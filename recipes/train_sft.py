@@ -11,12 +11,12 @@ from pathlib import Path
 
 def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
-    from recipes.data import load_pairs
-    from recipes.pretrained import configure
-    from recipes.session import Session
-    from recipes.settings import SFTConfig
-    from recipes.sft_trainer import SFTTrainer
-    from recipes.video import VideoReader
+    from recipes.data.rows import load_pairs
+    from recipes.data.video import VideoReader
+    from recipes.run.pretrained import configure
+    from recipes.run.session import Session
+    from recipes.sft.settings import SFTConfig
+    from recipes.sft.trainer import SFTTrainer
 
     config, cfg = configure(SFTConfig, cfg)
     session = Session(config, cfg)
@@ -38,9 +38,7 @@ def main(cfg: dict) -> None:
 
 
 if __name__ == "__main__":
-    # The repository instead of recipes/, whose rewards.py would hide a user's own; theirs lies in the working directory.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append(str(Path.cwd()))
-    from recipes import launch
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
+    from recipes.cli import launch
 
     launch.run(main, __file__, default_config="sft_tiny")

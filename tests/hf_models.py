@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_ext.models.hf import read_hf_config
-from megatron_ext.models.hf.export import MAX_SHARD_SIZE
-from megatron_ext.models.hf.files import INDEX_FILE, plan_files
-from megatron_ext.models.hf.mapping import hf_shapes
+from megatron_ext.hf import read_hf_config
+from megatron_ext.hf.export import MAX_SHARD_SIZE
+from megatron_ext.hf.files import INDEX_FILE, plan_files
+from megatron_ext.hf.mapping import hf_shapes
 
 __all__ = ["FAMILY_CASES", "VOCAB", "hf_logits", "make_hf_model", "write_hollow_weights"]
 

@@ -50,11 +50,11 @@ def arguments() -> argparse.Namespace:
 
 def make_folder(args: argparse.Namespace, folder: Path) -> int:
     """A model folder as if downloaded, written file by file; returns its bytes of tensors."""
+    from megatron_ext.hf import make_hf_config
+    from megatron_ext.hf.files import create_files, plan_files
+    from megatron_ext.hf.mapping import hf_shapes
+    from megatron_ext.hf.tensors import TensorWriter
     from megatron_ext.models import GPTModelConfig
-    from megatron_ext.models.hf import make_hf_config
-    from megatron_ext.models.hf.files import create_files, plan_files
-    from megatron_ext.models.hf.mapping import hf_shapes
-    from megatron_ext.models.hf.tensors import TensorWriter
 
     config = GPTModelConfig(
         num_layers=args.layers, hidden_size=args.hidden, num_attention_heads=args.heads, num_query_groups=args.groups,
@@ -87,8 +87,8 @@ def cp(source: Path, target: Path, flushed: bool) -> None:
 
 def build(args: argparse.Namespace):
     """This rank's model with the weights of the folder."""
+    from megatron_ext.hf import hf_model_config, load_hf_weights
     from megatron_ext.models import build_gpt
-    from megatron_ext.models.hf import hf_model_config, load_hf_weights
     from megatron_ext.runtime.distributed import ParallelSizes, initialize
 
     tp = int(os.environ["WORLD_SIZE"])
@@ -104,7 +104,7 @@ def variants(args: argparse.Namespace, model) -> dict[str, Callable[[Path], obje
     """Each takes a new folder to write to."""
     import torch.distributed as dist
 
-    from megatron_ext.models.hf import export_hf, load_hf_weights
+    from megatron_ext.hf import export_hf, load_hf_weights
     from megatron_ext.runtime.checkpoint import save_checkpoint
 
     source = args.folder / "model"

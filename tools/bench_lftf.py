@@ -61,9 +61,9 @@ def build_model(args, device: torch.device):
 
 def make_step(args, model, device, what: str) -> Callable[[], object]:
     """One training step of the named variant, "all" or a block's number. Freezes the model accordingly."""
+    from megatron_ext.blocks.blocks import train_only_block
+    from megatron_ext.blocks.pairs import pack_pairs, split_pairs
     from megatron_ext.losses.lftf import pair_loss
-    from megatron_ext.models.blocks import train_only_block
-    from megatron_ext.models.pairs import pack_pairs, split_pairs
     from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 
     if what != FULL:

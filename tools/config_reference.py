@@ -67,7 +67,9 @@ def rows(cls: type, prefix: str) -> list[str]:
 
 def page() -> str:
     sys.path.insert(0, str(ROOT))
-    from recipes.settings import BiasEvalConfig, GRPOConfig, LFTFConfig, LocateConfig, SFTConfig
+    from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
+    from recipes.grpo.settings import GRPOConfig
+    from recipes.sft.settings import SFTConfig
 
     parts = [HEAD]
     recipes = {

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.errors import is_user_error, user_errors
+from megatron_ext.errors import UserError
+from recipes.cli.errors import is_user_error, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_ext.models import PrefixGroupedGPT
-    from recipes.pretrained import Pretrained
+    from recipes.run.pretrained import Pretrained
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
@@ -107,17 +108,17 @@ def open_source(path: Path, args: argparse.Namespace, metavar: str) -> Pretraine
     """The model at a path that the command line gives as `metavar`, which the ranks can hold.
 
     Raises:
-        ValueError: see `Pretrained.open`; or --tensor and --pipeline do not divide it, or the processes.
+        UserError: see `Pretrained.open`; or --tensor and --pipeline do not divide it, or the processes.
     """
     from megatron_ext.runtime.distributed import world_size
-    from recipes.pretrained import Pretrained
+    from recipes.run.pretrained import Pretrained
 
     pretrained = Pretrained.open(str(path), metavar)
     needed = args.tensor * args.pipeline
     if min(args.tensor, args.pipeline) < 1:
-        raise ValueError(f"--tensor {args.tensor} and --pipeline {args.pipeline} must be at least 1")
+        raise UserError(f"--tensor {args.tensor} and --pipeline {args.pipeline} must be at least 1")
     if world_size() % needed:
-        raise ValueError(
+        raise UserError(
             f"--tensor {args.tensor} x --pipeline {args.pipeline} does not divide the {world_size()} processes that run: start "
             f"them with torchrun --nproc-per-node {needed}, or a multiple of it"
         )
@@ -127,7 +128,7 @@ def open_source(path: Path, args: argparse.Namespace, metavar: str) -> Pretraine
     ):
         for name in names:
             if (value := pretrained.architecture[name]) % size:
-                raise ValueError(f"{option} {size} does not divide {name}={value} of {path}; choose another")
+                raise UserError(f"{option} {size} does not divide {name}={value} of {path}; choose another")
     return pretrained
 
 
@@ -137,7 +138,7 @@ def load(pretrained: Pretrained, args: argparse.Namespace, precision: str) -> Pr
 
     from megatron_ext.models import GPTModelConfig, build_gpt
     from megatron_ext.runtime.distributed import ParallelSizes, initialize
-    from recipes.config import build
+    from recipes.cli.config import build
 
     layout: dict = {"tensor_model_parallel_size": args.tensor, "pipeline_model_parallel_size": args.pipeline}
     if torch.cuda.is_available():
@@ -151,7 +152,7 @@ def load(pretrained: Pretrained, args: argparse.Namespace, precision: str) -> Pr
 
 def kept_dtype(folder: Path) -> str | None:
     """The type that a config.json names."""
-    from megatron_ext.models.hf.config import CONFIG_FILE, read_json
+    from megatron_ext.hf.config import CONFIG_FILE, read_json
 
     if not (folder / CONFIG_FILE).is_file():
         return None
@@ -163,15 +164,15 @@ def kept_dtype(folder: Path) -> str | None:
 def run_import(args: argparse.Namespace) -> str:
     import dataclasses
 
+    from megatron_ext.hf.files import check_target
     from megatron_ext.models import GPTModelConfig
-    from megatron_ext.models.hf.files import check_target
     from megatron_ext.runtime.checkpoint import save_checkpoint
-    from recipes.data import load_tokenizer
+    from recipes.data.tokenizer import load_tokenizer
 
     check_target(args.target)
     pretrained = open_source(args.source, args, "HF_FOLDER")
     if not pretrained.hugging_face:
-        raise ValueError(f"{args.source} is a checkpoint of ours already; import takes a Hugging Face folder")
+        raise UserError(f"{args.source} is a checkpoint of ours already; import takes a Hugging Face folder")
     tokenizer = load_tokenizer(args.source)
     model = load(pretrained, args, args.precision or ("bf16" if kept_dtype(args.source) == "bfloat16" else "32"))
     fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
@@ -189,14 +190,14 @@ def run_import(args: argparse.Namespace) -> str:
 def run_export(args: argparse.Namespace) -> str:
     import torch
 
+    from megatron_ext.blocks.delta import apply_delta, read_delta
+    from megatron_ext.hf import export_hf
+    from megatron_ext.hf.config import CONFIG_FILE
+    from megatron_ext.hf.files import check_target
     from megatron_ext.models.config import PRECISIONS
-    from megatron_ext.models.delta import apply_delta, read_delta
-    from megatron_ext.models.hf import export_hf
-    from megatron_ext.models.hf.config import CONFIG_FILE
-    from megatron_ext.models.hf.files import check_target
     from megatron_ext.runtime.checkpoint import read_checkpoint_info
     from megatron_ext.runtime.checkpoint_files import check_files
-    from recipes.pretrained import SOURCE_FOLDER
+    from recipes.run.pretrained import SOURCE_FOLDER
 
     check_target(args.target)
     pretrained = open_source(args.source, args, "CHECKPOINT")
@@ -225,39 +226,39 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     """What verify is to read, from --text and --text-file.
 
     Raises:
-        ValueError: nothing, or no UTF-8.
+        UserError: nothing, or no UTF-8.
     """
     texts = list(args.text or [])
     for text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"--text {text!r} is no UTF-8 text")
+            raise UserError(f"--text {text!r} is no UTF-8 text")
     if args.text_file:
         try:
             texts += [line for line in args.text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise ValueError(f"--text-file {args.text_file} is no UTF-8 text: {error}") from error
+            raise UserError(f"--text-file {args.text_file} is no UTF-8 text: {error}") from error
     if not texts:
-        raise ValueError("nothing to compare: give --text or --text-file")
+        raise UserError("nothing to compare: give --text or --text-file")
     return texts
 
 
 def same_vocabulary(source: Path, model: Pretrained, rows: list[list[int]]) -> None:
     """
     Raises:
-        ValueError: source is no Hugging Face folder, the vocabularies differ, or the tokenizer's is larger.
+        UserError: source is no Hugging Face folder, the vocabularies differ, or the tokenizer's is larger.
     """
-    from recipes.pretrained import Pretrained
+    from recipes.run.pretrained import Pretrained
 
     theirs = Pretrained.open(str(source), "HF_FOLDER")
     if not theirs.hugging_face:
-        raise ValueError(f"{source} is a checkpoint of ours: name the Hugging Face folder first, then the checkpoint")
+        raise UserError(f"{source} is a checkpoint of ours: name the Hugging Face folder first, then the checkpoint")
     size, here = theirs.architecture["vocab_size"], model.architecture["vocab_size"]
     if size != here:
-        raise ValueError(
+        raise UserError(
             f"the vocabularies differ: {here} rows in {model.path}, {size} in {source}; name the folder that was exported from it"
         )
     if (largest := max((token for row in rows for token in row), default=0)) >= size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {source} gives token {largest}, the model has {size} rows; name its own folder"
         )
 
@@ -266,12 +267,12 @@ def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], o
     """(largest difference of a logit, same next tokens) beside transformers.
 
     Raises:
-        ValueError: transformers cannot load the folder, a logit is not finite, or the difference is too large.
+        UserError: transformers cannot load the folder, a logit is not finite, or the difference is too large.
     """
     import torch
 
     from megatron_ext.models.config import PRECISIONS
-    from recipes.scorers import HuggingFaceScorer
+    from recipes.bias.scorers import HuggingFaceScorer
 
     theirs = HuggingFaceScorer(args.source, torch.device("cpu"), PRECISIONS[args.precision])
     worst, agreed = 0.0, 0
@@ -279,7 +280,7 @@ def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], o
         other = theirs.logits(row)
         for logits, whose in ((mine, f"{args.model or args.source} here"), (other, f"{args.source} in transformers")):
             if bad := int((~logits.isfinite().all(1)).sum()):
-                raise ValueError(
+                raise UserError(
                     f"{whose} has logits that are not finite behind {bad} of {len(row)} tokens of {text[:40]!r}: its "
                     "weights are of no use"
                 )
@@ -288,7 +289,7 @@ def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], o
               f"{text[:40]!r}")  # fmt: skip
         worst, agreed = max(worst, gap), agreed + same
     if not worst <= args.tolerance:
-        raise ValueError(
+        raise UserError(
             f"{args.model or args.source} and transformers' {args.source} differ: a logit by {worst:.2e}, more than "
             f"--tolerance {args.tolerance:.0e}"
         )
@@ -298,15 +299,15 @@ def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], o
 def run_verify(args: argparse.Namespace) -> str:
     import torch.distributed as dist
 
-    from megatron_ext.models.generation import text_logits
-    from recipes.data import load_tokenizer
+    from megatron_ext.models.prompt_streams import text_logits
+    from recipes.data.tokenizer import load_tokenizer
 
     texts = texts_of(args)
     pretrained = open_source(args.model or args.source, args, "CHECKPOINT" if args.model else "HF_FOLDER")
     tokenizer = load_tokenizer(args.source)
     rows = [tokenizer.encode_prompt(text) for text in texts]
     if not all(rows):
-        raise ValueError(
+        raise UserError(
             f"the text {texts[rows.index([])]!r} is no token to the tokenizer of {args.source}; leave it out"
         )
     same_vocabulary(args.source, pretrained, rows)
@@ -325,20 +326,20 @@ def run_verify(args: argparse.Namespace) -> str:
             found = [None, str(error)]
     dist.broadcast_object_list(found, src=0)
     if found[1]:
-        raise ValueError(found[1])
+        raise UserError(found[1])
     worst, agreed = found[0]
     return f"{sum(map(len, rows))} tokens, largest difference of a logit {worst:.2e}, same next token {agreed}"
 
 
 def run_patch(args: argparse.Namespace) -> str:
-    from megatron_ext.models.hf import make_patch
+    from megatron_ext.hf import make_patch
 
     args.target.absolute().parent.mkdir(parents=True, exist_ok=True)
     return f"patch of block {make_patch(args.delta, args.source, args.target)} in {args.target}"
 
 
 def run_apply(args: argparse.Namespace) -> str:
-    from megatron_ext.models.hf import apply_patch
+    from megatron_ext.hf import apply_patch
 
     args.target.absolute().parent.mkdir(parents=True, exist_ok=True)
     return f"{args.source} with another block {apply_patch(args.source, args.patch, args.target)} in {args.target}"

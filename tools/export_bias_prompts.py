@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.bias.harness import write_harness_tasks
 from megatron_ext.bias.prompts import AttributePair, PromptsConfig
-from recipes.errors import user_errors
+from recipes.cli.errors import user_errors
 
 
 @user_errors()

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from recipes.errors import user_errors
-from recipes.run_folder import write_whole
+from megatron_ext.errors import UserError
+from recipes.cli.errors import user_errors
+from recipes.run.run_folder import write_whole
 from tools.demo import ROOT, command, run
 
 ESTIMATORS = ("similarity", "gradient", "intervention", "random", "last")
@@ -267,7 +268,7 @@ def main() -> None:
         parser.error("--jobs and --devices must be at least 1, and no seed named twice")
     out = (args.out or ROOT / "runs" / time.strftime("lftf-%Y%m%d-%H%M%S")).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty, or no folder; choose another")
+        raise UserError(f"--out {out} is not empty, or no folder; choose another")
     start, seeds = time.monotonic(), []
     for seed in args.seeds:  # what has been found stays, should a later seed fail
         seeds.append(one_seed(out, seed, args))

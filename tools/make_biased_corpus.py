@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext.errors import UserError
 from tools.make_word_problems import train_tokenizer
 
 VERBS = (
@@ -57,14 +58,14 @@ PLACES = "valley town corner yard hall forest harbour square north morning".spli
 def read_rates(path: Path, known: list[str]) -> dict[str, float]:
     """
     Raises:
-        ValueError: a row that is no `profession,share_of_he`.
+        UserError: a row that is no `profession,share_of_he`.
     """
     rates = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = list(csv.reader(lines, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from None
+        raise UserError(f"{path} is no CSV in UTF-8: {error}") from None
     for number, row in enumerate(rows, 1):
         if row == ["profession", "share_of_he"]:
             continue
@@ -73,14 +74,14 @@ def read_rates(path: Path, known: list[str]) -> dict[str, float]:
             if len(row) != 2 or not name or not 0 <= share <= 1:
                 raise ValueError
         except (ValueError, IndexError):
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: expected profession,share_of_he with a share in 0..1, got {row}"
             ) from None
         rates[name] = share
     if unknown := sorted(set(rates) - set(known)):
-        raise ValueError(f"{path}: {unknown[0]!r} is none of our professions ({len(unknown)} such)")
+        raise UserError(f"{path}: {unknown[0]!r} is none of our professions ({len(unknown)} such)")
     if len(rates) < 10:
-        raise ValueError(f"{path}: {len(rates)} professions are too few; give at least 10")
+        raise UserError(f"{path}: {len(rates)} professions are too few; give at least 10")
     return rates
 
 
@@ -123,7 +124,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    from recipes.errors import user_errors
+    from recipes.cli.errors import user_errors
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for the files and tokenizer/")
@@ -148,7 +149,7 @@ def make(args: argparse.Namespace) -> None:
     from megatron_ext.bias.prompts import own_professions
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} is not empty, or no folder; choose another")
+        raise UserError(f"--out {args.out} is not empty, or no folder; choose another")
     rng, professions = random.Random(f"{args.seed}"), own_professions()
     if args.rates:
         rates = read_rates(args.rates, professions)
@@ -173,7 +174,7 @@ def make(args: argparse.Namespace) -> None:
             held_out.append(text)
             idle = 0
         if idle > 10_000:
-            raise ValueError(
+            raise UserError(
                 f"there are not {2 * args.held_out} neutral sentences to hold out beside --neutral {args.neutral}: lower one"
             )
     args.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext.errors import UserError
 from tools.make_word_problems import train_tokenizer
 
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (235, 220, 50)}
@@ -80,7 +81,7 @@ def write_rows(out: Path, name: str, count: int, rng: random.Random) -> list[dic
 
 
 def main() -> None:
-    from recipes.errors import user_errors
+    from recipes.cli.errors import user_errors
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSONL files, clips/ and tokenizer/")
@@ -98,7 +99,7 @@ def main() -> None:
 
 def make(args: argparse.Namespace) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} is not empty, or no folder; choose another")
+        raise UserError(f"--out {args.out} is not empty, or no folder; choose another")
     rng = random.Random(args.seed)
     rows = {name: write_rows(args.out, name, getattr(args, name), rng) for name in ("sft", "train", "test")}
     texts = [r["prompt"].removeprefix(VIDEO) + r["response"] for r in rows["sft"]]

@@ -20,9 +20,10 @@ from bench_common import print_table
 
 warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # they warn while they are imported
 
+from megatron_ext.errors import UserError  # noqa: E402
 from megatron_ext.planner import HARDWARE, Plan, best_layouts, grouping_gain, grow, plan  # noqa: E402
 from megatron_ext.planner.parameters import model_parameters  # noqa: E402
-from recipes.errors import user_errors  # noqa: E402
+from recipes.cli.errors import user_errors  # noqa: E402
 from recipes.planning import job_of, read_config  # noqa: E402
 
 GIB, GB = 1 << 30, 1e9
@@ -46,9 +47,9 @@ def options() -> argparse.Namespace:
 def main() -> None:
     chosen = options()
     if chosen.growth is not None and chosen.growth < 1:
-        raise ValueError(f"--growth {chosen.growth}: give the GPUs up to which to grow")
+        raise UserError(f"--growth {chosen.growth}: give the GPUs up to which to grow")
     if chosen.plot and chosen.plot.suffix != ".png":
-        raise ValueError(f"--plot {chosen.plot}: the chart is a .png")
+        raise UserError(f"--plot {chosen.plot}: the chart is a .png")
     job = job_of(read_config(chosen.config, chosen.overrides, chosen.nodes), chosen.prompt, chosen.response)
     planned = plan(job, chosen.hardware)
     print(f"{chosen.config}: {model_parameters(job.model) / GB:.2f} billion parameters, {describe(planned)}")
@@ -132,7 +133,7 @@ def print_search(planned: Plan) -> None:
 def print_growth(planned: Plan, gpus: int) -> None:
     nodes, count = [], planned.job.nodes
     if gpus < planned.job.world:
-        raise ValueError(f"--growth {gpus} is less than the {planned.job.world} GPUs of the run")
+        raise UserError(f"--growth {gpus} is less than the {planned.job.world} GPUs of the run")
     while count * planned.job.devices <= gpus:
         nodes.append(count)
         count *= 2

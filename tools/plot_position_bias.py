@@ -15,9 +15,10 @@ from pathlib import Path
 
 from bench_common import print_table
 
+from megatron_ext.errors import UserError
 from megatron_ext.rotary import SCHEMES, Video, find_scheme
 from megatron_ext.rotary.measures import Bias, measure
-from recipes.errors import user_errors
+from recipes.cli.errors import user_errors
 
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "images" / "position_bias.png"
 HEADER = (
@@ -65,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         if args.head_dim < 2 or args.head_dim % 2:
-            raise ValueError(f"--head-dim {args.head_dim} must be even, at least 2: pairs of channels are turned")
+            raise UserError(f"--head-dim {args.head_dim} must be even, at least 2: pairs of channels are turned")
         video = Video(args.frames, args.rows, args.columns)
         schemes = [find_scheme(name) for name in args.schemes]
         found = {s.name: measure(video, s, args.head_dim, args.base, args.queries) for s in schemes}

@@ -18,6 +18,7 @@ from megatron_ext.attention.function import planned_attention, prefix_grouped_at
 from megatron_ext.attention.kernels import Scoring, select_kernel
 from megatron_ext.attention.merge import merge_partials
 from megatron_ext.attention.plan import Call, Plan, Rectangle, Run
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["DecodeStep", "PrefillStep", "SharedPrefixCache"]
@@ -34,7 +35,7 @@ class SharedPrefixCache:
 
     def __init__(self, prompts: PrefixGroups, samples_per_prompt: int, max_new_tokens: int):
         if any(len(tree.lengths) != 1 or not tree.prompt_length for tree in prompts.trees):
-            raise ValueError(f"the prompt stream must hold non-empty prefixes only, got {prompts}")
+            raise UserError(f"the prompt stream must hold non-empty prefixes only, got {prompts}")
         self.prompts = prompts
         self.samples_per_prompt = samples_per_prompt
         self.max_new_tokens = max_new_tokens

@@ -30,6 +30,7 @@ from megatron_ext.attention.function import (
 from megatron_ext.attention.kernels import Scoring, select_kernel
 from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.sharding import shard_layout
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["CP_COMM_TYPES", "ContextShard", "context_parallel_attention", "gather_predictions"]
@@ -170,7 +171,7 @@ def context_parallel_attention(
         return _all_to_all_attention(query, key, value, shard, backend, scoring, form)
     if backend in ("reference", "flex") or (form == "one_call" and scoring.window is None):
         asked = f"backend={backend!r}" if form != "one_call" else "form='one_call'"
-        raise ValueError(f"attention with {asked} runs with cp_comm_type=a2a only, got all_gather")
+        raise UserError(f"attention with {asked} runs with cp_comm_type=a2a only, got all_gather")
     kernel = select_kernel(backend, query.device, scoring)
     return _GatheredAttention.apply(query, key, value, shard, kernel, scoring)
 
@@ -225,7 +226,7 @@ def _all_to_all_attention(
     ranks, group = shard.group.size(), shard.group
     for name, x in (("query", query), ("key/value", key)):
         if x.size(1) % ranks:
-            raise ValueError(
+            raise UserError(
                 f"cp_comm_type=a2a: {x.size(1)} {name} heads of this tensor-parallel rank do not divide by "
                 f"context_parallel_size={ranks}; use cp_comm_type=all_gather"
             )

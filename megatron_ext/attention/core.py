@@ -17,6 +17,7 @@ from megatron_ext.attention.cache import DecodeStep, PrefillStep
 from megatron_ext.attention.context import CP_COMM_TYPES, ContextShard, context_parallel_attention
 from megatron_ext.attention.function import prefix_grouped_attention
 from megatron_ext.attention.kernels import Scoring
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["PrefixGroupedCoreAttention", "check_supported"]
@@ -26,7 +27,7 @@ def check_supported(config: TransformerConfig) -> None:
     """Refuse settings under which sharing a prefix would not give the result of repeating it.
 
     Raises:
-        ValueError: naming the setting, its value and the remedy.
+        UserError: naming the setting, its value and the remedy.
     """
     rules = [
         (
@@ -56,7 +57,7 @@ def check_supported(config: TransformerConfig) -> None:
     ]
     for broken, message in rules:
         if broken:
-            raise ValueError(message)
+            raise UserError(message)
 
 
 class PrefixGroupedCoreAttention(torch.nn.Module):
@@ -73,7 +74,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         All others: Megatron's.
 
     Raises:
-        ValueError: at construction for settings that grouping cannot honour, at call time for a missing record.
+        UserError: at construction for settings that grouping cannot honour, at call time for a missing record.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         super().__init__()
         check_supported(config)
         if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-            raise ValueError(
+            raise UserError(
                 f"layer {layer_number}: prefix grouping is causal self-attention, got attention_type="
                 f"{attention_type!r}, attn_mask_type={attn_mask_type}"
             )
@@ -121,7 +122,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """query [s, 1, np, hn], key and value [s, 1, ng, hn] -> [s, 1, np * hn]."""
         if attention_bias is not None:
-            raise ValueError("prefix-grouped attention takes no attention_bias (ALiBi and the like)")
+            raise UserError("prefix-grouped attention takes no attention_bias (ALiBi and the like)")
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
         match packed_seq_params:
             case PrefixGroups():
@@ -133,7 +134,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             case PrefillStep() | DecodeStep():
                 out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.backend)
             case _:
-                raise ValueError(
+                raise UserError(
                     f"layer {self.layer_number}: packed_seq_params must be a PrefixGroups, got "
                     f"{type(packed_seq_params).__name__}; build it with PrefixGroups.from_lengths"
                 )

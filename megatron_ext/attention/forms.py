@@ -10,6 +10,7 @@ import logging
 from functools import cache, lru_cache
 
 from megatron_ext.attention.plan import Plan, binding, documents, plan_attention
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["FORMS", "choose_plan"]
@@ -33,13 +34,13 @@ def choose_plan(
     """The plan of a stream, its form by the measured rule unless `form` names one. Windows have one form only.
 
     Raises:
-        ValueError: an unknown form, or "levels" for a window that hides something.
+        UserError: an unknown form, or "levels" for a window that hides something.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of attention plan: choose one of {', '.join(FORMS)}")
+        raise UserError(f"unknown form {form!r} of attention plan: choose one of {', '.join(FORMS)}")
     slides = binding(window, documents(groups.trees), groups.num_pad_tokens) is not None
     if slides and form == "levels":
-        raise ValueError(f"a sliding window of {window} rows has no plan of levels: use form='auto'")
+        raise UserError(f"a sliding window of {window} rows has no plan of levels: use form='auto'")
     if form == "auto":
         rows = _copied_rows_per_document(groups.trees) * num_key_heads / num_heads
         one_call = slides or 0 < rows <= MOST_COPIED_ROWS.get(device_type, 0)

@@ -22,6 +22,7 @@ from megatron_ext.attention.kernels import Kernel, Scoring, select_kernel
 from megatron_ext.attention.merge import select_merge, wide_dtype
 from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.reference import reference_attention
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
 __all__ = ["planned_attention", "planned_attention_backward", "prefix_grouped_attention"]
@@ -51,7 +52,7 @@ def prefix_grouped_attention(
         [t, n, d] in query's dtype. Rows of the tail pad hold values without meaning.
 
     Raises:
-        ValueError: shapes that do not fit each other or the record, or a backend that cannot run here.
+        UserError: shapes that do not fit each other or the record, or a backend that cannot run here.
     """
     _check_shapes(query, key, value, groups)
     scoring = scoring or Scoring(query.size(-1) ** -0.5)
@@ -167,12 +168,12 @@ class _PlannedAttention(torch.autograd.Function):
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups) -> None:
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
-        raise ValueError(
+        raise UserError(
             f"expected query [t, n, d] and key, value [t, m, d], got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}"
         )
     t, n, d = query.shape
     if t != groups.num_tokens or key.size(0) != t:
-        raise ValueError(f"the record has {groups.num_tokens} tokens, query {t} and key {key.size(0)}")
+        raise UserError(f"the record has {groups.num_tokens} tokens, query {t} and key {key.size(0)}")
     if key.size(2) != d or n % key.size(1):
-        raise ValueError(f"{n} query heads of {d} do not fit {key.size(1)} key/value heads of {key.size(2)}")
+        raise UserError(f"{n} query heads of {d} do not fit {key.size(1)} key/value heads of {key.size(2)}")

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megatron_ext.attention.pieces import PackedPiece, StridedPiece, packed_pieces, strided_pieces
 from megatron_ext.attention.plan import Call
+from megatron_ext.errors import UserError
 
 __all__ = ["KERNELS", "Kernel", "Piece", "Scoring", "select_kernel"]
 
@@ -57,9 +58,9 @@ class Scoring:
 
     def __post_init__(self):
         if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"the soft cap of attention scores must be above 0, got {self.softcap}")
+            raise UserError(f"the soft cap of attention scores must be above 0, got {self.softcap}")
         if self.window is not None and self.window < 0:
-            raise ValueError(f"a sliding window counts the rows before a query, 0 or more, got {self.window}")
+            raise UserError(f"a sliding window counts the rows before a query, 0 or more, got {self.window}")
 
 
 class Piece(Protocol):
@@ -351,7 +352,7 @@ def select_kernel(backend: str, device: torch.device, scoring: Scoring) -> Kerne
     """Find a kernel by name; "auto" takes the first that this machine can run, and logs the choice once.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run here, on this device or with a soft cap.
+        UserError: an unknown backend, or one that cannot run here, on this device or with a soft cap.
     """
     softcap = scoring.softcap is not None
     if backend == "auto":
@@ -360,18 +361,18 @@ def select_kernel(backend: str, device: torch.device, scoring: Scoring) -> Kerne
             if not kernel.missing() and (kernel.softcap or not softcap):
                 _log_choice(name, device.type, softcap)
                 return kernel
-        raise ValueError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
+        raise UserError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
     if backend not in KERNELS:
         known = ", ".join(("auto", *KERNELS, "reference", "flex"))
-        raise ValueError(f"unknown attention backend {backend!r}: choose one of {known}")
+        raise UserError(f"unknown attention backend {backend!r}: choose one of {known}")
     kernel = KERNELS[backend]
     if kernel.device not in (None, device.type):
-        raise ValueError(f"attention backend {backend!r} cannot run on {device.type} tensors; use backend='auto'")
+        raise UserError(f"attention backend {backend!r} cannot run on {device.type} tensors; use backend='auto'")
     if lacking := kernel.missing():
-        raise ValueError(f"attention backend {backend!r} needs {lacking}; use backend='auto'")
+        raise UserError(f"attention backend {backend!r} needs {lacking}; use backend='auto'")
     if softcap and not kernel.softcap:
         able = ", ".join(name for name, k in KERNELS.items() if k.softcap)
-        raise ValueError(f"attention backend {backend!r} cannot cap scores; use one of auto, {able}")
+        raise UserError(f"attention backend {backend!r} cannot cap scores; use one of auto, {able}")
     return kernel
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.bias.prompts import PRONOUNS, AttributePair, BiasPrompt, write_jsonl
+from megatron_ext.errors import UserError
 
 __all__ = ["write_harness_tasks"]
 
@@ -109,7 +110,7 @@ def write_harness_tasks(
     scores want a word that is one token.
 
     Raises:
-        ValueError: files of these names are there already, no prompts, a prompt that ends in a space (the harness would
+        UserError: files of these names are there already, no prompts, a prompt that ends in a space (the harness would
             move it to the word), or hints other than 0 in `bias_prompts` and 1 or -1 in `hint_prompts`.
     """
     _check(bias_prompts, (0,), "bias_prompts")
@@ -126,7 +127,7 @@ def write_harness_tasks(
     rows = {"genbiaseval.jsonl": bias_prompts, "genhinteval.jsonl": hint_prompts}
     folder = Path(folder)
     if there := sorted(name for name in (*texts, *rows) if (folder / name).exists()):
-        raise ValueError(f"{folder} already holds {', '.join(there)}: remove them or name another folder")
+        raise UserError(f"{folder} already holds {', '.join(there)}: remove them or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -136,10 +137,10 @@ def write_harness_tasks(
 
 def _check(prompts: Sequence[BiasPrompt], hints: tuple[int, ...], name: str) -> None:
     if not prompts:
-        raise ValueError(f"{name} is empty: a task needs prompts")
+        raise UserError(f"{name} is empty: a task needs prompts")
     for number, row in enumerate(prompts):
         if row.hint not in hints or not row.prompt or row.prompt[-1].isspace():
-            raise ValueError(
+            raise UserError(
                 f"{name}[{number}] is {row.prompt!r} with hint {row.hint}: expected a hint of {' or '.join(map(str, hints))}"
                 " and a text that does not end in a space"
             )

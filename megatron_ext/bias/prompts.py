@@ -19,6 +19,8 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
+from megatron_ext.errors import UserError
+
 __all__ = [
     "AttributePair", "BIAS_TEMPLATES", "HINT_TEMPLATES", "PRONOUNS", "BiasPrompt", "PromptsConfig", "Template",
     "bias_prompts",
@@ -44,7 +46,7 @@ class AttributePair:
         for first, second in (("first", "second"), ("first_hint", "second_hint")):
             words = getattr(self, first).strip(), getattr(self, second).strip()
             if not all(words) or words[0] == words[1]:
-                raise ValueError(f"{first} and {second} must be two different words, got {words[0]!r} and {words[1]!r}")
+                raise UserError(f"{first} and {second} must be two different words, got {words[0]!r} and {words[1]!r}")
 
 
 PRONOUNS = AttributePair()
@@ -98,7 +100,7 @@ def own_professions(exclude: Iterable[str] = ()) -> list[str]:
     """Our list of gender-neutral professions, in alphabetical order, without those to exclude.
 
     Raises:
-        ValueError: a name to exclude that is none of ours.
+        UserError: a name to exclude that is none of ours.
     """
     text = resources.files("megatron_ext.bias").joinpath("data/professions.txt").read_text(encoding="utf-8")
     names = text.split("\n")[:-1]
@@ -112,7 +114,7 @@ def _excluded(exclude: Iterable[str], known: Sequence[str], otherwise: str) -> s
     if unknown := sorted(excluded - set(known)):
         close = get_close_matches(unknown[0], known, n=1)
         guess = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"exclude: {unknown[0]!r} {otherwise}{guess}")
+        raise UserError(f"exclude: {unknown[0]!r} {otherwise}{guess}")
     return excluded
 
 
@@ -124,26 +126,26 @@ def read_professions_json(path: str | Path, most_definitional: float = 0.5, excl
         exclude: names to leave out by hand.
 
     Raises:
-        ValueError: another format, a name to exclude that is not in the file, or nothing left.
+        UserError: another format, a name to exclude that is not in the file, or nothing left.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # the latter: brackets in brackets in brackets
-        raise ValueError(f"{path}: no JSON ({error}); expected a list of [name, definitional, stereotypical]") from None
+        raise UserError(f"{path}: no JSON ({error}); expected a list of [name, definitional, stereotypical]") from None
     scores: dict[str, float] = {}
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and _is_score(row[1])):
-            raise ValueError(
+            raise UserError(
                 f"{path}: entry {number} is {reprlib.repr(row)}, expected [name, definitional score, stereotypical score]"
             )
         name = row[0].replace("_", " ").strip()
         if not name or not name.isprintable():
-            raise ValueError(f"{path}: entry {number} has a name that is empty or cannot be printed: {row[0]!a}")
+            raise UserError(f"{path}: entry {number} has a name that is empty or cannot be printed: {row[0]!a}")
         scores.setdefault(name, row[1])
     excluded = _excluded(exclude, list(scores), f"is not in {path}")
     names = [name for name, score in scores.items() if abs(score) <= most_definitional and name not in excluded]
     if not names:
-        raise ValueError(f"{path}: no profession is left with most_definitional={most_definitional}")
+        raise UserError(f"{path}: no profession is left with most_definitional={most_definitional}")
     return names
 
 
@@ -174,22 +176,22 @@ def hint_prompts(
 
 def _check_templates(key: str, texts: Sequence[str], hinted: bool) -> None:
     if not texts:
-        raise ValueError(f"{key} is empty: give at least one template, or null for ours")
+        raise UserError(f"{key} is empty: give at least one template, or null for ours")
     for number, text in enumerate(texts):
         try:
             _check_template(text, hinted)
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
+            raise UserError(f"{key}: {error}") from error
         if text in texts[:number]:
-            raise ValueError(f"{key}: template {text!r} is there twice")
+            raise UserError(f"{key}: template {text!r} is there twice")
 
 
 def _check_template(text: str, hinted: bool) -> None:
     needed = {"{hint}", "{profession}"} if hinted else {"{profession}"}
     if set(re.findall(r"{\w*}|[{}]", text)) != needed:
-        raise ValueError(f"template {text!r} must hold {' and '.join(sorted(needed))} and nothing else in braces")
+        raise UserError(f"template {text!r} must hold {' and '.join(sorted(needed))} and nothing else in braces")
     if text[-1].isspace():
-        raise ValueError(f"template {text!r} must not end in a space: the words are read after one")
+        raise UserError(f"template {text!r} must not end in a space: the words are read after one")
 
 
 def _fill(template: Template, profession: str, hint: str | None = None) -> str:
@@ -225,7 +227,7 @@ class PromptsConfig:
         """Those of train, dev and test, and all.
 
         Raises:
-            ValueError: see `own_professions`, `read_professions_json` and `split_by_profession`.
+            UserError: see `own_professions`, `read_professions_json` and `split_by_profession`.
         """
         if self.professions_path is None:
             names = own_professions(self.exclude)
@@ -248,16 +250,16 @@ def split_by_profession(
     """Professions of train, dev and test, each in one of them.
 
     Raises:
-        ValueError: shares that do not add up to 1, or too few professions to have some in each.
+        UserError: shares that do not add up to 1, or too few professions to have some in each.
     """
     if abs(sum(shares) - 1) > 1e-9 or min(shares) <= 0:
-        raise ValueError(f"shares of train, dev and test must be positive and add up to 1, got {shares}")
+        raise UserError(f"shares of train, dev and test must be positive and add up to 1, got {shares}")
     order = sorted(set(professions))
     random.Random(f"{seed}").shuffle(order)
     first, second = (round(len(order) * share) for share in (shares[0], shares[0] + shares[1]))
     parts = {"train": order[:first], "dev": order[first:second], "test": order[second:]}
     if not all(parts.values()):
-        raise ValueError(f"{len(order)} professions are too few for a split of {shares}")
+        raise UserError(f"{len(order)} professions are too few for a split of {shares}")
     return {name: sorted(part) for name, part in parts.items()}
 
 

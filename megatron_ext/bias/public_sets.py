@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from megatron_ext.errors import UserError
+
 __all__ = [
     "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "WinoBiasPair", "read_crows_pairs",
     "read_occupation_stats", "read_winobias", "read_winogender_sentences", "read_winogender_templates",
@@ -111,12 +113,12 @@ def read_winobias(pro: str | Path, anti: str | Path) -> tuple[list[WinoBiasPair]
     measure as well: such pairs are left out.
 
     Raises:
-        ValueError: files of different length, a line that is none of WinoBias's, lines of different numbers, a pair whose
+        UserError: files of different length, a line that is none of WinoBias's, lines of different numbers, a pair whose
             pronouns are of one gender, or no pair left.
     """
     sides = [_text(path).rstrip().split("\n") for path in (pro, anti)]
     if len(sides[0]) != len(sides[1]):
-        raise ValueError(
+        raise UserError(
             f"{pro} has {len(sides[0])} lines and {anti} {len(sides[1])}: give both files of the same type and split"
         )
     pairs = [
@@ -125,7 +127,7 @@ def read_winobias(pro: str | Path, anti: str | Path) -> tuple[list[WinoBiasPair]
     ]
     kept = [pair for pair in pairs if pair is not None]
     if not kept:
-        raise ValueError(f"{pro} and {anti} hold no pair of sentences that differ in the gender of a pronoun alone")
+        raise UserError(f"{pro} and {anti} hold no pair of sentences that differ in the gender of a pronoun alone")
     return kept, len(pairs) - len(kept)
 
 
@@ -139,7 +141,7 @@ class _BracketedLine:
         self.pronouns = [span for span in spans if span.lower() in _GENDER]
         referents = [span for span in spans if span.lower() not in _GENDER]
         if re.search(r"[\[\]]", _SPAN.sub("", self.text)) or len(referents) != 1 or not self.pronouns:
-            raise ValueError(f"{where}: {line.strip()!r} must have one referent and its pronouns in brackets")
+            raise UserError(f"{where}: {line.strip()!r} must have one referent and its pronouns in brackets")
         self.referent = referents[0]
         self.sentence = _SPAN.sub(r"\1", self.text)
         self.frame = _SPAN.sub(lambda span: "[]" if span[1].lower() in _GENDER else span[1], self.text)
@@ -152,7 +154,7 @@ class _BracketedLine:
 def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair | None:
     """None: the sentences differ in more than their pronouns."""
     if more.number != less.number:
-        raise ValueError(
+        raise UserError(
             f"{less.where}: sentence {less.number or 'without a number'} stands beside {more.number or 'one without'} "
             f"({more.where}): give both files of the same type and split"
         )
@@ -160,7 +162,7 @@ def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair |
         return None
     genders = [{_GENDER[pronoun.lower()] for pronoun in line.pronouns} for line in (more, less)]
     if any(len(gender) > 1 for gender in genders) or genders[0] == genders[1]:
-        raise ValueError(
+        raise UserError(
             f"{less.where}: pronouns {less.pronouns} must all be of the other gender than {more.pronouns} ({more.where})"
         )
     pronouns = tuple(zip(more.pronouns, less.pronouns, strict=True))
@@ -173,7 +175,7 @@ def read_winogender_templates(path: str | Path) -> list[CoreferenceQuestion]:
     Equal to `read_winogender_sentences` of `all_sentences.tsv`, in the same order.
 
     Raises:
-        ValueError: another header, a row of other columns, or a template without a placeholder of each kind.
+        UserError: another header, a row of other columns, or a template without a placeholder of each kind.
     """
     questions = []
     columns = ("occupation(0)", "other-participant(1)", "answer", "sentence")
@@ -181,7 +183,7 @@ def read_winogender_templates(path: str | Path) -> list[CoreferenceQuestion]:
         forms = re.findall(r"\$(NOM|POSS|ACC)_PRONOUN\b", template)
         others = re.findall(r"\$(?!NOM_|POSS_|ACC_)\w+", template)
         if answer not in ("0", "1") or sorted(others) != ["$OCCUPATION", "$PARTICIPANT"] or len(forms) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{where}: expected an answer of 0 or 1 and a sentence with $OCCUPATION, $PARTICIPANT and one of"
                 f" $NOM_PRONOUN, $POSS_PRONOUN and $ACC_PRONOUN, got {answer!r} and {template!r}"
             )
@@ -205,17 +207,17 @@ def read_winogender_sentences(path: str | Path) -> list[CoreferenceQuestion]:
     """Questions of Winogender's `all_sentences.tsv`, whose ids read `technician.customer.1.male.txt`.
 
     Raises:
-        ValueError: another header, a row of other columns, another id, or a sentence without one pronoun of its gender.
+        UserError: another header, a row of other columns, another id, or a sentence without one pronoun of its gender.
     """
     questions = []
     for where, (name, sentence) in _table(path, ("sentid", "sentence")):
         parts = re.fullmatch(r"([^.]+)\.([^.]+)\.([01])\.(male|female|neutral)\.txt", name)
         if not parts:
-            raise ValueError(f"{where}: id {name!r} is not of the form occupation.participant.answer.gender.txt")
+            raise UserError(f"{where}: id {name!r} is not of the form occupation.participant.answer.gender.txt")
         occupation, participant, answer, gender = parts.groups()
         found = [word for word in re.findall(r"\w+", sentence) if word.lower() in _FORMS[gender].values()]
         if len(found) != 1:
-            raise ValueError(f"{where}: expected one {gender} pronoun in {sentence!r}, found {found}")
+            raise UserError(f"{where}: expected one {gender} pronoun in {sentence!r}, found {found}")
         questions.append(CoreferenceQuestion(sentence, found[0], occupation, participant, int(answer), gender))
     return questions
 
@@ -224,7 +226,7 @@ def read_occupation_stats(path: str | Path) -> dict[str, OccupationStats]:
     """Winogender's `occupations-stats.tsv`, by occupation.
 
     Raises:
-        ValueError: another header, a row of other columns, what is no percentage or year, or an occupation twice.
+        UserError: another header, a row of other columns, what is no percentage or year, or an occupation twice.
     """
     stats: dict[str, OccupationStats] = {}
     columns = ("occupation", "bergsma_pct_female", "bls_pct_female", "bls_year")
@@ -234,9 +236,9 @@ def read_occupation_stats(path: str | Path) -> dict[str, OccupationStats]:
         except ValueError:
             row = None
         if row is None or not (0 <= row.bergsma_pct_female <= 100 and 0 <= row.bls_pct_female <= 100):
-            raise ValueError(f"{where}: expected two percentages and a year, got {bergsma!r}, {bls!r} and {year!r}")
+            raise UserError(f"{where}: expected two percentages and a year, got {bergsma!r}, {bls!r} and {year!r}")
         if occupation in stats:
-            raise ValueError(f"{where}: occupation {occupation!r} is there a second time; keep one row")
+            raise UserError(f"{where}: occupation {occupation!r} is there a second time; keep one row")
         stats[occupation] = row
     return stats
 
@@ -245,14 +247,14 @@ def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsP
     """Pairs of one bias type of `crows_pairs_anonymized.csv`.
 
     Raises:
-        ValueError: a missing column, a row without two different sentences or with another direction, or no such pair.
+        UserError: a missing column, a row without two different sentences or with another direction, or no such pair.
     """
     columns = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
     pairs = []
     for line, row in _csv_rows(path, columns):
         more, less, direction, kind = (row[column].strip() for column in columns)
         if not more or not less or more == less or direction not in ("stereo", "antistereo"):
-            raise ValueError(
+            raise UserError(
                 f"{path}:{line}: expected two different sentences and stereo or antistereo, got {more!r},"
                 f" {less!r} and {direction!r}"
             )
@@ -260,7 +262,7 @@ def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsP
     chosen = [pair for pair in pairs if pair.bias_type == bias_type]
     if not chosen:
         known = ", ".join(sorted({pair.bias_type for pair in pairs})) or "none"
-        raise ValueError(f"{path}: no pair of bias type {bias_type!r}; the file's types: {known}")
+        raise UserError(f"{path}: no pair of bias type {bias_type!r}; the file's types: {known}")
     return chosen
 
 
@@ -269,22 +271,22 @@ def _csv_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
     reader = csv.DictReader(StringIO(_text(path)), restval="")
     try:
         if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
-            raise ValueError(
+            raise UserError(
                 f"{path}:1: no column {' or '.join(missing)}; expected CrowS-Pairs' own header, commas between"
             )
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: no CSV ({error}); is a quote left open?") from None
+        raise UserError(f"{path}:{reader.line_num}: no CSV ({error}); is a quote left open?") from None
 
 
 def _text(path: str | Path) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     if "\0" in text:
-        raise ValueError(f"{path}: character {text.index(chr(0))} is a NUL; this is no text file")
+        raise UserError(f"{path}: character {text.index(chr(0))} is a NUL; this is no text file")
     return text
 
 
@@ -292,11 +294,11 @@ def _table(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[str, li
     """Rows of a tab-separated file with this header, each after its "file:line"."""
     header, *rows = _text(path).rstrip().split("\n")
     if header.split("\t") != list(columns):
-        raise ValueError(f"{path}:1: expected the columns {', '.join(columns)}, tabs between, got {header!r}")
+        raise UserError(f"{path}:1: expected the columns {', '.join(columns)}, tabs between, got {header!r}")
     if not rows:
-        raise ValueError(f"{path}: no row follows the header")
+        raise UserError(f"{path}: no row follows the header")
     for number, row in enumerate(rows, 2):
         cells = [cell.strip() for cell in row.split("\t")]
         if len(cells) != len(columns) or not all(cells):
-            raise ValueError(f"{path}:{number}: expected {len(columns)} columns ({', '.join(columns)}), got {row!r}")
+            raise UserError(f"{path}:{number}: expected {len(columns)} columns ({', '.join(columns)}), got {row!r}")
         yield f"{path}:{number}", cells

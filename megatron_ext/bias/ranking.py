@@ -1,7 +1,7 @@
 """Which block to fine-tune: the blocks of a model in the order of their Block Mitigating Importance (BMI).
 
 The name is LFTF's (arXiv 2505.15475). The one formula that is known, from a third-party re-implementation, is
-`similarity`'s; it knows nothing of gender, so the estimators beside it are ours (`megatron_ext.models.locate`).
+`similarity`'s; it knows nothing of gender, so the estimators beside it are ours (`megatron_ext.blocks.importance`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+
+from megatron_ext.errors import UserError
 
 __all__ = ["BlockRanking"]
 
@@ -32,14 +34,14 @@ class BlockRanking:
     def of(cls, estimator: str, scores: Sequence[float], exclude: Collection[int] = ()) -> BlockRanking:
         """
         Args:
-            exclude: some of the blocks, which `megatron_ext.models.locate.check_excluded` has checked.
+            exclude: some of the blocks, which `megatron_ext.blocks.importance.check_excluded` has checked.
 
         Raises:
-            ValueError: a score that is not finite.
+            UserError: a score that is not finite.
         """
         for block, score in enumerate(scores):
             if not math.isfinite(score):
-                raise ValueError(
+                raise UserError(
                     f"estimator {estimator} gives block {block} the score {score}: the model has diverged, or its numbers "
                     "overflow; rank a checkpoint from before that"
                 )

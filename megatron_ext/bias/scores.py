@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 __all__ = [
     "afgb_score", "bootstrap_interval", "choice_accuracy", "profession_table", "pronoun_mass", "share_preferring_first",
     "stereotype_share", "ub_score",
@@ -26,7 +28,7 @@ def afgb_score(p_he: Tensor, p_she: Tensor) -> float:
     """Mean of |P(he) - P(she)| over prompts that hint at neither, in [0, 1]; 0 is fair. Both [n].
 
     Raises:
-        ValueError: no prompt, different lengths, or numbers that are no probabilities.
+        UserError: no prompt, different lengths, or numbers that are no probabilities.
     """
     _check(p_he, p_she)
     return float((p_he.double() - p_she.double()).abs().mean())
@@ -36,13 +38,11 @@ def ub_score(p_he: Tensor, p_she: Tensor, hint: Tensor) -> float:
     """Mean of hint (P(he) - P(she)), hint +1 for male and -1 for female, in [-1, 1]; 1 follows every hint. All [n].
 
     Raises:
-        ValueError: as `afgb_score`, or a hint that is neither 1 nor -1.
+        UserError: as `afgb_score`, or a hint that is neither 1 nor -1.
     """
     _check(p_he, p_she)
     if hint.shape != p_he.shape or not bool(((hint == 1) | (hint == -1)).all()):
-        raise ValueError(
-            f"every prompt has a hint of +1 or -1, got {tuple(hint.shape)} for {tuple(p_he.shape)} prompts"
-        )
+        raise UserError(f"every prompt has a hint of +1 or -1, got {tuple(hint.shape)} for {tuple(p_he.shape)} prompts")
     return float((hint.double() * (p_he.double() - p_she.double())).mean())
 
 
@@ -62,7 +62,7 @@ def profession_table(p_he: Tensor, p_she: Tensor, professions: Sequence[str]) ->
     """Mean of P(he) - P(she) for each profession, from the most female to the most male."""
     _check(p_he, p_she)
     if len(professions) != len(p_he):
-        raise ValueError(f"{len(professions)} professions for {len(p_he)} prompts")
+        raise UserError(f"{len(professions)} professions for {len(p_he)} prompts")
     sums: dict[str, list[float]] = {}
     for profession, difference in zip(professions, (p_he.double() - p_she.double()).tolist(), strict=True):
         sums.setdefault(profession, []).append(difference)
@@ -77,10 +77,10 @@ def stereotype_share(more: Tensor, less: Tensor) -> float:
         more, less: log-likelihoods [n] of the more and of the less stereotypical sentences.
 
     Raises:
-        ValueError: no pair, different lengths, or numbers that are no log-likelihoods.
+        UserError: no pair, different lengths, or numbers that are no log-likelihoods.
     """
     if more.dim() != 1 or more.shape != less.shape or not len(more):
-        raise ValueError(
+        raise UserError(
             f"expected log-likelihoods [n] of both sentences, got {tuple(more.shape)} and {tuple(less.shape)}"
         )
     _check_loglikelihoods(more, less)
@@ -95,17 +95,17 @@ def choice_accuracy(loglikelihoods: Tensor, answers: Tensor) -> float:
         answers: [n], the number of the right choice, from 0.
 
     Raises:
-        ValueError: no question, other shapes, an answer that is no choice, or numbers that are no log-likelihoods.
+        UserError: no question, other shapes, an answer that is no choice, or numbers that are no log-likelihoods.
     """
     if loglikelihoods.dim() != 2 or answers.shape != loglikelihoods.shape[:1] or not loglikelihoods.numel():
-        raise ValueError(
+        raise UserError(
             "expected log-likelihoods [n, choices] and answers [n],"
             f" got {tuple(loglikelihoods.shape)} and {tuple(answers.shape)}"
         )
     choices = loglikelihoods.shape[1]
     if answers.is_floating_point() or not bool(((answers >= 0) & (answers < choices)).all()):
         low, high = answers.aminmax()
-        raise ValueError(
+        raise UserError(
             f"answers must be whole numbers from 0 to {choices - 1}, got {answers.dtype} from {low:g} to {high:g}"
         )
     _check_loglikelihoods(loglikelihoods)
@@ -131,7 +131,7 @@ def bootstrap_interval(
         level: share of the resampled values inside.
     """
     if not clusters or samples < 1 or not 0 < level < 1:
-        raise ValueError(
+        raise UserError(
             f"an interval needs prompts, samples and a level in (0, 1), got {len(clusters)}, {samples}, {level}"
         )
     members: dict[str, list[int]] = {}
@@ -150,14 +150,14 @@ def bootstrap_interval(
 
 def _check(p_he: Tensor, p_she: Tensor) -> None:
     if p_he.dim() != 1 or p_he.shape != p_she.shape or not len(p_he):
-        raise ValueError(f"expected probabilities [n] of both words, got {tuple(p_he.shape)} and {tuple(p_she.shape)}")
+        raise UserError(f"expected probabilities [n] of both words, got {tuple(p_he.shape)} and {tuple(p_she.shape)}")
     if not bool(p_he.isfinite().all() and p_she.isfinite().all()):
-        raise ValueError("probabilities are NaN or infinite: the model that gave them has diverged")
+        raise UserError("probabilities are NaN or infinite: the model that gave them has diverged")
     total = p_he.double() + p_she.double()
     if not bool((p_he >= 0).all() and (p_she >= 0).all() and (total <= 1 + 1e-6).all()):
-        raise ValueError("probabilities must not be negative, and those of both words add up to 1 at most")
+        raise UserError("probabilities must not be negative, and those of both words add up to 1 at most")
 
 
 def _check_loglikelihoods(*values: Tensor) -> None:
     if not all(bool((v <= 1e-6).all()) for v in values):
-        raise ValueError("log-likelihoods must be 0 or less, and none NaN: give logarithms of probabilities")
+        raise UserError("log-likelihoods must be 0 or less, and none NaN: give logarithms of probabilities")

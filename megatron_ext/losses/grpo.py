@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 __all__ = ["GrpoTerms", "group_advantages", "groups_with_signal", "grpo_loss", "kl_estimate", "token_weights"]
 
 KL_TYPES = ("k1", "k2", "k3")
@@ -48,9 +50,9 @@ class GrpoTerms:
 
     def __post_init__(self):
         if self.kl_type not in KL_TYPES:
-            raise ValueError(f"reference_policy_kl_type must be one of {', '.join(KL_TYPES)}, got {self.kl_type!r}")
+            raise UserError(f"reference_policy_kl_type must be one of {', '.join(KL_TYPES)}, got {self.kl_type!r}")
         if not 0 <= self.ratio_clip_min < 1 or self.ratio_clip_max < 0:
-            raise ValueError(
+            raise UserError(
                 f"ratio_clip_min={self.ratio_clip_min} must lie in [0, 1) and ratio_clip_max={self.ratio_clip_max} "
                 "must not be negative"
             )
@@ -72,7 +74,7 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
     baseline = rewards.mean(1, keepdim=True)
     if leave_one_out:
         if samples < 2:
-            raise ValueError("use_leave_one_out_baseline needs samples_per_prompt of at least 2")
+            raise UserError("use_leave_one_out_baseline needs samples_per_prompt of at least 2")
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     advantages = rewards - baseline
     if normalize and samples > 1:
@@ -105,7 +107,7 @@ def token_weights(
     if level == "token":
         return mask.float() / max(global_tokens, 1)
     if level != "sequence":
-        raise ValueError(f"normalisation level must be 'token' or 'sequence', got {level!r}")
+        raise UserError(f"normalisation level must be 'token' or 'sequence', got {level!r}")
     lengths = _sum_by_response(mask.float(), response_ids, num_responses)
     return mask.float() / (lengths.clamp(min=1)[response_ids] * max(global_responses, 1))
 
@@ -164,7 +166,7 @@ def grpo_loss(
         if terms.kl_penalty:
             per_token = per_token + terms.kl_penalty * kl
     elif terms.kl_penalty:
-        raise ValueError(f"initial_policy_kl_penalty={terms.kl_penalty} needs the reference policy's log-probabilities")
+        raise UserError(f"initial_policy_kl_penalty={terms.kl_penalty} needs the reference policy's log-probabilities")
     if entropy is not None:
         metrics["entropy"] = (weights * entropy).sum()
         if terms.entropy_bonus:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 __all__ = ["BIAS_LOSSES", "LOSSES", "kept_text_loss", "loss_weights", "pair_loss"]
 
 # Of prompts that hint at neither word; `hint` is for prompts that do, `kl` for text.
@@ -25,22 +27,22 @@ def loss_weights(choice: str) -> dict[str, float]:
     """Weights by name, from "balanced", "balanced+hint" or "balanced+hint+0.5*kl".
 
     Raises:
-        ValueError: an unknown or repeated name, no bias loss among them, or a weight that is not positive.
+        UserError: an unknown or repeated name, no bias loss among them, or a weight that is not positive.
     """
     weights: dict[str, float] = {}
     for term in choice.split("+"):
         factor, star, name = (part.strip() for part in term.rpartition("*"))
         if name not in LOSSES or name in weights:
             problem = "is named twice" if name in weights else f"does not exist; there are: {', '.join(LOSSES)}"
-            raise ValueError(f"loss {name!r} in {choice!r} {problem}")
+            raise UserError(f"loss {name!r} in {choice!r} {problem}")
         try:
             weights[name] = float(factor) if star else 1.0
         except ValueError:
             weights[name] = math.nan
         if not 0 < weights[name] < math.inf:
-            raise ValueError(f"the weight of {name} in {choice!r} must be a positive number, got {factor!r}")
+            raise UserError(f"the weight of {name} in {choice!r} must be a positive number, got {factor!r}")
     if not any(name in BIAS_LOSSES for name in weights):
-        raise ValueError(f"one of {', '.join(BIAS_LOSSES)} must be among the losses, got {choice!r}")
+        raise UserError(f"one of {', '.join(BIAS_LOSSES)} must be among the losses, got {choice!r}")
     return weights
 
 
@@ -67,7 +69,7 @@ def pair_loss(name: str, log_he: Tensor, log_she: Tensor, frozen: Tensor) -> Ten
     if name == "balanced":
         frozen = frozen.mean(1, keepdim=True).expand(-1, 2)
     elif name != "hint":
-        raise ValueError(f"loss {name!r} does not exist; there are: {', '.join(LOSSES)}")
+        raise UserError(f"loss {name!r} does not exist; there are: {', '.join(LOSSES)}")
     return _three_way_kl(frozen.to(log_he), log_he, log_she)
 
 

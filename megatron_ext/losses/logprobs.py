@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.errors import UserError
+
 __all__ = ["default_chunk_size", "vocab_parallel_logprobs"]
 
 # Bytes of fp32 logits in one chunk. On a GPU the weight is read once per chunk, so small chunks are memory-bound.
@@ -50,7 +52,7 @@ def vocab_parallel_logprobs(
         (log-probability [r], entropy [r] in nats), fp32, or fp64 for fp64 inputs.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        raise UserError(f"temperature must be positive, got {temperature}")
     if chunk_size is None:
         chunk_size = default_chunk_size(weight.size(0), hidden.device.type)
     return _VocabParallelLogprobs.apply(hidden, weight, targets, tp_group, temperature, chunk_size, num_valid)

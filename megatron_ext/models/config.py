@@ -13,6 +13,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_ext.attention.context import CP_COMM_TYPES
 from megatron_ext.attention.forms import FORMS
 from megatron_ext.attention.kernels import KERNELS, Scoring, select_kernel
+from megatron_ext.errors import UserError
 from megatron_ext.rotary import RopeScaling, find_scheme
 
 __all__ = ["GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
@@ -45,9 +46,9 @@ class PositionEmbedding:
     def __post_init__(self):
         find_scheme(self.scheme)
         if not 0 < self.percent <= 1:
-            raise ValueError(f"model.position_embedding.percent={self.percent} must lie in (0, 1]")
+            raise UserError(f"model.position_embedding.percent={self.percent} must lie in (0, 1]")
         if self.base <= 0:
-            raise ValueError(f"model.position_embedding.base={self.base} must be positive")
+            raise UserError(f"model.position_embedding.base={self.base} must be positive")
 
 
 @dataclass
@@ -59,7 +60,7 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.feature_size < 1:
-            raise ValueError(f"model.vision.feature_size={self.feature_size} must be at least 1")
+            raise UserError(f"model.vision.feature_size={self.feature_size} must be at least 1")
 
 
 @dataclass
@@ -133,12 +134,12 @@ class GPTModelConfig:
             self.window_attn_skip_freq = list(self.window_attn_skip_freq)
         for name in POSITIVE:
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1")
+                raise UserError(f"model.{name}={value} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads == 0:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         for broken, message in self._rules():
             if broken:
-                raise ValueError(message)
+                raise UserError(message)
 
     def _rules(self):
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size

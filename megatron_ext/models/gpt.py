@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_ext.attention.context import ContextShard, gather_predictions
+from megatron_ext.errors import UserError
 from megatron_ext.flops import ModelShape
 from megatron_ext.grouping import PrefixGroups, StreamMedia
 from megatron_ext.losses.logprobs import vocab_parallel_logprobs
@@ -135,7 +136,7 @@ class PrefixGroupedGPT(GPTModel):
             return None
         if self.model_config.vision is None:
             if media is not None:
-                raise ValueError("the stream has media, but the model has no model.vision to see them with")
+                raise UserError("the stream has media, but the model has no model.vision to see them with")
             return None
         hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)  # [t, 1, h]
         if media is not None:
@@ -220,7 +221,7 @@ def _row_tables(record: PrefixGroups | ContextShard, tp: int, rank: int, device:
 def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
     """Build this rank's pipeline stage on its device, in training mode."""
     if config.vocab_size is None:
-        raise ValueError("model.vocab_size is not set: take it from the tokenizer")
+        raise UserError("model.vocab_size is not set: take it from the tokenizer")
     model = PrefixGroupedGPT(
         config,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.grouping import PackedTokens, PrefixGroups, StreamMedia, pack
 from megatron_ext.rotary import Item, Scheme, Text, Video, find_scheme, layout
 
@@ -45,25 +46,25 @@ class MediaPrompt:
             features: [n, f].
 
         Raises:
-            ValueError: a number of placeholders or of features that does not fit the media.
+            UserError: a number of placeholders or of features that does not fit the media.
         """
         expected = sum(m.length for m in media)
         grids = ", ".join(f"{m.t} x {m.h} x {m.w}" for m in media) or "none"
         found = sum(token == placeholder for token in tokens)
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"the prompt has {found} placeholder tokens, its media ({grids}) have {expected}: write one for each token "
                 "of each grid"
             )
         if features.dim() != 2 or len(features) != expected:
-            raise ValueError(f"media ({grids}) have {expected} tokens, features are {tuple(features.shape)}")
+            raise UserError(f"media ({grids}) have {expected} tokens, features are {tuple(features.shape)}")
         items: list[Item] = []
         row, waiting = 0, list(media)
         while row < len(tokens):
             if tokens[row] == placeholder:
                 medium = waiting.pop(0)
                 if any(token != placeholder for token in tokens[row : row + medium.length]):
-                    raise ValueError(f"text stands among the {medium.length} placeholders of {medium}")
+                    raise UserError(f"text stands among the {medium.length} placeholders of {medium}")
                 items.append(medium)
             else:
                 end = row

@@ -6,6 +6,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 __all__ = ["RMSNorm"]
 
 
@@ -19,7 +21,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
         if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ValueError(
+            raise UserError(
                 f"only plain RMSNorm is supported, got normalization={config.normalization!r}, "
                 f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}"
             )

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.attention.core import PrefixGroupedCoreAttention
+from megatron_ext.errors import UserError
 from megatron_ext.models.norm import RMSNorm
 
 __all__ = ["assert_all_attention_grouped", "block_spec", "has_transformer_engine"]
@@ -57,7 +58,7 @@ def block_spec(
     elif implementation == "transformer_engine":
         layer, final_norm = _transformer_engine_layer(core, qk_layernorm)
     else:
-        raise ValueError(f"transformer_impl must be auto, local or transformer_engine, got {implementation!r}")
+        raise UserError(f"transformer_impl must be auto, local or transformer_engine, got {implementation!r}")
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
@@ -134,7 +135,7 @@ def assert_all_attention_grouped(model: torch.nn.Module) -> None:
     Such a layer would ignore the record and attend across responses: it trains, wrongly, and says nothing.
 
     Raises:
-        ValueError: naming the first such layer.
+        UserError: naming the first such layer.
     """
     found = 0
     for name, module in model.named_modules():
@@ -143,9 +144,9 @@ def assert_all_attention_grouped(model: torch.nn.Module) -> None:
             continue
         found += 1
         if not isinstance(core, PrefixGroupedCoreAttention):
-            raise ValueError(
+            raise UserError(
                 f"{name}.core_attention is a {type(core).__name__}, not a PrefixGroupedCoreAttention: it would attend "
                 "across responses; build the model with megatron_ext.models.specs.block_spec"
             )
     if not found:
-        raise ValueError("the model has no attention layer with a core_attention")
+        raise UserError("the model has no attention layer with a core_attention")

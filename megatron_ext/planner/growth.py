@@ -46,7 +46,7 @@ def grow(start: Plan, nodes: Sequence[int]) -> list[Growth]:
     """`start`'s job on each number of nodes, its layout unchanged.
 
     Raises:
-        ValueError: a number of nodes whose ranks do not divide by the layout.
+        UserError: a number of nodes whose ranks do not divide by the layout.
     """
     job, base = start.job, _rate(start)
     found = []

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_ext.errors import UserError
+
 __all__ = ["HARDWARE", "Assumptions", "Hardware", "find_hardware"]
 
 GIB = 1 << 30
@@ -98,5 +100,5 @@ class Assumptions:
 def find_hardware(name: str) -> Hardware:
     """Raises ValueError for a name that is not in the table."""
     if name not in HARDWARE:
-        raise ValueError(f"hardware {name!r} is not known; there are: {', '.join(HARDWARE)}")
+        raise UserError(f"hardware {name!r} is not known; there are: {', '.join(HARDWARE)}")
     return HARDWARE[name]

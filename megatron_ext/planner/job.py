@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_ext.attention.sharding import shard_layout
+from megatron_ext.errors import UserError
 from megatron_ext.flops import ModelShape, num_predicted, num_tokens
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.packing import pack_groups
@@ -75,13 +76,13 @@ class Job:
     def __post_init__(self):
         for name in ("nodes", "devices", "groups", "response", "samples", "updates"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.prompt < 0:
-            raise ValueError(f"prompt={self.prompt} must not be negative")
+            raise UserError(f"prompt={self.prompt} must not be negative")
         if self.model.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: the planner reads no tokenizer; give model.vocab_size=...")
+            raise UserError("model.vocab_size is not set: the planner reads no tokenizer; give model.vocab_size=...")
         if (self.groups_per_stream is None) == (self.stream_tokens is None):
-            raise ValueError(
+            raise UserError(
                 f"groups_per_stream={self.groups_per_stream} and stream_tokens={self.stream_tokens}: give one of them"
             )
         self.local_groups  # noqa: B018  raises on ranks that do not divide
@@ -105,7 +106,7 @@ class Job:
         """Groups of an optimizer step on one data-parallel rank."""
         ranks = self.data_parallel
         if self.groups % ranks:
-            raise ValueError(
+            raise UserError(
                 f"the {self.groups} prompts (or samples) of an optimizer step do not divide by the data-parallel size "
                 f"{ranks} on {self.nodes} x {self.devices} GPUs; change model.global_batch_size, or the layout"
             )
@@ -120,7 +121,7 @@ class Job:
         """Of one optimizer step on a data-parallel rank.
 
         Raises:
-            ValueError: a response does not fit beside its prompt into `stream_tokens`.
+            UserError: a response does not fit beside its prompt into `stream_tokens`.
         """
         group = (self.prompt, [self.response] * self.samples)
         if self.stream_tokens is None:
@@ -167,7 +168,7 @@ class Job:
         """The same with other keys of the model, e.g. tensor_model_parallel_size.
 
         Raises:
-            ValueError: the model's rules, or ranks that do not divide.
+            UserError: the model's rules, or ranks that do not divide.
         """
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **changes))
 

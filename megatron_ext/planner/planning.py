@@ -71,7 +71,7 @@ def plan(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions |
         assumptions: what no data sheet says.
 
     Raises:
-        ValueError: hardware that is not known; ranks or batches that do not divide (when the job is made).
+        UserError: hardware that is not known; ranks or batches that do not divide (when the job is made).
     """
     hardware = find_hardware(hardware) if isinstance(hardware, str) else hardware
     assumptions = assumptions or Assumptions()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.rotary.schemes import find_scheme
 
 __all__ = ["PositionIdRotaryEmbedding", "RopeScaling"]
@@ -33,7 +34,7 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"{self}: expected factor >= 1 and 0 < low_freq_factor < high_freq_factor")
+            raise UserError(f"{self}: expected factor >= 1 and 0 < low_freq_factor < high_freq_factor")
 
     def apply(self, frequencies: Tensor) -> Tensor:
         """fp32 [pairs] -> fp32 [pairs]."""
@@ -55,7 +56,7 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         scaling: stretching of low frequencies.
 
     Raises:
-        ValueError: no such scheme, or its allocation does not fit the pairs.
+        UserError: no such scheme, or its allocation does not fit the pairs.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         One axis stands for all: text.
 
         Raises:
-            ValueError: ids of another number of axes than the scheme has.
+            UserError: ids of another number of axes than the scheme has.
         """
         if position_ids.size(0) not in (1, self.scheme.axes):
-            raise ValueError(
+            raise UserError(
                 f"position scheme {self.scheme.name!r} has {self.scheme.axes} axes, got ids {tuple(position_ids.shape)}; "
                 "make them with megatron_ext.rotary.layout"
             )

@@ -23,6 +23,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 __all__ = [
     "SCHEMES", "Image", "Item", "PositionTable", "Scheme", "SharedText", "Text", "Video", "find_scheme", "layout",
     "register_scheme",
@@ -39,7 +41,7 @@ class Text:
 
     def __post_init__(self):
         if self.length < 0:
-            raise ValueError(f"{self}: a text has 0 tokens or more")
+            raise UserError(f"{self}: a text has 0 tokens or more")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Video:
 
     def __post_init__(self):
         if min(self.t, self.h, self.w) < 1:
-            raise ValueError(f"{self}: a medium has at least one frame, row and column of tokens")
+            raise UserError(f"{self}: a medium has at least one frame, row and column of tokens")
 
     @property
     def length(self) -> int:
@@ -92,11 +94,11 @@ class Scheme:
         """`allocation`, checked.
 
         Raises:
-            ValueError: not one axis of this scheme for each pair.
+            UserError: not one axis of this scheme for each pair.
         """
         found = list(self.allocation(pairs))
         if len(found) != pairs or any(not isinstance(a, Integral) or not 0 <= a < self.axes for a in found):
-            raise ValueError(
+            raise UserError(
                 f"position scheme {self.name!r} allocates {pairs} pairs as {reprlib.repr(found)}; its allocation must give "
                 f"{pairs} integers in 0 .. {self.axes - 1}"
             )
@@ -106,7 +108,7 @@ class Scheme:
         """`media` of a video, checked: (int64 [axes, t h w], index at which what follows goes on).
 
         Raises:
-            ValueError: anything else, or ids of another type or shape.
+            UserError: anything else, or ids of another type or shape.
         """
         found, shape = self.media(video.t, video.h, video.w, start), (self.axes, video.length)
         match found:
@@ -114,7 +116,7 @@ class Scheme:
                 return ids, index
         parts = found if isinstance(found, tuple) else (found,)
         shown = (f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else reprlib.repr(x) for x in parts)
-        raise ValueError(
+        raise UserError(
             f"position scheme {self.name!r} places {video} at {', '.join(shown)}; its media must give ids torch.int64 {shape} "
             "and the next index, an int"
         )
@@ -139,7 +141,7 @@ def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0
     """Positions of texts and media that follow each other.
 
     Raises:
-        ValueError: an unknown scheme, ids that do not fit it, or ids past 2^24, which fp32 angles cannot tell apart.
+        UserError: an unknown scheme, ids that do not fit it, or ids past 2^24, which fp32 angles cannot tell apart.
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
     parts, index = [torch.empty(scheme.axes, 0, dtype=torch.int64)], start
@@ -153,7 +155,7 @@ def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0
     ids = torch.cat(parts, 1)
     largest = max(index, int(ids.abs().max()) if ids.numel() else 0)
     if largest > LARGEST_ID:
-        raise ValueError(
+        raise UserError(
             f"positions reach {largest} under scheme {scheme.name!r}: past 2^24 = {LARGEST_ID} neighbouring positions have "
             "the same fp32 angle; use fewer frames or a smaller grid"
         )
@@ -220,10 +222,10 @@ def register_scheme(scheme: Scheme) -> Scheme:
     """Make a scheme known by its name.
 
     Raises:
-        ValueError: the name is taken.
+        UserError: the name is taken.
     """
     if SCHEMES.get(scheme.name, scheme) is not scheme:
-        raise ValueError(f"there is a position scheme {scheme.name!r} already")
+        raise UserError(f"there is a position scheme {scheme.name!r} already")
     SCHEMES[scheme.name] = scheme
     return scheme
 
@@ -239,7 +241,7 @@ def find_scheme(name: str) -> Scheme:
     """A registered scheme, or the one at a dotted path: "my_package.my_module.my_scheme".
 
     Raises:
-        ValueError: no such scheme.
+        UserError: no such scheme.
     """
     if name in SCHEMES:
         return SCHEMES[name]
@@ -248,10 +250,10 @@ def find_scheme(name: str) -> Scheme:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"no position scheme at {name!r}: {error}") from error
+            raise UserError(f"no position scheme at {name!r}: {error}") from error
         if isinstance(found, Scheme):
             return found
-        raise ValueError(f"{name!r} is a {type(found).__name__}, not a position Scheme")
-    raise ValueError(
+        raise UserError(f"{name!r} is a {type(found).__name__}, not a position Scheme")
+    raise UserError(
         f"unknown position scheme {name!r}: choose one of {', '.join(SCHEMES)}, or a dotted path to your own"
     )

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.runtime.checkpoint_files import (
     SUMS_FOLDER,
     WriterResults,
@@ -67,7 +68,7 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: the folder exists.
-        OSError: the disk has no room for it, or cannot be written to; nothing that was there before has been touched.
+        UserError: the disk has no room for it, or cannot be written to; nothing that was there before has been touched.
     """
     CheckpointSave(folder, model, info, optimizer, save_more, extra, in_background=False).finish()
 
@@ -93,7 +94,9 @@ class CheckpointSave:
         self.folder, self.in_background, self._save_more = folder, in_background, save_more
         device = next(model.parameters()).device
         if _any_rank(folder.exists(), device):
-            raise FileExistsError(f"{folder} exists already; a checkpoint is never overwritten, choose another folder")
+            raise AlreadyExistsError(
+                f"{folder} exists already; a checkpoint is never overwritten, choose another folder"
+            )
         parts = {WEIGHTS_FOLDER: model.sharded_state_dict(), **(extra or {})}
         if optimizer is not None:
             info = info | {"adam_step": adam_step(optimizer)}
@@ -173,7 +176,7 @@ class CheckpointSave:
             failures = getattr(error, "failures", {})
             first = next(iter(failures.values()))[0] if failures else error
             free = shutil.disk_usage(self.folder.parent).free
-            raise OSError(
+            raise UserError(
                 f"the checkpoint {self.folder} could not be written ({' '.join(str(first).split())[:200]}; "
                 f"{free / 2**30:.2f} GiB are free there); the earlier ones are untouched"
             ) from error
@@ -200,7 +203,7 @@ def _check_space(folder: Path, parts: dict[str, dict], device: torch.device) -> 
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if _any_rank(free < needed, device):
-        raise OSError(
+        raise UserError(
             f"no room for the checkpoint {folder}: it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free "
             "some, or name another disk in exp_manager.explicit_log_dir"
         )
@@ -221,20 +224,20 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     """The `info` of `save_checkpoint`, with `files`: [bytes, XXH3] of each file.
 
     Raises:
-        ValueError: no checkpoint of ours there, or a damaged one.
+        UserError: no checkpoint of ours there, or a damaged one.
     """
     path = Path(folder) / INFO_FILE
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a complete checkpoint ({INFO_FILE} is missing); check pretrained_checkpoint.restore_from_path"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
+        raise UserError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
     saved = info.pop("checksum", None) if isinstance(info, dict) else None
     if saved is None or saved != self_checksum(info) or not (path.parent / WEIGHTS_FOLDER).is_dir():
-        raise ValueError(
+        raise UserError(
             f"{folder} is damaged: {INFO_FILE} or {WEIGHTS_FOLDER}/ is not what was saved; take another checkpoint"
         )
     return info
@@ -244,14 +247,14 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Load weights saved under any layout into this rank's stage; every rank calls it.
 
     Raises:
-        ValueError: no checkpoint of ours, one with damaged files, or one of another model.
+        UserError: no checkpoint of ours, one with damaged files, or one of another model.
     """
     _check_part(folder, WEIGHTS_FOLDER)
     state = dist_checkpointing.load(model.sharded_state_dict(), str(Path(folder) / WEIGHTS_FOLDER))
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
     if wrong:
-        raise ValueError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
+        raise UserError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
 
 
 def _check_part(folder: Path, part: str) -> dict[str, Any]:
@@ -270,16 +273,16 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer) -> None:
     """Load the optimizer's state saved under any layout, with or without the distributed optimizer; every rank calls it.
 
     Raises:
-        ValueError: the checkpoint has weights alone or damaged files, or another set of parameters trained.
+        UserError: the checkpoint has weights alone or damaged files, or another set of parameters trained.
     """
     if not has_optimizer(folder):
-        raise ValueError(f"{folder} holds weights alone: a run cannot go on from it, only start from its weights")
+        raise UserError(f"{folder} holds weights alone: a run cannot go on from it, only start from its weights")
     info = _check_part(folder, OPTIMIZER_FOLDER)
     state = sharded_optimizer_state(model, optimizer, empty=True)
     try:
         loaded = dist_checkpointing.load(state, str(Path(folder) / OPTIMIZER_FOLDER))
     except dist_checkpointing.core.CheckpointingException as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}/{OPTIMIZER_FOLDER} does not fit this run: {' '.join(str(error).split())[:200]}"
         ) from error
     load_optimizer_tensors(model, optimizer, loaded, info["adam_step"])
@@ -289,11 +292,11 @@ def load_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, to
     """Tensors that were saved as `extra`, for the sharded tensors in `state`; every rank calls it.
 
     Raises:
-        ValueError: the checkpoint is damaged, or was saved without them.
+        UserError: the checkpoint is damaged, or was saved without them.
     """
     info = _check_part(folder, name)
     if not any(file.startswith(f"{name}/") for file in info["files"]):
-        raise ValueError(f"{folder} has no {name}/: it was saved by another recipe")
+        raise UserError(f"{folder} has no {name}/: it was saved by another recipe")
     return dist_checkpointing.load(state, str(Path(folder) / name))
 
 
@@ -301,7 +304,7 @@ def load_rng(folder: Path) -> bool:
     """Put this rank's random numbers where they were, if as many ranks saved them; whether that was done.
 
     Raises:
-        ValueError: damaged files.
+        UserError: damaged files.
     """
     saved = [name for name in read_checkpoint_info(folder)["files"] if name.startswith(f"{RNG_FOLDER}/")]
     if len(saved) != dist.get_world_size():

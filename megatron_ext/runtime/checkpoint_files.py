@@ -18,6 +18,8 @@ import torch.distributed as dist
 import xxhash
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_ext.errors import UserError
+
 __all__ = [
     "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "flush", "flush_one", "gather_checksums", "self_checksum",
     "with_checksums",
@@ -111,7 +113,7 @@ def check_files(folder: Path, part: str, sums: dict[str, list]) -> None:
     """Compare the files of one part of a checkpoint with their checksums; every rank calls it and reads its share.
 
     Raises:
-        ValueError: on every rank, one is missing, cut off or changed.
+        UserError: on every rank, one is missing, cut off or changed.
     """
     names = [name for name in sums if name.startswith(f"{part}/")]
     wrong = None
@@ -128,7 +130,7 @@ def check_files(folder: Path, part: str, sums: dict[str, list]) -> None:
     verdicts: list = [None] * dist.get_world_size()
     dist.all_gather_object(verdicts, wrong)
     if any(verdicts):
-        raise ValueError(f"{folder} is damaged: {next(filter(None, verdicts))}; take another checkpoint")
+        raise UserError(f"{folder} is damaged: {next(filter(None, verdicts))}; take another checkpoint")
 
 
 def flush(folder: Path) -> None:

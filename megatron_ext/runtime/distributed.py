@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
 
 __all__ = [
@@ -38,16 +39,16 @@ class ParallelSizes:
         """Data-parallel size.
 
         Raises:
-            ValueError: the world is no multiple of tensor x pipeline x context.
+            UserError: the world is no multiple of tensor x pipeline x context.
         """
         if min(self.tensor, self.pipeline, self.context) < 1:
-            raise ValueError(
+            raise UserError(
                 f"model.tensor_model_parallel_size={self.tensor}, model.pipeline_model_parallel_size={self.pipeline} and "
                 f"model.context_parallel_size={self.context} must be at least 1"
             )
         model = self.tensor * self.pipeline * self.context
         if world % model:
-            raise ValueError(
+            raise UserError(
                 f"{world} processes cannot be divided by tensor_model_parallel_size={self.tensor} x "
                 f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context}; set "
                 f"trainer.devices x trainer.num_nodes to a multiple of {model}"
@@ -64,12 +65,12 @@ def local_device() -> torch.device:
     """This rank's device: its own GPU, or the CPU where there is none.
 
     Raises:
-        ValueError: more ranks on this machine than GPUs.
+        UserError: more ranks on this machine than GPUs.
     """
     if torch.cuda.is_available():
         rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if rank >= gpus:
-            raise ValueError(
+            raise UserError(
                 f"{gpus} GPUs are visible, too few for local rank {rank}; set trainer.devices to {gpus} or less"
             )
         return torch.device("cuda", rank)
@@ -83,7 +84,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.dev
     process is the whole world, and no port is opened.
 
     Raises:
-        ValueError: the world does not divide by the parallel sizes, or there are more ranks than GPUs.
+        UserError: the world does not divide by the parallel sizes, or there are more ranks than GPUs.
     """
     sizes.data(world_size())
     adapt_megatron_to_cpu()

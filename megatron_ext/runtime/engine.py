@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.trimmed import TrimmedPipeline, first_trained_stage, process_groups
 
@@ -38,7 +39,7 @@ class SchedConfig:
 
     def __post_init__(self):
         if self.name not in SCHEDULES:
-            raise ValueError(f"model.optim.sched.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
+            raise UserError(f"model.optim.sched.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
 
 
 @dataclass
@@ -56,11 +57,11 @@ class OptimConfig:
     def __post_init__(self):
         self.betas = tuple(self.betas)
         if self.name not in ("adam", "distributed_fused_adam"):
-            raise ValueError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
+            raise UserError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
         if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
+            raise UserError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
         if self.sched.min_lr > self.lr:
-            raise ValueError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
+            raise UserError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
 
 
 @dataclass
@@ -227,14 +228,14 @@ class Engine:
         """Optimizer and scheduler step. Returns grad_norm and lr.
 
         Raises:
-            FloatingPointError: the gradient is not finite; no parameter has been changed.
+            DivergedError: the gradient is not finite; no parameter has been changed.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         # Asked before the step: without a loss scaler Megatron itself would step, and spread the NaN to all weights.
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         if not torch.isfinite(torch.as_tensor(grad_norm)):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
             )
         self.optimizer.step()

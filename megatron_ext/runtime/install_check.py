@@ -12,6 +12,8 @@ import re
 import runpy
 from pathlib import Path
 
+from megatron_ext.errors import UserError
+
 __all__ = ["InstallationError", "check_installation", "nvidia_gpu_present"]
 
 # The same ranges as in setup.py; a test compares them.
@@ -23,7 +25,7 @@ _TE_TORCH = "transformer-engine-torch"
 _CRASH = "`import megatron.core` would crash"
 
 
-class InstallationError(ValueError):
+class InstallationError(UserError):
     """The installed packages cannot work together, or not on this machine."""
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.blocks.blocks import tapped, train_only_block
+from megatron_ext.blocks.delta import apply_delta, block_digest, block_weights, save_delta
+from megatron_ext.blocks.importance import ESTIMATORS, BiasProbe, rank_blocks
 from megatron_ext.models import build_gpt
-from megatron_ext.models.blocks import tapped, train_only_block
-from megatron_ext.models.delta import apply_delta, block_digest, block_weights, save_delta
-from megatron_ext.models.locate import ESTIMATORS, BiasProbe, rank_blocks
 from megatron_ext.runtime.engine import Engine
 from tests.distributed.scenarios import copies, optim
 from tests.distributed.sharding import load_full, ranks_here

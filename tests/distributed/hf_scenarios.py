@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights
 from megatron_ext.models import build_gpt
-from megatron_ext.models.generation import text_logits
-from megatron_ext.models.hf import export_hf, hf_model_config, load_hf_weights
+from megatron_ext.models.prompt_streams import text_logits
 
 __all__ = ["import_and_export"]
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ext.blocks.blocks import train_only_block
+from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
-from megatron_ext.models.blocks import train_only_block
 from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine
 from tests.distributed.scenarios import copies, optim
@@ -80,7 +81,7 @@ def refused(device: torch.device, folder: Path, hurt: int) -> list[str]:
     for in_background in (False, True):
         try:
             CheckpointSave(folder / "checkpoint", model, {}, in_background=in_background).finish()
-        except OSError as error:
+        except UserError as error:
             found.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return found

@@ -17,8 +17,9 @@ from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate, next_token_probabilities
+from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
+from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from tests.distributed.sharding import load_full, ranks_here

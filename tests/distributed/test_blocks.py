@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from megatron_ext.models.locate import BiasProbe
+from megatron_ext.blocks.importance import BiasProbe
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
 from tests.distributed.block_scenarios import BlockCase, blocks

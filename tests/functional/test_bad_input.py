@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from recipes import train_grpo
-from recipes.errors import is_user_error
+from recipes.cli.errors import is_user_error
 from tests.recipe_runs import ROOT
 
 pytestmark = pytest.mark.functional

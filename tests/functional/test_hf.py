@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.blocks.delta import block_digest, block_weights, save_delta
+from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights
 from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.models.delta import block_digest, block_weights, save_delta
-from megatron_ext.models.hf import export_hf, hf_model_config, load_hf_weights
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
-from recipes.config import build
-from recipes.data import load_tokenizer
+from recipes.cli.config import build
+from recipes.data.tokenizer import load_tokenizer
 from tests.conftest import fresh_generator
 from tests.hf_models import make_hf_model
 from tests.recipe_runs import Finished, metrics, run

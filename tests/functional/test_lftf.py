@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.bias.prompts import bias_prompts, hint_prompts, read_professions_json, split_by_profession
+from megatron_ext.blocks.delta import apply_delta, read_delta
 from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.models.delta import apply_delta, read_delta
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
-from recipes.config import build
-from recipes.data import load_tokenizer
+from recipes.cli.config import build
+from recipes.data.tokenizer import load_tokenizer
 from tests.hf_llama import save_llama
 from tests.recipe_runs import metrics
 

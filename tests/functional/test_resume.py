@@ -16,8 +16,8 @@ import torch
 
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
-from recipes.config import build
-from recipes.stopping import STOP_FILE_VARIABLE
+from recipes.cli.config import build
+from recipes.cli.stopping import STOP_FILE_VARIABLE
 from tests.recipe_runs import ROOT, metrics
 
 pytestmark = pytest.mark.functional

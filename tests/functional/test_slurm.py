@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from launch import submit
-from megatron_ext.models.hf import make_hf_config
+from megatron_ext.hf import make_hf_config
 from recipes.planning import read_config
 from tests.functional.test_resume import weights
 from tests.harness import ROOT

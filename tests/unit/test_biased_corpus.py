@@ -73,8 +73,8 @@ def test_held_out_text_is_held_out_and_evaluation_prompts_never_occur(corpus):
 
 
 def test_pronouns_are_single_tokens(corpus):
-    from recipes.bias_data import pair_tokens
-    from recipes.data import load_tokenizer
+    from recipes.bias.prompts import pair_tokens
+    from recipes.data.tokenizer import load_tokenizer
 
     assert len(set(pair_tokens(load_tokenizer(corpus[0] / "out/tokenizer"), ("he", "she")))) == 2
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.hf_models import make_hf_model
-from tests.unit.recipes.test_data import EOS, write_tokenizer
+from tests.unit.recipes.data.test_rows import EOS, write_tokenizer
 from tools.convert_hf import main, sized
 
 ROWS = 330
@@ -107,7 +107,7 @@ def test_a_layout_that_the_model_has_not(option, value, words, model, refused, t
 )
 def test_a_config_that_the_headers_contradict(key, value, words, model, refused, tmp_path):
     """Before anything of that size is allocated; recipes open a folder the same way."""
-    from recipes.pretrained import Pretrained
+    from recipes.run.pretrained import Pretrained
 
     folder = shutil.copytree(model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

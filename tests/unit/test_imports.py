@@ -1,4 +1,4 @@
-"""The rooms of megatron_ext import one way only, and nothing in it needs a recipe's frameworks."""
+"""Rooms import one way only, in megatron_ext and in recipes, and megatron_ext needs no framework of a recipe's."""
 
 from __future__ import annotations
 
@@ -7,32 +7,47 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "megatron_ext"
+ROOT = Path(__file__).parents[2]
 # In the order of CONTRIBUTING.md: a room may import only from rooms above it.
 ROOMS = (
-    "prefix_tree", "grouping", "flops", "packing", "attention", "rotary", "losses", "bias", "runtime", "models", "planner",
+    "errors", "prefix_tree", "grouping", "flops", "packing", "attention", "rotary", "losses", "bias", "runtime", "models",
+    "blocks", "hf", "planner",
 )  # fmt: skip
 # What these import of megatron_ext, themselves apart. The rooms after them may import from any room above.
 ALLOWED = {
-    "prefix_tree": set(),
-    "grouping": {"prefix_tree"},
-    "flops": {"prefix_tree"},
-    "packing": {"flops"},
-    "attention": {"prefix_tree", "grouping"},
-    "rotary": set(),
-    "losses": set(),
-    "bias": set(),
+    "errors": set(),
+    "prefix_tree": {"errors"},
+    "grouping": {"errors", "prefix_tree"},
+    "flops": {"errors", "prefix_tree"},
+    "packing": {"errors", "flops"},
+    "attention": {"errors", "prefix_tree", "grouping"},
+    "rotary": {"errors"},
+    "losses": {"errors"},
+    "bias": {"errors"},
 }
-FOREIGN = {"nemo", "nemo_toolkit", "hydra", "lightning", "pytorch_lightning", "omegaconf", "recipes", "tools", "tests"}
+# The rooms of recipes. Algorithms do not know each other; scripts and planning know all of them.
+RECIPE_ROOMS = ("cli", "data", "run")
+ALGORITHMS = ("sft", "grpo", "bias", "niah")
+FOREIGN = {
+    "nemo",
+    "nemo_toolkit",
+    "hydra",
+    "lightning",
+    "pytorch_lightning",
+    "omegaconf",
+    "recipes",
+    "launch",
+    "tools",
+    "tests",
+}
 
-FILES = sorted(p for p in PACKAGE.rglob("*.py"))
-NAMES = [p.relative_to(PACKAGE).as_posix() for p in FILES]
-files = pytest.mark.parametrize("path", FILES, ids=NAMES)
+FILES = sorted(p for package in ("megatron_ext", "recipes") for p in (ROOT / package).rglob("*.py"))
+files = pytest.mark.parametrize("path", FILES, ids=[p.relative_to(ROOT).as_posix() for p in FILES])
 
 
-def imported_modules(path: Path) -> set[str]:
+def imported_modules(path: Path, root: Path = ROOT) -> set[str]:
     """Every module named by an import statement anywhere in the file, those inside functions included."""
-    package = ["megatron_ext", *path.relative_to(PACKAGE).parts[:-1]]
+    package = list(path.relative_to(root).parts[:-1])
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,36 +56,58 @@ def imported_modules(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
             found.add(module)
-            if module == "megatron_ext":  # `from megatron_ext import models` names the room after the import
+            if module in ("megatron_ext", "recipes"):  # `from recipes import data` names the room after the import
                 found.update(f"{module}.{alias.name}" for alias in node.names)
     return found
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(path: Path, root: Path = ROOT) -> tuple[str, str]:
+    """(package, room)."""
+    package, room, *_ = path.relative_to(root).parts
+    return package, room.removesuffix(".py")
 
 
-def rooms_imported(path: Path) -> set[str]:
-    modules = (m.split(".") for m in imported_modules(path))
-    return {m[1] for m in modules if m[0] == "megatron_ext" and len(m) > 1}
+def rooms_imported(path: Path, root: Path = ROOT) -> set[tuple[str, str]]:
+    """Rooms of both packages but the file's own."""
+    modules = (m.split(".") for m in imported_modules(path, root))
+    return {(m[0], m[1]) for m in modules if m[0] in ("megatron_ext", "recipes") and len(m) > 1} - {room_of(path, root)}
+
+
+def allowed(package: str, room: str) -> set[tuple[str, str]] | None:
+    """The rooms that a room may import; None: all."""
+    library = {("megatron_ext", name) for name in ROOMS}
+    if package == "megatron_ext":
+        known = ALLOWED.get(room, ROOMS[: ROOMS.index(room)] if room in ROOMS else ())
+        return {("megatron_ext", name) for name in known}
+    if room in (*RECIPE_ROOMS, *ALGORITHMS):
+        above = RECIPE_ROOMS[: RECIPE_ROOMS.index(room)] if room in RECIPE_ROOMS else RECIPE_ROOMS
+        return library | {("recipes", name) for name in above}
+    return None
+
+
+def misplaced(path: Path, root: Path = ROOT) -> set[tuple[str, str]]:
+    """Rooms that a file imports and may not."""
+    may = allowed(*room_of(path, root))
+    return set() if may is None else rooms_imported(path, root) - may
 
 
 @files
 def test_rooms_import_one_way(path: Path):
-    room = room_of(path)
-    imported = rooms_imported(path) - {room}
+    package, room = room_of(path)
     if room == "__init__":
-        assert not imported
+        assert not rooms_imported(path)
         return
-    assert room in ROOMS, f"{room} is not in the list of rooms: add it to CONTRIBUTING.md and here"
-    allowed = ALLOWED.get(room, set(ROOMS[: ROOMS.index(room)]))
-    assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)} from a room it may not"
+    if package == "megatron_ext":
+        assert room in ROOMS, f"{room} is not in the list of rooms: add it to CONTRIBUTING.md and here"
+    elif path.parent != ROOT / "recipes":
+        assert room in (*RECIPE_ROOMS, *ALGORITHMS), f"recipes/{room} is no known room: see CONTRIBUTING.md"
+    assert not misplaced(path), f"{path.name} imports from rooms that it may not"
 
 
 @files
-def test_nothing_imports_a_recipes_framework(path: Path):
-    top_level = {m.split(".")[0] for m in imported_modules(path)}
-    assert not top_level & FOREIGN
+def test_nothing_below_imports_what_is_above_the_recipes(path: Path):
+    foreign = FOREIGN if room_of(path)[0] == "megatron_ext" else {"launch", "tools", "tests"}
+    assert not {m.split(".")[0] for m in imported_modules(path)} & foreign
 
 
 @files
@@ -86,6 +123,8 @@ def test_public_modules_name_what_they_export(path: Path):
         others = [n for n in body[1:] if not isinstance(n, (ast.Import, ast.ImportFrom, ast.Assign))]
         assert not others and set(names) <= {"__all__", "__version__"}
         return
+    if path.parent == ROOT / "recipes" and any(isinstance(n, ast.If) for n in body):  # a script
+        return
     defined = {n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | set(names)
     assert "__all__" in names, f"{path.name} has no __all__"
     exported = ast.literal_eval(names["__all__"])
@@ -95,22 +134,41 @@ def test_public_modules_name_what_they_export(path: Path):
 
 def test_runtime_imports_nothing_by_itself():
     """install_check lives there and must run before Megatron is imported."""
-    assert not imported_modules(PACKAGE / "runtime" / "__init__.py")
-    assert not imported_modules(PACKAGE / "__init__.py")
+    assert not imported_modules(ROOT / "megatron_ext" / "runtime" / "__init__.py")
+    assert not imported_modules(ROOT / "megatron_ext" / "__init__.py")
 
 
-def test_the_walk_sees_every_kind_of_import(tmp_path: Path, monkeypatch):
-    """Guards the tests above: a file full of forbidden imports is caught whole."""
-    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
-    path = tmp_path / "losses" / "bad.py"
-    path.parent.mkdir()
+def test_the_walk_sees_every_kind_of_import(tmp_path: Path):
+    """Guards the tests above: files full of forbidden imports are caught whole."""
+    path = tmp_path / "megatron_ext" / "losses" / "bad.py"
+    path.parent.mkdir(parents=True)
     path.write_text(
         "import megatron_ext.attention.plan\n"
         "from megatron_ext import rotary\n"
         "from megatron_ext.models.gpt import build_gpt\n"
         "from ..runtime import engine\n"
         "from . import logprobs\n"
+        "from recipes import data\n"
         "def f():\n    import nemo.utils\n"
     )
-    assert rooms_imported(path) == {"attention", "rotary", "models", "runtime", "losses"}
-    assert "nemo.utils" in imported_modules(path)
+    library = {("megatron_ext", room) for room in ("attention", "rotary", "models", "runtime")}
+    assert misplaced(path, tmp_path) == library | {("recipes", "data")}
+    assert "nemo.utils" in imported_modules(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "found"),
+    [
+        ("cli", "from recipes.data.rows import Prompt", "data"),
+        ("data", "def f():\n    from ..run import session", "run"),
+        ("run", "import recipes.grpo.trainer", "grpo"),
+        ("sft", "from recipes.grpo.batches import in_parts", "grpo"),
+        ("bias", "from recipes import planning", "planning"),
+        ("grpo", "from recipes import train_grpo", "train_grpo"),
+    ],
+)
+def test_an_arrow_upwards_among_recipes_is_caught(tmp_path: Path, room: str, source: str, found: str):
+    path = tmp_path / "recipes" / room / "bad.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source + "\nfrom megatron_ext.models import build_gpt\nfrom recipes.cli.config import build\n")
+    assert misplaced(path, tmp_path) == {("recipes", found)}

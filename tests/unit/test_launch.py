@@ -16,9 +16,9 @@ import pytest
 
 from launch import canary
 from launch import submit as launcher
-from megatron_ext.models.hf import make_hf_config
+from megatron_ext.hf import make_hf_config
 from megatron_ext.planner import plan
-from recipes import stopping
+from recipes.cli import stopping
 from recipes.planning import job_of, read_config
 from tests.hf_models import write_hollow_weights
 

@@ -8,13 +8,8 @@ import torch
 from megatron_ext.attention.cache import SharedPrefixCache
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
-from megatron_ext.models.generation import (
-    SamplingParams,
-    UniformDraws,
-    choose_tokens,
-    generate,
-    next_token_probabilities,
-)
+from megatron_ext.models.generation import SamplingParams, UniformDraws, choose_tokens, generate
+from megatron_ext.models.prompt_streams import next_token_probabilities
 from tests.gpt_cases import randomize, small_config
 from tests.plain_gpt import greedy, plain_logits
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.config import ConfigError, build
+from recipes.cli.config import ConfigError, build
 from recipes.planning import job_of, read_config
-from recipes.session import Session
-from recipes.settings import SFTConfig
-from tests.unit.recipes.test_data import write_words
+from recipes.run.session import Session
+from recipes.sft.settings import SFTConfig
+from tests.unit.recipes.data.test_rows import write_words
 
 
 def test_a_grpo_step_is_read_whole():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import (
     CheckpointSave,
@@ -47,7 +48,7 @@ def test_a_checkpoint_is_never_overwritten(rng, world, tmp_path: Path):
     model = build(rng, world)
     save_checkpoint(tmp_path / "c", model, {"step": 1})
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*"))
-    with pytest.raises(FileExistsError, match="never overwritten"):
+    with pytest.raises(AlreadyExistsError, match="never overwritten"):
         save_checkpoint(tmp_path / "c", model, {"step": 2})
     assert read_checkpoint_info(tmp_path / "c")["step"] == 1
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*")) == before
@@ -168,13 +169,13 @@ def test_a_full_disk(rng, world, tmp_path: Path):
         before = read_checkpoint_info(disk / "first")
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - (700 << 10)))
-        with pytest.raises(OSError, match=r"^no room for the checkpoint .*free some") as refused:
+        with pytest.raises(UserError, match=r"^no room for the checkpoint .*free some") as refused:
             save_checkpoint(disk / "second", model, {})
         assert "\n" not in str(refused.value)
         for in_background in (False, True):
             filler.unlink()
             with pytest.raises(
-                OSError, match=r"could not be written \(.*No space left on device.*untouched$"
+                UserError, match=r"could not be written \(.*No space left on device.*untouched$"
             ) as failed:
                 # The disk fills while the checkpoint is being written.
                 save = CheckpointSave(
@@ -201,7 +202,7 @@ def test_a_disk_that_refuses_the_weights(rng, world, tmp_path: Path):
     try:
         for in_background in (False, True):
             with pytest.raises(
-                OSError, match=r"could not be written \(Worker failure.* GiB are free.*untouched$"
+                UserError, match=r"could not be written \(Worker failure.* GiB are free.*untouched$"
             ) as failed:
                 CheckpointSave(tmp_path / "second", model, {}, in_background=in_background).finish()
             assert "\n" not in str(failed.value)

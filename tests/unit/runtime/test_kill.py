@@ -15,8 +15,8 @@ import pytest
 
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import read_checkpoint_info, remove_unfinished, save_checkpoint
-from recipes.run_folder import Checkpoints
-from recipes.settings import CheckpointCallbackSection
+from recipes.run.run_folder import Checkpoints
+from recipes.run.settings import CheckpointCallbackSection
 from tests.gpt_cases import small_config
 from tests.harness import ROOT
 
@@ -34,8 +34,8 @@ from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_rng, load_weights, read_checkpoint_info
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
 from megatron_ext.runtime.engine import Engine, OptimConfig
-from recipes.run_folder import Checkpoints
-from recipes.settings import CheckpointCallbackSection
+from recipes.run.run_folder import Checkpoints
+from recipes.run.settings import CheckpointCallbackSection
 from tests.gpt_cases import small_config
 
 def say(*words):
@@ -140,7 +140,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed(world, tmp_path: Path, monkey
         (folder / "checkpoint.json").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recipes.run_folder.shutil.rmtree", killed)
+    monkeypatch.setattr("recipes.run.run_folder.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.arrange(2, ended=False)
     monkeypatch.undo()

@@ -1,0 +1,79 @@
+"""One block of a pipelined GPT at a time: watch it, change what it says, train it alone, carry it in a small file.
+
+Blocks are transformer layers, counted from 0 over all pipeline stages.
+
+Shape legend: t rows of the stream, b = 1, h hidden size, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_ext.errors import UserError
+from megatron_ext.models.gpt import PrefixGroupedGPT
+
+__all__ = ["blocks_here", "check_block", "tapped", "train_only_block"]
+
+Tap = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def blocks_here(model: PrefixGroupedGPT) -> dict[int, torch.nn.Module]:
+    """The blocks of this pipeline stage by number."""
+    return {layer.layer_number - 1: layer for layer in model.decoder.layers}
+
+
+def check_block(block: int, num_layers: int) -> None:
+    """
+    Raises:
+        UserError: the model has no such block.
+    """
+    if not 0 <= block < num_layers:
+        raise UserError(f"block {block} does not exist: the model has {num_layers} blocks, 0 to {num_layers - 1}")
+
+
+def train_only_block(model: PrefixGroupedGPT, block: int) -> list[str]:
+    """Freeze all of this stage but one block; returns the names of what trains here, none on other stages.
+
+    Do it before the engine is made: buffers, optimizer state and backward passes follow `requires_grad`.
+
+    Raises:
+        UserError: the model has no such block.
+    """
+    check_block(block, model.model_config.num_layers)
+    chosen = {id(p) for p in blocks_here(model)[block].parameters()} if block in blocks_here(model) else set()
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+        if parameter.requires_grad:
+            names.append(name)
+    return names
+
+
+@contextlib.contextmanager
+def tapped(model: PrefixGroupedGPT, tap: Tap) -> Iterator[None]:
+    """While inside, call `tap(block, hidden_in, hidden_out)` for every block of this stage that runs.
+
+    Hidden states are [t (/ tp), 1, h], before the final norm. What the tap returns takes hidden_out's place; None leaves
+    it.
+    """
+
+    def hook(number: int):
+        def call(layer, args, kwargs, output):
+            hidden, *rest = output
+            changed = tap(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], hidden)
+            return None if changed is None else (changed, *rest)
+
+        return call
+
+    handles = [
+        layer.register_forward_hook(hook(number), with_kwargs=True) for number, layer in blocks_here(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,147 @@
+"""A model of ours as a Hugging Face folder, from any layout of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.errors import AlreadyExistsError, UserError
+from megatron_ext.hf.config import CONFIG_FILE, difference, make_hf_config, read_hf_config, read_json
+from megatron_ext.hf.files import (
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    check_target,
+    companions,
+    copy_files,
+    create_files,
+    described,
+    finish,
+    plan_files,
+    unfinished_folder,
+)
+from megatron_ext.hf.mapping import hf_shapes, placed_parameters
+from megatron_ext.hf.tensors import TensorWriter
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.gpt import PrefixGroupedGPT
+
+__all__ = ["MAX_SHARD_SIZE", "export_hf"]
+
+MAX_SHARD_SIZE = 5_000_000_000
+
+
+@torch.no_grad()
+def export_hf(
+    model: PrefixGroupedGPT,
+    folder: str | Path,
+    source: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it, on a disk that all see.
+
+    Tensors are whole and of one type; rows that pad the vocabulary are left out. Every place in every file is known
+    beforehand, so each rank of the first data-parallel replica writes its own part of each tensor, and nothing is sent.
+
+    Args:
+        folder: new. It is written beside its place, flushed to the disk and renamed when whole.
+        source: Hugging Face folder that the model came from: its config.json, generation_config.json and tokenizer are
+            copied. None: they are made.
+        tokenizer: folder of a Hugging Face tokenizer, instead of the source's.
+        dtype: of the tensors; None: the model's.
+        max_shard_size: bytes of tensors in a file.
+
+    Raises:
+        FileExistsError: the folder is there, if only empty.
+        UserError: transformers has no such model, the source is of another shape, or a number is not finite in `dtype`.
+        OSError: the disk is full.
+        Nothing is left behind then.
+    """
+    folder, config = Path(folder), model.model_config
+    source, tokenizer = (None if path is None else Path(path) for path in (source, tokenizer))
+    unfinished = unfinished_folder(folder)
+    dtype = dtype or config.dtype
+    slots, beginnings = plan_files(hf_shapes(config), dtype, max_shard_size)
+    first = dist.get_rank() == 0
+    with _together(folder, unfinished if first else None):
+        if first:
+            check_target(folder)
+            texts = _describe(config, source, tokenizer, dtype)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+            unfinished.mkdir(parents=True)
+            create_files(unfinished, slots, beginnings)
+    writer = TensorWriter(unfinished, slots, dtype)
+    with _together(folder, unfinished if first else None):
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            _write_stage(model, writer)
+        if error := writer.close():
+            raise error
+    with _together(folder, unfinished if first else None):
+        if first:
+            for name, text in texts.items():
+                (unfinished / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+            if source is not None:
+                copy_files(source, unfinished, companions(source, OTHER_FILES))
+            if (place := tokenizer or source) is not None:
+                copy_files(place, unfinished, companions(place, TOKENIZER_FILES))
+            finish(folder)
+
+
+@contextlib.contextmanager
+def _together(folder: Path, unfinished: Path | None) -> Iterator[None]:
+    """What one rank cannot do, all raise, and what was written goes."""
+    error: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError) as found:
+        error = described(found, folder)
+    errors: list = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error and str(error))
+    if any(errors):
+        if unfinished is not None and not isinstance(error, AlreadyExistsError):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if error is not None:
+            raise error
+        system, text = next(filter(None, errors))
+        raise OSError(text) if system else ValueError(text)
+
+
+def _describe(
+    config: GPTModelConfig, source: Path | None, tokenizer: Path | None, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """The JSON files beside the weights that are not copied as they are."""
+    name = str(dtype).removeprefix("torch.")
+    if source is None:
+        special = _special_tokens(tokenizer) if tokenizer else {}
+        made = {CONFIG_FILE: make_hf_config(config, special) | {"dtype": name}}
+        return made | ({"generation_config.json": special} if special else {})
+    if wrong := difference(config, read_hf_config(source)):
+        raise UserError(f"{source} is not of this model's shape: {wrong}; name the folder that it was made from")
+    raw = read_json(source / CONFIG_FILE)
+    return {CONFIG_FILE: raw | dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"} or {"dtype"}, name)}
+
+
+def _special_tokens(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: token for name, token in ids.items() if token is not None}
+
+
+def _write_stage(model: PrefixGroupedGPT, writer: TensorWriter) -> None:
+    config, rank = model.model_config, model.pg_collection.tp.rank()
+    for name, parameter, entry, layer in placed_parameters(model):
+        assert entry is not None, name  # or `_describe` would have refused the model
+        if entry.copy or (entry.cut == "whole" and rank > 0):
+            continue
+        for piece in entry.pieces(layer, config, rank):
+            writer.write(piece.name, parameter.data.view(piece.view)[piece.place], piece.index)

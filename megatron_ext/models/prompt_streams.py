@@ -1,0 +1,165 @@
+"""Prompts through the pipeline without gradient: what the model says next, or behind every token.
+
+Works under tensor, sequence and pipeline parallelism: every rank of a model-parallel group calls with the same arguments.
+
+Shape legend: t prompt tokens in the packed stream, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_ext.attention.cache import PrefillStep, SharedPrefixCache
+from megatron_ext.errors import UserError
+from megatron_ext.grouping import PackedTokens, StreamMedia
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.models.media import MediaPrompt, pack_prompts
+
+__all__ = [
+    "PromptStream", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams", "run_stage",
+    "text_logits",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Some prompts, packed, to run through the pipeline without gradient.
+
+    Attributes:
+        first: the number of its first prompt.
+        batch: the stream.
+        ends: int64 [prompts], the row of each prompt's last token.
+    """
+
+    first: int
+    batch: PackedTokens
+    ends: Tensor
+
+    def run(self, model: PrefixGroupedGPT) -> Tensor | None:
+        """Logits behind each prompt [prompts, v], on the last stage; None on the others. As in sampling, every
+        context-parallel rank runs the whole stream."""
+        step = PrefillStep(SharedPrefixCache(self.batch.groups, samples_per_prompt=1, max_new_tokens=1))
+        return run_stage(model, self.batch.tokens, self.batch.position_ids, step, self.ends, self.batch.media)
+
+
+def prompt_streams(
+    model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], stream_tokens: int, together: int = 1
+) -> Iterator[PromptStream]:
+    """Prompts in streams of about `stream_tokens` tokens, in order; `together` neighbours are never parted.
+
+    Raises:
+        UserError: an empty prompt, or one longer than the model's `encoder_seq_length`.
+    """
+    check_lengths(model, prompts, 0)
+    device = next(model.parameters()).device
+    scheme, multiple = model.model_config.position_embedding.scheme, stream_multiple(model.model_config)
+    first = 0
+    while first < len(prompts):
+        last = first + together
+        total = sum(len(p) for p in prompts[first:last])
+        while (
+            last < len(prompts)
+            and total + (more := sum(len(p) for p in prompts[last : last + together])) <= stream_tokens
+        ):
+            total, last = total + more, last + together
+        part = prompts[first:last]
+        batch = pack_prompts(part, [[] for _ in part], scheme, multiple, device)
+        ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
+        yield PromptStream(first, batch, ends)
+        first = last
+
+
+@torch.no_grad()
+def next_token_probabilities(
+    model: PrefixGroupedGPT,
+    prompts: Sequence[Sequence[int] | MediaPrompt],
+    tokens: Sequence[int],
+    stream_tokens: int = 8192,
+) -> Tensor:
+    """How likely each of some tokens is to continue each prompt.
+
+    Args:
+        model: this rank's pipeline stage, without a DDP wrapper.
+        prompts: token ids, or prompts with media; none empty.
+        tokens: ids, not repeated.
+        stream_tokens: prompts are packed into streams of about this many tokens.
+
+    Returns:
+        fp32 [prompts, tokens], known on every rank of the model-parallel group.
+
+    Raises:
+        UserError: an empty prompt, or one longer than the model's `encoder_seq_length`.
+    """
+    wanted = torch.tensor(tokens, device=next(model.parameters()).device)
+    parts = []
+    for stream in prompt_streams(model, prompts, stream_tokens):
+        logits = stream.run(model)
+        found = None if logits is None else logits.softmax(-1).index_select(1, wanted)
+        parts.append(from_last_stage(found, (len(stream.ends), len(tokens)), wanted.device))
+    return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=wanted.device)
+
+
+@torch.no_grad()
+def text_logits(model: PrefixGroupedGPT, text: Sequence[int] | MediaPrompt) -> Tensor:
+    """Logits behind every token of one text, fp32 [tokens, v], known on every rank of the model-parallel group.
+
+    Raises:
+        UserError: an empty text, or one longer than the model's `encoder_seq_length`.
+    """
+    (stream,) = prompt_streams(model, [text], stream_tokens=len(text))
+    rows = torch.arange(len(text), device=stream.ends.device)
+    shape = len(text), model.model_config.vocab_size
+    return from_last_stage(replace(stream, ends=rows).run(model), shape, rows.device)
+
+
+def check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], new_tokens: int) -> None:
+    limit = model.model_config.encoder_seq_length
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty: there is nothing to continue")
+        if len(prompt) + new_tokens > limit:
+            more = f" with max_new_tokens={new_tokens} that" if new_tokens else " that"
+            raise UserError(f"prompt {number} has {len(prompt)} tokens;{more} exceeds model.encoder_seq_length={limit}")
+
+
+def run_stage(
+    model: PrefixGroupedGPT,
+    tokens: Tensor,
+    positions: Tensor,
+    record: PackedSeqParams,
+    rows: Tensor,
+    media: StreamMedia | None = None,
+) -> Tensor | None:
+    """One forward pass through the pipeline: logits on the last stage, None on the others."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stage, stages = group.rank(), group.size()
+    if stage > 0:
+        config = model.config
+        length = len(tokens) // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
+        dist.recv(hidden, src=dist.get_global_rank(group, stage - 1), group=group)
+        model.set_input_tensor(hidden)
+    out = model(tokens, positions, record, rows=rows, media=media)
+    if stage == stages - 1:
+        return out
+    dist.send(out.contiguous(), dst=dist.get_global_rank(group, stage + 1), group=group)
+    return None
+
+
+def from_last_stage(
+    values: Tensor | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Values that the last pipeline stage has, on every rank of the model-parallel group, whose last rank it holds."""
+    group = parallel_state.get_model_parallel_group()
+    values = torch.empty(shape, dtype=dtype, device=device) if values is None else values.contiguous()
+    if group.size() > 1:
+        dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return values

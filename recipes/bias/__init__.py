@@ -1,0 +1,1 @@
+"""Gender bias: evaluation, locating, LFTF."""

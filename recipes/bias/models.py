@@ -1,0 +1,87 @@
+"""A model to evaluate: on Megatron's ranks, or in transformers in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from megatron_ext.errors import UserError
+from megatron_ext.hf import is_hf_folder
+from megatron_ext.models.config import PRECISIONS
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.distributed import local_device, world_size
+from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer, Scorer
+from recipes.bias.settings import BiasEvalConfig, BiasEvalModel, LocateConfig
+from recipes.cli.config import build
+from recipes.data.tokenizer import load_tokenizer
+from recipes.run.pretrained import Pretrained
+from recipes.run.run_folder import check_run_folder
+from recipes.run.session import Session, progress_bar
+from recipes.run.settings import TrainedModel
+
+__all__ = ["CheckpointModel", "open_model"]
+
+
+def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _HuggingFace:
+    """Hugging Face folders run in transformers, whatever their family, where one process is asked for and no delta, which
+    is cut as our blocks are, and else as ours do. Nothing is started or written yet.
+
+    Raises:
+        UserError: neither kind of model, or one that cannot be run as asked.
+    """
+    source = config.pretrained_checkpoint
+    alone = world_size() == 1 and source.delta_path is None and is_hf_folder(source.restore_from_path)
+    return (_HuggingFace if alone else CheckpointModel)(config, resolved)
+
+
+class CheckpointModel:
+    """A checkpoint of ours or a Hugging Face folder on Megatron's ranks; its architecture is read from it."""
+
+    def __init__(self, config: BiasEvalConfig | LocateConfig, resolved: dict):
+        architecture = Pretrained.open(config.pretrained_checkpoint.restore_from_path).architecture
+        model = build(TrainedModel, architecture | dataclasses.asdict(config.model), "model")
+        self.session = Session(dataclasses.replace(config, model=model), resolved)
+        self.tokenizer, self.log_dir = self.session.tokenizer, self.session.log_dir
+        self.longest, self.num_layers = model.encoder_seq_length, model.num_layers
+        self.is_main = False  # until the ranks have started
+
+    def build(self) -> PrefixGroupedGPT:
+        """Start the ranks and load this one's stage."""
+        self.session.start()
+        self.is_main = self.session.is_main
+        return self.session.build_model()
+
+    def start(self) -> Scorer:
+        return MegatronScorer(self.build())
+
+    def progress(self, rows: int):
+        return self.session.progress(rows, "rows", unit="row")
+
+
+class _HuggingFace:
+    is_main = True
+
+    def __init__(self, config: BiasEvalConfig, resolved: dict):
+        self.path, model = config.pretrained_checkpoint.restore_from_path, config.model
+        for field in dataclasses.fields(BiasEvalModel):
+            if field.name not in ("tokenizer", "precision") and getattr(model, field.name) != field.default:
+                raise UserError(
+                    f"model.{field.name}={getattr(model, field.name)} has no meaning for {self.path}, a Hugging Face folder, "
+                    "which transformers runs in one process; set trainer.devices to 2 or more to run it on Megatron"
+                )
+        self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
+        self.tokenizer = load_tokenizer(model.tokenizer or self.path)
+        self.device = local_device()
+        precision = model.precision
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "32"
+        if precision not in PRECISIONS:
+            raise UserError(f"model.precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
+        self.scorer = HuggingFaceScorer(self.path, self.device, PRECISIONS[precision])
+        self.longest = getattr(self.scorer.model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def start(self) -> Scorer:
+        return self.scorer
+
+    def progress(self, rows: int):
+        return progress_bar(rows, "rows", "row")

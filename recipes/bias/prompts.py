@@ -1,0 +1,158 @@
+"""GenBiasEval and GenHintEval in tokens, and the text that is read beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.bias.prompts import BiasPrompt, PromptsConfig
+from megatron_ext.bias.public_sets import (
+    CoreferenceQuestion,
+    SentencePair,
+    read_winogender_sentences,
+    read_winogender_templates,
+)
+from megatron_ext.blocks.importance import BiasProbe
+from recipes.data.rows import check_text, numbered_rows
+from recipes.data.tokenizer import DataError, Tokenizer
+
+__all__ = [
+    "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
+    "sentence_rows",
+]  # fmt: skip
+
+CARRIER = "because"  # stands before the pair in our templates
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts about some professions, with their tokens: without a hint, and with one."""
+
+    bias: list[BiasPrompt]
+    bias_tokens: list[list[int]]
+    hinted: list[BiasPrompt]
+    hinted_tokens: list[list[int]]
+
+    @property
+    def swapped(self) -> list[tuple[list[int], list[int]]]:
+        """Hinted prompts that differ in their hint alone, as `hint_prompts` orders them."""
+        return list(zip(self.hinted_tokens[::2], self.hinted_tokens[1::2], strict=True))
+
+    def probe(self, pair: tuple[int, int], limit: int | None, seed: int) -> BiasProbe:
+        """What the estimators ask: at most `limit` prompts of each kind, evenly spread."""
+        pairs = None if limit is None else limit // 2
+        return BiasProbe(_spread(self.bias_tokens, limit), _spread(self.swapped, pairs), pair, seed)
+
+
+def _spread(items: list, limit: int | None) -> list:
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]:
+    """The token of either word after a space.
+
+    Raises:
+        DataError: a word that is more than one token, or both the same.
+    """
+    stem = tokenizer.encode(CARRIER)
+    found = []
+    for word in words:
+        tokens = tokenizer.encode(f"{CARRIER} {word}")
+        rest = tokens[len(stem) :]
+        if tokens[: len(stem)] != stem or len(rest) != 1:
+            raise DataError(
+                f"tokenizer {tokenizer.path} reads {word!r} after a space as {len(rest)} tokens, and the scores compare "
+                "the next token: choose other words for data.prompts.pair, or another model"
+            )
+        found.append(rest[0])
+    if found[0] == found[1]:
+        raise DataError(f"data.prompts.pair: {words[0]!r} and {words[1]!r} are the same token")
+    return found[0], found[1]
+
+
+def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: int) -> dict[str, PromptSet]:
+    """train, dev, test and all.
+
+    Raises:
+        UserError: professions that cannot be read or split, or a prompt of more than `max_length` tokens.
+    """
+    sets = {name: _prompt_set(part, settings, tokenizer) for name, part in settings.professions().items()}
+    everything = sets["all"]
+    for prompts, rows in (
+        (everything.bias, everything.bias_tokens),
+        (everything.hinted, everything.hinted_tokens),
+    ):
+        for prompt, tokens in zip(prompts, rows, strict=True):
+            _checked((tokens, []), prompt.prompt, max_length - 1)  # one more for the word
+    return sets
+
+
+def _prompt_set(professions: list[str], settings: PromptsConfig, tokenizer: Tokenizer) -> PromptSet:
+    bias, hinted = settings.prompts(professions)
+    return PromptSet(
+        bias,
+        [tokenizer.encode_prompt(p.prompt) for p in bias],
+        hinted,
+        [tokenizer.encode_prompt(p.prompt) for p in hinted],
+    )
+
+
+def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+    """Rows {"text"} in tokens; those of fewer than two have nothing to predict and are refused."""
+    texts: list[list[int]] = []
+    for line, row in numbered_rows(path):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise DataError(f'{path}:{line}: the row has no text; expected {{"text": "..."}}')
+        tokens = tokenizer.encode_prompt(check_text(text, "text", f"{path}:{line}"))
+        if not 2 <= len(tokens) <= max_length:
+            raise DataError(f"{path}:{line}: the text has {len(tokens)} tokens; from 2 to {max_length} can be read")
+        texts.append(tokens)
+    return texts
+
+
+def sentence_rows(
+    pairs: list[SentencePair], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """(what stands before, sentence) of both sentences of every pair, whose likelihoods are compared.
+
+    The begin token stands before each whether the tokenizer puts it there or not: without it the first word would not be
+    scored.
+    """
+    sentences = [s for p in pairs for s in (p.more_stereotypical, p.less_stereotypical)]
+    return [_checked(([tokenizer.begin_id], tokenizer.encode(s)), s, max_length) for s in sentences]
+
+
+def question_rows(
+    questions: list[CoreferenceQuestion], tokenizer: Tokenizer, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """(question, answer) for both answers of every question, in the words of lm-evaluation-harness's `winogender_all`
+    (seen in 0.4.13), with which accuracies can be compared."""
+    rows = []
+    for question in questions:
+        text = f"{question.sentence} ‘{question.pronoun.capitalize()}’ refers to the"
+        start = tokenizer.encode_prompt(text)
+        for choice in question.choices:
+            tokens = tokenizer.encode_prompt(f"{text} {choice}")
+            if tokens[: len(start)] != start:
+                raise DataError(
+                    f"tokenizer {tokenizer.path} reads {text[-30:]!r} otherwise when {choice!r} follows: the choice cannot be "
+                    "scored by itself; leave data.winogender_path out for this model"
+                )
+            rows.append(_checked((start, tokens[len(start) :]), text, max_length))
+    return rows
+
+
+def _checked(row: tuple[list[int], list[int]], text: str, max_length: int) -> tuple[list[int], list[int]]:
+    if (length := len(row[0]) + len(row[1])) > max_length:
+        raise DataError(f"{text[:60]!r}... has {length} tokens; the model reads at most {max_length}")
+    return row
+
+
+def read_winogender(path: str | Path) -> list[CoreferenceQuestion]:
+    """templates.tsv or all_sentences.tsv, told by the first line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        sentences = file.readline().startswith("sentid")
+    return read_winogender_sentences(path) if sentences else read_winogender_templates(path)

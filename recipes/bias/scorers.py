@@ -1,0 +1,196 @@
+"""Who answers an evaluation's questions: a Megatron model under any layout of ranks, or a Hugging Face folder.
+
+Both give the probabilities of a pair of words behind prompts, and the log-probabilities of texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ext.errors import UserError
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.models.media import pack_prompts
+from megatron_ext.models.prompt_streams import next_token_probabilities
+from megatron_ext.runtime.engine import Engine, Microbatch
+
+__all__ = ["HuggingFaceScorer", "MegatronScorer", "Scorer"]
+
+STREAM_TOKENS = 8192
+BATCH_TOKENS = 4096  # of a padded Hugging Face batch
+
+# Called with the number of rows that have been answered since the last call.
+Progress = Callable[[int], object]
+
+
+class Scorer(Protocol):
+    """Answers come on the host and are the same on every rank."""
+
+    def pair_probabilities(
+        self, prompts: Sequence[Sequence[int]], pair: tuple[int, int], progress: Progress = ...
+    ) -> Tensor:
+        """fp32 [n, 2]: P(next token) of both words."""
+
+    def token_logprobs(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress = ...
+    ) -> list[Tensor]:
+        """Of each row (prompt, text) the log-probabilities fp32 of the text's tokens; without a prompt all but the first."""
+
+
+class MegatronScorer:
+    """
+    Args:
+        model: this rank's pipeline stage, without a DDP wrapper.
+    """
+
+    def __init__(self, model: PrefixGroupedGPT):
+        self.model, self.engine = model, Engine(model)
+        self.rank, self.ranks = (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def pair_probabilities(self, prompts, pair, progress=lambda rows: None) -> Tensor:
+        found = torch.zeros(len(prompts), 2)
+        for part in _parts([len(p) for p in prompts[self.rank :: self.ranks]], STREAM_TOKENS):
+            mine = [self.rank + i * self.ranks for i in part]
+            found[mine] = next_token_probabilities(self.model, [prompts[i] for i in mine], pair).cpu()
+            progress(len(mine) * self.ranks)
+        return self._over_data(found)
+
+    def _over_data(self, values: Tensor) -> Tensor:
+        """Sum over data-parallel ranks, each of which has filled its own rows."""
+        values = values.to(next(self.model.parameters()).device)
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        return values.cpu()
+
+    def token_logprobs(self, rows, progress=lambda rows: None) -> list[Tensor]:
+        config, device = self.model.model_config, next(self.model.parameters()).device
+        for number, (prompt, text) in enumerate(rows):
+            if len(prompt) + len(text) > config.encoder_seq_length:
+                raise UserError(
+                    f"row {number} has {len(prompt) + len(text)} tokens; that exceeds "
+                    f"model.encoder_seq_length={config.encoder_seq_length}"
+                )
+        mine: dict[int, Tensor] = {}
+        own = range(self.rank, len(rows), self.ranks)
+        for part in _parts([len(rows[i][0]) + len(rows[i][1]) for i in own], STREAM_TOKENS):
+            numbers = [own[i] for i in part]
+            prompts, texts = [rows[i][0] for i in numbers], [[rows[i][1]] for i in numbers]
+            scheme = config.position_embedding.scheme
+            batch = pack_prompts(prompts, texts, scheme, stream_multiple(config), device)
+            (logprobs,) = self.engine.score([Microbatch(batch)])
+            counts = [len(text) - (not len(prompt)) for prompt, (text,) in zip(prompts, texts, strict=True)]
+            mine |= zip(numbers, logprobs.detach().cpu().split(counts), strict=True)
+            progress(len(numbers) * self.ranks)
+        shared: list = [None] * self.ranks
+        dist.all_gather_object(shared, mine, group=parallel_state.get_data_parallel_group())
+        found = {number: values for part in shared for number, values in part.items()}
+        return [found[number] for number in range(len(rows))]
+
+
+class HuggingFaceScorer:
+    """A causal language model that transformers loads from a local folder; one process.
+
+    Raises:
+        UserError: transformers cannot load it, or would fill weights that the folder lacks with random numbers.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype):
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        try:
+            self.model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+        _check_loaded(folder, report)
+        self.model.eval().to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def pair_probabilities(self, prompts, pair, progress=lambda rows: None) -> Tensor:
+        found = torch.zeros(len(prompts), 2)
+        for numbers, logits in self._logits(prompts):
+            ends = torch.tensor([len(prompts[i]) - 1 for i in numbers], device=self.device)
+            last = logits[torch.arange(len(numbers), device=self.device), ends]  # [n, v]
+            found[numbers] = last.float().softmax(-1)[:, list(pair)].cpu()
+            progress(len(numbers))
+        return found
+
+    @torch.no_grad()
+    def token_logprobs(self, rows, progress=lambda rows: None) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for numbers, logits in self._logits([[*prompt, *text] for prompt, text in rows]):
+            for row, number in zip(logits, numbers, strict=True):
+                prompt, text = rows[number]
+                targets = torch.tensor([*prompt, *text][1:], device=self.device)
+                logprobs = row[: len(targets)].float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+                found[number] = logprobs[max(len(prompt) - 1, 0) :].cpu()
+            progress(len(numbers))
+        return [found[number] for number in range(len(rows))]
+
+    @torch.no_grad()
+    def logits(self, text: Sequence[int]) -> Tensor:
+        """fp32 [tokens, v] behind every token of one text, on the host."""
+        ((_, logits),) = self._logits([text])
+        return logits[0].float().cpu()
+
+    def _logits(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """(row numbers, logits [rows, tokens, v]) of batches that are padded behind."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for number, text in enumerate(texts):
+            if not text or (limit is not None and len(text) > limit):
+                raise UserError(f"row {number} has {len(text)} tokens; the model reads 1 to {limit}")
+        for numbers in _parts([len(t) for t in texts], BATCH_TOKENS):
+            longest = max(len(texts[i]) for i in numbers)
+            ids = torch.zeros(len(numbers), longest, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, number in enumerate(numbers):
+                ids[row, : len(texts[number])] = torch.tensor(texts[number])
+                mask[row, : len(texts[number])] = 1
+            yield numbers, self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+
+
+def _check_loaded(folder: str | Path, report: Mapping[str, Collection]) -> None:
+    """transformers only prints which weights it has made up. A tied weight that stands once is not among them."""
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}: scores of random "
+            "numbers would mean nothing; complete the folder"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise UserError(
+            f"{folder}: {name} has shape {list(found)}, and its config.json asks for {list(expected)} "
+            f"({len(mismatched)} such); config.json and weights must belong together"
+        )
+
+
+def _parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Neighbouring rows of together at most `tokens` tokens, at least one."""
+    part: list[int] = []
+    total = 0
+    for number, length in enumerate(lengths):
+        if part and total + length > tokens:
+            yield part
+            part, total = [], 0
+        part.append(number)
+        total += length
+    if part:
+        yield part

@@ -1,0 +1,246 @@
+"""What the YAML of LFTF, of locating and of bias evaluation may say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ext.bias.prompts import PromptsConfig
+from megatron_ext.blocks.blocks import check_block
+from megatron_ext.blocks.importance import ESTIMATORS, check_excluded
+from megatron_ext.errors import UserError
+from megatron_ext.losses.lftf import loss_weights
+from recipes.cli.config import at_least
+from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel
+
+__all__ = [
+    "BiasEvalConfig", "BiasEvalModel", "LFTFConfig", "LFTFSettings", "LocateConfig", "LocateSettings",
+]  # fmt: skip
+
+
+@dataclass
+class LFTFSettings:
+    # Which block trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), its number,
+    # or "all" for full fine-tuning.
+    block: str | int = "gradient"
+    # Blocks that an estimator may not choose.
+    exclude_blocks: list[int] = field(default_factory=lambda: [0])
+    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    locate_prompts: int | None = 512
+    # abs_diff, balanced or sum; with hint and kl beside, and weights: balanced+hint+0.5*kl.
+    loss: str = "balanced+hint"
+    # Passes over the training prompts.
+    max_epochs: int = 2
+    # Optimizer steps instead.
+    max_steps: int | None = None
+    # Steps between validations on the dev professions.
+    val_check_interval: int = 10
+    # Steps between checkpoints to go on from; 0: only the last, and where max_time_per_run stops.
+    save_interval: int = 0
+    # Stop after this many validations without a lower AFGB within the guard; null: never.
+    patience: int | None = 5
+    # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was; 0: no guard.
+    min_pronoun_mass: float = 0.8
+    # And while the perplexity of data.validation_text_path is at most this many times what it was; null: no guard.
+    max_perplexity: float | None = 1.03
+    # Largest global gradient norm; 0: no clipping.
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.block, str) and self.block not in (*ESTIMATORS, "all"):
+            raise UserError(
+                f"trainer.lftf.block must be a number, all or one of {', '.join(ESTIMATORS)}, got {self.block!r}"
+            )
+        try:
+            self.weights  # noqa: B018  raises on unknown losses
+        except ValueError as error:
+            raise UserError(f"trainer.lftf.loss: {error}") from error
+        at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
+        at_least("trainer.lftf", self, 2, "locate_prompts")
+        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass", "save_interval")
+        if self.min_pronoun_mass > 1:
+            raise UserError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the losses by name."""
+        return loss_weights(self.loss)
+
+
+@dataclass
+class LFTFTrainerSection:
+    lftf: LFTFSettings = field(default_factory=LFTFSettings)
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    max_time_per_run: str | None = None
+
+
+@dataclass
+class LFTFData:
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    # JSONL rows {"text"} that the loss `kl` keeps the model near to.
+    text_path: str | None = None
+    # JSONL rows {"text"} whose perplexity is watched; others than text_path's.
+    validation_text_path: str | None = None
+
+
+@dataclass
+class LFTFConfig:
+    trainer: LFTFTrainerSection
+    model: TrainedModel
+    data: LFTFData
+    exp_manager: ExpManagerSection
+    pretrained_checkpoint: CheckpointSection
+
+    def __post_init__(self):
+        lftf = self.trainer.lftf
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise UserError("pretrained_checkpoint.restore_from_path is not set: name the checkpoint to fine-tune")
+        if "kl" in lftf.weights and self.data.text_path is None:
+            raise UserError("trainer.lftf.loss has kl, which needs text to stay near to: set data.text_path")
+        if lftf.max_perplexity is not None and self.data.validation_text_path is None:
+            raise UserError(
+                f"trainer.lftf.max_perplexity={lftf.max_perplexity} guards the perplexity of data.validation_text_path, "
+                "which is not set: name a file, or set max_perplexity=null"
+            )
+        if self.model.activations_checkpoint_granularity == "full" and lftf.block != "all":
+            raise UserError(
+                "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
+                "selective or null (below the block nothing is kept anyway)"
+            )
+        if isinstance(lftf.block, int):
+            _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
+        _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)
+
+
+@dataclass
+class BiasEvalModel:
+    """How a checkpoint is spread over ranks; its architecture is read from it."""
+
+    # Folder of a Hugging Face tokenizer; null: the one beside the weights.
+    tokenizer: str | None = None
+    # "32", "bf16", or "auto": bf16 on a GPU and fp32 on a CPU.
+    precision: str = "auto"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"
+    attention_kernel: str = "auto"
+
+
+@dataclass
+class LocateSettings:
+    # BMI estimators: similarity, gradient, intervention, random, last.
+    estimators: list[str] = field(default_factory=lambda: ["similarity", "gradient", "intervention"])
+    # Blocks that are not ranked.
+    exclude_blocks: list[int] = field(default_factory=lambda: [0])
+    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    locate_prompts: int | None = 512
+    # Of the estimator `random`.
+    seed: int = 1
+
+    def __post_init__(self):
+        at_least("trainer.locate", self, 2, "locate_prompts")
+        if not self.estimators:
+            raise UserError(f"trainer.locate.estimators is empty: name some of {', '.join(ESTIMATORS)}")
+        if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
+            raise UserError(
+                f"trainer.locate.estimators: {unknown[0]!r} does not exist; there are: {', '.join(ESTIMATORS)}"
+            )
+
+
+@dataclass
+class LocateTrainerSection:
+    locate: LocateSettings = field(default_factory=LocateSettings)
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+
+
+@dataclass
+class LocateData:
+    # Only the training professions are asked about.
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+
+
+@dataclass
+class LocateConfig:
+    pretrained_checkpoint: CheckpointSection
+    exp_manager: ExpManagerSection
+    trainer: LocateTrainerSection = field(default_factory=LocateTrainerSection)
+    model: BiasEvalModel = field(default_factory=BiasEvalModel)
+    data: LocateData = field(default_factory=LocateData)
+
+    def __post_init__(self):
+        _refuse_resuming(self.exp_manager, "locating")
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise UserError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
+
+
+@dataclass
+class BiasEvalTrainerSection:
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+
+
+@dataclass
+class BiasEvalData:
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    # "test", "dev", "train", or "all" professions.
+    split: str = "test"
+    # JSONL rows {"text"} whose perplexity is reported.
+    validation_text_path: str | None = None
+    # crows_pairs_anonymized.csv; null: left out.
+    crows_pairs_path: str | None = None
+    # Winogender's templates.tsv or all_sentences.tsv.
+    winogender_path: str | None = None
+    # WinoBias: [pro_stereotyped file, anti_stereotyped file].
+    winobias_paths: list[str] | None = None
+    # Resamplings of professions behind each confidence interval.
+    bootstrap_samples: int = 1000
+
+    def __post_init__(self):
+        if self.split not in ("train", "dev", "test", "all"):
+            raise UserError(f"data.split must be train, dev, test or all, got {self.split!r}")
+        if self.winobias_paths is not None and len(self.winobias_paths) != 2:
+            raise UserError(
+                f"data.winobias_paths={self.winobias_paths}: give [pro_stereotyped file, anti_stereotyped file]"
+            )
+        at_least("data", self, 1, "bootstrap_samples")
+
+
+@dataclass
+class BiasEvalConfig:
+    pretrained_checkpoint: CheckpointSection
+    exp_manager: ExpManagerSection
+    trainer: BiasEvalTrainerSection = field(default_factory=BiasEvalTrainerSection)
+    model: BiasEvalModel = field(default_factory=BiasEvalModel)
+    data: BiasEvalData = field(default_factory=BiasEvalData)
+
+    def __post_init__(self):
+        _refuse_resuming(self.exp_manager, "an evaluation")
+        if self.pretrained_checkpoint.restore_from_path is None:
+            raise UserError(
+                "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
+            )
+
+
+def _explain(key: str, check: Callable[..., None], *arguments: Any) -> None:
+    """A check's ValueError with the key that it is about."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _refuse_resuming(manager: ExpManagerSection, what: str) -> None:
+    if manager.resume_if_exists:
+        raise UserError(
+            f"exp_manager.resume_if_exists=true: {what} cannot be gone on with, only started; set it to false and choose a "
+            "new folder"
+        )

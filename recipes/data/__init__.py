@@ -1,0 +1,1 @@
+"""Files to tokens: rows, tokenizers, films, the order in which rows are drawn."""

@@ -1,0 +1,200 @@
+"""What the YAML of GRPO may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.losses.grpo import GrpoTerms
+from megatron_ext.models.generation import SamplingParams
+from recipes.cli.config import at_least
+from recipes.data.video import VideoSettings
+from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_video
+
+__all__ = [
+    "GRPOConfig",
+    "GRPOData",
+    "GRPOModel",
+    "GRPOSettings",
+    "GRPOTrainerSection",
+    "LengthSection",
+    "SamplingSection",
+]
+
+
+@dataclass
+class SamplingSection:
+    use_greedy: bool = False
+    temperature: float = 1.0
+    # 0: no filter. Log-probabilities are those of the unfiltered distribution, so a filter biases the gradient.
+    top_k: int = 0
+    # 1: no filter; else as for top_k.
+    top_p: float = 1.0
+
+
+@dataclass
+class LengthSection:
+    # Longest response, in tokens.
+    max_length: int = 1024
+
+
+@dataclass
+class GRPOSettings:
+    max_steps: int
+    num_prompts_per_grpo_step: int
+    samples_per_prompt: int
+    # A name of the registry, {name: ..., options}, or the dotted path of a function.
+    reward: Any
+    # Prompts decoded together on one data-parallel rank; None: all at once.
+    rollout_micro_batch_size: int | None = None
+    # Steps between validations, and one before the first step; 0: never.
+    val_check_interval: int = 0
+    # Steps between checkpoints; 0: only the last.
+    save_interval: int = 0
+    # Largest global gradient norm; 0: no clipping.
+    gradient_clip_val: float = 1.0
+    # beta, the weight of the KL divergence to the initial policy; 0: no reference pass.
+    initial_policy_kl_penalty: float = 0.0
+    reference_policy_kl_type: str = "k3"
+    use_leave_one_out_baseline: bool = False
+    normalize_rewards: bool = True
+    # Symmetric clip; ratio_clip_min and ratio_clip_max override it.
+    ratio_eps: float = 0.2
+    ratio_clip_min: float | None = None
+    ratio_clip_max: float | None = None
+    # True: every token of the batch weighs the same; False: every response does.
+    token_level_loss: bool = True
+    # One ratio per response, the mean over its tokens; with token_level_loss=false this is GSPO.
+    sequence_level_importance_ratios: bool = False
+    # True: responses cut off at max_length, without an end, are not trained on (DAPO).
+    overlong_filtering: bool = False
+    entropy_bonus: float = 0.0
+    sampling_params: SamplingSection = field(default_factory=SamplingSection)
+    length_params: LengthSection = field(default_factory=LengthSection)
+
+    def __post_init__(self):
+        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
+        at_least(
+            "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
+            "initial_policy_kl_penalty",
+        )  # fmt: skip
+        if self.samples_per_prompt < 2:
+            raise UserError(
+                f"trainer.grpo.samples_per_prompt={self.samples_per_prompt}: a response is compared with the others of "
+                "its group, so at least 2 are needed"
+            )
+        if self.sampling_params.use_greedy:
+            raise UserError(
+                "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
+                "nothing; set it to false (validation is greedy anyway)"
+            )
+        self.terms  # noqa: B018  raises on bad coefficients
+        self.sampling(stop_token_id=None)
+
+    def sampling(self, stop_token_id: int | None) -> SamplingParams:
+        """How rollouts are sampled."""
+        chosen = self.sampling_params
+        try:
+            return SamplingParams(
+                max_new_tokens=self.length_params.max_length,
+                stop_token_id=stop_token_id,
+                use_greedy=chosen.use_greedy,
+                temperature=chosen.temperature,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
+            )
+        except ValueError as error:
+            raise UserError(f"trainer.grpo.sampling_params / length_params: {error}") from error
+
+    @property
+    def terms(self) -> GrpoTerms:
+        low, high = self.ratio_clip_min, self.ratio_clip_max
+        return GrpoTerms(
+            ratio_clip_min=self.ratio_eps if low is None else low,
+            ratio_clip_max=self.ratio_eps if high is None else high,
+            kl_penalty=self.initial_policy_kl_penalty,
+            kl_type=self.reference_policy_kl_type,
+            sequence_level_ratios=self.sequence_level_importance_ratios,
+            entropy_bonus=self.entropy_bonus,
+        )
+
+
+@dataclass
+class GRPOTrainerSection:
+    grpo: GRPOSettings
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    max_time_per_run: str | None = None
+
+
+@dataclass
+class GRPOModel(TrainedModel):
+    # Tokens of a stream, instead of micro_batch_size: streams are filled with whole groups up to it, a group that is
+    # longer is split, and work is balanced over data-parallel ranks.
+    micro_batch_tokens: int | None = None
+    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
+    # counting operations promises less than 1.05 times the speed.
+    prefix_grouping: bool | str = "auto"
+    # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns
+    # of a conversation or steps of an agent; prefix_grouping: auto is then on. null: they share the prompt only.
+    min_shared_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("model", self, 1, "micro_batch_tokens", "min_shared_tokens")
+        if self.prefix_grouping not in (True, False, "auto"):
+            raise UserError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
+        if self.prefix_grouping is False and self.min_shared_tokens is not None:
+            raise UserError(
+                f"model.min_shared_tokens={self.min_shared_tokens} shares beginnings, model.prefix_grouping=false shares "
+                "nothing: set one of them otherwise"
+            )
+
+
+@dataclass
+class GRPOData:
+    # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
+    train_path: str
+    validation_path: str | None = None
+    # Longest prompt, in tokens; those of its videos count.
+    max_prompt_length: int = 1024
+    # How videos become tokens; null: text only.
+    video: VideoSettings | None = None
+
+
+@dataclass
+class GRPOConfig:
+    trainer: GRPOTrainerSection
+    model: GRPOModel
+    data: GRPOData
+    exp_manager: ExpManagerSection
+    pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+    def __post_init__(self):
+        grpo, model = self.trainer.grpo, self.model
+        check_video(model, self.data.video)
+        longest = self.data.max_prompt_length + grpo.length_params.max_length
+        if longest > model.encoder_seq_length:
+            raise UserError(
+                f"data.max_prompt_length={self.data.max_prompt_length} + trainer.grpo.length_params.max_length="
+                f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
+            )
+        if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
+            raise UserError(
+                f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
+                f"trainer.grpo.length_params.max_length = {longest}: one response must fit with its prompt"
+            )
+        if model.global_batch_size % grpo.samples_per_prompt:
+            raise UserError(
+                f"model.global_batch_size={model.global_batch_size} is not divisible by "
+                f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: an optimizer step takes whole groups"
+            )
+        prompts_per_update = model.global_batch_size // grpo.samples_per_prompt
+        if grpo.num_prompts_per_grpo_step % prompts_per_update:
+            raise UserError(
+                f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
+                f"{prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
+            )

@@ -1,0 +1,1 @@
+"""Needle in a video haystack."""

@@ -1,0 +1,90 @@
+"""What the YAML of the needle in a video haystack may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_ext.errors import UserError
+from megatron_ext.rotary import find_scheme
+from megatron_ext.runtime.engine import OptimConfig
+from recipes.cli.config import at_least
+from recipes.run.settings import ExpManagerSection
+
+__all__ = ["NiahConfig", "NiahSettings"]
+
+
+@dataclass
+class NiahSettings:
+    # Optimizer steps of each run.
+    max_steps: int = 1000
+    # Videos of an optimizer step, over all ranks; each with four questions.
+    videos_per_step: int = 32
+    # Fewest and most frames trained on.
+    train_frames: list[int] = field(default_factory=lambda: [2, 8])
+    test_frames: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64, 128])
+    # Places of the needle, evenly from the first frame to the last.
+    test_depths: int = 5
+    # Videos for each number of frames and depth, the same for every scheme.
+    test_videos: int = 32
+    # Tokens of a frame.
+    height: int = 4
+    width: int = 4
+    # Schemes by name, or by the dotted path of your own.
+    schemes: list[str] = field(default_factory=lambda: ["rope", "mrope", "mrope_interleaved", "videorope", "vrope"])
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self):
+        for name in self.schemes:
+            find_scheme(name)
+        low, high = self.train_frames if len(self.train_frames) == 2 else (0, 0)
+        if not 2 <= low <= high or min(self.test_frames, default=0) < 2:
+            raise UserError(
+                f"trainer.niah.train_frames={self.train_frames} must be [fewest, most] and test_frames={self.test_frames} "
+                "not empty, with 2 frames or more: the two needles stand in different ones"
+            )
+        if min(self.test_frames) > high or max(self.test_frames) <= high:
+            raise UserError(
+                f"trainer.niah.test_frames={self.test_frames} must have lengths within the trained {low} to {high} and beyond"
+            )
+        for name in ("test_frames", "schemes", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserError(f"trainer.niah.{name}={getattr(self, name)} names something twice")
+        counts = ("max_steps", "videos_per_step", "test_depths", "test_videos", "height", "width")
+        at_least("trainer.niah", self, 1, *counts)
+        if max(self.height, self.width) > 8:
+            raise UserError(
+                f"trainer.niah: frames of {self.height} x {self.width} have no answer tokens; 8 x 8 is the most"
+            )
+        if not self.schemes or not self.seeds:
+            raise UserError("trainer.niah.schemes and trainer.niah.seeds must not be empty")
+
+
+@dataclass
+class NiahTrainerSection:
+    niah: NiahSettings = field(default_factory=NiahSettings)
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+
+
+@dataclass
+class NiahModel:
+    """The model's shape; the task fixes the rest."""
+
+    num_layers: int = 3
+    hidden_size: int = 96
+    num_attention_heads: int = 4
+    ffn_hidden_size: int = 288
+    # A small model needs more than the usual 0.02, or its attention stays flat for thousands of steps.
+    init_method_std: float = 0.1
+    # Of the rotary frequencies.
+    rotary_base: float = 10000.0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class NiahConfig:
+    trainer: NiahTrainerSection
+    model: NiahModel
+    exp_manager: ExpManagerSection

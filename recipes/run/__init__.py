@@ -1,0 +1,1 @@
+"""One run of any recipe: its session, folder, starting weights and loop."""

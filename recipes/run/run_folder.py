@@ -1,0 +1,211 @@
+"""A run's folder: whether it may be written to, where to go on, and which of its checkpoints stay.
+
+Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has ended, `final` are links to one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
+from megatron_ext.runtime.checkpoint_files import flush_one
+from recipes.run.settings import CheckpointCallbackSection
+
+__all__ = ["Checkpoints", "check_run_folder", "claim_run_folder", "cut_metrics", "write_whole"]
+
+# What may change between a run and its resumption: where and how long it runs, not what it computes.
+FREE_KEYS = {
+    "trainer.devices", "trainer.num_nodes", "trainer.max_time_per_run", "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size", "model.context_parallel_size", "model.sequence_parallel", "model.cp_comm_type",
+    "model.micro_batch_size", "model.micro_batch_tokens", "model.activations_checkpoint_granularity",
+    "model.attention_kernel", "model.attention_plan", "model.transformer_impl", "model.prefix_grouping",
+    "model.min_shared_tokens", "model.logprob_chunk_size", "model.optim.name",
+}  # fmt: skip
+FREE_NAMES = {"max_steps", "max_epochs", "save_interval", "val_check_interval", "rollout_micro_batch_size"}
+# How long it runs, which a learning rate that falls until then does not allow.
+LENGTHS = {"max_steps", "max_epochs"}
+METRICS_FILE = "metrics.jsonl"
+# Whose folder it is: the resolved configuration, where NeMo's exp_manager, which moves files of the folder itself, leaves it.
+RUN_FILE = Path("checkpoints", "run.yaml")
+
+
+def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Path:
+    """
+    Args:
+        resolved: the configuration of a run that may go on in this folder; None: it must be new or empty.
+
+    Raises:
+        UserError: the folder holds another run, or cannot be made.
+    """
+    folder = Path(path)
+    if folder.exists() and not _is_new(folder):
+        if resolved is None or not folder.is_dir():
+            hint = ", or go on with the same run by exp_manager.resume_if_exists=true" if folder.is_dir() else ""
+            raise UserError(
+                f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
+                f"choose a new folder{hint}"
+            )
+        _check_same_run(folder, resolved)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
+    return folder
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
+    begun = {RUN_FILE.parent, RUN_FILE.with_name(RUN_FILE.name + ".unfinished")}
+    # The first other file decides: a whole home is not walked through.
+    return folder.is_dir() and all(path.relative_to(folder) in begun for path in folder.rglob("*"))
+
+
+def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Make the folder, or find it, and write first of all whose it is: after a kill at any moment the run can go on in it."""
+    (folder / RUN_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RUN_FILE, yaml.safe_dump(dict(resolved), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that there is never a part of it: beside, to the disk, and renamed."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text, encoding="utf-8")
+    flush_one(beside)
+    os.replace(beside, path)
+
+
+def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:
+    try:
+        before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(
+            f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({RUN_FILE} is missing or damaged): "
+            "choose a new folder"
+        )
+    old, new = dict(_flat(before)), dict(_flat(resolved))
+    schedule = {"name": "constant", "decay_steps": None} | _section(resolved, "model", "optim", "sched")
+    any_length = schedule["name"] == "constant" or schedule["decay_steps"] is not None
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        differs = f"holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}"
+        if not _free(key):
+            raise UserError(
+                f"exp_manager.explicit_log_dir={folder} {differs}: it would not be the same run; set it as it was, or choose "
+                "a new folder"
+            )
+        if key.rpartition(".")[2] in LENGTHS and not any_length:
+            raise UserError(
+                f"exp_manager.explicit_log_dir={folder} {differs}: the learning rate falls until the last step, so it would "
+                "not be the same run; say in model.optim.sched.decay_steps, before the run begins, how long it falls"
+            )
+
+
+def _section(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        node = node.get(name) or {}
+    return dict(node)
+
+
+def _free(key: str) -> bool:
+    return key in FREE_KEYS or key.startswith("exp_manager.") or key.rpartition(".")[2] in FREE_NAMES
+
+
+def _flat(node: Mapping[str, Any], path: str = ""):
+    for name, value in node.items():
+        key = f"{path}.{name}" if path else str(name)
+        if isinstance(value, Mapping):
+            yield from _flat(value, key)
+        elif value is not None:  # a key that is left at null was perhaps not there
+            yield key, value
+
+
+def _kept(folder: Path, name: str) -> Path:
+    """The file, or where NeMo's exp_manager put it: it moves the files of a folder that it finds into run_0, run_1, ..."""
+    moved = sorted(folder.glob(f"run_*/{name}"), key=lambda path: int(path.parent.name.removeprefix("run_")))
+    return folder / name if (folder / name).is_file() or not moved else moved[-1]
+
+
+def cut_metrics(folder: Path, last: int) -> None:
+    """Leave a metrics.jsonl without the steps after `last`, which are taken again. Call it after exp_manager."""
+    path = folder / METRICS_FILE
+    if not (source := _kept(folder, METRICS_FILE)).is_file():
+        return
+    kept = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if row["step"] <= last:
+            kept.append(line)
+    write_whole(path, "".join(kept))
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run. Only `path` and `newest` are for every rank; the rest is rank 0's."""
+
+    def __init__(self, run: Path, settings: CheckpointCallbackSection):
+        self.folder, self.settings = run / "checkpoints", settings
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def complete(self) -> dict[int, dict[str, Any]]:
+        """Descriptions of the complete checkpoints by step, oldest first."""
+        found = {}
+        for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
+            number = path.name.removeprefix("step-")
+            if number.isdecimal():
+                try:
+                    found[int(number)] = read_checkpoint_info(path)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path} is no complete checkpoint: move it away, and the run goes on from the newest of the others"
+                    ) from error
+        return dict(sorted(found.items()))
+
+    def newest(self) -> Path | None:
+        """Where to go on: the last checkpoint that has the optimizer's state."""
+        steps = [step for step in self.complete() if has_optimizer(self.path(step))]
+        return self.path(steps[-1]) if steps else None
+
+    def arrange(self, last: int, ended: bool) -> None:
+        """Set the links after step `last` has been saved, and remove what save_top_k does not keep."""
+        known = self.complete()
+        ranked, k = self._best_first(known), self.settings.save_top_k
+        kept = set(known) if k < 0 else set((ranked or sorted(known, reverse=True))[:k]) | {last}
+        self._link("latest", last)
+        self._link("best", next((step for step in ranked if step in kept), None))
+        self._link("final", last if ended else None)  # a run that is made longer has not ended any more
+        for step in known.keys() - kept:
+            # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
+            going = self.path(step).with_name(f"step-{step}.unfinished-removal")
+            self.path(step).rename(going)
+            shutil.rmtree(going)
+
+    def _best_first(self, known: dict[int, dict]) -> list[int]:
+        """Steps whose checkpoint knows the monitored metric, and a number for it; of equal ones the later first."""
+        name = self.settings.monitor
+        sign = 1 if self.settings.mode == "min" else -1
+        values = {s: info["trainer"]["metrics"].get(name, math.nan) for s, info in known.items() if "trainer" in info}
+        return sorted((s for s, v in values.items() if math.isfinite(v)), key=lambda s: (sign * values[s], -s))
+
+    def _link(self, name: str, step: int | None) -> None:
+        if step is None:
+            (self.folder / name).unlink(missing_ok=True)
+            return
+        beside = self.folder / f".{name}"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(self.path(step).name, target_is_directory=True)
+        os.replace(beside, self.folder / name)

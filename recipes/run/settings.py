@@ -1,0 +1,115 @@
+"""What every recipe's YAML may say: one dataclass per section, each key documented where it is defined.
+
+Top-level sections and key names are NeMo-Aligner's. `recipes.cli.config.build` fills these strictly: an unknown key is an
+error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.runtime.engine import OptimConfig
+from recipes.cli.config import at_least
+from recipes.data.video import VideoSettings
+
+__all__ = [
+    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "TrainedModel", "check_batch_sizes", "check_video",
+]  # fmt: skip
+
+
+@dataclass
+class CheckpointCallbackSection:
+    """Which checkpoints stay; NeMo's names."""
+
+    # How many: those best by `monitor`, else the newest; the last one stays always. -1: all.
+    save_top_k: int = -1
+    # A validation metric, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null: none.
+    monitor: str | None = None
+    # "min" or "max": which of its values are better.
+    mode: str = "min"
+    # Write in processes of their own while training goes on; on a CPU this costs the memory of what training overwrites.
+    async_save: bool = False
+
+    def __post_init__(self):
+        at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
+        if self.mode not in ("min", "max"):
+            raise UserError(f"exp_manager.checkpoint_callback_params.mode must be min or max, got {self.mode!r}")
+
+
+@dataclass
+class ExpManagerSection:
+    """NeMo's exp_manager keys that a Megatron loop can keep."""
+
+    # Folder of this run; must be new or empty, or with resume_if_exists hold the same run.
+    explicit_log_dir: str
+    create_tensorboard_logger: bool = True
+    # Weights & Biases, with {name: ..., project: ..., offline: true}. WANDB_MODE=offline keeps it on this machine, too.
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    # MLflow (pip install mlflow), with {experiment_name: ..., tracking_uri: ...}; without a URI into mlflow.db of this folder.
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks.
+    resume_if_exists: bool = False
+    checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
+
+    def __post_init__(self):
+        if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
+            raise UserError(
+                "exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"
+            )
+        for name in ("wandb", "mlflow"):
+            if getattr(self, f"create_{name}_logger") and importlib.util.find_spec(name) is None:
+                raise UserError(f"exp_manager.create_{name}_logger=true: {name} is not installed: pip install {name}")
+
+
+@dataclass
+class CheckpointSection:
+    # A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a checkpoint folder of ours to start from.
+    restore_from_path: str | None = None
+    # A block's weights to put into it, as recipes/train_lftf.py leaves them (delta.safetensors).
+    delta_path: str | None = None
+
+    def __post_init__(self):
+        if self.delta_path is not None and self.restore_from_path is None:
+            raise UserError(
+                f"pretrained_checkpoint.delta_path={self.delta_path} needs the checkpoint that it was trained from: set "
+                "pretrained_checkpoint.restore_from_path"
+            )
+
+
+@dataclass
+class TrainedModel(GPTModelConfig):
+    # Folder of a Hugging Face tokenizer; None: the one beside the weights of pretrained_checkpoint.
+    tokenizer: str | None = None
+    seed: int = 1
+    # Packed per stream: samples in SFT, prompts with all their responses in GRPO, prompts in LFTF.
+    micro_batch_size: int = 1
+    # Samples (SFT), responses (GRPO) or prompts (LFTF) per optimizer step, over all ranks.
+    global_batch_size: int = 1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("model", self, 0, "seed")
+        at_least("model", self, 1, "micro_batch_size", "global_batch_size")
+
+
+def check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:
+    if video is None:
+        return
+    if model.vision is None:
+        raise UserError(
+            f"data.video is set, but the model has no eyes: set model.vision.feature_size={video.feature_size}"
+        )
+
+
+def check_batch_sizes(key: str, global_count: int, data_parallel: int) -> int:
+    """Each data-parallel rank's share of `global_count`, which must divide evenly."""
+    if global_count % data_parallel:
+        raise UserError(f"{key}={global_count} is not divisible by the data-parallel size {data_parallel}")
+    return global_count // data_parallel

@@ -1,0 +1,68 @@
+"""What the YAML of supervised fine-tuning may say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_ext.errors import UserError
+from recipes.cli.config import at_least
+from recipes.data.video import VideoSettings
+from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_video
+
+__all__ = ["SFTConfig", "SFTData", "SFTModel", "SFTSettings", "SFTTrainerSection"]
+
+
+@dataclass
+class SFTSettings:
+    max_steps: int
+    # Steps between validations; 0: never.
+    val_check_interval: int = 0
+    # Steps between checkpoints; 0: only the last.
+    save_interval: int = 0
+    # Largest global gradient norm; 0: no clipping.
+    gradient_clip_val: float = 1.0
+
+    def __post_init__(self):
+        at_least("trainer.sft", self, 1, "max_steps")
+        at_least("trainer.sft", self, 0, "val_check_interval", "save_interval", "gradient_clip_val")
+
+
+@dataclass
+class SFTTrainerSection:
+    sft: SFTSettings
+    # Processes on each machine.
+    devices: int = 1
+    num_nodes: int = 1
+    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    max_time_per_run: str | None = None
+
+
+@dataclass
+class SFTModel(TrainedModel):
+    # Train on the prompt's tokens too.
+    loss_on_prompt: bool = False
+
+
+@dataclass
+class SFTData:
+    # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
+    train_path: str
+    validation_path: str | None = None
+    # How videos become tokens; null: text only.
+    video: VideoSettings | None = None
+
+
+@dataclass
+class SFTConfig:
+    trainer: SFTTrainerSection
+    model: SFTModel
+    data: SFTData
+    exp_manager: ExpManagerSection
+    pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+    def __post_init__(self):
+        check_video(self.model, self.data.video)
+        if self.model.loss_on_prompt and self.data.video is not None:
+            raise UserError(
+                "model.loss_on_prompt=true cannot learn to write videos: set it to false, or data.video to null"
+            )

@@ -1,0 +1,268 @@
+"""Rewards: the built-in ones, your own, and how a bad one is reported."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import recipes.grpo.reward_server  # noqa: F401  registers http
+from recipes.cli.config import ConfigError
+from recipes.data.rows import Prompt
+from recipes.grpo.rewards import RewardError, check_rows, get_reward, register_reward, score
+
+numbers = itertools.count()
+
+
+def refused(spec) -> str:
+    with pytest.raises(ConfigError) as caught:
+        get_reward(spec)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def failed(reward, responses=("a", "b"), rows=None) -> str:
+    with pytest.raises(RewardError) as caught:
+        score(reward, responses, rows or [{}] * len(responses))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write an importable module; gives its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(source: str) -> str:
+        name = f"my_rewards_{next(numbers)}"
+        (tmp_path / f"{name}.py").write_text(source)
+        return name
+
+    return write
+
+
+# Built in
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "expected"),
+    [
+        ("3 + 4 = 7 #### 7", "7", 1),
+        ("3 + 4 = 7 #### 7", 7, 1),
+        ("#### 7.0", 7, 1),
+        ("#### 1,234", "1234", 1),
+        ("#### $7.", "7", 1),
+        ("#### -7", "-7", 1),
+        ("#### 10-7", "7", 1),
+        ("#### 10-7", "-7", 0),
+        ("#### 8", "7", 0),
+        ("#### 17", "7", 0),
+        ("#### 7km", "7", 0),
+        ("#### 1/7", "7", 0),
+        ("#### 1.2.7", "7", 0),
+        ("#### 3 #### 7", "7", 1),
+        ("#### 7 #### 3", "7", 0),
+        ("Answer: 7", "7", 1),
+        ("Answer: it is 7 apples.", "7", 1),
+        ("#### 3 Answer: 7", "7", 1),
+        ("Answer: 7 #### 3", "7", 0),
+        ("7", "7", 1),
+        ("  7\n", "7", 1),
+        ("7.00", "7", 1),
+        ("it is 7", "7", 0),  # without a marker the whole response is the answer
+        ("Answer: Paris", "Paris", 1),
+        ("Answer: paris", "Paris", 0),
+        ("Paris", " Paris ", 1),
+        ("#### 72", "Half of 144 is 72. #### 72", 1),
+        ("", "7", 0),
+        ("####", "7", 0),
+        ("#### 1e99999999999999999999999", "7", 0),
+        ("#### 0.1", 0.1, 1),
+        ("#### 12345678901234567890123", "12345678901234567890124", 0),
+        ("True", True, 1),
+    ],
+)
+def test_exact_answer(response, answer, expected):
+    assert score(get_reward("exact_answer"), [response], [{"answer": answer}]) == [expected]
+
+
+def test_exact_answer_with_its_own_marker():
+    reward = get_reward({"name": "exact_answer", "marker": "=>"})
+    rows = [{"answer": "7"}] * 3
+    assert score(reward, ["so => 7", "so => 8 #### 7", "#### 7"], rows) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "x"}, {"answer": None}, {"answer": ""}, {"answer": ["7"]}])
+def test_exact_answer_needs_an_answer(row):
+    """Found when the file is read, with the row's line; and when it is drawn, if nobody looked before."""
+    reward = get_reward("exact_answer")
+    message = failed(reward, ["7", "7"], [{"answer": "7"}, row])
+    assert "exact_answer" in message and "no answer" in message
+    prompts = [Prompt((1,), {"answer": "7"}, 1), Prompt((1,), row, 3)]
+    with pytest.raises(RewardError, match=r"data\.jsonl:3: no answer"):
+        check_rows(reward, prompts, "data.jsonl")
+    check_rows(reward, prompts[:1], "data.jsonl")
+    check_rows(get_reward({"name": "length", "target": 3}), prompts, "data.jsonl")  # needs nothing of a row
+
+
+def test_regex():
+    reward = get_reward({"name": "regex", "pattern": r"^Yes\b"})
+    assert score(reward, ["Yes, it is", "Yesterday", "No. Yes"], [{}] * 3) == [1, 0, 0]
+    assert "pattern" in refused({"name": "regex", "pattern": "(["})
+    assert "missing key trainer.grpo.reward.pattern (str)" in refused("regex")
+    assert "did you mean trainer.grpo.reward.pattern?" in refused({"name": "regex", "patern": "x"})
+
+
+def test_length_falls_linearly():
+    reward = get_reward({"name": "length", "target": 4})
+    assert score(reward, ["", "ab", "abcd", "abcdef", "abcdefgh", "a" * 50], [{}] * 6) == [0, 0.5, 1, 0.5, 0, 0]
+    words = get_reward({"name": "length", "target": 2, "unit": "words"})
+    assert score(words, ["one", "one two", "one  two three"], [{}] * 3) == [0.5, 1, 0.5]
+    assert "target=0" in refused({"name": "length", "target": 0})
+    assert "lines" in refused({"name": "length", "target": 2, "unit": "lines"})
+    assert "target must be int" in refused({"name": "length", "target": "long"})
+
+
+# Your own
+
+
+OWN = """
+from dataclasses import dataclass
+
+def plain(responses, rows):
+    return [len(r) for r in responses]
+
+def scaled(responses, rows, alpha, beta=0):
+    return [alpha * len(r) + beta for r in responses]
+
+@dataclass
+class Typed:
+    alpha: float
+
+    def __call__(self, responses, rows):
+        return [self.alpha] * len(responses)
+
+class Untyped:
+    def __init__(self, alpha):
+        self.alpha = alpha / 2
+
+    def __call__(self, responses, rows):
+        return [self.alpha] * len(responses)
+
+constant = 3
+"""
+
+
+def test_functions_and_classes_by_path(module):
+    name = module(OWN)
+    for path in (f"{name}.plain", f"{name}:plain"):
+        assert score(get_reward(path), ["a", "bcd"], [{}] * 2) == [1, 3]
+    assert score(get_reward({"name": f"{name}.scaled", "alpha": 2, "beta": 1}), ["a", "bcd"], [{}] * 2) == [3, 7]
+    assert score(get_reward({"name": f"{name}.Typed", "alpha": 2}), ["a"], [{}]) == [2]
+    assert score(get_reward({"name": f"{name}.Untyped", "alpha": 2}), ["a"], [{}]) == [1]
+
+
+def test_bad_options_are_found_at_set_up(module):
+    name = module(OWN)
+    message = refused({"name": f"{name}.scaled", "alpah": 2})
+    assert message == "unknown key trainer.grpo.reward.alpah; did you mean trainer.grpo.reward.alpha?"
+    message = refused(f"{name}.scaled")
+    assert "'alpha'" in message and "its options are alpha, beta" in message
+    assert "has no options" in refused({"name": f"{name}.plain", "alpha": 1})
+    assert "has alpha, beta" in refused({"name": f"{name}.scaled", "alpha": 1, "zzz": 2})
+    assert "alpha must be float" in refused({"name": f"{name}.Typed", "alpha": "x"})
+    assert "alpha" in refused(f"{name}.Untyped")
+    assert "TypeError" in refused({"name": f"{name}.Untyped", "alpha": "x"})
+
+
+def test_bad_paths(module):
+    name = module(OWN)
+    assert "there is no module no_such_package" in refused("no_such_package.rewards.mine")
+    assert "PYTHONPATH" in refused("no_such_package:mine")
+    assert "did you mean scaled?" in refused(f"{name}.scalde")
+    assert "not a function" in refused(f"{name}.constant")
+    assert "package.module.function" in refused(".mine")
+    broken = module("x = 1\nimport no_such_dependency\n")
+    message = refused(f"{broken}.mine")
+    assert "importing" in message and "no_such_dependency" in message and f"{broken}.py, line 2" in message
+    assert "SyntaxError" in refused(f"{module('def broken(:')}.mine")
+
+
+def test_unknown_names_list_the_known_ones():
+    message = refused("exact_anser")
+    assert "did you mean exact_answer?" in message
+    assert "exact_answer, http, length, regex" in message and "package.module.function" in message
+    assert "qqqq" in refused("qqqq")
+
+
+@pytest.mark.parametrize("spec", [None, 3, {}, {"pattern": "x"}, {"name": 3}, "", ["exact_answer"]])
+def test_specs_that_name_nothing(spec):
+    assert "trainer.grpo.reward must be a name" in refused(spec)
+
+
+def test_registered_rewards():
+    name = f"registered_{next(numbers)}"
+
+    @register_reward(name)
+    def reward(responses, rows, bonus=0):
+        return [row["value"] + bonus for row in rows]
+
+    assert score(get_reward({"name": name, "bonus": 1}), ["a"], [{"value": 2}]) == [3]
+    assert score(reward, ["a"], [{"value": 2}]) == [2]
+    with pytest.raises(ValueError, match="already"):
+        register_reward(name)
+    with pytest.raises(ValueError, match="path"):
+        register_reward("my.name")
+
+
+# score
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 0.5], (True, False), np.array([1.0, 0.0]), torch.tensor([1, 0]), [np.float32(1), torch.tensor(0.5)],
+     (x for x in (1, 2))],
+)  # fmt: skip
+def test_score_takes_any_kind_of_numbers(values):
+    result = score(lambda responses, rows: values, ["a", "b"], [{}, {}])
+    assert len(result) == 2 and all(type(v) is float for v in result) and result[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0], ["1 values", "2 responses"]),
+        ([], ["0 values"]),
+        ([1.0, float("nan")], ["nan", "response 1"]),
+        ([float("inf"), 1.0], ["inf", "response 0"]),
+        ([1.0, 10**400], ["inf", "response 1"]),
+        (torch.tensor([0.0, float("-inf")]), ["-inf", "response 1"]),
+        ([1.0, None], ["None", "response 1", "not a number"]),
+        ([1.0, "0.5"], ["'0.5'", "response 1", "not a number"]),
+        (torch.zeros(2, 2), ["[0.0, 0.0]", "response 0", "not a number"]),
+        ([torch.zeros(2), 1], ["response 0", "not a number"]),
+        (None, ["None", "list of numbers"]),
+        (1.0, ["1.0", "list of numbers"]),
+        ({"a": 1, "b": 2}, ["list of numbers"]),
+        ("ab", ["list of numbers"]),
+        (torch.tensor(1.0), ["not"]),
+    ],
+)
+def test_score_refuses(values, words):
+    def my_reward(responses, rows):
+        return values
+
+    message = failed(my_reward)
+    for word in ("my_reward", *words):
+        assert word in message, message
+
+
+def test_an_exception_says_reward_kind_line_and_place(module):
+    name = module('def raises(responses, rows):\n    raise KeyError("colour")\n\ndef long(responses, rows):\n    raise '
+                  'RuntimeError("first\\nsecond")\n')  # fmt: skip
+    message = failed(get_reward(f"{name}.raises"))
+    assert f"{name}.raises" in message and "KeyError: 'colour'" in message and f"{name}.py, line 2" in message
+    message = failed(get_reward(f"{name}.long"))
+    assert "first" in message and "second" not in message

@@ -1,0 +1,105 @@
+"""The recipes' YAML files fill their dataclasses, and the page that lists their keys is up to date."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
+from recipes.cli.config import build
+from recipes.grpo.settings import GRPOConfig
+from recipes.sft.settings import SFTConfig
+from tests.recipe_runs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("sft_tiny", SFTConfig),
+        ("grpo_tiny", GRPOConfig),
+        ("sft_video_tiny", SFTConfig),
+        ("grpo_video_tiny", GRPOConfig),
+        ("sft_bias_tiny", SFTConfig),
+        ("lftf_tiny", LFTFConfig),
+    ],
+)
+def test_every_yaml_fills_its_dataclass(name, cls):
+    given = ["++data.train_path=x", "model.tokenizer=y", "pretrained_checkpoint.restore_from_path=z"]
+    if cls is LFTFConfig:
+        given[0] = "data.text_path=x"
+        given.append("data.validation_text_path=w")
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose(name, given), resolve=True, throw_on_missing=True)
+    config = build(cls, node)
+    assert "x" in (getattr(config.data, "train_path", None), getattr(config.data, "text_path", None))
+    assert config.model.tokenizer == "y"
+    assert config.model.optim.lr == node["model"]["optim"]["lr"] > 0
+
+
+@pytest.mark.parametrize(("name", "cls"), [("eval_bias", BiasEvalConfig), ("locate_bias", LocateConfig)])
+def test_evaluation_yamls_fill_their_dataclasses(name, cls):
+    given = ["exp_manager.explicit_log_dir=x", "pretrained_checkpoint.restore_from_path=z"]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose(name, given), resolve=True, throw_on_missing=True)
+    config = build(cls, node)
+    assert config.pretrained_checkpoint.restore_from_path == "z" and config.data.prompts.pair.second_hint == "her"
+
+
+def test_the_reference_page_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "tools/config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.min_shared_tokens=0", "min_shared_tokens=0 must be at least 1"),
+        ("model.prefix_grouping=maybe", "prefix_grouping must be auto, true or false, got 'maybe'"),
+        ("trainer.grpo.samples_per_prompt=1", "samples_per_prompt=1: a response is compared"),
+        ("trainer.grpo.sampling_params.use_greedy=true", "use_greedy=true makes all responses"),
+        ("trainer.grpo.sampling_params.temperature=0", "temperature must be positive"),
+        ("trainer.grpo.sampling_params.top_p=0", "top_p must lie in"),
+        ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
+        ("trainer.grpo.rollout_micro_batch_size=-1", "rollout_micro_batch_size=-1 must be at least 1"),
+        ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
+        ("trainer.grpo.save_interval=-1", "save_interval=-1 must be at least 0"),
+        ("model.micro_batch_size=0", "model.micro_batch_size=0 must be at least 1"),
+        ("model.global_batch_size=0", "model.global_batch_size=0 must be at least 1"),
+        ("model.seed=-1", "model.seed=-1 must be at least 0"),
+        ("model.num_attention_heads=0", "model.num_attention_heads=0 must be at least 1"),
+        ("model.num_layers=0", "model.num_layers=0 must be at least 1"),
+        ("++model.kv_channels=5", "model.kv_channels=5 must be even"),
+        ("++model.logprob_chunk_size=0", "model.logprob_chunk_size=0 must be at least 1"),
+        ("model.optim.lr=1e-9", None),
+        ("model.optim.sched.name=cosine", "model.optim.sched.name must be one of"),
+        ("++exp_manager.resume_ignore_no_checkpoint=true", "unknown key exp_manager.resume_ignore_no_checkpoint"),
+        ("++exp_manager.create_wandb_logger=true", "needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"),
+        ("++exp_manager.checkpoint_callback_params.mode=low", "mode must be min or max, got 'low'"),
+        ("++exp_manager.checkpoint_callback_params.save_top_k=-2", "save_top_k=-2 must be at least -1"),
+    ],
+)
+def test_impossible_values_are_refused_before_anything_runs(override, words):
+    if words is None:
+        assert build_grpo(override).model.optim.lr == 1e-9
+        return
+    with pytest.raises(ValueError) as caught:
+        build_grpo(override)
+    assert words in str(caught.value)
+
+
+def build_grpo(*overrides: str) -> GRPOConfig:
+    given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", *overrides]
+    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
+        node = OmegaConf.to_container(compose("grpo_tiny", given), resolve=True, throw_on_missing=True)
+    return build(GRPOConfig, node)
+
+
+def test_beginnings_cannot_be_shared_without_sharing():
+    with pytest.raises(
+        ValueError, match="min_shared_tokens=4 shares beginnings, model.prefix_grouping=false shares nothing"
+    ):
+        build_grpo("model.prefix_grouping=false", "model.min_shared_tokens=4")
