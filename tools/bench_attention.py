@@ -252,9 +252,9 @@ def check_agreement(x: Inputs, runs: dict[str, Run]) -> dict[str, list[float]]:
 
 def bench_group(group: Group, args, device: torch.device) -> dict:
     x = make_inputs(group, args, device)
-    runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x), "one_call": ours(x, form="one_call")}
+    runs: dict[str, Run] = {"ours": ours(x), "repeated": repeated(x), "one_call": ours(x, attention_plan="one_call")}
     if device.type == "cuda":
-        runs["flex"] = ours(x, backend="flex")
+        runs["flex"] = ours(x, attention_kernel="flex")
     if not args.no_package:
         runs |= {"package": package(x, False), "package_masks": package(x, True)}
     errors = check_agreement(x, runs)

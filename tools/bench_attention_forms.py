@@ -43,8 +43,10 @@ def speedup(prompt: int, responses: list[int], count: int, n: int, m: int, args,
     leaves = [torch.randn(t, h, d, device=device, dtype=dtype).requires_grad_() for h in (n, m, m)]
     grad = torch.randn(t, n, d, device=device, dtype=dtype)
 
-    def run(form: str):
-        return lambda: torch.autograd.grad(prefix_grouped_attention(*leaves, groups, form=form), leaves, grad)
+    def run(attention_plan: str):
+        return lambda: torch.autograd.grad(
+            prefix_grouped_attention(*leaves, groups, attention_plan=attention_plan), leaves, grad
+        )
 
     return ratios(interleave({f: run(f) for f in ("levels", "one_call")}, args.repeats, device), "levels", "one_call")
 

@@ -61,10 +61,12 @@ class _Step(PackedSeqParams):
 class PrefillStep(_Step):
     """Record of the forward pass over the prompts: causal attention, keys and values kept."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: str = "auto") -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
+    ) -> Tensor:
         """q [t, n, d], k and v [t, m, d] -> [t, n, d]."""
         self.cache.prefix[layer] = (k.contiguous(), v.contiguous())
-        return prefix_grouped_attention(q, k, v, self.cache.prompts, scoring, backend)
+        return prefix_grouped_attention(q, k, v, self.cache.prompts, scoring, attention_kernel)
 
 
 class DecodeStep(_Step):
@@ -90,12 +92,14 @@ class DecodeStep(_Step):
             self._calls[window] = Call.of(shared, causal=False) if shared else None, Call((own,), causal=False)
         return self._calls[window]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: str = "auto") -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
+    ) -> Tensor:
         """q [r + pad, n, d], k and v [r + pad, m, d] -> [r + pad, n, d]; the pad rows come back zero."""
         cache, rows = self.cache, self.cache.num_responses
         keys, values = cache.response_memory(layer, k)
         keys[:, self.index], values[:, self.index] = k[:rows], v[:rows]
-        kernel = select_kernel(backend, q.device, scoring)
+        kernel = select_kernel(attention_kernel, q.device, scoring)
         shared, own = self.calls(scoring.window)
         merged, lse = planned_attention(
             q[:rows], keys.flatten(0, 1), values.flatten(0, 1), Plan((own,)), kernel, scoring

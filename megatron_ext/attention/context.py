@@ -152,8 +152,8 @@ def context_parallel_attention(
     shard: ContextShard,
     scoring: Scoring,
     comm_type: str = "all_gather",
-    backend: str = "auto",
-    form: str = "auto",
+    attention_kernel: str = "auto",
+    attention_plan: str = "auto",
 ) -> Tensor:
     """Attention of this rank's rows over the whole stream; every rank of the group calls it.
 
@@ -161,18 +161,20 @@ def context_parallel_attention(
         query: [t_i, n, d], positions already applied.
         key, value: [t_i, m, d].
         comm_type: "all_gather" or "a2a".
-        scoring, backend, form: as in `prefix_grouped_attention`. "reference" and "flex", which know no plan, and the form
-            "one_call" of a stream without windows run with a2a only.
+        scoring, attention_kernel, attention_plan: as in `prefix_grouped_attention`. "reference" and "flex", which know no
+            plan, and "one_call" for a stream without windows run with a2a only.
 
     Returns:
         [t_i, n, d]. Rows of the pad hold values without meaning.
     """
     if comm_type == "a2a":
-        return _all_to_all_attention(query, key, value, shard, backend, scoring, form)
-    if backend in ("reference", "flex") or (form == "one_call" and scoring.window is None):
-        asked = f"backend={backend!r}" if form != "one_call" else "form='one_call'"
+        return _all_to_all_attention(query, key, value, shard, scoring, attention_kernel, attention_plan)
+    if attention_kernel in ("reference", "flex") or (attention_plan == "one_call" and scoring.window is None):
+        asked = (
+            f"attention_kernel={attention_kernel!r}" if attention_plan != "one_call" else "attention_plan='one_call'"
+        )
         raise UserError(f"attention with {asked} runs with cp_comm_type=a2a only, got all_gather")
-    kernel = select_kernel(backend, query.device, scoring)
+    kernel = select_kernel(attention_kernel, query.device, scoring)
     return _GatheredAttention.apply(query, key, value, shard, kernel, scoring)
 
 
@@ -221,7 +223,13 @@ def _gather_keys(key: Tensor, value: Tensor, shard: ContextShard) -> tuple[Tenso
 
 
 def _all_to_all_attention(
-    query: Tensor, key: Tensor, value: Tensor, shard: ContextShard, backend: str, scoring: Scoring, form: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shard: ContextShard,
+    scoring: Scoring,
+    attention_kernel: str,
+    attention_plan: str,
 ) -> Tensor:
     ranks, group = shard.group.size(), shard.group
     for name, x in (("query", query), ("key/value", key)):
@@ -238,7 +246,7 @@ def _all_to_all_attention(
         parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
         heads.append(rows.index_select(0, of_stream))  # all rows of the stream, in its order
-    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, backend, form)
+    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, attention_kernel, attention_plan)
     back = out.index_select(0, of_ranks)
     back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
     back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]

@@ -70,7 +70,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     Args:
         config: `window_size` and `window_attn_skip_freq` are honoured, as Megatron defines them.
         softcap: bound of attention scores, see `Scoring`; None for none.
-        backend, form: see `prefix_grouped_attention`.
+        attention_kernel, attention_plan: see `prefix_grouped_attention`.
         All others: Megatron's.
 
     Raises:
@@ -88,8 +88,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         pg_collection=None,
         softcap: float | None = None,
-        backend: str = "auto",
-        form: str = "auto",
+        attention_kernel: str = "auto",
+        attention_plan: str = "auto",
     ):
         super().__init__()
         check_supported(config)
@@ -106,7 +106,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             softcap=softcap,
             window=config.window_size[0] if windowed and config.window_size[0] >= 0 else None,
         )
-        self.backend, self.form = backend, form
+        self.attention_kernel, self.attention_plan = attention_kernel, attention_plan
 
     def forward(
         self,
@@ -126,13 +126,16 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
         match packed_seq_params:
             case PrefixGroups():
-                out = prefix_grouped_attention(q, k, v, packed_seq_params, self.scoring, self.backend, self.form)
+                out = prefix_grouped_attention(
+                    q, k, v, packed_seq_params, self.scoring, self.attention_kernel, self.attention_plan
+                )
             case ContextShard():
                 out = context_parallel_attention(
-                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.backend, self.form
-                )
+                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.attention_kernel,
+                    self.attention_plan,
+                )  # fmt: skip
             case PrefillStep() | DecodeStep():
-                out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.backend)
+                out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.attention_kernel)
             case _:
                 raise UserError(
                     f"layer {self.layer_number}: packed_seq_params must be a PrefixGroups, got "

@@ -13,11 +13,11 @@ from megatron_ext.attention.plan import Plan, binding, documents, plan_attention
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
-__all__ = ["FORMS", "choose_plan"]
+__all__ = ["ATTENTION_PLANS", "choose_plan"]
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("auto", "levels", "one_call")
+ATTENTION_PLANS = ("auto", "levels", "one_call")
 # Copied rows per document, times key/value heads over query heads, up to which one call is the faster form. Measured on
 # two CPU threads (tools/bench_attention_forms.py, docs/benchmarks.md). Not measured on a GPU, so never chosen there.
 MOST_COPIED_ROWS = {"cpu": 8.0}
@@ -29,24 +29,24 @@ def choose_plan(
     num_heads: int,
     num_key_heads: int,
     device_type: str,
-    form: str = "auto",
+    attention_plan: str = "auto",
 ) -> Plan:
-    """The plan of a stream, its form by the measured rule unless `form` names one. Windows have one form only.
+    """The plan of a stream, its form by the measured rule unless `attention_plan` names one. Windows have one form only.
 
     Raises:
         UserError: an unknown form, or "levels" for a window that hides something.
     """
-    if form not in FORMS:
-        raise UserError(f"unknown form {form!r} of attention plan: choose one of {', '.join(FORMS)}")
+    if attention_plan not in ATTENTION_PLANS:
+        raise UserError(f"unknown attention_plan {attention_plan!r}: choose one of {', '.join(ATTENTION_PLANS)}")
     slides = binding(window, documents(groups.trees), groups.num_pad_tokens) is not None
-    if slides and form == "levels":
-        raise UserError(f"a sliding window of {window} rows has no plan of levels: use form='auto'")
-    if form == "auto":
+    if slides and attention_plan == "levels":
+        raise UserError(f"a sliding window of {window} rows has no plan of levels: use attention_plan='auto'")
+    if attention_plan == "auto":
         rows = _copied_rows_per_document(groups.trees) * num_key_heads / num_heads
         one_call = slides or 0 < rows <= MOST_COPIED_ROWS.get(device_type, 0)
         _log_form(one_call, "its window slides" if slides else "prefixes are short" if one_call else "")
     else:
-        one_call = form == "one_call"
+        one_call = attention_plan == "one_call"
     return plan_attention(groups, window, one_call)
 
 

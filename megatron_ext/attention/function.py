@@ -34,8 +34,8 @@ def prefix_grouped_attention(
     value: Tensor,
     groups: PrefixGroups,
     scoring: Scoring | None = None,
-    backend: str = "auto",
-    form: str = "auto",
+    attention_kernel: str = "auto",
+    attention_plan: str = "auto",
 ) -> Tensor:
     """Attention over a prefix-grouped stream, equal to causal attention over each [prefix, response] by itself.
 
@@ -44,24 +44,24 @@ def prefix_grouped_attention(
         key, value: [t, m, d] with n a multiple of m (grouped-query attention; never repeated in memory).
         groups: the stream's record, `groups.num_tokens == t`.
         scoring: scale, soft cap and sliding window; defaults to the plain scale d ** -0.5.
-        backend: "auto" (the first that can run here, logged once) or a name of `kernels.KERNELS`; "reference" (any
-            device, fp64 over a dense [t, t] mask: for tests) or "flex" (FlexAttention, which has no backward on CPU).
-        form: of the plan, see `forms`: "auto" (by a measured rule, logged once), "levels" or "one_call".
+        attention_kernel: "auto" (the first that can run here, logged once) or a name of `kernels.KERNELS`; "reference"
+            (any device, fp64 over a dense [t, t] mask: for tests) or "flex" (FlexAttention, no backward on CPU).
+        attention_plan: "auto" (by the measured rule of `forms`, logged once), "levels" or "one_call".
 
     Returns:
         [t, n, d] in query's dtype. Rows of the tail pad hold values without meaning.
 
     Raises:
-        UserError: shapes that do not fit each other or the record, or a backend that cannot run here.
+        UserError: shapes that do not fit each other or the record, or a kernel that cannot run here.
     """
     _check_shapes(query, key, value, groups)
     scoring = scoring or Scoring(query.size(-1) ** -0.5)
-    if backend == "reference":
+    if attention_kernel == "reference":
         return reference_attention(query, key, value, groups, scoring)
-    if backend == "flex":
+    if attention_kernel == "flex":
         return flex_attention(query, key, value, groups, scoring)
-    kernel = select_kernel(backend, query.device, scoring)
-    plan = choose_plan(groups, scoring.window, query.size(1), key.size(1), query.device.type, form)
+    kernel = select_kernel(attention_kernel, query.device, scoring)
+    plan = choose_plan(groups, scoring.window, query.size(1), key.size(1), query.device.type, attention_plan)
     return _PlannedAttention.apply(query, key, value, plan, kernel, scoring)
 
 

@@ -348,31 +348,31 @@ _PREFERRED = {
 }
 
 
-def select_kernel(backend: str, device: torch.device, scoring: Scoring) -> Kernel:
+def select_kernel(attention_kernel: str, device: torch.device, scoring: Scoring) -> Kernel:
     """Find a kernel by name; "auto" takes the first that this machine can run, and logs the choice once.
 
     Raises:
-        UserError: an unknown backend, or one that cannot run here, on this device or with a soft cap.
+        UserError: an unknown kernel, or one that cannot run here, on this device or with a soft cap.
     """
     softcap = scoring.softcap is not None
-    if backend == "auto":
+    if attention_kernel == "auto":
         for name in _PREFERRED.get(device.type, ()):
             kernel = KERNELS[name]
             if not kernel.missing() and (kernel.softcap or not softcap):
                 _log_choice(name, device.type, softcap)
                 return kernel
         raise UserError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
-    if backend not in KERNELS:
+    if attention_kernel not in KERNELS:
         known = ", ".join(("auto", *KERNELS, "reference", "flex"))
-        raise UserError(f"unknown attention backend {backend!r}: choose one of {known}")
-    kernel = KERNELS[backend]
+        raise UserError(f"unknown attention_kernel {attention_kernel!r}: choose one of {known}")
+    kernel = KERNELS[attention_kernel]
     if kernel.device not in (None, device.type):
-        raise UserError(f"attention backend {backend!r} cannot run on {device.type} tensors; use backend='auto'")
+        raise UserError(f"attention_kernel={attention_kernel!r} cannot run on {device.type} tensors; use 'auto'")
     if lacking := kernel.missing():
-        raise UserError(f"attention backend {backend!r} needs {lacking}; use backend='auto'")
+        raise UserError(f"attention_kernel={attention_kernel!r} needs {lacking}; use 'auto'")
     if softcap and not kernel.softcap:
         able = ", ".join(name for name, k in KERNELS.items() if k.softcap)
-        raise UserError(f"attention backend {backend!r} cannot cap scores; use one of auto, {able}")
+        raise UserError(f"attention_kernel={attention_kernel!r} cannot cap scores; use one of auto, {able}")
     return kernel
 
 

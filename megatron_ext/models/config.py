@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.attention.context import CP_COMM_TYPES
-from megatron_ext.attention.forms import FORMS
+from megatron_ext.attention.forms import ATTENTION_PLANS
 from megatron_ext.attention.kernels import KERNELS, Scoring, select_kernel
 from megatron_ext.errors import UserError
 from megatron_ext.rotary import RopeScaling, find_scheme
@@ -210,8 +210,8 @@ class GPTModelConfig:
             "model.attention_plan=one_call needs model.cp_comm_type=a2a: gathered keys are not copied for each response",
         )
         yield (
-            self.attention_plan not in FORMS,
-            f"model.attention_plan must be one of {', '.join(FORMS)}, got {self.attention_plan!r}",
+            self.attention_plan not in ATTENTION_PLANS,
+            f"model.attention_plan must be one of {', '.join(ATTENTION_PLANS)}, got {self.attention_plan!r}",
         )
         yield (
             self.attention_plan == "levels" and size is not None,

@@ -51,7 +51,7 @@ def block_spec(
     logger.info("layers use the %r implementation", implementation)
     core = ModuleSpec(
         PrefixGroupedCoreAttention,
-        params={"softcap": softcap, "backend": attention_kernel, "form": attention_plan},
+        params={"softcap": softcap, "attention_kernel": attention_kernel, "attention_plan": attention_plan},
     )
     if implementation == "local":
         layer, final_norm = _local_layer(core, qk_layernorm), RMSNorm

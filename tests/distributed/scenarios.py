@@ -223,7 +223,7 @@ class ContextCase:
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     comm_type: str
     scoring: Scoring
-    backend: str = "auto"
+    attention_kernel: str = "auto"
     perturb: int | None = None  # a stream row whose key and value are changed
 
 
@@ -253,7 +253,7 @@ def _context_case(case: ContextCase) -> dict[str, Any]:
 
     torch.distributed.all_gather_into_tensor = counting
     try:
-        out = context_parallel_attention(*leaves, shard, case.scoring, case.comm_type, case.backend)
+        out = context_parallel_attention(*leaves, shard, case.scoring, case.comm_type, case.attention_kernel)
     finally:
         torch.distributed.all_gather_into_tensor = gather
     out.backward(grad)

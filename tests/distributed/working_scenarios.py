@@ -64,7 +64,7 @@ def _attention_peak(device: torch.device, case: ActivationCase) -> int:
     if config.context_parallel_size > 1:
         out = context_parallel_attention(query, key, value, record, scoring, config.cp_comm_type)
     else:
-        out = prefix_grouped_attention(query, key, value, record, scoring, form="levels")
+        out = prefix_grouped_attention(query, key, value, record, scoring, attention_plan="levels")
     grad = torch.randn_like(out)
     with Alive() as alive:
         out.backward(grad)

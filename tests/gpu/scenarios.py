@@ -25,7 +25,7 @@ class AttentionCase:
     inputs: list[Tensor]
     grad: Tensor
     scoring: Scoring
-    how: dict[str, str] = field(default_factory=dict)  # backend, form
+    how: dict[str, str] = field(default_factory=dict)  # attention_kernel, attention_plan
 
 
 def attention(device: torch.device, cases: list[AttentionCase]) -> list[dict[str, list[Tensor]]]:

@@ -24,14 +24,14 @@ PLAIN, WINDOW, SOFTCAP = Scoring(0.125), Scoring(0.125, window=50), Scoring(0.12
 # Every kernel that may be there, both forms, windows, and the second oracle.
 VARIANTS = {
     "auto": (PLAIN, {}),
-    "auto, one call": (PLAIN, {"form": "one_call"}),
+    "auto, one call": (PLAIN, {"attention_plan": "one_call"}),
     "auto, window": (WINDOW, {}),
-    "flex": (PLAIN, {"backend": "flex"}),
-    "flex, window": (WINDOW, {"backend": "flex"}),
-    "flex, softcap": (SOFTCAP, {"backend": "flex"}),
-    "blockwise, softcap": (SOFTCAP, {"backend": "blockwise"}),
+    "flex": (PLAIN, {"attention_kernel": "flex"}),
+    "flex, window": (WINDOW, {"attention_kernel": "flex"}),
+    "flex, softcap": (SOFTCAP, {"attention_kernel": "flex"}),
+    "blockwise, softcap": (SOFTCAP, {"attention_kernel": "blockwise"}),
 } | {
-    f"{name}{', ' + rule if rule else ''}": (scoring, {"backend": name})
+    f"{name}{', ' + rule if rule else ''}": (scoring, {"attention_kernel": name})
     for name in ("torch_flash", "flash_attn_2", "flash_attn_3")
     for rule, scoring in (("", PLAIN), ("window", WINDOW), ("softcap", SOFTCAP))
     if rule != "softcap" or KERNELS[name].softcap
@@ -54,8 +54,8 @@ def test_error_is_that_of_plain_attention(variant, dtype, rng):
     A small layout's ratio is a matter of luck, so the bound is on all layouts together; each must be right to 5 %.
     """
     scoring, how = VARIANTS[variant]
-    backend = how.get("backend")
-    if backend in KERNELS and (lacking := KERNELS[backend].missing()):
+    kernel = how.get("attention_kernel")
+    if kernel in KERNELS and (lacking := KERNELS[kernel].missing()):
         pytest.skip(f"needs {lacking}")
     cases = {name: make_case(rng, name, dtype, scoring, how) for name in CASES}
     (results,) = run_ranks(attention, 1, list(cases.values()), cuda=True)
@@ -74,7 +74,7 @@ def test_error_is_that_of_plain_attention(variant, dtype, rng):
     assert bool((ours <= torch.tensor([2, 3, 3, 3]) * plain).all()), (ours, plain)
 
 
-@pytest.mark.parametrize("how", [{}, {"form": "one_call"}], ids=["auto", "one call"])
+@pytest.mark.parametrize("how", [{}, {"attention_plan": "one_call"}], ids=["auto", "one call"])
 @pytest.mark.parametrize("scoring", [PLAIN, WINDOW], ids=["plain", "window"])
 @pytest.mark.parametrize("name", ["several groups, pad", "long prefix", "one response", "tree"])
 def test_a_layer_never_makes_the_host_wait(name, scoring, how, rng):

@@ -6,6 +6,6 @@ import pytest
 
 
 @pytest.fixture(params=["levels", "one_call"])
-def form(request) -> str:
+def attention_plan(request) -> str:
     """Both forms of plan; what "auto" takes depends on the lengths."""
     return request.param

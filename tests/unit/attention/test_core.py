@@ -114,9 +114,9 @@ def test_refuses_shapes_that_do_not_fit(shapes, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 @pytest.mark.parametrize(
-    ("backend", "device", "words"),
+    ("attention_kernel", "device", "words"),
     [
-        ("flash9", "cpu", "unknown attention backend 'flash9': choose one of auto, cpu, blockwise, torch_flash"),
+        ("flash9", "cpu", "unknown attention_kernel 'flash9': choose one of auto, cpu, blockwise, torch_flash"),
         ("torch_flash", "cpu", "'torch_flash' cannot run on cpu"),
         ("cpu", "cuda", "'cpu' cannot run on cuda"),
         ("torch_flash", "cuda", "'torch_flash' needs a CUDA GPU"),
@@ -124,9 +124,9 @@ def test_refuses_shapes_that_do_not_fit(shapes, words):
         ("auto", "meta", "no attention kernel runs on meta"),
     ],
 )
-def test_refuses_a_kernel_that_cannot_run_here(backend, device, words):
+def test_refuses_a_kernel_that_cannot_run_here(attention_kernel, device, words):
     with pytest.raises(ValueError, match=words):
-        select_kernel(backend, torch.device(device), Scoring(1.0))
+        select_kernel(attention_kernel, torch.device(device), Scoring(1.0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")

@@ -40,39 +40,45 @@ def draw(rng, groups: PrefixGroups, n: int, m: int, d: int = 16) -> tuple[list[T
 
 @pytest.mark.parametrize(("n", "m"), HEADS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_equals_reference_and_repeated(form, name, n, m, rng):
+def test_equals_reference_and_repeated(attention_plan, name, n, m, rng):
     lengths, pad = LAYOUTS[name]
     groups = PrefixGroups.from_lengths(lengths, pad)
     inputs, grad = draw(rng, groups, n, m)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
+    found = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, grad
+    )
     plain = outputs_and_grads(lambda q, k, v: plain_attention(q, k, v, lengths), inputs, grad)
     oracle = outputs_and_grads(
-        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, backend="reference"), inputs, grad
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_kernel="reference"), inputs, grad
     )
     assert_close(found, plain)
     assert_close(oracle, plain)
 
 
 @pytest.mark.parametrize("trial", range(8))
-def test_random_layouts(form, trial, rng):
+def test_random_layouts(attention_plan, trial, rng):
     lengths = random_lengths(rng)
     groups = PrefixGroups.from_lengths(lengths, pad_to_multiple=(1, 16)[trial % 2])
     inputs, grad = draw(rng, groups, 8, 2)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
+    found = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, grad
+    )
     plain = outputs_and_grads(lambda q, k, v: plain_attention(q, k, v, lengths), inputs, grad)
     assert_close(found, plain)
 
 
-def test_the_pad_is_a_document_of_its_own(form, rng):
+def test_the_pad_is_a_document_of_its_own(attention_plan, rng):
     """Its rows stay finite, and a gradient on them reaches no other row."""
     groups = PrefixGroups.from_lengths([(5, [3, 2])], pad_to_multiple=16)
     real = groups.num_tokens - groups.num_pad_tokens
     inputs, _ = draw(rng, groups, 4, 2)
     grad = randn(rng, groups.num_tokens, 4, 16)
     grad[:real] = 0
-    out, *grads = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
+    out, *grads = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, grad
+    )
     oracle, *oracle_grads = outputs_and_grads(
-        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, backend="reference"), inputs, grad
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_kernel="reference"), inputs, grad
     )
     assert_close([out, *grads], [oracle, *oracle_grads])
     for x in grads:
@@ -80,21 +86,23 @@ def test_the_pad_is_a_document_of_its_own(form, rng):
 
 
 @pytest.mark.parametrize("scale", [0.07, 1.0])
-def test_softmax_scale(form, scale, rng):
+def test_softmax_scale(attention_plan, scale, rng):
     lengths, pad = LAYOUTS["several groups, pad"]
     groups = PrefixGroups.from_lengths(lengths, pad)
     inputs, grad = draw(rng, groups, 4, 2)
     found = outputs_and_grads(
-        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, Scoring(scale), form=form), inputs, grad
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, Scoring(scale), attention_plan=attention_plan),
+        inputs,
+        grad,
     )
     plain = outputs_and_grads(lambda q, k, v: plain_attention(q, k, v, lengths, scale), inputs, grad)
-    default = prefix_grouped_attention(*inputs, groups, form=form)
+    default = prefix_grouped_attention(*inputs, groups, attention_plan=attention_plan)
     assert_close(found, plain)
     assert error(found[0], default[: len(grad)]) > 1e-3  # the scale matters here
 
 
 @pytest.mark.parametrize("name", ["several groups, pad", "equal responses", "one response"])
-def test_slices_of_a_fused_projection(form, name, rng):
+def test_slices_of_a_fused_projection(attention_plan, name, rng):
     """q, k and v as views into one fused tensor, the gradient arriving transposed: strides are honoured."""
     lengths, pad = LAYOUTS[name]
     groups = PrefixGroups.from_lengths(lengths, pad)
@@ -108,26 +116,28 @@ def test_slices_of_a_fused_projection(form, name, rng):
         return x[:, :, :per_group].reshape(t, m * per_group, d), x[:, :, -2], x[:, :, -1]
 
     assert not split(fused)[1].is_contiguous() and not split(fused)[2].is_contiguous()
-    out = prefix_grouped_attention(*split(fused), groups, form=form)[:real]
+    out = prefix_grouped_attention(*split(fused), groups, attention_plan=attention_plan)[:real]
     (found,) = torch.autograd.grad(out, fused, grad)
     plain = plain_attention(*split(fused), lengths)
     (expected,) = torch.autograd.grad(plain, fused, grad)
     assert error(out, plain) <= BOUND and error(found, expected) <= BOUND
 
 
-def test_an_expanded_gradient(form, rng):
+def test_an_expanded_gradient(attention_plan, rng):
     """`out.sum().backward()` hands over a gradient of stride 0."""
     lengths, _ = LAYOUTS["several groups"]
     groups = PrefixGroups.from_lengths(lengths)
     inputs, _ = draw(rng, groups, 4, 2)
     one = torch.ones((), dtype=torch.float64).expand(groups.num_tokens, 4, 16)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, one)
+    found = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, one
+    )
     plain = outputs_and_grads(lambda q, k, v: plain_attention(q, k, v, lengths), inputs, one)
     assert_close(found, plain)
 
 
 @pytest.mark.parametrize("poison", ["other values", "nan"])
-def test_siblings_are_isolated_bitwise(form, poison, rng):
+def test_siblings_are_isolated_bitwise(attention_plan, poison, rng):
     """What one response holds changes no bit of its prefix's and its siblings' outputs, nor of the siblings' gradients."""
     lengths = [(19, [7, 5, 7]), (6, [4, 4])]
     groups = PrefixGroups.from_lengths(lengths, pad_to_multiple=16)
@@ -135,7 +145,9 @@ def test_siblings_are_isolated_bitwise(form, poison, rng):
     grad = randn(rng, groups.num_tokens, 8, 16)
 
     def run() -> list[Tensor]:
-        return outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
+        return outputs_and_grads(
+            lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, grad
+        )
 
     before = run()
     changed = list(spans(lengths)[0][1][1])

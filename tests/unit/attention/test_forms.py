@@ -13,8 +13,8 @@ from megatron_ext.grouping import PrefixGroups
 MOST = int(MOST_COPIED_ROWS["cpu"])
 
 
-def form_of(lengths, n: int = 4, m: int = 4, window=None, device="cpu", form="auto") -> str:
-    plan = choose_plan(PrefixGroups.from_lengths(lengths), window, n, m, device, form)
+def form_of(lengths, n: int = 4, m: int = 4, window=None, device="cpu", attention_plan="auto") -> str:
+    plan = choose_plan(PrefixGroups.from_lengths(lengths), window, n, m, device, attention_plan)
     return "levels" if plan.copied is None and len(plan.calls) > 1 else "one_call"
 
 
@@ -41,13 +41,13 @@ def test_where_nothing_was_measured_nothing_is_copied():
 
 
 def test_a_form_can_be_asked_for():
-    assert form_of([(500, [5, 9])], form="one_call") == "one_call"
-    assert form_of([(1, [5, 9])], form="levels") == "levels"
-    assert form_of([(1, [5, 9])], form="levels", window=50) == "levels", "a window that hides nothing"
+    assert form_of([(500, [5, 9])], attention_plan="one_call") == "one_call"
+    assert form_of([(1, [5, 9])], attention_plan="levels") == "levels"
+    assert form_of([(1, [5, 9])], attention_plan="levels", window=50) == "levels", "a window that hides nothing"
     with pytest.raises(ValueError, match="sliding window of 3 rows has no plan of levels"):
-        form_of([(1, [5, 9])], form="levels", window=3)
-    with pytest.raises(ValueError, match="unknown form 'tree'.*auto, levels, one_call"):
-        form_of([(1, [5, 9])], form="tree")
+        form_of([(1, [5, 9])], attention_plan="levels", window=3)
+    with pytest.raises(ValueError, match="unknown attention_plan 'tree'.*auto, levels, one_call"):
+        form_of([(1, [5, 9])], attention_plan="tree")
 
 
 def test_each_choice_is_logged_once(caplog):

@@ -90,7 +90,7 @@ def test_what_a_gpu_merges_with_takes_strided_pieces_too(monkeypatch, rng):
     forest = FORESTS["index"]
     groups = PrefixGroups.from_lengths(forest)
     q, k, v = (randn(rng, groups.num_tokens, heads, 8) for heads in (4, 2, 2))
-    expected = prefix_grouped_attention(q, k, v, groups, backend="blockwise", form="levels")
+    expected = prefix_grouped_attention(q, k, v, groups, attention_kernel="blockwise", attention_plan="levels")
     monkeypatch.setattr(function, "select_merge", lambda device: merge._merge_with_triton)
-    found = prefix_grouped_attention(q, k, v, groups, backend="blockwise", form="levels")
+    found = prefix_grouped_attention(q, k, v, groups, attention_kernel="blockwise", attention_plan="levels")
     assert torch.equal(found, expected)

@@ -36,14 +36,14 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("window", [None, 20], ids=["plain", "window"])
 @pytest.mark.parametrize("name", FORESTS)
-def test_a_layer_reads_no_value_and_moves_no_table(name, window, form, rng):
-    if window is not None and form == "levels":
-        form = "auto"
+def test_a_layer_reads_no_value_and_moves_no_table(name, window, attention_plan, rng):
+    if window is not None and attention_plan == "levels":
+        attention_plan = "auto"
     groups = PrefixGroups.from_lengths(FORESTS[name], 16)
     leaves = [randn(rng, groups.num_tokens, heads, 16).requires_grad_() for heads in (4, 2, 2)]
 
     def layer() -> None:
-        out = prefix_grouped_attention(*leaves, groups, Scoring(0.25, window=window), form=form)
+        out = prefix_grouped_attention(*leaves, groups, Scoring(0.25, window=window), attention_plan=attention_plan)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     layer()  # makes the tables
@@ -60,12 +60,12 @@ def test_a_read_would_be_seen():
 
 
 @pytest.mark.parametrize("name", FORESTS)
-def test_records_plans_and_pieces_hold_python_ints(name, form):
+def test_records_plans_and_pieces_hold_python_ints(name, attention_plan):
     groups = PrefixGroups.from_lengths(FORESTS[name], 16)
     values: list = [groups.num_tokens, groups.num_pad_tokens]
     for tree in groups.trees:
         values += [*tree.lengths, *tree.starts, *tree.ends, *tree.first_positions]
-    plan = plan_attention(groups, one_call=form == "one_call")
+    plan = plan_attention(groups, one_call=attention_plan == "one_call")
     for call in plan.calls:
         values += [x for r in call.rectangles for x in (r.q_start, r.q_len, r.k_start, r.k_len)]
         (piece,) = KERNELS["torch_flash"].pieces(call, torch.device("cpu"))

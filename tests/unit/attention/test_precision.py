@@ -29,7 +29,7 @@ def distance(value: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_error_is_that_of_plain_attention(form, name, dtype, rng):
+def test_error_is_that_of_plain_attention(attention_plan, name, dtype, rng):
     lengths = CASES[name]
     groups = PrefixGroups.from_lengths(lengths, pad_to_multiple=16)
     t, real, n, m, d = groups.num_tokens, groups.num_tokens - groups.num_pad_tokens, 8, 2, 16
@@ -44,7 +44,7 @@ def test_error_is_that_of_plain_attention(form, name, dtype, rng):
 
     truth = run(lambda q, k, v: plain_attention(q, k, v, lengths), torch.float64)
     plain = run(lambda q, k, v: plain_attention(q, k, v, lengths), dtype)
-    found = run(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), dtype)
+    found = run(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), dtype)
     for quantity, a, b, c in zip(("out", "dq", "dk", "dv"), found, plain, truth, strict=True):
         assert a.dtype == dtype
         bound = 2 if quantity == "out" else 3

@@ -54,33 +54,37 @@ def test_calls_follow_depth_and_not_width():
 
 
 @pytest.mark.parametrize("trial", range(12))
-def test_equals_repeated_sequences(form, trial, rng):
+def test_equals_repeated_sequences(attention_plan, trial, rng):
     forest = [random_nested(rng, depth=1 + trial % 4) for _ in range(2)]
     groups = PrefixGroups.from_lengths(forest, (1, 16)[trial % 2])
     inputs = [randn(rng, groups.num_tokens, heads, 16) for heads in (4, 2, 2)]
     grad = randn(rng, groups.num_tokens - groups.num_pad_tokens, 4, 16)
-    found = outputs_and_grads(lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), inputs, grad)
+    found = outputs_and_grads(
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), inputs, grad
+    )
     plain = outputs_and_grads(lambda q, k, v: plain_tree_attention(q, k, v, forest), inputs, grad)
     assert_close(found, plain)
 
 
-def test_a_perturbed_token_changes_only_rows_that_may_see_it(form, rng):
+def test_a_perturbed_token_changes_only_rows_that_may_see_it(attention_plan, rng):
     """Bitwise: rows off its paths, siblings among them, stay the same."""
     forest = [(9, [(5, [4, (3, [2, 6])]), 7, (2, [3, 3])])]
     groups = PrefixGroups.from_lengths(forest, 16)
     mask = attention_mask(groups)
     q, k, v = (randn(rng, groups.num_tokens, heads, 16) for heads in (4, 2, 2))
-    before = prefix_grouped_attention(q, k, v, groups, form=form)
+    before = prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan)
     for row in range(0, groups.num_tokens, 3):
         k2, v2 = k.clone(), v.clone()
         k2[row] += 1
         v2[row] -= 1
-        changed = (prefix_grouped_attention(q, k2, v2, groups, form=form) != before).flatten(1).any(1)
+        changed = (
+            (prefix_grouped_attention(q, k2, v2, groups, attention_plan=attention_plan) != before).flatten(1).any(1)
+        )
         assert not bool((changed & ~mask[:, row]).any())
         assert bool(changed[row])
 
 
-def test_deep_trees_in_bf16_round_once(form, rng):
+def test_deep_trees_in_bf16_round_once(attention_plan, rng):
     """Merged in fp32: the error does not grow with the number of levels beyond that of the repeated form."""
     chain = 8
     for _ in range(5):
@@ -92,12 +96,12 @@ def test_deep_trees_in_bf16_round_once(form, rng):
     exact = outputs_and_grads(lambda q, k, v: plain_tree_attention(q, k, v, forest), inputs, grad)
     low = [x.bfloat16() for x in inputs]
     found = outputs_and_grads(
-        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, form=form), low, grad.bfloat16()
+        lambda q, k, v: prefix_grouped_attention(q, k, v, groups, attention_plan=attention_plan), low, grad.bfloat16()
     )
     flat = groups.repeated()
     rows = torch.tensor([r for path, ends in documents(forest) if ends for r in path])
     first = torch.tensor([rows.tolist().index(r) for r in range(groups.num_tokens)])
-    out = prefix_grouped_attention(*(x[rows] for x in low), flat, form=form)[first]
+    out = prefix_grouped_attention(*(x[rows] for x in low), flat, attention_plan=attention_plan)[first]
     assert len(plan_attention(groups).calls) == 6
     assert error(found[0], exact[0]) <= 2 * error(out, exact[0])
 
