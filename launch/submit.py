@@ -31,7 +31,7 @@ from recipes.cli.compose import compose
 from recipes.cli.errors import user_errors
 
 if TYPE_CHECKING:
-    from megatron_ext.planner import Plan
+    from megatron_ext.planner import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "launch" / "slurm" / "job.sh"
@@ -81,7 +81,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
-def check(args: argparse.Namespace, overrides: list[str]) -> Plan | None:
+def check(args: argparse.Namespace, overrides: list[str]) -> Estimate | None:
     """
     Returns:
         What the planner says of it; None where there are no GPUs, nothing is trained, or the vocabulary is not known.
@@ -198,7 +198,7 @@ def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> 
     return found
 
 
-def check_recipe(args: argparse.Namespace, config: dict) -> Plan | None:
+def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     """What the recipe itself would refuse, on every rank; what the planner says of it."""
     from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
     from recipes.cli.config import build
@@ -242,9 +242,9 @@ def reward_to_serve(text: str) -> Any:
         raise UserError(f"--reward-server {text} is no YAML ({' '.join(str(error).split())})") from error
 
 
-def check_memory(args: argparse.Namespace, config: Any) -> Plan | None:
+def check_memory(args: argparse.Namespace, config: Any) -> Estimate | None:
     """Batches that do not divide, and what cannot fit, are refused; what the planner expects is said."""
-    from megatron_ext.planner import plan
+    from megatron_ext.planner import estimate
     from recipes.planning import job_of
 
     known = config.model.vocab_size is not None
@@ -256,11 +256,11 @@ def check_memory(args: argparse.Namespace, config: Any) -> Plan | None:
     if not known:
         print("memory not planned: model.vocab_size comes from the tokenizer", file=sys.stderr)
         return None
-    planned = plan(job, args.gpu)
-    if not planned.fits:
-        raise UserError(f"--config {args.config} {planned.reason} (tools/plan.py finds one)")
-    print(f"planned: {planned.reason}", file=sys.stderr)
-    return planned
+    estimated = estimate(job, args.gpu)
+    if not estimated.fits:
+        raise UserError(f"--config {args.config} {estimated.reason} (tools/plan.py finds one)")
+    print(f"planned: {estimated.reason}", file=sys.stderr)
+    return estimated
 
 
 def check_layout(config: dict, processes: int) -> None:
@@ -276,13 +276,15 @@ def check_layout(config: dict, processes: int) -> None:
         )
 
 
-def notice(planned: Plan | None) -> int:
+def notice(estimated: Estimate | None) -> int:
     """Seconds before the end of its time at which the job is told to stop."""
-    step = planned.step.total if planned else 0.0
+    step = estimated.step.total if estimated else 0.0
     return SAVING_SECONDS + math.ceil(STEPS_IN_HAND * step)
 
 
-def command(args: argparse.Namespace, overrides: list[str], planned: Plan | None) -> tuple[list[str], dict[str, str]]:
+def command(
+    args: argparse.Namespace, overrides: list[str], estimated: Estimate | None
+) -> tuple[list[str], dict[str, str]]:
     """(sbatch's command line, what is exported to the job)."""
     exported = {
         "ROOT": str(ROOT),
@@ -300,7 +302,7 @@ def command(args: argparse.Namespace, overrides: list[str], planned: Plan | None
     name = f"{args.run_dir.name}-{zlib.crc32(str(args.run_dir).encode()):08x}"
     parts = ["sbatch", "--parsable", f"--nodes={args.nodes}", f"--job-name={name}",
              f"--output={str(args.run_dir).replace('%', '%%')}.slurm/%j.log", "--export=ALL",
-             f"--signal=B:USR1@{notice(planned)}"]  # fmt: skip
+             f"--signal=B:USR1@{notice(estimated)}"]  # fmt: skip
     if args.gpus_per_node:
         parts.append(f"--gpus-per-node={args.gpus_per_node}")
     if args.test_only:
@@ -327,8 +329,8 @@ def main() -> int:
     args, overrides = arguments(sys.argv[1:])
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     overrides = with_cluster(args, overrides)
-    planned = check(args, overrides)
-    parts, exported = command(args, overrides, planned)
+    estimated = check(args, overrides)
+    parts, exported = command(args, overrides, estimated)
     inherited = {key: value for key, value in os.environ.items() if key not in OWN_VARIABLES}
     free = {key: inherited[key] for key in FREE_VARIABLES if key in inherited}
     shown = [f"{key}={shlex.quote(value)}" for key, value in (exported | free).items()]

@@ -77,6 +77,23 @@ class PrefixGroups(PackedSeqParams):
         derived: what others work out from the layout and keep with the record; no part of its identity.
     """
 
+    trees: tuple[PrefixTree, ...]
+    num_tokens: int
+    num_pad_tokens: int
+    segments: tuple[Segment, ...]
+    position_ids: Tensor
+    segment_ids: Tensor
+    group_ids: Tensor
+    predict_index: Tensor
+    target_index: Tensor
+    expand_index: Tensor | None
+    response_ids: Tensor
+    response_token_index: Tensor
+    num_responses: int
+    num_predicted_tokens: int
+    predict_rows: Tensor
+    derived: dict
+
     def __init__(self, *, _key: object = None, **fields):
         if _key is not _BUILD_KEY:
             raise TypeError("build PrefixGroups with PrefixGroups.from_lengths(...)")

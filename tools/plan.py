@@ -21,7 +21,7 @@ from bench_common import print_table
 warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # they warn while they are imported
 
 from megatron_ext.errors import UserError  # noqa: E402
-from megatron_ext.planner import HARDWARE, Plan, best_layouts, grouping_gain, grow, plan  # noqa: E402
+from megatron_ext.planner import HARDWARE, Estimate, best_layouts, estimate, grouping_gain, grow  # noqa: E402
 from megatron_ext.planner.parameters import model_parameters  # noqa: E402
 from recipes.cli.errors import user_errors  # noqa: E402
 from recipes.planning import job_of, read_config  # noqa: E402
@@ -51,30 +51,30 @@ def main() -> None:
     if chosen.plot and chosen.plot.suffix != ".png":
         raise UserError(f"--plot {chosen.plot}: the chart is a .png")
     job = job_of(read_config(chosen.config, chosen.overrides, chosen.nodes), chosen.prompt, chosen.response)
-    planned = plan(job, chosen.hardware)
-    print(f"{chosen.config}: {model_parameters(job.model) / GB:.2f} billion parameters, {describe(planned)}")
-    print(planned.reason)
-    print_memory(planned)
-    print_time(planned)
+    estimated = estimate(job, chosen.hardware)
+    print(f"{chosen.config}: {model_parameters(job.model) / GB:.2f} billion parameters, {describe(estimated)}")
+    print(estimated.reason)
+    print_memory(estimated)
+    print_time(estimated)
     if job.samples > 1:
-        print_grouping(planned)
+        print_grouping(estimated)
     if chosen.search:
-        print_search(planned)
+        print_search(estimated)
     if chosen.growth:
-        print_growth(planned, chosen.growth)
+        print_growth(estimated, chosen.growth)
     print("\nAssumed, never measured on a GPU:")
-    lines = [planned.hardware.source, *planned.assumptions.lines()]
+    lines = [estimated.hardware.source, *estimated.assumptions.lines()]
     if chosen.growth:
-        lines += planned.assumptions.growth_lines()
+        lines += estimated.assumptions.growth_lines()
     print("\n".join(f"  {line}" for line in lines))
     if chosen.plot:
-        draw(planned, chosen.plot)
+        draw(estimated, chosen.plot)
         print(f"chart in {chosen.plot}")
-    sys.exit(0 if planned.fits else 1)
+    sys.exit(0 if estimated.fits else 1)
 
 
-def describe(planned: Plan) -> str:
-    job = planned.job
+def describe(estimated: Estimate) -> str:
+    job = estimated.job
     group = f"prompt {job.prompt} + {job.samples} x {job.response}" if job.samples > 1 else f"{job.response} tokens"
     return (
         f"{job.groups} groups ({group}) per optimizer step, {job.updates} optimizer step(s) per step, "
@@ -82,31 +82,31 @@ def describe(planned: Plan) -> str:
     )
 
 
-def print_memory(planned: Plan) -> None:
+def print_memory(estimated: Estimate) -> None:
     names = ("parameters", "gradients", "optimizer", "copies", "activations", "working", "locating", "cache")
     print_table(
         "GiB on the fullest rank of each pipeline stage (cache, of sampling, and activations are not there together)",
         ("stage", *names, "peak"),
         [
             (str(stage.stage), *(f"{getattr(stage, name) / GIB:.2f}" for name in names), f"{stage.total / GIB:.2f}")
-            for stage in planned.stages
+            for stage in estimated.stages
         ],
     )
 
 
-def print_time(planned: Plan) -> None:
-    step = planned.step
+def print_time(estimated: Estimate) -> None:
+    step = estimated.step
     title = f"Seconds of a step, estimated: {step.total:.2f}"
     print_table(title, tuple(step.parts()), [tuple(f"{value:.2f}" for value in step.parts().values())])
     if step.sent:
         values = [tuple(f"{value / GB:.1f}" for value in step.sent.values())]
         print_table("GB that one rank sends in a step, sampling excepted", tuple(step.sent), values)
-    busy = step.flops / planned.job.world / (step.total - step.sampling) / planned.hardware.flops
+    busy = step.flops / estimated.job.world / (step.total - step.sampling) / estimated.hardware.flops
     print(f"\n{step.flops:.3g} operations of all ranks, sampling excepted: {busy:.0%} of the peak in that time")
 
 
-def print_grouping(planned: Plan) -> None:
-    gain = grouping_gain(planned)
+def print_grouping(estimated: Estimate) -> None:
+    gain = grouping_gain(estimated)
     verdict = "pays" if gain.pays else "does not pay"
     print(
         f"\nPrefix grouping {verdict}: {gain.repeated_tokens / gain.tokens:.2f} times fewer tokens through the layers, "
@@ -115,9 +115,9 @@ def print_grouping(planned: Plan) -> None:
     )
 
 
-def print_search(planned: Plan) -> None:
+def print_search(estimated: Estimate) -> None:
     rows = []
-    for p in best_layouts(planned.job, planned.hardware, planned.assumptions):
+    for p in best_layouts(estimated.job, estimated.hardware, estimated.assumptions):
         m = p.job.model
         sizes = (m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size)
         again = m.activations_checkpoint_granularity or "null"
@@ -130,15 +130,15 @@ def print_search(planned: Plan) -> None:
         print("\nNo layout fits.")
 
 
-def print_growth(planned: Plan, gpus: int) -> None:
-    nodes, count = [], planned.job.nodes
-    if gpus < planned.job.world:
-        raise UserError(f"--growth {gpus} is less than the {planned.job.world} GPUs of the run")
-    while count * planned.job.devices <= gpus:
+def print_growth(estimated: Estimate, gpus: int) -> None:
+    nodes, count = [], estimated.job.nodes
+    if gpus < estimated.job.world:
+        raise UserError(f"--growth {gpus} is less than the {estimated.job.world} GPUs of the run")
+    while count * estimated.job.devices <= gpus:
         nodes.append(count)
         count *= 2
     rows = []
-    for g in grow(planned, nodes):
+    for g in grow(estimated, nodes):
         strong = ("-", "-")
         if g.strong_seconds is not None:
             strong = (f"{g.strong_seconds:.2f}", f"{g.strong_efficiency:.0%}")
@@ -150,7 +150,7 @@ def print_growth(planned: Plan, gpus: int) -> None:
     )
 
 
-def draw(planned: Plan, path: Path) -> None:
+def draw(estimated: Estimate, path: Path) -> None:
     """Memory of every stage beside the GPU's, and a step with prompts shared and repeated."""
     import dataclasses
 
@@ -160,17 +160,17 @@ def draw(planned: Plan, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (memory, seconds) = plt.subplots(1, 2, figsize=(11, 4.2))
-    stages = {f"stage {s.stage}": {n: v / GIB for n, v in s.parts().items()} for s in planned.stages}
+    stages = {f"stage {s.stage}": {n: v / GIB for n, v in s.parts().items()} for s in estimated.stages}
     _stack(memory, stages)
-    memory.axhline(planned.hardware.memory / GIB, color="black", linewidth=1)
-    memory.axhline((planned.hardware.memory - planned.assumptions.reserve) / GIB, color="black", linestyle=":")
+    memory.axhline(estimated.hardware.memory / GIB, color="black", linewidth=1)
+    memory.axhline((estimated.hardware.memory - estimated.assumptions.reserve) / GIB, color="black", linestyle=":")
     memory.set_ylabel("GiB per rank at the peak")
-    memory.set_title(f"memory ({planned.hardware.name}; dotted: less a reserve)")
-    job = planned.job
-    forms = {"step": planned}
+    memory.set_title(f"memory ({estimated.hardware.name}; dotted: less a reserve)")
+    job = estimated.job
+    forms = {"step": estimated}
     if job.samples > 1:
         forms = {
-            name: plan(dataclasses.replace(job, share_prefix=share), planned.hardware, planned.assumptions)
+            name: estimate(dataclasses.replace(job, share_prefix=share), estimated.hardware, estimated.assumptions)
             for name, share in (("prompts shared", True), ("prompts repeated", False))
         }
     _stack(seconds, {name: p.step.parts() for name, p in forms.items()})

@@ -72,7 +72,7 @@ class ContextShard(PackedSeqParams):
         layout = shard_layout(groups.trees, group.size(), pairs_per_token)
         self.groups, self.group, self.layout = groups, group, layout
         self.derived: dict = {}
-        rows = torch.cat([torch.arange(p.start, p.start + p.length) for p in layout.pieces[rank]] or [_empty()])
+        rows = torch.cat([torch.arange(s.start, s.start + s.length) for s in layout.spans[rank]] or [_empty()])
         # Never nothing: a rank without rows still takes part in every collective.
         num_pad = -len(rows) % multiple or (0 if len(rows) else multiple)
         self.num_tokens = len(rows) + num_pad
@@ -92,27 +92,27 @@ class ContextShard(PackedSeqParams):
     def _index_gathered(self, rank: int, device: torch.device) -> None:
         """My rows to send, padded to what the busiest rank sends, and the place of each gathered row."""
         layout, cut = self.layout, set(self.layout.cut)
-        parts = [[p for p in pieces if p.document in cut] for pieces in layout.pieces]
-        counts = [sum(p.length for p in part) for part in parts]
+        cut_spans = [[s for s in spans if s.document in cut] for spans in layout.spans]
+        counts = [sum(s.length for s in spans) for spans in cut_spans]
         k = max(counts)
-        local = [torch.arange(p.local_start, p.local_start + p.length) for p in parts[rank]]
+        local = [torch.arange(s.local_start, s.local_start + s.length) for s in cut_spans[rank]]
         self.num_sent = counts[rank]
         self.send = torch.cat([*local, torch.zeros(k - counts[rank], dtype=torch.int64)]).to(device)
         place = torch.empty(layout.num_gathered, dtype=torch.int64)
-        for number, part in enumerate(parts):
+        for number, spans in enumerate(cut_spans):
             sent = number * k
-            for p in part:
-                first = layout.gathered_start[p.document] + p.start - layout.documents[p.document].start
-                place[first : first + p.length] = torch.arange(sent, sent + p.length)
-                sent += p.length
+            for s in spans:
+                first = layout.gathered_start[s.document] + s.start - layout.documents[s.document].start
+                place[first : first + s.length] = torch.arange(sent, sent + s.length)
+                sent += s.length
         self.place = place.to(device)
 
     def _index_predictions(self, device: torch.device) -> None:
         """How many entries the busiest rank has, and the place of each entry of the stream among the gathered ones."""
         rows = torch.empty(self.groups.num_tokens, dtype=torch.int64)
-        for number, pieces in enumerate(self.layout.pieces):
-            for p in pieces:
-                rows[p.start : p.start + p.length] = number
+        for number, spans in enumerate(self.layout.spans):
+            for s in spans:
+                rows[s.start : s.start + s.length] = number
         holder = rows[self.groups.predict_rows]  # [u]
         counts = torch.bincount(holder, minlength=self.group.size())
         self.most_entries = max(int(counts.max()), 1)
@@ -131,8 +131,7 @@ class ContextShard(PackedSeqParams):
     @cached_property
     def concatenation(self) -> tuple[Tensor, Tensor]:
         """int64 each: the row of all ranks' concatenation (without pads) behind each stream row, and the other way."""
-        parts = [torch.arange(p.start, p.start + p.length) for pieces in self.layout.pieces for p in pieces]
-        rows = torch.cat(parts)
+        rows = torch.cat([torch.arange(s.start, s.start + s.length) for spans in self.layout.spans for s in spans])
         return rows.argsort().to(self.rows.device), rows.to(self.rows.device)
 
     @cached_property

@@ -24,10 +24,10 @@ from megatron_ext.prefix_tree import PrefixTree
 __all__ = [
     "Call",
     "Document",
-    "Part",
     "Plan",
     "Rectangle",
     "Run",
+    "Span",
     "binding",
     "documents",
     "one_call_plan",
@@ -164,8 +164,8 @@ def _plan(layout, window: int | None, one_call: bool) -> Plan:
     pad = [Rectangle(row, num_pad, row, num_pad)] if num_pad else []
     window = binding(window, found, num_pad)
     if one_call or window is not None:
-        parts = [Part(n, 0, d.length, d.start) for n, d in enumerate(found)]
-        return one_call_plan(found, parts, {n: d.start for n, d in enumerate(found)}, pad, window)
+        spans = [Span(n, d.start, d.length, d.start) for n, d in enumerate(found)]
+        return one_call_plan(found, spans, {n: d.start for n, d in enumerate(found)}, pad, window)
     own = [Rectangle(d.start, d.length, d.start, d.length) for d in found]
     levels: list[list[Rectangle]] = []
     for d in found:
@@ -184,28 +184,28 @@ def binding(window: int | None, found: Sequence[Document], num_pad: int) -> int 
 
 
 @dataclass(frozen=True)
-class Part:
-    """Query rows: `length` rows of a document from its `offset` on, which start at row `q_start` of the queries."""
+class Span:
+    """Consecutive rows of a document: `start` in the stream, `local_start` among the queries of the rank that holds them."""
 
     document: int
-    offset: int
+    start: int
     length: int
-    q_start: int
+    local_start: int
 
 
 def one_call_plan(
     found: Sequence[Document],
-    parts: Sequence[Part],
+    spans: Sequence[Span],
     key_start: Mapping[int, int],
     pad: Sequence[Rectangle],
     window: int | None,
 ) -> Plan:
-    """The plan with one call: what each part sees of its path, copied back to back.
+    """The plan with one call: what each span sees of its path, copied back to back.
 
     Args:
         found: the stream's documents.
-        parts: the rows that ask.
-        key_start: row of each document's first row in the buffer of keys; every document on a part's path has one.
+        spans: the rows that ask.
+        key_start: row of each document's first row in the buffer of keys; every document on a span's path has one.
         pad: rectangles of rows that see themselves alone.
         window: as in `plan_attention`.
     """
@@ -219,16 +219,16 @@ def one_call_plan(
         else:
             copied.append((start, length))
 
-    for part in parts:
-        document = found[part.document]
-        first = document.position + part.offset
-        low, high = 0 if window is None else max(0, first - window), first + part.length
-        for number in (*document.ancestors, part.document):
+    for span in spans:
+        document = found[span.document]
+        first = document.position + span.start - document.start
+        low, high = 0 if window is None else max(0, first - window), first + span.length
+        for number in (*document.ancestors, span.document):
             d = found[number]
             start, end = max(low, d.position), min(high, d.position + d.length)
             if start < end:
                 copy(key_start[number] + start - d.position, end - start)
-        rectangles.append(Rectangle(part.q_start, part.length, num_keys, high - low))
+        rectangles.append(Rectangle(span.local_start, span.length, num_keys, high - low))
         num_keys += high - low
     for r in pad:
         copy(r.k_start, r.k_len)

@@ -9,9 +9,9 @@ What others need is cut evenly, what nobody else needs stays whole:
 Only keys and values of cut documents travel: P rows of each prefix, never G P and never the whole stream. Everything
 here is Python ints, worked out from lengths alone and alike on every rank.
 
-Vocabulary: a *document* is a node of the plan (a prefix, a response, or a prefix with its only response); a *piece* is
-a contiguous part of a document on one rank. A rank's keys lie in one buffer: [gathered rows of cut documents | own
-rows].
+Vocabulary: a *document* is a node of the plan (a prefix, a response, or a prefix with its only response); a *span* is
+some of its rows, one after the other, on one rank. A rank's keys lie in one buffer: [gathered rows of cut documents |
+own rows].
 """
 
 from __future__ import annotations
@@ -22,25 +22,15 @@ from functools import cached_property, lru_cache
 from megatron_ext.attention.plan import (
     Call,
     Document,
-    Part,
     Plan,
     Rectangle,
+    Span,
     binding,
     documents,
     one_call_plan,
 )
 
-__all__ = ["ContextLayout", "Piece", "shard_layout"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`length` rows of a document: `start` in the stream, `local_start` on the rank that holds them."""
-
-    document: int
-    start: int
-    length: int
-    local_start: int
+__all__ = ["ContextLayout", "shard_layout"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class ContextLayout:
     """Rows of a stream over the ranks of a context-parallel group.
 
     Attributes:
-        pieces: of each rank, in stream order.
+        spans: of each rank, in stream order.
         num_rows: of each rank, without its pad.
         cut: cut documents, in stream order; their rows are gathered, in this order.
         documents: all documents of the stream, without the stream's own pad, which is not distributed.
@@ -56,7 +46,7 @@ class ContextLayout:
 
     documents: tuple[Document, ...]
     cut: tuple[int, ...]
-    pieces: tuple[tuple[Piece, ...], ...]
+    spans: tuple[tuple[Span, ...], ...]
     num_rows: tuple[int, ...]
 
     @cached_property
@@ -83,25 +73,22 @@ class ContextLayout:
         window = binding(window, self.documents, num_pad)
         if window is not None:
             key_start = dict(starts)
-            parts = []
-            for p in self.pieces[rank]:
-                document = self.documents[p.document]
-                key_start.setdefault(p.document, first_own + p.local_start)  # whole, where it was not gathered
-                parts.append(Part(p.document, p.start - document.start, p.length, p.local_start))
-            return one_call_plan(self.documents, parts, key_start, pad, window)
-        own = [Rectangle(p.local_start, p.length, first_own + p.local_start, p.length) for p in self.pieces[rank]]
+            for span in self.spans[rank]:
+                key_start.setdefault(span.document, first_own + span.local_start)  # whole, where it was not gathered
+            return one_call_plan(self.documents, self.spans[rank], key_start, pad, window)
+        own = [Rectangle(s.local_start, s.length, first_own + s.local_start, s.length) for s in self.spans[rank]]
         levels: list[list[Rectangle]] = []
-        for piece in self.pieces[rank]:
-            document = self.documents[piece.document]
+        for span in self.spans[rank]:
+            document = self.documents[span.document]
             seen = [(d, self.documents[d].length) for d in document.ancestors]
-            if piece.document in cut:
-                seen.append((piece.document, piece.start - document.start))
+            if span.document in cut:
+                seen.append((span.document, span.start - document.start))
             for level, (number, length) in enumerate(seen):
                 if not length:
                     continue
                 while len(levels) <= level:
                     levels.append([])
-                _add(levels[level], Rectangle(piece.local_start, piece.length, starts[number], length))
+                _add(levels[level], Rectangle(span.local_start, span.length, starts[number], length))
         calls = [Call.of(own + pad, causal=True)] if own or pad else []
         return Plan((*calls, *(Call.of(level, causal=False) for level in levels if level)))
 
@@ -142,12 +129,12 @@ def shard_layout(trees: tuple, ranks: int, pairs_per_token: float) -> ContextLay
         rank = min(range(ranks), key=lambda r: (load[r], r))
         holder[number] = rank
         load[rank] += cost(found[number], found[number].length)
-    pieces: list[list[Piece]] = [[] for _ in range(ranks)]
+    spans: list[list[Span]] = [[] for _ in range(ranks)]
     rows = [0] * ranks
 
     def place(rank: int, number: int, start: int, end: int) -> None:
         if end > start:
-            pieces[rank].append(Piece(number, start, end - start, rows[rank]))
+            spans[rank].append(Span(number, start, end - start, rows[rank]))
             rows[rank] += end - start
 
     for number, document in enumerate(found):
@@ -157,9 +144,9 @@ def shard_layout(trees: tuple, ranks: int, pairs_per_token: float) -> ContextLay
         borders = [document.start + document.length * i // (2 * ranks) for i in range(2 * ranks + 1)]
         for rank in range(ranks):
             head, tail = rank, 2 * ranks - 1 - rank
-            if head + 1 == tail:  # the last rank's chunks are neighbours: one piece
+            if head + 1 == tail:  # the last rank's chunks are neighbours: one span
                 place(rank, number, borders[head], borders[tail + 1])
             else:
                 place(rank, number, borders[head], borders[head + 1])
                 place(rank, number, borders[tail], borders[tail + 1])
-    return ContextLayout(found, cut, tuple(map(tuple, pieces)), tuple(rows))
+    return ContextLayout(found, cut, tuple(map(tuple, spans)), tuple(rows))

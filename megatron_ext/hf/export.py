@@ -143,5 +143,5 @@ def _write_stage(model: PrefixGroupedGPT, writer: TensorWriter) -> None:
         assert entry is not None, name  # or `_describe` would have refused the model
         if entry.copy or (entry.cut == "whole" and rank > 0):
             continue
-        for piece in entry.pieces(layer, config, rank):
-            writer.write(piece.name, parameter.data.view(piece.view)[piece.place], piece.index)
+        for hf_slice in entry.slices(layer, config, rank):
+            writer.write(hf_slice.name, parameter.data.view(hf_slice.view)[hf_slice.place], hf_slice.index)

@@ -1,7 +1,7 @@
 """Safetensors folders: what is in them by their headers alone, and files of which each tensor has its place beforehand.
 
 The format is 8 bytes with the length of a JSON header, the header, and the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). The library checks what is read; it can neither write a file piece by piece nor
+(https://huggingface.co/docs/safetensors). The library checks what is read; it can neither write a file chunk by chunk nor
 read into memory that is there, so `plan_files` and tensors.py do, and tests check them with the library.
 """
 

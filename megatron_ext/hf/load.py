@@ -14,7 +14,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.config import difference, read_hf_config
 from megatron_ext.hf.files import DTYPES, Stored, read_headers
 from megatron_ext.hf.mapping import EMBEDDING, Architecture, Entry, hf_shapes, placed_parameters
-from megatron_ext.hf.tensors import read_block
+from megatron_ext.hf.tensors import read_slice
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 
@@ -74,13 +74,13 @@ def read_parameter(
     parameter: torch.Tensor, entry: Entry, layer: int, config: GPTModelConfig, rank: int, headers: dict[str, Stored]
 ) -> None:
     """One parameter of a tensor-parallel rank, in place."""
-    for piece in entry.pieces(layer, config, rank):
-        target = parameter.view(piece.view)
+    for hf_slice in entry.slices(layer, config, rank):
+        target = parameter.view(hf_slice.view)
         if entry.cut == "vocabulary":
-            target[piece.place[0].stop :].zero_()
-        target = target[piece.place]
+            target[hf_slice.place[0].stop :].zero_()
+        target = target[hf_slice.place]
         if target.numel():
-            read_block(piece.name, headers[piece.name], piece.index, target)
+            read_slice(hf_slice.name, headers[hf_slice.name], hf_slice.index, target)
 
 
 def checked_headers(folder: Path, config: GPTModelConfig) -> dict[str, Stored]:
@@ -139,8 +139,8 @@ def _check_tied(embedding: Stored, output: Stored, folder: Path) -> None:
         pair = torch.empty(2, COMPARED_ROWS, *embedding.shape[1:], dtype=DTYPES[embedding.dtype])
         for some in rows:
             one, other = pair[:, : some.stop - some.start]
-            read_block(EMBEDDING, embedding, (some,), one)
-            read_block(OUTPUT, output, (some,), other)
+            read_slice(EMBEDDING, embedding, (some,), one)
+            read_slice(OUTPUT, output, (some,), other)
             same = same and torch.equal(one, other)
     if not same:
         raise UserError(

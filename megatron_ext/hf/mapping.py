@@ -16,7 +16,7 @@ import torch
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 
-__all__ = ["Architecture", "Entry", "Piece", "entries", "hf_shapes", "placed_parameters"]
+__all__ = ["Architecture", "Entry", "TensorSlice", "entries", "hf_shapes", "placed_parameters"]
 
 OURS, THEIRS = "decoder.layers.{}.", "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,14 +38,14 @@ class Architecture(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A block of a Hugging Face tensor and its place in a parameter of one tensor-parallel rank.
+class TensorSlice:
+    """A slice of a Hugging Face tensor and its place in a parameter of one tensor-parallel rank.
 
     Attributes:
         name: of the tensor.
-        index: of the block in the tensor.
+        index: of the slice in the tensor.
         view: the parameter's shape in which the place is a rectangle.
-        place: of the block in that view.
+        place: of the slice in that view.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Entry:
         }
         return {name.format(layer): tuple(sizes[d] for d in dims.split()) for name, dims in self.theirs.items()}
 
-    def pieces(self, layer: int, config: GPTModelConfig, rank: int) -> Iterator[Piece]:
+    def slices(self, layer: int, config: GPTModelConfig, rank: int) -> Iterator[TensorSlice]:
         """What tensor-parallel rank `rank` holds."""
         tensors, tp = self.tensors(layer, config), config.tensor_model_parallel_size
         total = config.num_query_groups if self.cut == "groups" else tp
@@ -94,25 +94,25 @@ class Entry:
         first = 0
         for name, (size, *rest) in tensors.items():
             if self.cut == "whole":
-                yield Piece(name, (slice(0, size),), (size, *rest), ())
+                yield TensorSlice(name, (slice(0, size),), (size, *rest), ())
             elif self.cut == "columns":
                 width = rest[0] // tp
-                yield Piece(name, (slice(0, size), slice(rank * width, (rank + 1) * width)), (size, width), ())
+                yield TensorSlice(name, (slice(0, size), slice(rank * width, (rank + 1) * width)), (size, width), ())
             elif self.cut == "vocabulary":
                 rows = config.padded_vocab_size // tp
                 start, end = (min(edge * rows, size) for edge in (rank, rank + 1))
-                yield Piece(name, (slice(start, end),), (rows, *rest), (slice(0, end - start),))
+                yield TensorSlice(name, (slice(start, end),), (rows, *rest), (slice(0, end - start),))
             else:
                 here, height = total // tp, size // total
                 index = slice(rank * here * height, (rank + 1) * here * height)
-                yield Piece(name, (index,), (here, together, *rest), (slice(None), slice(first, first + height)))
+                yield TensorSlice(name, (index,), (here, together, *rest), (slice(None), slice(first, first + height)))
                 first += height
 
-    def parameter_shape(self, piece: Piece) -> tuple[int, ...]:
-        """Of the parameter that the piece is put into."""
+    def parameter_shape(self, hf_slice: TensorSlice) -> tuple[int, ...]:
+        """Of the parameter that the slice is put into."""
         if self.cut in ("groups", "ranks"):
-            return piece.view[0] * piece.view[1], *piece.view[2:]
-        return piece.view
+            return hf_slice.view[0] * hf_slice.view[1], *hf_slice.view[2:]
+        return hf_slice.view
 
 
 def _layer(ours: str | tuple[str, ...], theirs: dict[str, str], cut: str, **options) -> Entry:

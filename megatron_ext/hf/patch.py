@@ -75,17 +75,17 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
             raise UserError(f"the delta {delta} belongs to another model than {folder}: {name} has no place there")
         old = torch.empty_like(tensor)
         shapes = entry.tensors(block, config)
-        for piece in entry.pieces(block, config, 0):
-            if entry.parameter_shape(piece) != tensor.shape:
+        for hf_slice in entry.slices(block, config, 0):
+            if entry.parameter_shape(hf_slice) != tensor.shape:
                 raise UserError(
                     f"the delta {delta} belongs to another model than {folder}: {name} is {tuple(tensor.shape)} there, "
-                    f"{entry.parameter_shape(piece)} here"
+                    f"{entry.parameter_shape(hf_slice)} here"
                 )
-            part = tensor.view(piece.view)[piece.place].reshape(shapes[piece.name])
-            patch[piece.name] = part.to(DTYPES[headers[piece.name].dtype]).contiguous()
-            if not is_finite(patch[piece.name]):
+            value = tensor.view(hf_slice.view)[hf_slice.place].reshape(shapes[hf_slice.name])
+            patch[hf_slice.name] = value.to(DTYPES[headers[hf_slice.name].dtype]).contiguous()
+            if not is_finite(patch[hf_slice.name]):
                 raise UserError(
-                    f"the delta {delta} has a number in {name} that is not finite in {patch[piece.name].dtype}, the type of "
+                    f"the delta {delta} has a number in {name} that is not finite in {patch[hf_slice.name].dtype}, the type of "
                     f"{folder}'s tensors; take the model in a type with a larger range"
                 )
         read_parameter(old, entry, block, config, 0, headers)

@@ -1,7 +1,7 @@
-"""Blocks of tensors between safetensors files and parameters, in pieces of a megabyte.
+"""Slices of tensors between safetensors files and parameters, in chunks of a megabyte.
 
 Reading and writing by position, not by mapping: a mapped file counts as the process's memory, and its type and layout are
-not the parameter's. What is read or written is checked to be finite, which costs little in a piece that is in the cache.
+not the parameter's. What is read or written is checked to be finite, which costs little in a chunk that is in the cache.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.hf.files import DTYPES, Slot, Stored
 
-__all__ = ["TensorWriter", "is_finite", "read_block"]
+__all__ = ["TensorWriter", "is_finite", "read_slice"]
 
 # Larger ones leave the cache before they are checked, and ext4 spends ten times as long on a write of 4 MiB as on four.
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -30,19 +30,19 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def read_block(name: str, stored: Stored, index: tuple[slice, ...], target: Tensor) -> None:
-    """Fill `target`, of any float type and device, with a block of a tensor.
+def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tensor) -> None:
+    """Fill `target`, of any float type and device, with a slice of a tensor.
 
     Args:
-        index: the block: its rows, and in a matrix perhaps its columns.
-        target: in the block's shape, or with its rows in equal groups [groups, rows of a group, ...].
+        index: the slice: its rows, and in a matrix perhaps its columns.
+        target: in the slice's shape, or with its rows in equal groups [groups, rows of a group, ...].
 
     Raises:
         UserError: the file ends too early, or a number is not finite (in the target's type).
     """
     dtype, rest = DTYPES[stored.dtype], stored.shape[1:]
     row = math.prod(rest) * dtype.itemsize
-    step = max(1, PIECE_BYTES // row)
+    step = max(1, CHUNK_BYTES // row)
     columns = (slice(None), *index[1:])
     direct = dtype == target.dtype and target.device.type == "cpu" and len(columns) == 1
     buffer = None
@@ -50,26 +50,26 @@ def read_block(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
     try:
         with open(stored.file, "rb", buffering=0) as file:
             for group in [target] if target.dim() == len(stored.shape) else target:
-                for part in group.split(step):
-                    if direct and part.is_contiguous():
-                        _read(file.fileno(), part, place)
+                for chunk in group.split(step):
+                    if direct and chunk.is_contiguous():
+                        _read(file.fileno(), chunk, place)
                     else:
                         if buffer is None:
                             buffer = torch.empty(step, *rest, dtype=dtype)
-                        _read(file.fileno(), buffer[: len(part)], place)
-                        part.copy_(buffer[: len(part)][columns])
-                    if not is_finite(part):
+                        _read(file.fileno(), buffer[: len(chunk)], place)
+                        chunk.copy_(buffer[: len(chunk)][columns])
+                    if not is_finite(chunk):
                         raise UserError(
                             f"{stored.file} is damaged: {name} holds a number that is not finite in {target.dtype}; fetch it "
                             "again"
                         )
-                    place += len(part) * row
+                    place += len(chunk) * row
     except OSError as error:
         raise UserError(f"cannot read {stored.file} ({error.strerror}); fetch it again") from error
 
 
-def _read(file: int, part: Tensor, place: int) -> None:
-    data, done = _bytes(part), 0
+def _read(file: int, chunk: Tensor, place: int) -> None:
+    data, done = _bytes(chunk), 0
     while done < len(data):
         got = os.preadv(file, [data[done:]], place + done)
         if not got:
@@ -83,10 +83,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorWriter:
-    """Puts blocks of tensors into their places in a folder's files. After an error it takes them and does nothing.
+    """Puts slices of tensors into their places in a folder's files. After an error it takes them and does nothing.
 
     Args:
-        dtype: that of the files' tensors; None: blocks come in it.
+        dtype: that of the files' tensors; None: slices come in it.
     """
 
     def __init__(self, folder: Path, slots: dict[str, Slot], dtype: torch.dtype | None = None):
@@ -94,47 +94,47 @@ class TensorWriter:
         self.error: Exception | None = None
         self._files: dict[str, int] = {}
 
-    def write(self, name: str, block: Tensor, index: tuple[slice, ...] | None = None) -> None:
+    def write(self, name: str, data: Tensor, index: tuple[slice, ...] | None = None) -> None:
         """
         Args:
-            block: of any float type, layout and device; with its rows perhaps in equal groups, as `read_block` has them.
+            data: of any float type, layout and device; with its rows perhaps in equal groups, as `read_slice` has them.
             index: its rows in the tensor, and in a matrix perhaps its columns; None: all of it.
         """
-        if self.error is not None or not block.numel():
+        if self.error is not None or not data.numel():
             return
         slot = self.slots[name]
         shape = slot.shape or (1,)
         if index is None:
-            index, block = (slice(0, shape[0]),), block.reshape(shape)
+            index, data = (slice(0, shape[0]),), data.reshape(shape)
         row = slot.size // shape[0]
-        step = max(1, PIECE_BYTES // row)
+        step = max(1, CHUNK_BYTES // row)
         place = slot.start + index[0].start * row
         try:
             if slot.file not in self._files:
                 self._files[slot.file] = os.open(self.folder / slot.file, os.O_WRONLY)
-            for group in [block] if block.dim() == len(shape) else block:
-                for part in group.split(step):
-                    part = part.to("cpu", self.dtype or part.dtype).contiguous()
-                    if not is_finite(part):
+            for group in [data] if data.dim() == len(shape) else data:
+                for chunk in group.split(step):
+                    chunk = chunk.to("cpu", self.dtype or chunk.dtype).contiguous()
+                    if not is_finite(chunk):
                         self.error = ValueError(
-                            f"{name} holds a number that is not finite in {part.dtype}: the model is broken, or needs a "
+                            f"{name} holds a number that is not finite in {chunk.dtype}: the model is broken, or needs a "
                             "type with a larger range"
                         )
                         return
-                    self._write_rows(slot, part, place, row, index[1].start if len(index) > 1 else 0)
-                    place += len(part) * row
+                    self._write_rows(slot, chunk, place, row, index[1].start if len(index) > 1 else 0)
+                    place += len(chunk) * row
         except OSError as error:
             self._fail(slot.file, error)
 
-    def _write_rows(self, slot: Slot, part: Tensor, place: int, row: int, column: int) -> None:
+    def _write_rows(self, slot: Slot, chunk: Tensor, place: int, row: int, column: int) -> None:
         """Whole rows at once, parts of rows one by one."""
-        file, data = self._files[slot.file], _bytes(part)
-        width = len(data) // len(part)
+        file, data = self._files[slot.file], _bytes(chunk)
+        width = len(data) // len(chunk)
         length = len(data) if width == row else width
         for number, begin in enumerate(range(0, len(data), length)):
-            at, done = place + number * row + column * part.itemsize, 0
+            at, done = place + number * row + column * chunk.itemsize, 0
             while done < length:
-                end = begin + min(length, done + PIECE_BYTES)
+                end = begin + min(length, done + CHUNK_BYTES)
                 done += os.pwrite(file, data[begin + done : end], at + done)
 
     def close(self) -> Exception | None:

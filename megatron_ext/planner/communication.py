@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_ext.planner.hardware import Hardware
-from megatron_ext.planner.job import Job, Microbatch
+from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.parameters import stage_parameters
 
 __all__ = ["Traffic", "data_traffic", "members_per_node", "neighbours", "pass_traffic", "ring"]
@@ -53,7 +53,7 @@ class Traffic:
         return min(hardware.node_link, hardware.network_link * self.per_node)
 
 
-def pass_traffic(job: Job, microbatch: Microbatch, backward: bool) -> list[Traffic]:
+def pass_traffic(job: Job, microbatch: MicrobatchShape, backward: bool) -> list[Traffic]:
     """One microbatch through one stage: forward, or forward and backward with what is recomputed.
 
     Embedding and vocabulary count as the stage's: of several stages this is a little more than the busiest sends.
@@ -85,7 +85,7 @@ def pass_traffic(job: Job, microbatch: Microbatch, backward: bool) -> list[Traff
     return found
 
 
-def _context(job: Job, microbatch: Microbatch, layers: int, forwards: int, backward: bool) -> Traffic:
+def _context(job: Job, microbatch: MicrobatchShape, layers: int, forwards: int, backward: bool) -> Traffic:
     config = job.model
     tp, d, e = config.tensor_model_parallel_size, config.kv_channels, config.dtype.itemsize
     n, m = config.num_attention_heads // tp, config.num_query_groups // tp

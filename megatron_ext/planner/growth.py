@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ext.planner.estimates import Estimate, estimate
 from megatron_ext.planner.job import Job
-from megatron_ext.planner.planning import Plan, plan
 
 __all__ = ["Growth", "expected_seconds", "grow"]
 
@@ -42,7 +42,7 @@ class Growth:
     strong_efficiency: float | None
 
 
-def grow(start: Plan, nodes: Sequence[int]) -> list[Growth]:
+def grow(start: Estimate, nodes: Sequence[int]) -> list[Growth]:
     """`start`'s job on each number of nodes, its layout unchanged.
 
     Raises:
@@ -52,9 +52,9 @@ def grow(start: Plan, nodes: Sequence[int]) -> list[Growth]:
     found = []
     for count in nodes:
         ranks = job.sizes.data(count * job.devices)
-        weak = _planned(start, dataclasses.replace(job, nodes=count, groups=job.local_groups * ranks))
+        weak = _estimated(start, dataclasses.replace(job, nodes=count, groups=job.local_groups * ranks))
         try:
-            strong = _planned(start, job.on(count))
+            strong = _estimated(start, job.on(count))
         except ValueError:  # fewer groups than ranks
             strong = None
         found.append(
@@ -70,20 +70,20 @@ def grow(start: Plan, nodes: Sequence[int]) -> list[Growth]:
     return found
 
 
-def _planned(start: Plan, job: Job) -> Plan:
-    return plan(job, start.hardware, start.assumptions)
+def _estimated(start: Estimate, job: Job) -> Estimate:
+    return estimate(job, start.hardware, start.assumptions)
 
 
-def expected_seconds(planned: Plan) -> float:
+def expected_seconds(estimated: Estimate) -> float:
     """Of a step, with waiting for the last rank and the share that failures take."""
-    assumed = planned.assumptions
-    waiting = 1 + assumed.spread * math.sqrt(2 * math.log(planned.job.data_parallel))
-    seconds = planned.step.total * waiting
+    assumed = estimated.assumptions
+    waiting = 1 + assumed.spread * math.sqrt(2 * math.log(estimated.job.data_parallel))
+    seconds = estimated.step.total * waiting
     lost = assumed.restart + assumed.steps_between_checkpoints * seconds / 2
-    failures_per_second = planned.job.world / (assumed.hours_between_failures * HOUR)
+    failures_per_second = estimated.job.world / (assumed.hours_between_failures * HOUR)
     return seconds * (1 + failures_per_second * lost)
 
 
-def _rate(planned: Plan) -> float:
+def _rate(estimated: Estimate) -> float:
     """Tokens per GPU and second."""
-    return planned.step.tokens / expected_seconds(planned) / planned.job.world
+    return estimated.step.tokens / expected_seconds(estimated) / estimated.job.world

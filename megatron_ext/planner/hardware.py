@@ -74,7 +74,7 @@ class Assumptions:
     steps_between_checkpoints: int = 50
 
     def lines(self) -> list[str]:
-        """Printed with every plan."""
+        """Printed with every estimate."""
         return [
             f"products reach {self.linear_efficiency:.0%} of the peak, attention {self.attention_efficiency:.0%}",
             f"memory and links reach {self.memory_efficiency:.0%} and {self.link_efficiency:.0%} of their bandwidth",

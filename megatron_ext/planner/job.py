@@ -16,13 +16,13 @@ from megatron_ext.planner.activations import StreamShape
 from megatron_ext.prefix_tree import PrefixTree
 from megatron_ext.runtime.distributed import ParallelSizes
 
-__all__ = ["Job", "Microbatch"]
+__all__ = ["Job", "MicrobatchShape"]
 
 Lengths = list[tuple[int, list[int]]]
 
 
 @dataclass(frozen=True)
-class Microbatch:
+class MicrobatchShape:
     """One stream: its groups' lengths, and what a context-parallel rank holds of it."""
 
     lengths: Lengths
@@ -117,7 +117,7 @@ class Job:
         return ModelShape.of(self.model)
 
     @cached_property
-    def microbatches(self) -> list[Microbatch]:
+    def microbatches(self) -> list[MicrobatchShape]:
         """Of one optimizer step on a data-parallel rank.
 
         Raises:
@@ -130,7 +130,7 @@ class Job:
         else:
             packed = pack_groups([group] * self.local_groups, self.stream_tokens, 1, self.shape, self.share_prefix)[0]
             cuts = [[(self.prompt, [self.response] * len(part.responses)) for part in cut] for cut in packed]
-        known: dict[tuple, Microbatch] = {}
+        known: dict[tuple, MicrobatchShape] = {}
         found = []
         for cut in cuts:
             key = tuple((p, len(r)) for p, r in cut)
@@ -139,7 +139,7 @@ class Job:
             found.append(known[key])
         return found
 
-    def _microbatch(self, lengths: Lengths) -> Microbatch:
+    def _microbatch(self, lengths: Lengths) -> MicrobatchShape:
         multiple = stream_multiple(self.model)
         tokens = num_tokens(lengths, self.share_prefix)
         predicted = num_predicted(lengths, self.share_prefix)
@@ -150,7 +150,7 @@ class Job:
             tokens, gathered = self._context_rows(lengths, ranks)
             predicted, rows = -(-predicted // ranks), -(-rows // ranks)
         padded = -(-tokens // multiple) * multiple
-        return Microbatch(lengths, StreamShape(padded, predicted, rows, media), gathered)
+        return MicrobatchShape(lengths, StreamShape(padded, predicted, rows, media), gathered)
 
     def _context_rows(self, lengths: Lengths, ranks: int) -> tuple[int, int]:
         """Rows of the fullest context-parallel rank, and rows that are gathered."""
@@ -172,6 +172,6 @@ class Job:
         """
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **changes))
 
-    def largest(self, values: Sequence[Microbatch] | None = None) -> Microbatch:
+    def largest(self, values: Sequence[MicrobatchShape] | None = None) -> MicrobatchShape:
         """The microbatch that holds most tokens."""
         return max(values or self.microbatches, key=lambda m: (m.shape.tokens, m.shape.predicted))

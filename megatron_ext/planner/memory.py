@@ -16,7 +16,7 @@ from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.planner.activations import StreamShape, on_gpu, stage_activations
 from megatron_ext.planner.buffers import StateBytes, state_bytes
-from megatron_ext.planner.job import Job, Microbatch
+from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.parameters import layers_of_stage, stage_parameters
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
@@ -122,7 +122,7 @@ def _state(job: Job, stage: int) -> StateBytes:
     return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer)
 
 
-def _layer_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
+def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
     """The larger of what backward of attention and of the MLP hold beside what was saved."""
     t, h, e = microbatch.shape.tokens, config.hidden_size, config.dtype.itemsize
     f = config.ffn_hidden_size // config.tensor_model_parallel_size
@@ -131,7 +131,7 @@ def _layer_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
     return rows + max(mlp, _attention_working(config, microbatch))
 
 
-def _attention_working(config: GPTModelConfig, microbatch: Microbatch) -> int:
+def _attention_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
     """Of backward: while a kernel runs or, where context-parallel ranks sum gradients then, whichever is more."""
     t, d, e = microbatch.shape.tokens, config.kv_channels, config.dtype.itemsize
     tp = config.tensor_model_parallel_size

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_ext.planner.estimates import Estimate, estimate
 from megatron_ext.planner.hardware import Assumptions, Hardware
 from megatron_ext.planner.job import Job
-from megatron_ext.planner.planning import Plan, plan
 
 __all__ = ["best_layouts", "layouts"]
 
@@ -34,10 +34,10 @@ def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
 
 def best_layouts(
     job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None, count: int = 5
-) -> list[Plan]:
-    """The fastest plans that fit, best first; none where nothing fits."""
-    plans = (plan(candidate, hardware, assumptions) for candidate in layouts(job))
-    return sorted((p for p in plans if p.fits), key=lambda p: p.step.total)[:count]
+) -> list[Estimate]:
+    """The fastest layouts that fit, best first; none where nothing fits."""
+    found = (estimate(candidate, hardware, assumptions) for candidate in layouts(job))
+    return sorted((e for e in found if e.fits), key=lambda e: e.step.total)[:count]
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_ext.flops import Flops, model_flops, num_tokens
 from megatron_ext.planner.communication import Traffic, data_traffic, neighbours, pass_traffic, ring
 from megatron_ext.planner.hardware import Assumptions, Hardware
-from megatron_ext.planner.job import Job, Microbatch
+from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.memory import sampled_together
 from megatron_ext.planner.parameters import stage_parameters
 
@@ -110,7 +110,7 @@ class _Clock:
         linear = (flops.linear * layers + flops.vocabulary) / (peak * self.assumed.linear_efficiency)
         return (linear + flops.attention * layers / (peak * self.assumed.attention_efficiency)) / ranks
 
-    def microbatch(self, microbatch: Microbatch, backward: bool) -> float:
+    def microbatch(self, microbatch: MicrobatchShape, backward: bool) -> float:
         key = (id(microbatch), backward)
         if key not in self._known:
             job = self.job

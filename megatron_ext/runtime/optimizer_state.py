@@ -63,15 +63,15 @@ def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str,
     """
     with torch.no_grad():
         for name, parameter in _trained(model):
-            for part in _parts(optimizer, parameter):
-                state = part.inner.state[part.main]
+            for shard in _shards(optimizer, parameter):
+                state = shard.inner.state[shard.main]
                 for moment in MOMENTS:
-                    value = tensors[f"{moment}/{name}"].flatten()[part.rows].view_as(part.main)
-                    state[moment] = value.to(part.main.device, torch.float32, copy=True)
-                if _is_torch_adam(part.inner):
+                    value = tensors[f"{moment}/{name}"].flatten()[shard.rows].view_as(shard.main)
+                    state[moment] = value.to(shard.main.device, torch.float32, copy=True)
+                if _is_torch_adam(shard.inner):
                     state["step"] = torch.tensor(float(step))
                 if f"{MASTER}/{name}" in tensors:
-                    part.main.copy_(tensors[f"{MASTER}/{name}"].flatten()[part.rows].view_as(part.main))
+                    shard.main.copy_(tensors[f"{MASTER}/{name}"].flatten()[shard.rows].view_as(shard.main))
         for single in _singles(optimizer):
             if not _is_torch_adam(single.optimizer):
                 for group in single.optimizer.param_groups:
@@ -90,7 +90,7 @@ def adam_step(optimizer) -> int:
     return int(largest.item())
 
 
-class _Part:
+class _Shard:
     """What one optimizer on this rank holds of a parameter: `rows` of the flattened parameter, as `main` in `inner`."""
 
     def __init__(self, inner: torch.optim.Optimizer, main: Tensor, rows: slice):
@@ -109,14 +109,14 @@ def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _parts(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Part]:
+def _shards(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Shard]:
     for single in _singles(optimizer):
         if not isinstance(single, DistributedOptimizer):
-            yield _Part(single.optimizer, getattr(parameter, "main_param", parameter), slice(None))
+            yield _Shard(single.optimizer, getattr(parameter, "main_param", parameter), slice(None))
         elif parameter in single.model_param_group_index_map:
             group, place = single.model_param_group_index_map[parameter]
             mine = single._get_model_param_range_map(parameter)["param"]
-            yield _Part(
+            yield _Shard(
                 single.optimizer, single.optimizer.param_groups[group]["params"][place], slice(mine.start, mine.end)
             )
 
@@ -127,11 +127,11 @@ def _whole(optimizer, parameter: torch.nn.Parameter, empty: bool) -> dict[str, T
     whole = {state: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for state in states}
     if empty:
         return whole
-    for part in _parts(optimizer, parameter):
-        values = {**part.inner.state.get(part.main, {}), MASTER: part.main}
+    for shard in _shards(optimizer, parameter):
+        values = {**shard.inner.state.get(shard.main, {}), MASTER: shard.main}
         for state in states:
             if state in values:  # no moments before the first step
-                whole[state].view(-1)[part.rows] = values[state].detach().reshape(-1)
+                whole[state].view(-1)[shard.rows] = values[state].detach().reshape(-1)
     if any(isinstance(single, DistributedOptimizer) for single in _singles(optimizer)):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for value in whole.values():  # each number lies on one rank, the others add 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.planner import plan
+from megatron_ext.planner import estimate
 from megatron_ext.planner.parameters import model_parameters, stage_parameters
 from megatron_ext.runtime.distributed import ParallelSizes
 from recipes.planning import CONFIG_FOLDER, job_of, read_config
@@ -100,12 +100,12 @@ def test_the_planner_counts_the_parameters_that_are_built(built):
 def test_what_fits_and_what_is_refused(configs):
     """On nodes of 8 GPUs of 80 GB. 70 billion parameters train with Adam from 8 nodes on; LFTF's one block, on one."""
     for (recipe, model, nodes), config in configs.items():
-        planned = plan(job_of(config), "H100")
-        assert planned.fits == (model not in LARGE or recipe == "lftf" or nodes >= 8), planned.reason
-        assert planned.reason.startswith("fits: " if planned.fits else "does not fit: ")
-        assert "\n" not in planned.reason and f"on {nodes} x 8 H100" in planned.reason
+        estimated = estimate(job_of(config), "H100")
+        assert estimated.fits == (model not in LARGE or recipe == "lftf" or nodes >= 8), estimated.reason
+        assert estimated.reason.startswith("fits: " if estimated.fits else "does not fit: ")
+        assert "\n" not in estimated.reason and f"on {nodes} x 8 H100" in estimated.reason
     for recipe in TINY:
-        assert plan(job_of(read_config(recipe, ["model.vocab_size=400"]))).bytes_per_rank < 1 << 30
+        assert estimate(job_of(read_config(recipe, ["model.vocab_size=400"]))).bytes_per_rank < 1 << 30
 
 
 def test_every_yaml_is_looked_at():

@@ -17,7 +17,7 @@ import pytest
 from launch import canary
 from launch import submit as launcher
 from megatron_ext.hf import make_hf_config
-from megatron_ext.planner import plan
+from megatron_ext.planner import estimate
 from recipes.cli import stopping
 from recipes.planning import job_of, read_config
 from tests.hf_models import write_hollow_weights
@@ -140,7 +140,7 @@ def test_a_job_is_told_to_stop_early_enough(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert launcher.main() == 0
     (said,) = [w for w in shlex.split(capsys.readouterr().out.replace("\\\n", " ")) if w.startswith("--signal=B:USR1@")]
-    step = plan(job_of(read_config("grpo", ["model=qwen3_8b", "cluster=1x8"]))).step.total
+    step = estimate(job_of(read_config("grpo", ["model=qwen3_8b", "cluster=1x8"]))).step.total
     assert step > 60 and 0 <= int(said.split("@")[1]) - (180 + 2 * step) < 1
 
 

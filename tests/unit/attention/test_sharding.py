@@ -27,13 +27,13 @@ def test_every_row_is_on_one_rank_and_every_pair_is_computed_once(forest, ranks,
     """The ranks' plans together compute exactly the visible pairs, from the gathered rows and their own."""
     groups = PrefixGroups.from_lengths(forest)
     layout, total = shard_layout(groups.trees, ranks, cost), groups.num_tokens
-    held = [row for pieces in layout.pieces for p in pieces for row in range(p.start, p.start + p.length)]
+    held = [row for spans in layout.spans for s in spans for row in range(s.start, s.start + s.length)]
     assert sorted(held) == list(range(total))
     gathered = [r for n in layout.cut for d in (layout.documents[n],) for r in range(d.start, d.start + d.length)]
     assert len(gathered) == layout.num_gathered
     count = torch.zeros(total, total, dtype=torch.long)
-    for rank, pieces in enumerate(layout.pieces):
-        mine = [row for p in pieces for row in range(p.start, p.start + p.length)]
+    for rank, spans in enumerate(layout.spans):
+        mine = [row for s in spans for row in range(s.start, s.start + s.length)]
         assert len(mine) == layout.num_rows[rank]
         pad = 3
         size = len(gathered) + len(mine) + pad
@@ -53,7 +53,7 @@ def test_only_what_others_need_is_cut(forest, ranks):
     layout = shard_layout(groups.trees, ranks, 10.0)
     share = -(-groups.num_tokens // ranks)
     for number, document in enumerate(layout.documents):
-        holders = {rank for rank, pieces in enumerate(layout.pieces) for p in pieces if p.document == number}
+        holders = {rank for rank, spans in enumerate(layout.spans) for p in spans if p.document == number}
         cut = number in layout.cut
         assert cut == (document.rows_below > 0 or document.length > share)
         assert cut or len(holders) == 1
@@ -94,8 +94,8 @@ def test_every_kernel_gives_each_ranks_share(forest, ranks, window, seed):
     gathered = [r for n in layout.cut for d in (layout.documents[n],) for r in range(d.start, d.start + d.length)]
     for kernel in (KERNELS["cpu"], KERNELS["blockwise"], VarlenKernel()):
         found = [torch.zeros_like(x) for x in expected]
-        for rank, pieces in enumerate(layout.pieces):
-            mine = [row for p in pieces for row in range(p.start, p.start + p.length)]
+        for rank, spans in enumerate(layout.spans):
+            mine = [row for s in spans for row in range(s.start, s.start + s.length)]
             rows, buffer = mine + [0] * pad, gathered + mine + [0] * pad
             plan = layout.plan(rank, pad, window)
             out, lse = planned_attention(q[rows], k[buffer], v[buffer], plan, kernel, scoring)

@@ -26,7 +26,7 @@ from megatron_ext.hf.files import (
     read_slots,
     unfinished_folder,
 )
-from megatron_ext.hf.tensors import TensorWriter, is_finite, read_block
+from megatron_ext.hf.tensors import TensorWriter, is_finite, read_slice
 
 FLOATS = list(DTYPES.values())
 INDEX = "model.safetensors.index.json"
@@ -89,11 +89,11 @@ def test_a_block_is_read_into_any_type_and_layout(tmp_path_factory, data, dtype,
     rows = slice(before, before + groups * height)
 
     target = torch.full((groups * height, width), math.nan, dtype=into)  # columns
-    read_block("x", stored, (rows, slice(left, left + width)), target)
+    read_slice("x", stored, (rows, slice(left, left + width)), target)
     assert torch.equal(target, whole[rows, left : left + width].to(into))
 
     wide = torch.full((groups, height + 2, whole.size(1)), math.nan, dtype=into)  # groups within a larger parameter
-    read_block("x", stored, (rows,), wide[:, 1:-1])
+    read_slice("x", stored, (rows,), wide[:, 1:-1])
     assert torch.equal(wide[:, 1:-1], whole[rows].to(into).view(groups, height, -1))
     assert wide[:, [0, -1]].isnan().all()
 
@@ -120,14 +120,14 @@ def test_blocks_of_any_type_and_layout_are_written_side_by_side(tmp_path_factory
     assert torch.equal(found["x"], x.to(dtype)) and torch.equal(found["y"], y.to(dtype))
 
 
-def test_large_blocks_are_read_in_pieces(tmp_path):
-    """Rows that are longer than a piece; many rows in a piece."""
+def test_large_slices_are_read_in_chunks(tmp_path):
+    """Rows that are longer than a chunk; many rows in a chunk."""
     for shape in ((3, 3 << 18), ((3 << 20) + 5, 1), ((5 << 20) + 1,)):
         whole = random(shape, torch.float32)
         save_file({"x": whole}, str(tmp_path / "model.safetensors"))
         stored = read_headers(tmp_path)["x"]
         target = torch.empty(len(whole) - 1, *shape[1:])
-        read_block("x", stored, (slice(1, len(whole)),), target)
+        read_slice("x", stored, (slice(1, len(whole)),), target)
         assert torch.equal(target, whole[1:])
         slots, beginnings = plan_files({"x": shape}, torch.float32, 1)
         (tmp_path / "copy").mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def test_large_blocks_are_read_in_pieces(tmp_path):
         assert writer.close() is None
         assert torch.equal(load_file(str(tmp_path / "copy" / "model.safetensors"))["x"], whole)
         half = torch.empty(len(whole), *shape[1:], dtype=torch.bfloat16)
-        read_block("x", stored, (slice(0, len(whole)),), half)
+        read_slice("x", stored, (slice(0, len(whole)),), half)
         assert torch.equal(half, whole.bfloat16())
 
 
@@ -153,19 +153,19 @@ def test_a_number_that_is_not_finite_is_seen_wherever_it_is(tmp_path, rng, dtype
     with pytest.raises(
         ValueError, match=r"model\.safetensors is damaged: x holds a number that is not finite in torch.f"
     ):
-        read_block("x", read_headers(tmp_path)["x"], (slice(0, 33),), torch.empty(33, 65))
+        read_slice("x", read_headers(tmp_path)["x"], (slice(0, 33),), torch.empty(33, 65))
 
 
 def test_a_type_of_too_small_a_range_is_refused(tmp_path):
     save_file({"x": torch.tensor([1e300], dtype=torch.float64)}, str(tmp_path / "model.safetensors"))
     with pytest.raises(ValueError, match="not finite in torch.float32"):
-        read_block("x", read_headers(tmp_path)["x"], (slice(0, 1),), torch.empty(1))
+        read_slice("x", read_headers(tmp_path)["x"], (slice(0, 1),), torch.empty(1))
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     (tmp_path / "x").write_bytes(bytes(100))
     with pytest.raises(ValueError, match="cannot read .*x .it ends too early.; fetch it again"):
-        read_block("x", Stored(tmp_path / "x", "F32", (30,), 0), (slice(0, 30),), torch.empty(30))
+        read_slice("x", Stored(tmp_path / "x", "F32", (30,), 0), (slice(0, 30),), torch.empty(30))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model and a job that the planner's tests plan."""
+"""A model and a job that the planner's tests take."""
 
 from __future__ import annotations
 

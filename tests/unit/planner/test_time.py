@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from megatron_ext.planner import Assumptions, Hardware, plan
+from megatron_ext.planner import Assumptions, Hardware, estimate
 from tests.unit.planner.cases import job
 
 # 1 PFLOP/s, 1 TB/s of memory and within a node, 100 GB/s out of it.
@@ -27,7 +27,7 @@ PERFECT = Assumptions(
 def test_seconds_by_hand():
     """TP 2 over 2 nodes of 4: four data-parallel ranks, two in each node, with two groups of 1024 + 8 x 256 each."""
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    step = plan(job(sizes, nodes=2, devices=4, groups=8, rollout=False), ROUND, PERFECT).step
+    step = estimate(job(sizes, nodes=2, devices=4, groups=8, rollout=False), ROUND, PERFECT).step
     rows, predicted, width, vocabulary = 3072, 2048, 2048, 128256
     linear = 2 * rows * 16 * (2048 * 3072 + 2048 * 2048 + 3 * 2048 * 8192)
     pairs = 1024**2 // 2 + 8 * (256**2 // 2 + 256 * 1024)
@@ -54,7 +54,7 @@ def test_a_collective_takes_its_time_however_small():
     """20 us, and 3 us for each further rank of the ring: 16 layers of 2 collectives forward, and 4 at the ends."""
     slow = dataclasses.replace(PERFECT, collective_latency=20e-6, ring_latency=3e-6)
     sizes = {"tensor_model_parallel_size": 4}
-    fast, late = (plan(job(sizes, groups=2, scoring_passes=1), ROUND, a).step for a in (PERFECT, slow))
+    fast, late = (estimate(job(sizes, groups=2, scoring_passes=1), ROUND, a).step for a in (PERFECT, slow))
     assert late.scoring - fast.scoring == pytest.approx((16 * 2 + 4) * (20e-6 + 3 * 3e-6))
     assert late.data - fast.data == pytest.approx(2 * (20e-6 + 3e-6))
 
@@ -63,19 +63,19 @@ def test_a_pipeline_waits_for_its_stages():
     """m microbatches over p stages take the time of m + p - 1: the bubble is p - 1 of them, for every run."""
     draw = random.Random()
     stages, groups = draw.choice([2, 4, 8]), 8 * draw.randint(1, 4)
-    planned = plan(job({"pipeline_model_parallel_size": stages}, groups=groups, scoring_passes=0))
-    count = len(planned.job.microbatches)
+    estimated = estimate(job({"pipeline_model_parallel_size": stages}, groups=groups, scoring_passes=0))
+    count = len(estimated.job.microbatches)
     assert count == groups * stages // 8
-    assert planned.step.bubble == pytest.approx(planned.step.training * (stages - 1) / count)
-    assert plan(job(groups=groups)).step.bubble == 0
+    assert estimated.step.bubble == pytest.approx(estimated.step.training * (stages - 1) / count)
+    assert estimate(job(groups=groups)).step.bubble == 0
 
 
 def test_a_scoring_pass_waits_once_for_all_updates():
     """Two passes over the 12 microbatches of three updates, then three runs over 4: 3 stages wait in each of the five."""
-    planned = plan(job({"pipeline_model_parallel_size": 4}, groups=8, updates=3, scoring_passes=2))
-    assert len(planned.job.microbatches) == 4
-    forward, both = planned.step.scoring / (2 * 12), planned.step.training / 12
-    assert planned.step.bubble == pytest.approx(3 * (2 * forward + 3 * both))
+    estimated = estimate(job({"pipeline_model_parallel_size": 4}, groups=8, updates=3, scoring_passes=2))
+    assert len(estimated.job.microbatches) == 4
+    forward, both = estimated.step.scoring / (2 * 12), estimated.step.training / 12
+    assert estimated.step.bubble == pytest.approx(3 * (2 * forward + 3 * both))
 
 
 @pytest.mark.parametrize(("nodes", "devices", "link"), [(1, 2, 1e12), (2, 1, 1e11)])
@@ -86,7 +86,7 @@ def test_sampling_tells_every_token_by_hand(nodes, devices, link):
 
     def told(sizes):
         made = job(sizes, nodes=nodes, devices=devices, groups=8)
-        limited, free = (plan(made, hardware, PERFECT).step.sampling for hardware in (ROUND, endless))
+        limited, free = (estimate(made, hardware, PERFECT).step.sampling for hardware in (ROUND, endless))
         return limited - free
 
     # One send from stage to stage; two all-reduces in each of 16 layers, of which a ring of two sends all bytes once.

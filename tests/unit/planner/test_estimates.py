@@ -1,4 +1,4 @@
-"""Plans by themselves: what adds up, what is refused, which layout is best, what grouping and growth are worth."""
+"""Estimates by themselves: what adds up, what is refused, which layout is best, what grouping and growth are worth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.flops import ModelShape, model_flops, num_tokens
-from megatron_ext.planner import HARDWARE, Assumptions, best_layouts, grouping_gain, grow, layouts, plan
+from megatron_ext.planner import HARDWARE, Assumptions, best_layouts, estimate, grouping_gain, grow, layouts
 from megatron_ext.planner.growth import expected_seconds
 from megatron_ext.planner.parameters import model_parameters
 from tests.unit.planner.cases import job, model
@@ -31,9 +31,9 @@ LAYOUTS = st.fixed_dictionaries(
 def test_the_parts_of_the_peak_add_up(sizes, share):
     if math.prod(v for v in sizes.values() if isinstance(v, int)) > 8:
         return
-    planned = plan(job(sizes, share_prefix=share))
-    assert len(planned.stages) == sizes["pipeline_model_parallel_size"]
-    for stage in planned.stages:
+    estimated = estimate(job(sizes, share_prefix=share))
+    assert len(estimated.stages) == sizes["pipeline_model_parallel_size"]
+    for stage in estimated.stages:
         assert sum(stage.parts().values()) == stage.total
         assert {"parameters", "gradients", "optimizer", "copies"} < stage.parts().keys()
 
@@ -42,7 +42,7 @@ def test_bytes_by_hand():
     """One document of 1024 tokens on one GPU, without recomputation. Llama 3.2 1B has 1,235,814,400 parameters."""
     fields = {"rollout": False, "reference_copy": False, "scoring_passes": 0, "distributed_optimizer": False}
     one = job({"logprob_chunk_size": 128}, devices=1, groups=1, prompt=0, response=1024, samples=1, **fields)
-    (stage,) = plan(one).stages
+    (stage,) = estimate(one).stages
     assert (stage.parameters, stage.gradients, stage.optimizer) == tuple(1_235_814_400 * n for n in (2, 4, 12))
     row = (
         2 * (2048 * 2 + 4 + 2048 * 2)  # two norms: input and 1 / rms; and their output, which the linears keep
@@ -58,10 +58,10 @@ def test_bytes_by_hand():
 
 
 def test_a_byte_decides_what_fits():
-    needed, reserve = plan(job()).bytes_per_rank, 3 * GIB
+    needed, reserve = estimate(job()).bytes_per_rank, 3 * GIB
     for memory, fits in ((needed + reserve, True), (needed + reserve - 1, False)):
         machine = dataclasses.replace(HARDWARE["H100"], memory=memory)
-        assert plan(job(), machine, Assumptions(reserve=reserve)).fits == fits
+        assert estimate(job(), machine, Assumptions(reserve=reserve)).fits == fits
 
 
 @given(st.integers(1, 4), st.integers(0, 300), st.integers(1, 100), st.integers(1, 8), st.booleans())
@@ -73,30 +73,30 @@ def test_operations_and_tokens_are_those_of_the_flop_model(local, prompt, respon
     lengths = [(prompt, [response] * samples)] * given_job.groups
     shape = ModelShape.of(given_job.model)
     expected = sum(model_flops(shape, lengths, share, backward).total for backward in (False, True))
-    step = plan(given_job).step
+    step = estimate(given_job).step
     assert step.flops == pytest.approx(expected)
     assert step.tokens == num_tokens(lengths, share)
 
 
 def test_grouping_pays_by_what_the_tokens_say():
-    long = grouping_gain(plan(job(prompt=4096, response=64, samples=16, rollout=False)))
+    long = grouping_gain(estimate(job(prompt=4096, response=64, samples=16, rollout=False)))
     assert long.repeated_tokens / long.tokens == pytest.approx((16 * (4096 + 64)) / (4096 + 16 * 64))
     assert long.pays and 5 < long.repeated_seconds / long.seconds <= long.repeated_tokens / long.tokens * 1.5
     assert long.repeated_flops / long.flops > 5
-    short = grouping_gain(plan(job(prompt=2, response=2048, rollout=False)))
+    short = grouping_gain(estimate(job(prompt=2, response=2048, rollout=False)))
     assert not short.pays and short.repeated_seconds / short.seconds < 1.01
 
 
 def test_the_search_finds_the_fastest_of_what_fits():
     start = job({"num_layers": 8}, groups=16)
     found = best_layouts(start, count=1000)
-    everything = [plan(candidate) for candidate in layouts(start)]
+    everything = [estimate(candidate) for candidate in layouts(start)]
     assert len(everything) > 30
     assert {id(p) for p in found}.isdisjoint(id(p) for p in everything if not p.fits)
     assert [p.step.total for p in found] == sorted(p.step.total for p in everything if p.fits)
-    for planned in found:
-        sizes = planned.job.sizes
-        assert sizes.tensor * sizes.pipeline * sizes.context * planned.job.data_parallel == 8
+    for estimated in found:
+        sizes = estimated.job.sizes
+        assert sizes.tensor * sizes.pipeline * sizes.context * estimated.job.data_parallel == 8
 
 
 def test_the_search_keeps_tensor_parallel_groups_in_their_nodes():
@@ -109,7 +109,7 @@ def test_the_search_keeps_tensor_parallel_groups_in_their_nodes():
 def test_nothing_is_found_where_nothing_fits():
     tiny = dataclasses.replace(HARDWARE["H100"], memory=6 * GIB)
     assert best_layouts(job({"num_layers": 4}), tiny) == []
-    refused = plan(job(), tiny)
+    refused = estimate(job(), tiny)
     assert not refused.fits and refused.reason.startswith("does not fit: ") and "use more nodes" in refused.reason
 
 
@@ -131,16 +131,16 @@ def test_a_large_model_needs_machines():
             "sequence_parallel": True,
         }
         sizes["activations_checkpoint_granularity"] = "full"
-        planned = plan(job(large | sizes, nodes=nodes, rollout=False, reference_copy=False))
-        fits[nodes] = planned.fits
-        resident = sum(stage.resident for stage in planned.stages) * 8 * planned.job.data_parallel
+        estimated = estimate(job(large | sizes, nodes=nodes, rollout=False, reference_copy=False))
+        fits[nodes] = estimated.fits
+        resident = sum(stage.resident for stage in estimated.stages) * 8 * estimated.job.data_parallel
         if nodes <= 4:  # one data-parallel rank
             assert resident == pytest.approx(70.55e9 * 18, rel=0.01)
     assert fits == {1: False, 2: False, 4: True, 8: True}
 
 
 def test_growth_waits_and_loses():
-    start = plan(job(rollout=False))
+    start = estimate(job(rollout=False))
     found = grow(start, [1, 8, 64, 512])
     assert [g.gpus for g in found] == [8, 64, 512, 4096]
     assert found[0].weak_efficiency == 1 and found[0].strong_efficiency == 1
@@ -149,7 +149,7 @@ def test_growth_waits_and_loses():
     strong = [g.strong_efficiency for g in found]
     assert strong[1] < 1 and strong[2:] == [None, None]  # 64 groups over 512 ranks
     perfect = Assumptions(spread=0.0, hours_between_failures=math.inf)
-    alone = plan(job(rollout=False), assumptions=perfect)
+    alone = estimate(job(rollout=False), assumptions=perfect)
     assert expected_seconds(alone) == alone.step.total
 
 
@@ -168,9 +168,9 @@ def test_growth_waits_and_loses():
         (lambda: job(prompt=-1), "prompt=-1 must not be negative"),
         (lambda: job({"vocab_size": None}), "model.vocab_size is not set"),
         (lambda: job(stream_tokens=8), "give one of them"),
-        (lambda: plan(job(groups_per_stream=None, stream_tokens=1100)), "exceed the budget of 1100 tokens"),
-        (lambda: plan(job(), "V100"), "hardware 'V100' is not known; there are: A100, H100, H200, B200"),
-        (lambda: grow(plan(job({"tensor_model_parallel_size": 8}, devices=8)), [0]), "nodes=0 must be at least 1"),
+        (lambda: estimate(job(groups_per_stream=None, stream_tokens=1100)), "exceed the budget of 1100 tokens"),
+        (lambda: estimate(job(), "V100"), "hardware 'V100' is not known; there are: A100, H100, H200, B200"),
+        (lambda: grow(estimate(job({"tensor_model_parallel_size": 8}, devices=8)), [0]), "nodes=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(build, words):

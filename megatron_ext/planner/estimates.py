@@ -11,11 +11,11 @@ from megatron_ext.planner.job import Job
 from megatron_ext.planner.memory import StageMemory, stage_memory
 from megatron_ext.planner.time import StepTime, step_time
 
-__all__ = ["Grouping", "Plan", "grouping_gain", "plan"]
+__all__ = ["Estimate", "Grouping", "estimate", "grouping_gain"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a job needs.
 
     Attributes:
@@ -62,8 +62,8 @@ class Plan:
         )
 
 
-def plan(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None) -> Plan:
-    """Plan a job on one kind of GPU.
+def estimate(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None) -> Estimate:
+    """Estimate a job on one kind of GPU.
 
     Args:
         job: see `Job`; recipes make it of their configuration.
@@ -76,7 +76,7 @@ def plan(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions |
     hardware = find_hardware(hardware) if isinstance(hardware, str) else hardware
     assumptions = assumptions or Assumptions()
     stages = tuple(stage_memory(job, stage) for stage in range(job.model.pipeline_model_parallel_size))
-    return Plan(job, hardware, assumptions, stages, step_time(job, hardware, assumptions))
+    return Estimate(job, hardware, assumptions, stages, step_time(job, hardware, assumptions))
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Grouping:
     pays: bool
 
 
-def grouping_gain(planned: Plan) -> Grouping:
-    """Compare a plan with the same job, its prompts shared and repeated."""
+def grouping_gain(estimated: Estimate) -> Grouping:
+    """Compare an estimate with that of the same job, its prompts shared and repeated."""
     shared, repeated = (
-        step_time(dataclasses.replace(planned.job, share_prefix=share), planned.hardware, planned.assumptions)
+        step_time(dataclasses.replace(estimated.job, share_prefix=share), estimated.hardware, estimated.assumptions)
         for share in (True, False)
     )
     pays = repeated.total - repeated.sampling >= LEAST_SPEEDUP * (shared.total - shared.sampling)
