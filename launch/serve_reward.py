@@ -10,7 +10,6 @@ Runs until it is ended; SIGUSR1, which asks a job to stop, is not for it: traine
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 from recipes.cli.errors import user_errors
 from recipes.grpo.reward_server import reward_server
 from recipes.grpo.rewards import get_reward
@@ -45,9 +45,7 @@ def main() -> None:
     url = f"http://{args.name}:{server.server_address[1]}"
     print(f"reward {args.reward} at {url}", flush=True)
     if args.url_file:
-        beside = args.url_file.with_name(args.url_file.name + ".unfinished")
-        beside.write_text(url, encoding="utf-8")
-        os.replace(beside, args.url_file)
+        write_whole(args.url_file, url)
     server.serve_forever()
 
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 from recipes.cli.errors import user_errors
-from recipes.run.run_folder import write_whole
 from tools.demo import ROOT, command, run
 
 ESTIMATORS = ("similarity", "gradient", "intervention", "random", "last")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from megatron_ext.blocks.blocks import blocks_here
 from megatron_ext.errors import UserError
+from megatron_ext.files import whole
 from megatron_ext.models.config import PRECISIONS
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.runtime.checkpoint_files import flush_one
 
 __all__ = ["apply_delta", "block_digest", "block_weights", "content_digest", "read_delta", "save_delta"]
 
@@ -83,11 +82,8 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
         tensors = {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()}
         description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
         description["content"] = content_digest(description, tensors)
-        unfinished = path.with_name(path.name + ".unfinished")
-        save_file(tensors, str(unfinished), metadata={"format": FORMAT, "delta": json.dumps(description)})
-        flush_one(unfinished)
-        os.replace(unfinished, path)
-        flush_one(path.absolute().parent)
+        with whole(path) as unfinished:
+            save_file(tensors, str(unfinished), metadata={"format": FORMAT, "delta": json.dumps(description)})
     dist.barrier()
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.errors import AlreadyExistsError, UserError
+from megatron_ext.files import give_name, unfinished
 from megatron_ext.hf.config import CONFIG_FILE, difference, make_hf_config, read_hf_config, read_json
 from megatron_ext.hf.files import (
     OTHER_FILES,
@@ -23,9 +24,7 @@ from megatron_ext.hf.files import (
     copy_files,
     create_files,
     described,
-    finish,
     plan_files,
-    unfinished_folder,
 )
 from megatron_ext.hf.mapping import hf_shapes, placed_parameters
 from megatron_ext.hf.tensors import TensorWriter
@@ -67,36 +66,36 @@ def export_hf(
     """
     folder, config = Path(folder), model.model_config
     source, tokenizer = (None if path is None else Path(path) for path in (source, tokenizer))
-    unfinished = unfinished_folder(folder)
+    beside = unfinished(folder)
     dtype = dtype or config.dtype
     slots, beginnings = plan_files(hf_shapes(config), dtype, max_shard_size)
     first = dist.get_rank() == 0
-    with _together(folder, unfinished if first else None):
+    with _together(folder, beside if first else None):
         if first:
             check_target(folder)
             texts = _describe(config, source, tokenizer, dtype)
-            shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-            unfinished.mkdir(parents=True)
-            create_files(unfinished, slots, beginnings)
-    writer = TensorWriter(unfinished, slots, dtype)
-    with _together(folder, unfinished if first else None):
+            shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
+            beside.mkdir(parents=True)
+            create_files(beside, slots, beginnings)
+    writer = TensorWriter(beside, slots, dtype)
+    with _together(folder, beside if first else None):
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             _write_stage(model, writer)
         if error := writer.close():
             raise error
-    with _together(folder, unfinished if first else None):
+    with _together(folder, beside if first else None):
         if first:
             for name, text in texts.items():
-                (unfinished / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+                (beside / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
             if source is not None:
-                copy_files(source, unfinished, companions(source, OTHER_FILES))
+                copy_files(source, beside, companions(source, OTHER_FILES))
             if (place := tokenizer or source) is not None:
-                copy_files(place, unfinished, companions(place, TOKENIZER_FILES))
-            finish(folder)
+                copy_files(place, beside, companions(place, TOKENIZER_FILES))
+            give_name(beside, folder)
 
 
 @contextlib.contextmanager
-def _together(folder: Path, unfinished: Path | None) -> Iterator[None]:
+def _together(folder: Path, beside: Path | None) -> Iterator[None]:
     """What one rank cannot do, all raise, and what was written goes."""
     error: Exception | None = None
     try:
@@ -106,8 +105,8 @@ def _together(folder: Path, unfinished: Path | None) -> Iterator[None]:
     errors: list = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error and str(error))
     if any(errors):
-        if unfinished is not None and not isinstance(error, AlreadyExistsError):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if beside is not None and not isinstance(error, AlreadyExistsError):
+            shutil.rmtree(beside, ignore_errors=True)
         if error is not None:
             raise error
         system, text = next(filter(None, errors))

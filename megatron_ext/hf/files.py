@@ -20,12 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.hf.config import read_json
-from megatron_ext.runtime.checkpoint_files import flush, flush_one
 
 __all__ = [
     "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
-    "companions", "copy_files", "create_files", "described", "finish", "opened", "plan_files", "read_headers",
-    "read_slots", "unfinished_folder",
+    "companions", "copy_files", "create_files", "described", "opened", "plan_files", "read_headers", "read_slots",
 ]  # fmt: skip
 
 SINGLE_FILE = "model.safetensors"
@@ -215,12 +213,6 @@ def create_files(folder: Path, slots: dict[str, Slot], beginnings: dict[str, byt
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def unfinished_folder(folder: Path) -> Path:
-    """Where a folder is written before it is renamed."""
-    folder = folder.absolute()  # "." has no name
-    return folder.with_name(folder.name + ".unfinished")
-
-
 def check_target(folder: Path) -> None:
     """What is written, a folder or a file, gets its name by a rename when it is whole, which nothing may stand in the way
     of: an empty folder may be a mount, and a link would be replaced, not followed.
@@ -251,11 +243,3 @@ def copy_files(source: Path, folder: Path, files: Iterable[Path]) -> None:
     for path in files:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)
-
-
-def finish(folder: Path) -> None:
-    """Flush what stands in the unfinished folder and give it its name."""
-    unfinished = unfinished_folder(folder)
-    flush(unfinished)
-    os.replace(unfinished, folder)
-    flush_one(folder.absolute().parent)

@@ -7,8 +7,6 @@ carries a digest of the tensors that it replaces, so that it is not put on anoth
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.blocks.delta import block_digest, content_digest, read_delta
 from megatron_ext.errors import UserError
+from megatron_ext.files import whole
 from megatron_ext.hf.config import hf_model_config
 from megatron_ext.hf.files import (
     DTYPES,
@@ -28,16 +27,13 @@ from megatron_ext.hf.files import (
     companions,
     copy_files,
     described,
-    finish,
     opened,
     read_headers,
     read_slots,
-    unfinished_folder,
 )
 from megatron_ext.hf.load import checked_headers, read_parameter
 from megatron_ext.hf.mapping import OURS, entries
 from megatron_ext.hf.tensors import TensorWriter, is_finite
-from megatron_ext.runtime.checkpoint_files import flush_one
 
 __all__ = ["apply_patch", "make_patch"]
 
@@ -97,14 +93,10 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
         )
     about = {"format": PATCH_FORMAT, "block": block, "base": _digest(patch, headers)}
     about["content"] = content_digest(about, patch)
-    unfinished = unfinished_folder(path)
     try:
-        save_file(patch, str(unfinished), metadata={"format": "pt", "patch": json.dumps(about)})
-        flush_one(unfinished)
-        os.replace(unfinished, path)
-        flush_one(path.absolute().parent)
+        with whole(path) as unfinished:
+            save_file(patch, str(unfinished), metadata={"format": "pt", "patch": json.dumps(about)})
     except (SafetensorError, OSError) as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {' '.join(str(error).split())}") from error
     return block
 
@@ -133,21 +125,18 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
             raise UserError(f"the patch {patch} belongs to another model than {base}: {name} does not fit")
     if _digest(new, headers) != description["base"]:
         raise UserError(f"the patch {patch} was made for other weights than {base}'s; name the folder it was made for")
-    unfinished = unfinished_folder(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
-        check_room(unfinished, sum((base / path).stat().st_size for path in along))
-        copy_files(base, unfinished, along)
-        slots = {name: slot for file in files for name, slot in read_slots(file).items()}
-        writer = TensorWriter(unfinished, slots)
-        for name, tensor in new.items():
-            writer.write(name, tensor)
-        if error := writer.close():
-            raise error
-        finish(folder)
+        with whole(folder) as unfinished:
+            unfinished.mkdir(parents=True)
+            check_room(unfinished, sum((base / path).stat().st_size for path in along))
+            copy_files(base, unfinished, along)
+            slots = {name: slot for file in files for name, slot in read_slots(file).items()}
+            writer = TensorWriter(unfinished, slots)
+            for name, tensor in new.items():
+                writer.write(name, tensor)
+            if error := writer.close():
+                raise error
     except (OSError, ValueError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise described(error, folder) from error
     return description["block"]
 

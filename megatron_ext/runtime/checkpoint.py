@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,12 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.errors import AlreadyExistsError, UserError
+from megatron_ext.files import flush, give_name
 from megatron_ext.runtime.checkpoint_files import (
     SUMS_FOLDER,
     WriterResults,
     check_files,
-    flush,
-    flush_one,
     gather_checksums,
     self_checksum,
     with_checksums,
@@ -114,7 +112,7 @@ class CheckpointSave:
         dist.barrier()
         if optimizer is not None:
             save_file(get_rng_state(), str(_rng_file(self._unfinished)))
-            flush_one(_rng_file(self._unfinished))
+            flush(_rng_file(self._unfinished))
         self._background = AsyncCallsQueue()
         with self._explained():
             for name, state in parts.items():
@@ -161,9 +159,7 @@ class CheckpointSave:
                 info = json.loads(self._info) | {"files": gather_checksums(self._unfinished)}
                 info["checksum"] = self_checksum(info)
                 (self._unfinished / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
-                flush(self._unfinished)
-                os.replace(self._unfinished, self.folder)
-                flush_one(self.folder.parent)
+                give_name(self._unfinished, self.folder)
         dist.barrier()
 
     @contextlib.contextmanager

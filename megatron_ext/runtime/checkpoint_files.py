@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import queue
 import shutil
@@ -21,8 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_ext.errors import UserError
 
 __all__ = [
-    "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "flush", "flush_one", "gather_checksums", "self_checksum",
-    "with_checksums",
+    "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "gather_checksums", "self_checksum", "with_checksums",
 ]  # fmt: skip
 
 READ_BYTES = 1 << 22
@@ -131,21 +129,6 @@ def check_files(folder: Path, part: str, sums: dict[str, list]) -> None:
     dist.all_gather_object(verdicts, wrong)
     if any(verdicts):
         raise UserError(f"{folder} is damaged: {next(filter(None, verdicts))}; take another checkpoint")
-
-
-def flush(folder: Path) -> None:
-    """Everything in a folder to the disk, so that the rename that follows cannot outlive it."""
-    for path in folder.rglob("*"):
-        flush_one(path)
-    flush_one(folder)
-
-
-def flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> Iterator[Path]:

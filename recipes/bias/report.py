@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_ext.bias.ranking import BlockRanking
-from recipes.run.run_folder import write_whole
+from megatron_ext.files import write_whole
 
 __all__ = ["plot_professions", "plot_ranking", "summary_rows", "write_ranking", "write_report"]
 

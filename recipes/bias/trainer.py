@@ -19,6 +19,7 @@ from megatron_ext.blocks.delta import block_digest, block_weights, save_delta
 from megatron_ext.blocks.importance import rank_blocks
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
 from megatron_ext.errors import DivergedError
+from megatron_ext.files import write_whole
 from megatron_ext.losses.lftf import BIAS_LOSSES, kept_text_loss, pair_loss
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
@@ -32,7 +33,6 @@ from recipes.bias.report import summary_rows, write_ranking
 from recipes.bias.scorers import MegatronScorer
 from recipes.bias.settings import LFTFConfig, LFTFSettings
 from recipes.data.sampler import EpochSampler
-from recipes.run.run_folder import write_whole
 from recipes.run.session import Session
 from recipes.run.settings import check_batch_sizes
 

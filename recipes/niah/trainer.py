@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.media import pack_prompts
@@ -23,7 +24,6 @@ from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.niah.report import read_results, write_report
 from recipes.niah.settings import NiahConfig
 from recipes.niah.task import FEATURES, KINDS, VOCABULARY, Sample, answer_places, draw_sample
-from recipes.run.run_folder import write_whole
 from recipes.run.settings import check_batch_sizes
 
 __all__ = ["NiahTrainer"]

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import unfinished, write_whole
 from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
-from megatron_ext.runtime.checkpoint_files import flush_one
 from recipes.run.settings import CheckpointCallbackSection
 
-__all__ = ["Checkpoints", "check_run_folder", "claim_run_folder", "cut_metrics", "write_whole"]
+__all__ = ["Checkpoints", "check_run_folder", "claim_run_folder", "cut_metrics"]
 
 # What may change between a run and its resumption: where and how long it runs, not what it computes.
 FREE_KEYS = {
@@ -63,23 +63,16 @@ def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Pa
 
 def _is_new(folder: Path) -> bool:
     """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
-    begun = {RUN_FILE.parent, RUN_FILE.with_name(RUN_FILE.name + ".unfinished")}
+    folder = folder.absolute()
+    begun = {folder / RUN_FILE.parent, unfinished(folder / RUN_FILE)}
     # The first other file decides: a whole home is not walked through.
-    return folder.is_dir() and all(path.relative_to(folder) in begun for path in folder.rglob("*"))
+    return folder.is_dir() and all(path in begun for path in folder.rglob("*"))
 
 
 def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Make the folder, or find it, and write first of all whose it is: after a kill at any moment the run can go on in it."""
     (folder / RUN_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RUN_FILE, yaml.safe_dump(dict(resolved), sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there is never a part of it: beside, to the disk, and renamed."""
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text, encoding="utf-8")
-    flush_one(beside)
-    os.replace(beside, path)
 
 
 def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from megatron_ext.blocks.delta import apply_delta
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
 from megatron_ext.runtime.checkpoint import (
@@ -37,7 +38,7 @@ from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS, StopRequests
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
 from recipes.run.pretrained import Pretrained
-from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder, cut_metrics, write_whole
+from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder, cut_metrics
 
 __all__ = ["Session", "progress_bar"]
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.errors import AlreadyExistsError
+from megatron_ext.files import give_name, unfinished
 from megatron_ext.hf.files import (
     DTYPES,
     Stored,
@@ -20,11 +21,9 @@ from megatron_ext.hf.files import (
     companions,
     copy_files,
     create_files,
-    finish,
     plan_files,
     read_headers,
     read_slots,
-    unfinished_folder,
 )
 from megatron_ext.hf.tensors import TensorWriter, is_finite, read_slice
 
@@ -242,7 +241,7 @@ def test_targets(tmp_path):
 
 def test_what_goes_along(tmp_path):
     """Names as they are asked for, links followed; no code and no weights."""
-    source, target = tmp_path / "source", unfinished_folder(tmp_path / "target")
+    source, target = tmp_path / "source", unfinished(tmp_path / "target")
     source.mkdir(), target.mkdir()
     for name in ("tokenizer.json", "tokenizer.py", "tokenizer.safetensors", "LICENSE", "other"):
         (source / name).write_text(name)
@@ -250,7 +249,7 @@ def test_what_goes_along(tmp_path):
     (source / "tokenizers" / "more.jinja").write_text("more")
     (source / "tokenizer_config.json").symlink_to(source / "other")
     copy_files(source, target, companions(source, ("tokenizer*", "tokenizers/*", "LICENSE*")))
-    finish(tmp_path / "target")
+    give_name(target, tmp_path / "target")
     found = (path for path in (tmp_path / "target").rglob("*") if path.is_file())
     assert {str(path.relative_to(tmp_path / "target")): path.read_text() for path in found} == {
         "tokenizer.json": "tokenizer.json", "LICENSE": "LICENSE", "tokenizer_config.json": "other",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.runtime.checkpoint_files import self_checksum
-from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder, write_whole
+from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder
 from recipes.run.settings import CheckpointCallbackSection
 
 SCHEDULES = {"constant": {"name": "constant"}, "cosine": {"name": "CosineAnnealing"}}
@@ -116,13 +116,3 @@ def test_a_run_may_be_made_longer_where_its_learning_rate_does_not_ask_how_long(
     else:
         with pytest.raises(ValueError, match=r"max_steps=10, this one has .*max_steps=20.*decay_steps"):
             check_run_folder(str(tmp_path), config(20, **changes))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "result.json"
-    write_whole(path, "first")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\ud800")
-    assert path.read_text() == "first"
-    write_whole(path, "second")
-    assert path.read_text() == "second" and not path.with_name("result.json.unfinished").exists()
