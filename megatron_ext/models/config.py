@@ -42,13 +42,22 @@ class PositionEmbedding:
     interleaved: bool = False
     # Llama 3's stretching of low frequencies: {factor: 8, ...} as in a Hugging Face config.json; null: none.
     scaling: RopeScaling | None = None
+    # How many of the rotated pairs each axis turns, Hugging Face's mrope_section, of mrope and mrope_interleaved: time, rows,
+    # columns, e.g. [24, 20, 20]. null: the scheme's own division, which at 32 and 64 pairs is the published one.
+    sections: list[int] | None = None
 
     def __post_init__(self):
         find_scheme(self.scheme)
+        if self.sections is not None:
+            self.sections = list(self.sections)
         if not 0 < self.percent <= 1:
             raise UserError(f"model.position_embedding.percent={self.percent} must lie in (0, 1]")
         if self.base <= 0:
             raise UserError(f"model.position_embedding.base={self.base} must be positive")
+
+    def pairs(self, kv_channels: int) -> int:
+        """Pairs of a head's channels that are rotated."""
+        return len(range(0, int(kv_channels * self.percent), 2))
 
 
 @dataclass
@@ -151,6 +160,16 @@ class GPTModelConfig:
             ),
         )
         yield self.kv_channels % 2, f"model.kv_channels={self.kv_channels} must be even: rotary positions turn pairs"
+        position, pairs = self.position_embedding, self.position_embedding.pairs(self.kv_channels)
+        yield (
+            pairs == 0,
+            f"model.position_embedding.percent={position.percent} of model.kv_channels={self.kv_channels} channels leaves no "
+            "pair to rotate",
+        )
+        try:
+            find_scheme(position.scheme).axes_of_pairs(pairs, position.sections)
+        except UserError as error:
+            yield True, f"model.position_embedding: {error}"
         if torch.cuda.is_available() and self.attention_kernel != "blockwise":
             yield (
                 self.precision == "32",

@@ -70,6 +70,7 @@ class PrefixGroupedGPT(GPTModel):
             position.scheme,
             position.interleaved,
             position.scaling,
+            position.sections,
         )
         if config.vision is not None and pre_process:
             self.media_projector = MediaProjector(

@@ -116,7 +116,7 @@ def stage_activations(
 
 
 def _rotated(config: GPTModelConfig) -> int:
-    return int(config.kv_channels * config.position_embedding.percent)
+    return 2 * config.position_embedding.pairs(config.kv_channels)
 
 
 def _heads(config: GPTModelConfig) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ tokens of a video stand where their scheme puts them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,10 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         scheme: name of the position scheme, whose allocation says which axis of the ids turns which pair.
         interleaved: a pair is two neighbouring channels, not one from each half.
         scaling: stretching of low frequencies.
+        sections: how many pairs each axis turns; None: the scheme's own division.
 
     Raises:
-        UserError: no such scheme, or its allocation does not fit the pairs.
+        UserError: no such scheme, or its allocation or the sections do not fit the pairs.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         scheme: str = "rope",
         interleaved: bool = False,
         scaling: RopeScaling | None = None,
+        sections: Sequence[int] | None = None,
     ):
         super().__init__()
         dim = int(kv_channels * rotary_percent)
@@ -77,7 +80,7 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         if scaling is not None:
             self.inv_freq = scaling.apply(self.inv_freq)
         self.scheme, self.interleaved = find_scheme(scheme), interleaved
-        self.axis = torch.tensor(self.scheme.axes_of_pairs(len(exponent)), device=device)  # of each pair
+        self.axis = torch.tensor(self.scheme.axes_of_pairs(len(exponent), sections), device=device)  # of each pair
 
     def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group=None) -> Tensor:
         """position_ids int64 [axes, b, s] -> embedding fp32 [s, b, 1, dim], as Megatron rotates with it.

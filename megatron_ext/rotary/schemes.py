@@ -83,20 +83,37 @@ class Scheme:
         axes: coordinates of a token.
         media: (t, h, w, start) -> (int64 [axes, t h w], index at which what follows goes on).
         allocation: number of pairs -> the axis that drives each, a list of that many numbers in 0 .. axes - 1.
+        arrangement: sections, the number of pairs of each axis -> the same. None: the scheme has no sections.
     """
 
     name: str
     axes: int
     media: Callable[[int, int, int, int], tuple[Tensor, int]]
     allocation: Callable[[int], Sequence[int]]
+    arrangement: Callable[[Sequence[int]], Sequence[int]] | None = None
 
-    def axes_of_pairs(self, pairs: int) -> list[int]:
-        """`allocation`, checked.
+    def axes_of_pairs(self, pairs: int, sections: Sequence[int] | None = None) -> list[int]:
+        """`allocation`, or `arrangement` where there are sections, checked.
 
         Raises:
-            UserError: not one axis of this scheme for each pair.
+            UserError: not one axis of this scheme for each pair; or sections that do not add up to the pairs, or of a
+                scheme that has none.
         """
-        found = list(self.allocation(pairs))
+        if sections is None:
+            found = list(self.allocation(pairs))
+        elif self.arrangement is None:
+            known = ", ".join(name for name, scheme in SCHEMES.items() if scheme.arrangement)
+            raise UserError(
+                f"position scheme {self.name!r} divides its pairs by itself and takes no sections, got {list(sections)}; "
+                f"leave them out, or choose one of {known}"
+            )
+        elif len(sections) != self.axes or min(sections) < 0 or sum(sections) != pairs:
+            raise UserError(
+                f"position scheme {self.name!r} needs sections of {self.axes} numbers of at least 0 that add up to the {pairs} "
+                f"pairs that are rotated, got {list(sections)}"
+            )
+        else:
+            found = list(self.arrangement(sections))
         if len(found) != pairs or any(not isinstance(a, Integral) or not 0 <= a < self.axes for a in found):
             raise UserError(
                 f"position scheme {self.name!r} allocates {pairs} pairs as {reprlib.repr(found)}; its allocation must give "
@@ -196,17 +213,37 @@ def _corner_lines(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
     return start + frame * stride + torch.stack(lines), start + t * stride
 
 
-def _contiguous(pairs: int) -> list[int]:
-    """Quarter, three eighths, three eighths: [16, 24, 24] of 64 pairs, as Qwen2-VL has it."""
+def _in_blocks(sections: Sequence[int]) -> list[int]:
+    """t .., h .., w .."""
+    return [axis for axis, size in enumerate(sections) for _ in range(size)]
+
+
+def _blocks(pairs: int) -> list[int]:
+    """Quarter, three eighths, three eighths: [16, 24, 24] of 64 pairs, as Qwen2-VL has it, [8, 12, 12] of 32, as GLM-4.1V."""
     t = pairs // 4
     h = (pairs - t) // 2
-    return [0] * t + [1] * h + [2] * (pairs - t - h)
+    return _in_blocks([t, h, pairs - t - h])
 
 
-def _interleaved(pairs: int) -> list[int]:
-    """t h w t h w .., then t alone: [24, 20, 20] of 64 pairs, as Qwen3-VL has it."""
+def _in_turn(sections: Sequence[int]) -> list[int]:
+    """t h w t h w .., as long as h and w have pairs left, and t on all others; what of h or w lies behind the last pair is
+    t's, as in transformers."""
+    pairs = sum(sections)
+    found = [0] * pairs
+    for axis in (1, 2):
+        for pair in range(axis, min(3 * sections[axis], pairs), 3):
+            found[pair] = axis
+    return found
+
+
+# Of mrope_interleaved. Elsewhere the shares are Qwen3-VL's.
+PUBLISHED_SECTIONS = {32: (11, 11, 10), 64: (24, 20, 20)}  # Qwen3.5 (a quarter of 256 channels), Qwen3-VL
+
+
+def _turns(pairs: int) -> list[int]:
+    """The published sections, and at other sizes 3/8, 5/16, 5/16."""
     spatial = pairs * 5 // 16
-    return [i % 3 if i < 3 * spatial else 0 for i in range(pairs)]
+    return _in_turn(PUBLISHED_SECTIONS.get(pairs, (pairs - 2 * spatial, spatial, spatial)))
 
 
 def _low_frequencies_to_time(pairs: int) -> list[int]:
@@ -231,8 +268,8 @@ def register_scheme(scheme: Scheme) -> Scheme:
 
 
 register_scheme(Scheme("rope", 1, _flattened, lambda pairs: [0] * pairs))
-register_scheme(Scheme("mrope", 3, _axis_by_axis, _contiguous))
-register_scheme(Scheme("mrope_interleaved", 3, _axis_by_axis, _interleaved))
+register_scheme(Scheme("mrope", 3, _axis_by_axis, _blocks, _in_blocks))
+register_scheme(Scheme("mrope_interleaved", 3, _axis_by_axis, _turns, _in_turn))
 register_scheme(Scheme("videorope", 3, _diagonal, _low_frequencies_to_time))
 register_scheme(Scheme("vrope", 4, _corner_lines, lambda pairs: [i % 4 for i in range(pairs)]))
 

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf import is_hf_folder, load_hf_weights, read_checked_config
+from megatron_ext.hf.config import ANY_SCHEME
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info
 from recipes.cli.config import ABSENT, build
 
-__all__ = ["SOURCE_FOLDER", "Pretrained", "configure"]
+__all__ = ["SOURCE_FOLDER", "Pretrained", "configure", "sections_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Pretrained:
                 f"has no config.json with a model_type); check {named_by}"
             )
         saved = read_checkpoint_info(folder).get("model", {})
+        if "position_embedding" in saved:
+            saved["position_embedding"] |= {"sections": sections_of(saved)}
         fields = (*ARCHITECTURE, "encoder_seq_length")
         return cls(path, {name: saved[name] for name in fields if name in saved}, False, saved.get("precision"))
 
@@ -87,7 +90,7 @@ class Pretrained:
             if self.hugging_face and name == "vision":  # eyes may be added
                 continue
             if self.hugging_face and name == "position_embedding":  # on text all schemes agree
-                mine, theirs = mine | {"scheme": None}, theirs | {"scheme": None}
+                mine, theirs = mine | ANY_SCHEME, theirs | ANY_SCHEME
             if mine != theirs:
                 raise UserError(
                     f"model.{name}={here[name]}, but the checkpoint {self.path} was made with "
@@ -112,6 +115,16 @@ class Pretrained:
                 shutil.copyfile(source / name, checkpoint / SOURCE_FOLDER / name)
 
 
+def sections_of(model: Mapping[str, Any]) -> list[int] | None:
+    """`position_embedding.sections` of a checkpoint's model. Before there were any, `mrope_interleaved` divided 32 pairs
+    otherwise than transformers, and what was trained so keeps it."""
+    position = model["position_embedding"]
+    if "sections" in position:
+        return position["sections"]
+    rotated = int(model["kv_channels"] * position["percent"])
+    return [12, 10, 10] if (position["scheme"], rotated) == ("mrope_interleaved", 64) else None
+
+
 def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
     """A recipe's configuration. What `model` does not say of the architecture is that of the model it starts from.
 
@@ -129,6 +142,9 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, A
         given = {key: value for key, value in model.items() if not (isinstance(value, str) and value == ABSENT)}
         position = given.get("position_embedding")
         if isinstance(position, Mapping):
-            given["position_embedding"] = architecture.get("position_embedding", {}) | position
+            theirs = architecture.get("position_embedding", {})
+            if position.get("scheme", theirs.get("scheme")) != theirs.get("scheme"):  # whose the sections are
+                theirs = theirs | {"sections": None}
+            given["position_embedding"] = theirs | position
         resolved["model"] = architecture | given
     return build(cls, resolved), resolved

@@ -37,7 +37,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS, StopRequests
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
-from recipes.run.pretrained import Pretrained
+from recipes.run.pretrained import Pretrained, sections_of
 from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder, cut_metrics
 
 __all__ = ["Session", "progress_bar"]
@@ -70,6 +70,8 @@ class Session:
         self.log_dir = check_run_folder(manager.explicit_log_dir, resolved if manager.resume_if_exists else None)
         self.checkpoints = Checkpoints(self.log_dir, manager.checkpoint_callback_params)
         self.resume_from = self.checkpoints.newest() if manager.resume_if_exists else None
+        if self.resume_from is not None and config.model.position_embedding.sections is None:
+            config.model.position_embedding.sections = sections_of(read_checkpoint_info(self.resume_from)["model"])
         path = config.pretrained_checkpoint.restore_from_path
         self.pretrained = Pretrained.open(path) if path else None
         self.tokenizer = self._load_tokenizer()

@@ -87,34 +87,6 @@ def test_cos_and_sin_are_those_of_the_exact_angle(name):
     assert (found.cos() - expected.cos()).abs().max() <= 1e-6 and (found.sin() - expected.sin()).abs().max() <= 1e-6
 
 
-def qwen2_vl(dim: int, base: float):
-    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
-
-    sections = [dim // 8, dim // 16 * 3, dim // 16 * 3]
-    rope = {"rope_type": "default", "rope_theta": base, "mrope_section": sections}
-    return Qwen2VLRotaryEmbedding(Qwen2VLTextConfig(hidden_size=4 * dim, num_attention_heads=4, rope_parameters=rope))
-
-
-def qwen3_vl(dim: int, base: float):
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
-
-    sections = [dim // 16 * 3, dim // 32 * 5, dim // 32 * 5]
-    rope = {"rope_type": "default", "rope_theta": base, "mrope_section": sections}
-    config = Qwen3VLTextConfig(hidden_size=4 * dim, num_attention_heads=4, head_dim=dim, rope_parameters=rope)
-    return Qwen3VLTextRotaryEmbedding(config)
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("name", "peer"), [("mrope", qwen2_vl), ("mrope_interleaved", qwen3_vl)])
-def test_equals_hugging_face_on_the_same_ids(name, peer, dim):
-    ids = layout(MEDIA, name).ids.unsqueeze(1)
-    cos, sin = peer(dim, 1e6)(torch.zeros(1), ids)
-    found = PositionIdRotaryEmbedding(dim, 1e6, 1.0, "cpu", name)(ids).squeeze(2).transpose(0, 1)  # [b, s, dim]
-    assert (found.cos() - cos).abs().max() <= 1e-6 and (found.sin() - sin).abs().max() <= 1e-6
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_equals_megatrons_multimodal_embedding(interleaved, world, monkeypatch):
     """On its three axes and contiguous sections; interleaved it fails on more than one axis, so on equal ones."""
