@@ -152,7 +152,8 @@ def load(pretrained: Pretrained, args: argparse.Namespace, precision: str) -> Pr
 
 def kept_dtype(folder: Path) -> str | None:
     """The type that a config.json names."""
-    from megatron_ext.hf.config import CONFIG_FILE, read_json
+    from megatron_ext.hf.config import CONFIG_FILE
+    from megatron_ext.hf.raw import read_json
 
     if not (folder / CONFIG_FILE).is_file():
         return None

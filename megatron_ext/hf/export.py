@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.files import give_name, unfinished
-from megatron_ext.hf.config import CONFIG_FILE, difference, make_hf_config, read_hf_config, read_json
+from megatron_ext.hf.config import CONFIG_FILE, difference, make_hf_config, read_hf_config
 from megatron_ext.hf.files import (
     OTHER_FILES,
     TOKENIZER_FILES,
@@ -27,6 +27,7 @@ from megatron_ext.hf.files import (
     plan_files,
 )
 from megatron_ext.hf.mapping import hf_shapes, placed_parameters
+from megatron_ext.hf.raw import read_json
 from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import AlreadyExistsError, UserError
-from megatron_ext.hf.config import read_json
+from megatron_ext.hf.raw import read_json
 
 __all__ = [
     "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
@@ -29,6 +29,8 @@ __all__ = [
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What a language model calls its body, and what stands in one.
+BODY, BODY_PARTS = "model.", ("embed_tokens", "layers", "norm")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # What a copy with other weights leaves out: code, pickles, and weights in files that are not read.
 NOT_ALONG = (
@@ -45,12 +47,13 @@ OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: the format's name of its type, its shape, its first byte."""
+    """A tensor in a file: the format's name of its type, its shape, its first byte, and its name there."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -81,32 +84,33 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model folder, from headers alone.
+    """Every tensor of a model folder, from headers alone, by its name in a language model: a body that was saved by itself
+    (AutoModel) has no `model.` before its names.
+
+    An index says which files there are; what is in them, they say themselves, as in transformers.
 
     Raises:
-        UserError: no safetensors, a file missing or damaged, or an index that its files contradict.
+        UserError: no safetensors, a file missing or damaged, or a tensor that is there twice.
     """
-    files = _weight_files(folder)
     found: dict[str, Stored] = {}
-    for path, names in files.items():
+    for path in _weight_files(folder):
         with opened(path):
             here, begin = _header(path)
-        if names is not None and here.keys() != names:
-            odd = sorted(here.keys() ^ names)
-            raise UserError(
-                f"{folder / INDEX_FILE} and {path.name} disagree about {', '.join(odd[:3])} (of {len(odd)} tensors); "
-                "fetch both again"
-            )
-        for name, entry in here.items():
-            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+        for stored, entry in here.items():
+            name = BODY + stored if stored.split(".")[0] in BODY_PARTS else stored
+            if name in found:
+                raise UserError(
+                    f"{folder} holds {name} twice, in {found[name].file.name} and in {path.name}; fetch the model again"
+                )
+            start = begin + entry["data_offsets"][0]
+            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), start, stored)
     return found
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Safetensors files with the tensors that an index promises in each; None without an index. The single file comes
-    first, as in transformers."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Safetensors files, by the index where there is one. The single file comes first, as in transformers."""
     if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
+        return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
         pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
         if pickled:
@@ -116,14 +120,14 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             )
         raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; name the folder of a Hugging Face model")
     places = read_json(folder / INDEX_FILE).get("weight_map")
-    files: dict[Path, set[str] | None] = {}
-    for name, file in places.items() if isinstance(places, dict) else ():
+    files: dict[Path, None] = {}
+    for file in places.values() if isinstance(places, dict) else ():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{folder / INDEX_FILE}: {file!r} is no file name; fetch it again")
-        files.setdefault(folder / file, set()).add(name)
+        files[folder / file] = None
     if not files:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; fetch it again")
-    return files
+    return list(files)
 
 
 def read_slots(path: Path) -> dict[str, Slot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 OUTPUT = "lm_head.weight"
 COMPARED_ROWS = 1024
+# Ends of the names of what stands beside quantised weights, or instead of them.
+QUANTISED = (
+    "_scale", "_scale_inv", "_scale_2", "_packed", "_zero_point", ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax",
+    ".quant_map", ".SCB",
+)  # fmt: skip
 
 
 def read_checked_config(folder: str | Path) -> dict[str, Any]:
@@ -104,16 +110,12 @@ def _compare(folder: Path, config: Architecture) -> tuple[dict[str, Stored], Sto
             "tensors in all; fetch both again"
         )
     expected, repeated = hf_shapes(config), None
-    if config.share_embeddings_and_output_weights and {EMBEDDING, OUTPUT} <= found.keys():
-        repeated = found.pop(OUTPUT)
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        parts = [
-            f"{what} {', '.join(names[:2])} (of {len(names)})"
-            for what, names in (("lacks", missing), ("has also", unknown))
-            if names
-        ]
-        raise UserError(f"{folder} contradicts its config.json: it {' and '.join(parts)}; fetch both again")
+    if config.share_embeddings_and_output_weights and OUTPUT in found:
+        if EMBEDDING in found:
+            repeated = found.pop(OUTPUT)
+        else:  # of two names for one tensor some tools keep the second
+            found[EMBEDDING] = found.pop(OUTPUT)
+    _check_names(found.keys(), expected.keys(), folder)
     for name, shape in expected.items():
         stored = found[name]
         if stored.shape != shape:
@@ -129,14 +131,35 @@ def _compare(folder: Path, config: Architecture) -> tuple[dict[str, Stored], Sto
     return found, repeated
 
 
+def _check_names(found: Collection[str], expected: Collection[str], folder: Path) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if scales := [name for name in unknown if name.endswith(QUANTISED)]:
+        raise UserError(
+            f"{folder} has {scales[0]} (of {len(scales)} such): quantised weights are not read, take the model without them"
+        )
+    if missing == [OUTPUT] and not unknown:
+        raise UserError(
+            f"{folder} contradicts its config.json: it lacks {OUTPUT}, and tie_word_embeddings is false; set that to true if "
+            "the model puts its embedding in its place, else fetch the whole model and not its body alone"
+        )
+    if missing or unknown:
+        parts = [
+            f"{what} {', '.join(names[:2])} (of {len(names)})"
+            for what, names in (("lacks", missing), ("has also", unknown))
+            if names
+        ]
+        raise UserError(f"{folder} contradicts its config.json: it {' and '.join(parts)}; fetch both again")
+
+
 def _check_tied(embedding: Stored, output: Stored, folder: Path) -> None:
     """Some tools write a tied embedding twice."""
-    same = embedding.shape == output.shape and embedding.dtype == output.dtype
+    same = embedding.shape == output.shape and output.dtype in DTYPES
     if same:
+        wide = torch.promote_types(DTYPES[embedding.dtype], DTYPES[output.dtype])
         rows = [
             slice(r, min(r + COMPARED_ROWS, embedding.shape[0])) for r in range(0, embedding.shape[0], COMPARED_ROWS)
         ]
-        pair = torch.empty(2, COMPARED_ROWS, *embedding.shape[1:], dtype=DTYPES[embedding.dtype])
+        pair = torch.empty(2, COMPARED_ROWS, *embedding.shape[1:], dtype=wide)
         for some in rows:
             one, other = pair[:, : some.stop - some.start]
             read_slice(EMBEDDING, embedding, (some,), one)
@@ -144,6 +167,6 @@ def _check_tied(embedding: Stored, output: Stored, folder: Path) -> None:
             same = same and torch.equal(one, other)
     if not same:
         raise UserError(
-            f"{folder} contradicts its config.json: tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}; set it to "
-            "false if the two were trained apart"
+            f"{folder} contradicts its config.json: tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}, and which one "
+            f"is meant transformers 4 and 5 take differently; set it to false if the two were trained apart, else remove {OUTPUT}"
         )

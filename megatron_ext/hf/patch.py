@@ -130,7 +130,7 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
             unfinished.mkdir(parents=True)
             check_room(unfinished, sum((base / path).stat().st_size for path in along))
             copy_files(base, unfinished, along)
-            slots = {name: slot for file in files for name, slot in read_slots(file).items()}
+            slots = {name: read_slots(headers[name].file)[headers[name].name] for name in new}
             writer = TensorWriter(unfinished, slots)
             for name, tensor in new.items():
                 writer.write(name, tensor)
@@ -165,5 +165,5 @@ def _digest(tensors: dict[str, Tensor], headers) -> str:
     old = {}
     for name in tensors:
         with opened(headers[name].file) as file:
-            old[name] = file.get_tensor(name)
+            old[name] = file.get_tensor(headers[name].name)
     return block_digest(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_a_type_of_too_small_a_range_is_refused(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     (tmp_path / "x").write_bytes(bytes(100))
     with pytest.raises(ValueError, match="cannot read .*x .it ends too early.; fetch it again"):
-        read_slice("x", Stored(tmp_path / "x", "F32", (30,), 0), (slice(0, 30),), torch.empty(30))
+        read_slice("x", Stored(tmp_path / "x", "F32", (30,), 0, "x"), (slice(0, 30),), torch.empty(30))
 
 
 @pytest.fixture
@@ -202,22 +203,36 @@ def test_damaged_files(sharded):
     refused(folder, f"{second} is missing; fetch the model again")
 
 
-def test_an_index_that_its_files_contradict(sharded):
+def test_an_index_says_which_files_there_are_and_they_what_is_in_them(sharded):
+    folder, (first, second) = sharded
+    sound = json.loads((folder / INDEX).read_text())
+    found = read_headers(folder)
+    moved = next(name for name, file in sound["weight_map"].items() if file == first)
+    for change in ({moved: second}, {"layer.9": second}):
+        (folder / INDEX).write_text(json.dumps({"weight_map": sound["weight_map"] | change}))
+        assert read_headers(folder) == found and found[moved].file.name == first
+    (folder / INDEX).write_text(json.dumps({"weight_map": {moved: first}}))
+    assert read_headers(folder) == {name: stored for name, stored in found.items() if stored.file.name == first}
+
+
+def test_damaged_indices(sharded):
     folder, (first, second) = sharded
     sound = json.loads((folder / INDEX).read_text())
     moved = next(name for name, file in sound["weight_map"].items() if file == first)
-    for change, words in (
-        ({moved: second}, f"disagree about {moved}"),
-        ({"layer.9": second}, r"disagree about layer.9 .of 1 tensors.; fetch both again"),
-        ({moved: "../model.safetensors"}, "'../model.safetensors' is no file name"),
-        ({moved: 3}, "3 is no file name"),
-        ({moved: "model-00003-of-00002.safetensors"}, "(disagree|is missing)"),
+    for file, words in (
+        ("../model.safetensors", "'../model.safetensors' is no file name"),
+        (3, "3 is no file name"),
+        ("model-00003-of-00002.safetensors", "model-00003-of-00002.safetensors is missing; fetch the model again"),
     ):
-        (folder / INDEX).write_text(json.dumps({"weight_map": sound["weight_map"] | change}))
+        (folder / INDEX).write_text(json.dumps({"weight_map": sound["weight_map"] | {moved: file}}))
         refused(folder, words)
     for text in ('{"weight_map": {}}', "{}", '{"weight_map": []}', "[", ""):
         (folder / INDEX).write_text(text)
         refused(folder, "is damaged")
+    (folder / INDEX).write_text(json.dumps(sound))
+    shutil.copy(folder / first, folder / "again.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": sound["weight_map"] | {"x": "again.safetensors"}}))
+    refused(folder, f"holds layer.0 twice, in {first} and in again.safetensors; fetch the model again")
 
 
 def test_folders_that_are_no_model(tmp_path):
