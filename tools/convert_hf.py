@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.errors import UserError
-from recipes.cli.errors import is_user_error, user_errors
+from recipes.cli.errors import user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -301,6 +301,7 @@ def run_verify(args: argparse.Namespace) -> str:
     import torch.distributed as dist
 
     from megatron_ext.models.prompt_streams import text_logits
+    from megatron_ext.runtime.collectives import together
     from recipes.data.tokenizer import load_tokenizer
 
     texts = texts_of(args)
@@ -314,22 +315,15 @@ def run_verify(args: argparse.Namespace) -> str:
     same_vocabulary(args.source, pretrained, rows)
     model = load(pretrained, args, args.precision)
     ours = [text_logits(model, row).cpu() for row in rows]
-    found: list = [None, None]
-    if dist.get_rank() == 0:
-        from transformers.utils.logging import disable_progress_bar
+    said = ""
+    with together():
+        if dist.get_rank() == 0:
+            from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
-        try:
-            found = [compare(args, texts, rows, ours), None]
-        except ValueError as error:  # the other ranks are to say it, too
-            if not is_user_error(error):
-                raise
-            found = [None, str(error)]
-    dist.broadcast_object_list(found, src=0)
-    if found[1]:
-        raise UserError(found[1])
-    worst, agreed = found[0]
-    return f"{sum(map(len, rows))} tokens, largest difference of a logit {worst:.2e}, same next token {agreed}"
+            disable_progress_bar()
+            worst, agreed = compare(args, texts, rows, ours)
+            said = f"{sum(map(len, rows))} tokens, largest difference of a logit {worst:.2e}, same next token {agreed}"
+    return said
 
 
 def run_patch(args: argparse.Namespace) -> str:

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from torch import Tensor
@@ -20,8 +19,9 @@ from torch import Tensor
 from megatron_ext.blocks.blocks import blocks_here
 from megatron_ext.errors import UserError
 from megatron_ext.files import whole
-from megatron_ext.models.config import PRECISIONS
+from megatron_ext.models.config import PRECISIONS, GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.collectives import gather_objects, together
 
 __all__ = ["apply_delta", "block_digest", "block_weights", "content_digest", "read_delta", "save_delta"]
 
@@ -36,15 +36,12 @@ def block_weights(model: PrefixGroupedGPT, block: int) -> dict[str, Tensor] | No
     shards = _shards(model, block)
     if shards is None:
         return None
-    group = model.pg_collection.tp
     mine = [(s.key, s.global_shape, s.global_offset, s.data.detach().cpu()) for s in shards]
-    parts: list = [None] * group.size()
-    dist.all_gather_object(parts, mine, group=group)
-    whole: dict[str, Tensor] = {}
-    for key, shape, offset, data in (shard for part in parts for shard in part):
-        target = whole.setdefault(key, torch.empty(shape, dtype=data.dtype))
+    found: dict[str, Tensor] = {}
+    for key, shape, offset, data in (s for shards in gather_objects(mine, model.pg_collection.tp) for s in shards):
+        target = found.setdefault(key, torch.empty(shape, dtype=data.dtype))
         target[_place(offset, data.shape)] = data
-    return dict(sorted(whole.items()))
+    return dict(sorted(found.items()))
 
 
 def block_digest(weights: dict[str, Tensor]) -> str:
@@ -74,17 +71,20 @@ def save_delta(path: Path, model: PrefixGroupedGPT, block: int, base: str | None
         model.pg_collection.tp.rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    if weights is not None and ranks == (0, 0):
-        from safetensors.torch import save_file
+    with together():
+        if weights is not None and ranks == (0, 0):
+            _write(path, model.model_config, block, weights, base)
 
-        config = model.model_config
-        dtype = str(config.dtype).removeprefix("torch.")
-        tensors = {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()}
-        description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
-        description["content"] = content_digest(description, tensors)
-        with whole(path) as unfinished:
-            save_file(tensors, str(unfinished), metadata={"format": FORMAT, "delta": json.dumps(description)})
-    dist.barrier()
+
+def _write(path: Path, config: GPTModelConfig, block: int, weights: dict[str, Tensor], base: str) -> None:
+    from safetensors.torch import save_file
+
+    dtype = str(config.dtype).removeprefix("torch.")
+    tensors = {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()}
+    description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
+    description["content"] = content_digest(description, tensors)
+    with whole(path) as unfinished:
+        save_file(tensors, str(unfinished), metadata={"format": FORMAT, "delta": json.dumps(description)})
 
 
 def read_delta(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -149,11 +149,9 @@ def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
         )
     new = {name.removeprefix(f"decoder.layers.{block}."): tensor for name, tensor in tensors.items()}
     current = block_weights(model, block)
-    wrong = None if current is None else _mismatch(new, current, description["base"])
-    verdicts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(verdicts, wrong)
-    if any(verdicts):
-        raise UserError(f"the delta {path} does not fit: {next(filter(None, verdicts))}")
+    with together():
+        if current is not None and (wrong := _mismatch(new, current, description["base"])):
+            raise UserError(f"the delta {path} does not fit: {wrong}")
     if current is not None:
         with torch.no_grad():
             for shard in _shards(model, block):
@@ -173,7 +171,7 @@ def _mismatch(new: dict[str, Tensor], current: dict[str, Tensor], base: str) -> 
 
 
 def _shards(model: PrefixGroupedGPT, block: int) -> list[ShardedTensor] | None:
-    """This rank's pieces of the block, each with its place in the whole tensor; views of the parameters."""
+    """This rank's shards of the block, each with its place in the whole tensor; views of the parameters."""
     layer = blocks_here(model).get(block)
     if layer is None:
         return None

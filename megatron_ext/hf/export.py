@@ -31,6 +31,7 @@ from megatron_ext.hf.raw import read_json
 from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.collectives import together
 
 __all__ = ["MAX_SHARD_SIZE", "export_hf"]
 
@@ -71,7 +72,7 @@ def export_hf(
     dtype = dtype or config.dtype
     slots, beginnings = plan_files(hf_shapes(config), dtype, max_shard_size)
     first = dist.get_rank() == 0
-    with _together(folder, beside if first else None):
+    with _writing(folder, beside if first else None):
         if first:
             check_target(folder)
             texts = _describe(config, source, tokenizer, dtype)
@@ -79,12 +80,12 @@ def export_hf(
             beside.mkdir(parents=True)
             create_files(beside, slots, beginnings)
     writer = TensorWriter(beside, slots, dtype)
-    with _together(folder, beside if first else None):
+    with _writing(folder, beside if first else None):
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             _write_stage(model, writer)
         if error := writer.close():
             raise error
-    with _together(folder, beside if first else None):
+    with _writing(folder, beside if first else None):
         if first:
             for name, text in texts.items():
                 (beside / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
@@ -96,22 +97,18 @@ def export_hf(
 
 
 @contextlib.contextmanager
-def _together(folder: Path, beside: Path | None) -> Iterator[None]:
-    """What one rank cannot do, all raise, and what was written goes."""
-    error: Exception | None = None
+def _writing(folder: Path, beside: Path | None) -> Iterator[None]:
+    """What one rank cannot write, all raise, and what was written goes."""
     try:
-        yield
-    except (OSError, ValueError) as found:
-        error = described(found, folder)
-    errors: list = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error and str(error))
-    if any(errors):
+        with together():
+            try:
+                yield
+            except OSError as error:
+                raise described(error, folder) from error
+    except Exception as error:
         if beside is not None and not isinstance(error, AlreadyExistsError):
             shutil.rmtree(beside, ignore_errors=True)
-        if error is not None:
-            raise error
-        system, text = next(filter(None, errors))
-        raise OSError(text) if system else ValueError(text)
+        raise
 
 
 def _describe(

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.config import difference, read_hf_config
@@ -18,6 +17,7 @@ from megatron_ext.hf.mapping import EMBEDDING, Architecture, Entry, hf_shapes, p
 from megatron_ext.hf.tensors import read_slice
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.collectives import together
 
 __all__ = ["checked_headers", "load_hf_weights", "read_checked_config", "read_parameter"]
 
@@ -60,19 +60,12 @@ def load_hf_weights(folder: str | Path, model: PrefixGroupedGPT) -> None:
         raise UserError(f"{folder} is not of this model's shape: {wrong}; correct the model's configuration")
     headers = checked_headers(folder, config)
     rank = model.pg_collection.tp.rank()
-    wrong = None
-    try:
+    with together():  # a rank's own part may be sound where there is no model
         for name, parameter, entry, layer in placed_parameters(model):
             if entry is None:
                 logger.warning("%s has no %s: it keeps its random weights", folder, name)
             else:
                 read_parameter(parameter, entry, layer, config, rank, headers)
-    except ValueError as error:
-        wrong = str(error)
-    verdicts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(verdicts, wrong)
-    if any(verdicts):  # its part may be sound, but there is no model
-        raise UserError(next(filter(None, verdicts)))
     logger.info("read the weights of %s", folder)
 
 

@@ -22,6 +22,7 @@ from megatron_ext.grouping import PackedTokens, StreamMedia
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, pack_prompts
+from megatron_ext.runtime.collectives import from_last
 
 __all__ = [
     "PromptStream", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams", "run_stage",
@@ -158,8 +159,4 @@ def from_last_stage(
     values: Tensor | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Values that the last pipeline stage has, on every rank of the model-parallel group, whose last rank it holds."""
-    group = parallel_state.get_model_parallel_group()
-    values = torch.empty(shape, dtype=dtype, device=device) if values is None else values.contiguous()
-    if group.size() > 1:
-        dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
-    return values
+    return from_last(values, shape, device, parallel_state.get_model_parallel_group(), dtype)

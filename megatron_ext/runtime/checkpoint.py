@@ -35,6 +35,7 @@ from megatron_ext.runtime.checkpoint_files import (
     self_checksum,
     with_checksums,
 )
+from megatron_ext.runtime.collectives import broadcast_object, gather_objects, together
 from megatron_ext.runtime.optimizer_state import adam_step, load_optimizer_tensors, sharded_optimizer_state
 from megatron_ext.runtime.rng import get_rng_state, set_rng_state
 
@@ -91,10 +92,11 @@ class CheckpointSave:
     ):
         self.folder, self.in_background, self._save_more = folder, in_background, save_more
         device = next(model.parameters()).device
-        if _any_rank(folder.exists(), device):
-            raise AlreadyExistsError(
-                f"{folder} exists already; a checkpoint is never overwritten, choose another folder"
-            )
+        with together():
+            if folder.exists():
+                raise AlreadyExistsError(
+                    f"{folder} exists already; a checkpoint is never overwritten, choose another folder"
+                )
         parts = {WEIGHTS_FOLDER: model.sharded_state_dict(), **(extra or {})}
         if optimizer is not None:
             info = info | {"adam_step": adam_step(optimizer)}
@@ -102,21 +104,19 @@ class CheckpointSave:
         self._info = json.dumps(info)  # as it is now
         _check_space(folder, parts, device)
         # Never the name of an earlier attempt, whose writers may be alive though its ranks were killed.
-        name = [f"{folder.name}.unfinished-{uuid.uuid4().hex[:8]}"]
-        dist.broadcast_object_list(name, src=0)
-        self._unfinished = folder.with_name(name[0])
-        if dist.get_rank() == 0:
-            remove_unfinished(folder.parent, folder.name)
-            for name in (*parts, RNG_FOLDER, SUMS_FOLDER):
-                (self._unfinished / name).mkdir(parents=True)
-        dist.barrier()
+        self._unfinished = folder.with_name(broadcast_object(f"{folder.name}.unfinished-{uuid.uuid4().hex[:8]}"))
+        with together():
+            if dist.get_rank() == 0:
+                remove_unfinished(folder.parent, folder.name)
+                for name in (*parts, RNG_FOLDER, SUMS_FOLDER):
+                    (self._unfinished / name).mkdir(parents=True)
         if optimizer is not None:
             save_file(get_rng_state(), str(_rng_file(self._unfinished)))
             flush(_rng_file(self._unfinished))
         self._background = AsyncCallsQueue()
         with self._explained():
             for name, state in parts.items():
-                if _any_rank(bool(state), device):  # an optimizer's state is empty where nothing trains
+                if any(gather_objects(bool(state))):  # an optimizer's state is empty where nothing trains
                     self._write(state, self._unfinished / name, in_background)
         self._named = False
 
@@ -152,15 +152,14 @@ class CheckpointSave:
             return
         self._named = True
         dist.barrier()
-        if dist.get_rank() == 0:
-            with self._explained():
+        with together(), self._explained():
+            if dist.get_rank() == 0:
                 if self._save_more is not None:
                     self._save_more(self._unfinished)
                 info = json.loads(self._info) | {"files": gather_checksums(self._unfinished)}
                 info["checksum"] = self_checksum(info)
                 (self._unfinished / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
                 give_name(self._unfinished, self.folder)
-        dist.barrier()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -184,12 +183,6 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _any_rank(here: bool, device: torch.device) -> bool:
-    flag = torch.tensor([here], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
 def _check_space(folder: Path, parts: dict[str, dict], device: torch.device) -> None:
     """Whether the disk can hold it, before a byte is written; a little more for metadata."""
     mine = sum(_num_bytes(state) for state in parts.values())
@@ -198,11 +191,12 @@ def _check_space(folder: Path, parts: dict[str, dict], device: torch.device) -> 
     needed = int(total.item() * 1.02) + (1 << 20)
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if _any_rank(free < needed, device):
-        raise UserError(
-            f"no room for the checkpoint {folder}: it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free "
-            "some, or name another disk in exp_manager.explicit_log_dir"
-        )
+    with together():
+        if free < needed:
+            raise UserError(
+                f"no room for the checkpoint {folder}: it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                "free some, or name another disk in exp_manager.explicit_log_dir"
+            )
 
 
 def _num_bytes(state: dict) -> int:

@@ -18,6 +18,7 @@ import xxhash
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.collectives import together
 
 __all__ = [
     "SUMS_FOLDER", "WriterResults", "check_files", "checksum", "gather_checksums", "self_checksum", "with_checksums",
@@ -114,21 +115,19 @@ def check_files(folder: Path, part: str, sums: dict[str, list]) -> None:
         UserError: on every rank, one is missing, cut off or changed.
     """
     names = [name for name in sums if name.startswith(f"{part}/")]
-    wrong = None
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        path = folder / name
-        if not path.is_file():
-            wrong = f"{name} is missing"
-        elif path.stat().st_size != sums[name][0]:
-            wrong = f"{name} has {path.stat().st_size} bytes, {sums[name][0]} were saved"
-        elif checksum(path) != sums[name]:
-            wrong = f"{name} is not what was saved (its checksum differs)"
-        if wrong:
-            break
-    verdicts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(verdicts, wrong)
-    if any(verdicts):
-        raise UserError(f"{folder} is damaged: {next(filter(None, verdicts))}; take another checkpoint")
+    with together():
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            if wrong := _fault(folder / name, name, sums[name]):
+                raise UserError(f"{folder} is damaged: {wrong}; take another checkpoint")
+
+
+def _fault(path: Path, name: str, saved: list) -> str | None:
+    """What is wrong with a file whose size and checksum are known."""
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != saved[0]:
+        return f"{name} has {size} bytes, {saved[0]} were saved"
+    return f"{name} is not what was saved (its checksum differs)" if checksum(path) != saved else None
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import PackedTokens
+from megatron_ext.runtime.collectives import broadcast_object, from_last
 from megatron_ext.runtime.trimmed import TrimmedPipeline, first_trained_stage, process_groups
 
 __all__ = ["Engine", "Microbatch", "OptimConfig", "SchedConfig"]
@@ -195,30 +196,22 @@ class Engine:
 
         outputs = self.run(microbatches, keep, forward_only=True)
         group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() == 1:
-            return [o["logprobs"] for o in outputs]
-        last = torch.distributed.get_global_rank(group, group.size() - 1)
         scores = []
         for number, microbatch in enumerate(microbatches):
-            count, device = microbatch.batch.groups.num_predicted_tokens, microbatch.batch.tokens.device
-            values = outputs[number]["logprobs"] if outputs else torch.empty(count, device=device)
-            torch.distributed.broadcast(values, src=last, group=group)
-            scores.append(values)
+            values = outputs[number]["logprobs"] if outputs else None
+            batch = microbatch.batch
+            scores.append(from_last(values, (batch.groups.num_predicted_tokens,), batch.tokens.device, group))
         return scores
 
     def reduce_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum `run`'s metrics over microbatches and data-parallel ranks; known on every rank."""
-        totals: list[Any] = [None]
+        totals = None
         if outputs:
             names = list(outputs[0])
             sums = torch.stack([sum(o[name].double() for o in outputs) for name in names])
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-            totals = [dict(zip(names, sums.tolist(), strict=True))]
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() > 1:
-            last = torch.distributed.get_global_rank(group, group.size() - 1)
-            torch.distributed.broadcast_object_list(totals, src=last, group=group)
-        return totals[0]
+            totals = dict(zip(names, sums.tolist(), strict=True))
+        return broadcast_object(totals, -1, parallel_state.get_pipeline_model_parallel_group())
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_ext.runtime.collectives import gather_objects
+
 __all__ = ["TrimmedPipeline", "first_trained_stage", "process_groups"]
 
 GROUPS = ["tp", "pp", "embd", "pos_embd", "cp", "dp_cp"]
@@ -18,8 +20,7 @@ GROUPS = ["tp", "pp", "embd", "pos_embd", "cp", "dp_cp"]
 
 def first_trained_stage(model: torch.nn.Module, pp_group: dist.ProcessGroup) -> int:
     """The lowest pipeline stage with a parameter that trains, 0 if none does; every rank of the group calls it."""
-    trains: list = [None] * pp_group.size()
-    dist.all_gather_object(trains, any(p.requires_grad for p in model.parameters()), group=pp_group)
+    trains = gather_objects(any(p.requires_grad for p in model.parameters()), pp_group)
     return trains.index(True) if True in trains else 0
 
 

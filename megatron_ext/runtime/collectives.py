@@ -1,0 +1,89 @@
+"""What ranks tell each other beside tensors of the model: that one has failed, everybody's values, one rank's value.
+
+Every rank of a group calls. Groups are arguments; None is all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.errors import UserError
+
+__all__ = ["broadcast", "broadcast_object", "from_last", "gather_objects", "together"]
+
+
+@contextlib.contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What one rank cannot do inside, none has done: all of them raise. Nothing inside may be a collective.
+
+    Raises:
+        Exception: a rank's own, where it has one. The others raise the first rank's if it is bad input or of the system, which
+            is worth one line, and else a RuntimeError.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:  # noqa: BLE001  whatever it was, the others must not wait for ever
+        error = found
+    told: UserError | str | None = None
+    if error is not None:
+        expected = isinstance(error, (UserError, OSError))
+        told = _as_user_error(error) if expected else f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+    failures = gather_objects(told, group)
+    if error is not None:
+        raise error
+    if first := next(filter(None, failures), None):
+        raise first if isinstance(first, UserError) else RuntimeError(first)
+
+
+def _as_user_error(error: UserError | OSError) -> UserError:
+    return error if isinstance(error, UserError) else UserError(str(error))
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in the order of ranks."""
+    values: list[Any] = [None] * _size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast_object(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """The value of the group's rank `source` on every rank; -1 is the last."""
+    held = [value]
+    if _size(group) > 1:
+        dist.broadcast_object_list(held, src=_global(source, group), group=group)
+    return held[0]
+
+
+def broadcast(values: Tensor, source: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The same for a tensor, contiguous, which is filled in place on the other ranks."""
+    if _size(group) > 1:
+        dist.broadcast(values, src=_global(source, group), group=group)
+    return values
+
+
+def from_last(
+    values: Tensor | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Values that the group's last rank has, such as those of the last pipeline stage, on every rank; None elsewhere."""
+    values = torch.empty(shape, dtype=dtype, device=device) if values is None else values.contiguous()
+    return broadcast(values, -1, group)
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size() if group is None else group.size()
+
+
+def _global(source: int, group: dist.ProcessGroup | None) -> int:
+    rank = source % _size(group)
+    return rank if group is None else dist.get_global_rank(group, rank)
