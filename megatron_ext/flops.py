@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.errors import UserError
-from megatron_ext.prefix_tree import Nested, PrefixTree
+from megatron_ext.prefix_tree import Nested, PrefixTree, causal_pairs
 
 __all__ = [
     "BACKWARD_OVER_FORWARD",
@@ -79,6 +79,11 @@ class ModelShape:
         heads = 2 * self.num_attention_heads + 2 * self.num_query_groups
         return self.hidden_size * (heads * self.kv_channels + 3 * self.ffn_hidden_size)
 
+    @property
+    def pairs_per_token(self) -> float:
+        """What a token's linears cost, in query-key pairs of all heads: 2 operations per weight, 4 n d per pair."""
+        return self.linear_weights_per_layer / (2 * self.num_attention_heads * self.kv_channels)
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -119,19 +124,13 @@ def attention_pairs(lengths: Lengths, share_prefix: bool = True, window: int | N
     Shared: every node sees itself and what lies before it, P^2/2 + sum(S^2/2 + S P) for a plain group. Repeated:
     sum((P + S)^2/2). With a window a row sees at most that many rows before it.
     """
-
-    def below(end: int) -> float:  # pairs of the rows at positions 0 .. end - 1
-        full = end if window is None else min(end, window)
-        return full * full / 2 + (end - full) * ((window or 0) + 0.5)
-
     pairs = 0.0
     for tree in _trees(lengths):
         if share_prefix:
-            pairs += sum(
-                below(first + n) - below(first) for n, first in zip(tree.lengths, tree.first_positions, strict=True)
-            )
+            nodes = zip(tree.first_positions, tree.lengths, strict=True)
+            pairs += sum(causal_pairs(first, length, window) for first, length in nodes)
         else:
-            pairs += sum(below(tree.prompt_length + s) for s in tree.response_lengths)
+            pairs += sum(causal_pairs(0, tree.prompt_length + s, window) for s in tree.response_lengths)
     return pairs
 
 

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from megatron_ext.errors import UserError
 
-__all__ = ["Nested", "PrefixTree"]
+__all__ = ["Nested", "PrefixTree", "causal_pairs"]
 
 # (length, children), or a length: a leaf.
 Nested = tuple[int, Sequence["Nested"]] | int
@@ -161,6 +161,19 @@ class PrefixTree:
                     first, length, row = self.first_positions[node], self.lengths[node], self.starts[node]
                     stream[row : row + length] = sequence[first : first + length]
         return stream
+
+
+def causal_pairs(first: int, length: int, window: int | None = None) -> float:
+    """Query-key pairs of the rows at positions first .. first + length - 1 of a path, a causal square of n rows as n^2 / 2.
+
+    With a window a row sees at most that many rows before it.
+    """
+
+    def below(end: int) -> float:  # of the rows at positions 0 .. end - 1
+        full = end if window is None else min(end, window)
+        return full * full / 2 + (end - full) * ((window or 0) + 0.5)
+
+    return below(first + length) - below(first)
 
 
 def _read(node: Nested, whole: object) -> tuple[int, Sequence[Nested] | None]:

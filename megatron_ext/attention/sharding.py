@@ -29,6 +29,7 @@ from megatron_ext.attention.plan import (
     documents,
     one_call_plan,
 )
+from megatron_ext.prefix_tree import causal_pairs
 
 __all__ = ["ContextLayout", "shard_layout"]
 
@@ -118,17 +119,15 @@ def shard_layout(trees: tuple, ranks: int, pairs_per_token: float) -> ContextLay
     load = [0.0] * ranks
     holder: dict[int, int] = {}
 
-    def cost(document: Document, length: int) -> float:
-        return length * (pairs_per_token + document.position + document.length / 2)
-
+    cost = [d.length * pairs_per_token + causal_pairs(d.position, d.length) for d in found]
     for number in cut:
         for rank in range(ranks):
-            load[rank] += cost(found[number], found[number].length) / ranks
-    whole = sorted(set(range(len(found))) - set(cut), key=lambda n: (-cost(found[n], found[n].length), n))
+            load[rank] += cost[number] / ranks
+    whole = sorted(set(range(len(found))) - set(cut), key=lambda n: (-cost[n], n))
     for number in whole:  # the longest first, each to the rank that has least to do
         rank = min(range(ranks), key=lambda r: (load[r], r))
         holder[number] = rank
-        load[rank] += cost(found[number], found[number].length)
+        load[rank] += cost[number]
     spans: list[list[Span]] = [[] for _ in range(ranks)]
     rows = [0] * ranks
 

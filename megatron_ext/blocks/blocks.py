@@ -8,15 +8,16 @@ Shape legend: t rows of the stream, b = 1, h hidden size, tp tensor-parallel siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.optimizer_state import trained_parameters
 
-__all__ = ["blocks_here", "check_block", "tapped", "train_only_block"]
+__all__ = ["block_prefix", "blocks_here", "check_block", "tapped", "train_only", "train_only_block"]
 
 Tap = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -24,6 +25,11 @@ Tap = Callable[[int, Tensor, Tensor], Tensor | None]
 def blocks_here(model: PrefixGroupedGPT) -> dict[int, torch.nn.Module]:
     """The blocks of this pipeline stage by number."""
     return {layer.layer_number - 1: layer for layer in model.decoder.layers}
+
+
+def block_prefix(block: int) -> str:
+    """Of a block's parameters, by its number in the whole model."""
+    return f"decoder.layers.{block}."
 
 
 def check_block(block: int, num_layers: int) -> None:
@@ -44,13 +50,15 @@ def train_only_block(model: PrefixGroupedGPT, block: int) -> list[str]:
         UserError: the model has no such block.
     """
     check_block(block, model.model_config.num_layers)
-    chosen = {id(p) for p in blocks_here(model)[block].parameters()} if block in blocks_here(model) else set()
-    names = []
-    for name, parameter in model.named_parameters():
+    train_only(model, [layer for number, layer in blocks_here(model).items() if number == block])
+    return list(trained_parameters(model))
+
+
+def train_only(model: PrefixGroupedGPT, modules: Iterable[torch.nn.Module]) -> None:
+    """Let the parameters of these modules alone have gradients."""
+    chosen = {id(p) for module in modules for p in module.parameters()}
+    for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-        if parameter.requires_grad:
-            names.append(name)
-    return names
 
 
 @contextlib.contextmanager

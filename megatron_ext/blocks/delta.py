@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from torch import Tensor
 
-from megatron_ext.blocks.blocks import blocks_here
+from megatron_ext.blocks.blocks import block_prefix, blocks_here
 from megatron_ext.errors import UserError
 from megatron_ext.files import whole
 from megatron_ext.models.config import PRECISIONS, GPTModelConfig
@@ -80,7 +80,7 @@ def _write(path: Path, config: GPTModelConfig, block: int, weights: dict[str, Te
     from safetensors.torch import save_file
 
     dtype = str(config.dtype).removeprefix("torch.")
-    tensors = {f"decoder.layers.{block}.{name}": tensor for name, tensor in weights.items()}
+    tensors = {block_prefix(block) + name: tensor for name, tensor in weights.items()}
     description = {"block": block, "num_layers": config.num_layers, "base": base, "dtype": dtype}
     description["content"] = content_digest(description, tensors)
     with whole(path) as unfinished:
@@ -147,7 +147,7 @@ def apply_delta(path: str | Path, model: PrefixGroupedGPT) -> int:
             f"the delta {path} was trained in {description['dtype']}, this model is {dtype}, in which its weights were others: "
             "set model.precision to what it was trained in (32 or bf16)"
         )
-    new = {name.removeprefix(f"decoder.layers.{block}."): tensor for name, tensor in tensors.items()}
+    new = {name.removeprefix(block_prefix(block)): tensor for name, tensor in tensors.items()}
     current = block_weights(model, block)
     with together():
         if current is not None and (wrong := _mismatch(new, current, description["base"])):

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_ext.bias.ranking import BlockRanking
-from megatron_ext.blocks.blocks import blocks_here, check_block, tapped
+from megatron_ext.blocks.blocks import blocks_here, check_block, tapped, train_only
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
 from megatron_ext.errors import UserError
 from megatron_ext.losses.lftf import pair_loss
@@ -109,14 +109,12 @@ def gradient(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
         raise UserError("gradient needs prompts, and there is none")
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     device = next(model.parameters()).device
-    layers = blocks_here(model)
-    trained = {id(p) for layer in layers.values() for p in layer.parameters()}
     before = [p.requires_grad for p in model.parameters()]
     parts = _even_parts(probe.prompts, max(1, len(probe.prompts) // max(probe.prompts_per_gradient, size)))
     norms = _zeros(model)
     try:
+        train_only(model, blocks_here(model).values())
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
             parameter.grad = None
         engine = Engine(model)
         for part in parts:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ext.blocks.blocks import block_prefix
 from megatron_ext.blocks.delta import block_digest, content_digest, read_delta
 from megatron_ext.errors import UserError
 from megatron_ext.files import whole
@@ -61,7 +62,7 @@ def make_patch(delta: str | Path, folder: str | Path, path: str | Path) -> int:
             f"the delta {delta} belongs to another model than {folder}: of {description['num_layers']} blocks, not "
             f"{config.num_layers}"
         )
-    prefix = f"decoder.layers.{block}."
+    prefix = block_prefix(block)
     patch: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
     for name, tensor in new.items():

@@ -77,9 +77,7 @@ class PrefixGroupedGPT(GPTModel):
                 config.vision.feature_size, config.hidden_size, config.init_method_std
             )
             self.media_projector.to(config.dtype)
-        shape = ModelShape.of(config)
-        # A token's linear layers in query-key pairs of attention, for balance over context-parallel ranks.
-        self.token_cost = shape.linear_weights_per_layer / (2 * shape.num_attention_heads * shape.kv_channels)
+        self.pairs_per_token = ModelShape.of(config).pairs_per_token  # to balance context-parallel ranks
         assert_all_attention_grouped(self)
 
     def forward(
@@ -111,7 +109,9 @@ class PrefixGroupedGPT(GPTModel):
         if position_ids.dim() == 1:
             position_ids = position_ids.unsqueeze(0)
         if self.config.context_parallel_size > 1 and isinstance(record, PrefixGroups):
-            record = ContextShard.of(record, self.pg_collection.cp, stream_multiple(self.model_config), self.token_cost)
+            record = ContextShard.of(
+                record, self.pg_collection.cp, stream_multiple(self.model_config), self.pairs_per_token
+            )
             input_ids, position_ids = input_ids[record.rows], position_ids[:, record.rows]
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=input_ids.unsqueeze(0),

@@ -155,9 +155,8 @@ class Job:
     def _context_rows(self, lengths: Lengths, ranks: int) -> tuple[int, int]:
         """Rows of the fullest context-parallel rank, and rows that are gathered."""
         nested = lengths if self.share_prefix else [(0, [p + s]) for p, sizes in lengths for s in sizes]
-        shape = self.shape
-        cost = shape.linear_weights_per_layer / (2 * shape.num_attention_heads * shape.kv_channels)
-        layout = shard_layout(tuple(PrefixTree.from_nested(group) for group in nested), ranks, cost)
+        trees = tuple(PrefixTree.from_nested(group) for group in nested)
+        layout = shard_layout(trees, ranks, self.shape.pairs_per_token)
         return max(layout.num_rows), layout.num_gathered
 
     def on(self, nodes: int) -> Job:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.models.config import GPTModelConfig
 
-__all__ = ["ParameterTensor", "layers_of_stage", "model_parameters", "stage_parameters"]
+__all__ = ["ParameterTensor", "layers_of_stage", "model_parameters", "stage_parameters", "trained_parameters"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ def stage_parameters(config: GPTModelConfig, stage: int) -> list[ParameterTensor
     if first and config.vision is not None:
         found += _media_projector(config.vision.feature_size, h)
     return found
+
+
+def trained_parameters(config: GPTModelConfig, stage: int, block: bool) -> list[ParameterTensor]:
+    """Those of a stage that train: all, or one block's, of which all have as many."""
+    layer = layers_of_stage(config, stage)[0]
+    return [p for p in stage_parameters(config, stage) if not block or p.layer == layer]
 
 
 def _layer(config: GPTModelConfig, prefix: str, layer: int) -> list[ParameterTensor]:

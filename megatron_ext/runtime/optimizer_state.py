@@ -18,9 +18,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-__all__ = ["adam_step", "load_optimizer_tensors", "sharded_like_parameters", "sharded_optimizer_state"]
+__all__ = [
+    "adam_step", "load_optimizer_tensors", "sharded_like_parameters", "sharded_optimizer_state", "trained_parameters",
+]  # fmt: skip
 
 MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "master"
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """By name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def sharded_optimizer_state(model: torch.nn.Module, optimizer, empty: bool = False) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def sharded_optimizer_state(model: torch.nn.Module, optimizer, empty: bool = Fal
         empty: room to load into, not the values.
     """
     values: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in _trained(model):
+    for name, parameter in trained_parameters(model).items():
         for state, value in _whole(optimizer, parameter, empty).items():
             values.setdefault(state, {})[name] = value
     return {
@@ -62,7 +69,7 @@ def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str,
         step: optimizer steps taken, as `adam_step` told.
     """
     with torch.no_grad():
-        for name, parameter in _trained(model):
+        for name, parameter in trained_parameters(model).items():
             for shard in _shards(optimizer, parameter):
                 state = shard.inner.state[shard.main]
                 for moment in MOMENTS:
@@ -103,10 +110,6 @@ def _singles(optimizer) -> list:
 
 def _is_torch_adam(inner) -> bool:
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _shards(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Shard]:

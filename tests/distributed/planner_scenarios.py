@@ -222,7 +222,7 @@ def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
     record = batch.groups
     if config.context_parallel_size > 1:
         group = parallel_state.get_context_parallel_group()
-        record = ContextShard.of(record, group, stream_multiple(config), model.token_cost)
+        record = ContextShard.of(record, group, stream_multiple(config), model.pairs_per_token)
     tokens = record.num_tokens
     if stage:
         rows = tokens // config.tensor_model_parallel_size if config.sequence_parallel else tokens

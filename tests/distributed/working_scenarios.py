@@ -54,10 +54,10 @@ def _attention_peak(device: torch.device, case: ActivationCase) -> int:
     config = here(case.fields)
     prompts, responses = random_tokens(case.lengths)
     record = pack(prompts, responses, stream_multiple(config), device=device, share_prefix=case.share_prefix).groups
-    shape, scoring = ModelShape.of(config), Scoring(config.kv_channels**-0.5)
+    scoring = Scoring(config.kv_channels**-0.5)
     if config.context_parallel_size > 1:
-        cost = shape.linear_weights_per_layer / (2 * shape.num_attention_heads * shape.kv_channels)
-        record = ContextShard.of(record, parallel_state.get_context_parallel_group(), stream_multiple(config), cost)
+        group, cost = parallel_state.get_context_parallel_group(), ModelShape.of(config).pairs_per_token
+        record = ContextShard.of(record, group, stream_multiple(config), cost)
     heads = (config.num_attention_heads, config.num_query_groups, config.num_query_groups)
     sizes = [(record.num_tokens, n, config.kv_channels) for n in heads]
     query, key, value = (torch.randn(size, dtype=config.dtype, requires_grad=True) for size in sizes)

@@ -55,6 +55,14 @@ def test_pairs_are_those_of_the_attention_plan(lengths):
     assert attention_pairs(lengths) == planned - num_tokens(lengths) / 2
 
 
+@pytest.mark.parametrize("shape", [TINY, FOUR_B])
+def test_a_tokens_linears_cost_as_much_as_so_many_pairs(shape):
+    alone = [(0, [1])]
+    linears = model_flops(shape, alone).linear / shape.num_layers
+    pair = attention_flops(alone, shape.num_attention_heads, shape.kv_channels) / attention_pairs(alone)
+    assert shape.pairs_per_token == pytest.approx(linears / pair, rel=1e-12)
+
+
 @streams
 def test_tokens_and_predicted_tokens_are_those_of_the_record(lengths):
     record = PrefixGroups.from_lengths(lengths)
