@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed; 2.6 is also Megatron-Core's floor
         "megatron-core>=0.16.1,<0.17",  # the host we extend; its internals move between minor versions
-        "omegaconf",  # typed, strict configs, the objects NeMo's hydra_runner hands over
+        "omegaconf",  # plain data out of YAML, for typed, strict configs
         "numpy",  # Megatron-Core's dist_checkpointing and our data makers use it
         "safetensors",  # tensors in files without pickle: block deltas, generators' states, Hugging Face weights
         "psutil",  # Megatron-Core's distributed checkpoints call it to save but do not declare it
@@ -27,7 +27,8 @@ setup(
     ],
     extras_require={
         "recipes": [
-            "nemo_toolkit[common]==3.0.*",  # hydra_runner and exp_manager (the latter needs `common`)
+            "hydra-core==1.3.*",  # composes YAML files and overrides
+            "nemo_toolkit[common]==3.0.*",  # exp_manager, which needs `common`
             "transformers",  # reads Hugging Face model configs and tokenizers
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
             "tensorboard",  # the metric log that exp_manager writes

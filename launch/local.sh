@@ -7,8 +7,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 recipe=${1:?usage: launch/local.sh RECIPE [--config-name NAME] [overrides]}
 shift
-[ -f "$root/recipes/$recipe.py" ] || { echo "error: there is no recipes/$recipe.py" >&2 && exit 2; }
 python=${PYTHON:-$root/.venv/bin/python}
+"$python" "$root/recipes/registry.py" resumes "$recipe" >/dev/null # is there such a recipe?
 nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" ${LOGS:+--log-dir "$LOGS" --tee 3} \
     "$root/recipes/$recipe.py" "$@" "trainer.devices=$nproc"

@@ -27,15 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from megatron_ext.errors import UserError
-from recipes.cli.compose import compose
+from recipes.cli.compose import compose, forced
 from recipes.cli.errors import user_errors
+from recipes.registry import RECIPES
 
 if TYPE_CHECKING:
     from megatron_ext.planner import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "launch" / "slurm" / "job.sh"
-TRAINING = ("train_sft", "train_grpo", "train_lftf")
 # What the job script says itself: (key, option that says it).
 OWN_KEYS = (
     ("exp_manager.explicit_log_dir", "--run-dir"),
@@ -101,13 +101,11 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Estimate | None:
         name = option.partition("=")[0]
         if name in OWN_OPTIONS or any(len(own) == 2 and name.startswith(own) for own in OWN_OPTIONS):
             raise UserError(f"--sbatch={option}: submit.py says {name} itself; use its own options")
-    recipes = sorted(
-        path.stem for path in (ROOT / "recipes").glob("*.py") if "launch.run(" in path.read_text(encoding="utf-8")
-    )
-    if args.recipe not in recipes:
-        raise UserError(f"--recipe {args.recipe} does not exist; there are {', '.join(recipes)}")
-    if args.reward_server and args.recipe != "train_grpo":
-        raise UserError(f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only train_grpo does")
+    if args.recipe not in RECIPES:
+        raise UserError(f"--recipe {args.recipe} does not exist; there are {', '.join(sorted(RECIPES))}")
+    if args.reward_server and not RECIPES[args.recipe].asks_reward:
+        asking = " and ".join(name for name, recipe in RECIPES.items() if recipe.asks_reward)
+        raise UserError(f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only {asking} does")
     own = [*OWN_KEYS, ("trainer.grpo.reward", "--reward-server")] if args.reward_server else OWN_KEYS
     for key, option in own:
         for override in overrides:
@@ -174,9 +172,6 @@ def check_data(config: dict) -> None:
 
 def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> dict:
     """The configuration that the ranks will have, checked as they check it."""
-    from recipes.cli import launch
-
-    found: dict = {}
     reward = ["trainer.grpo.reward=http"] if args.reward_server else []
     own = [
         *reward,
@@ -184,55 +179,38 @@ def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> 
         f"trainer.num_nodes={args.nodes}",
         f"trainer.devices={processes}",
     ]
-    before = sys.argv
-    sys.argv = [
-        str(ROOT / "recipes" / f"{args.recipe}.py"),
-        "--config-name",
-        args.config,
-        *launch.forced([*overrides, *own]),
-    ]
-    try:
-        found = compose(launch.CONFIG_FOLDER, args.config)
-    finally:
-        sys.argv = before
-    return found
+    return compose(args.config, forced([*overrides, *own]))
 
 
 def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     """What the recipe itself would refuse, on every rank; what the planner says of it."""
-    from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
     from recipes.cli.config import build
     from recipes.grpo.rewards import get_reward
-    from recipes.grpo.settings import GRPOConfig
-    from recipes.niah.settings import NiahConfig
     from recipes.run.pretrained import Pretrained, configure
     from recipes.run.run_folder import check_run_folder
-    from recipes.sft.settings import SFTConfig
 
-    kinds = {
-        "train_sft": SFTConfig, "train_grpo": GRPOConfig, "train_lftf": LFTFConfig,
-        "eval_bias": BiasEvalConfig, "locate_bias": LocateConfig, "train_video_niah": NiahConfig,
-    }  # fmt: skip
+    recipe = RECIPES[args.recipe]
+    cls = recipe.config_class()
     folder = config["exp_manager"]["explicit_log_dir"]
-    if args.recipe not in TRAINING:
-        build(kinds[args.recipe], config)
+    if not recipe.resumes:
+        build(cls, config)
         check_run_folder(folder)
         return None
     planned = config
     if args.gpus_per_node and (config.get("model") or {}).get("precision", "auto") == "auto":
         planned = config | {"model": config["model"] | {"precision": "bf16"}}  # what auto is on a GPU
-    typed, _ = configure(kinds[args.recipe], planned)
-    check_run_folder(folder, configure(kinds[args.recipe], config)[1])
+    typed, _ = configure(cls, planned)
+    check_run_folder(folder, configure(cls, config)[1])
     if typed.pretrained_checkpoint.restore_from_path:
         checkpoint = Pretrained.open(typed.pretrained_checkpoint.restore_from_path)
         if typed.model.vocab_size is not None:
             checkpoint.check(typed.model)
-    if args.recipe == "train_grpo":
+    if recipe.asks_reward:
         reward = reward_to_serve(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
         name = reward.get("name", "") if isinstance(reward, dict) else reward
         if not (isinstance(name, str) and ("." in name or ":" in name)):  # one's own need not be importable here
             get_reward(reward)
-    return check_memory(args, typed)
+    return check_memory(args, typed) if recipe.planned else None
 
 
 def reward_to_serve(text: str) -> Any:

@@ -47,4 +47,4 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
     from recipes.cli import launch
 
-    launch.run(main, __file__, default_config="locate_bias")
+    launch.run(main, __file__)

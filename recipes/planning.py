@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from megatron_ext.flops import ModelShape, sharing_pays
 from megatron_ext.planner import Job
 from recipes.bias.settings import LFTFConfig
+from recipes.cli.compose import CONFIG_FOLDER, choices, compose, forced
 from recipes.cli.config import ConfigError, build
-from recipes.cli.launch import CONFIG_FOLDER, forced
 from recipes.grpo.settings import GRPOConfig
+from recipes.registry import RECIPES
 from recipes.sft.settings import SFTConfig
 
 __all__ = ["cluster_choice", "job_of", "read_config"]
 
-RECIPES = {"sft": SFTConfig, "grpo": GRPOConfig, "lftf": LFTFConfig}
+PLANNED = [recipe for recipe in RECIPES.values() if recipe.planned]
 # What a plan does not depend on may stay unset: paths.
 NOT_SET = "not-set"
 
@@ -44,36 +42,31 @@ def read_config(
     """
     given = forced(overrides)
     name = name.removesuffix(".yaml")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
-        if nodes is not None:
-            cluster = _cluster_choice(name, given, nodes, folder)
-            given += [f"cluster={cluster}"] * (cluster is not None) + [f"++trainer.num_nodes={nodes}"]
-        node = OmegaConf.to_container(compose(name, given), resolve=True)
-    kinds = [cls for kind, cls in RECIPES.items() if kind in (node.get("trainer") or {})]
-    if not kinds:
-        sections = ", ".join(f"trainer.{kind}" for kind in RECIPES)
+    if nodes is not None:
+        cluster = _cluster_choice(name, given, nodes, folder)
+        given += [f"cluster={cluster}"] * (cluster is not None) + [f"++trainer.num_nodes={nodes}"]
+    node = compose(name, given, folder, may_be_unset=True)
+    recipe = next((recipe for recipe in PLANNED if recipe.section in (node.get("trainer") or {})), None)
+    if recipe is None:
+        sections = ", ".join(f"trainer.{recipe.section}" for recipe in PLANNED)
         raise ConfigError(f"{name} has none of {sections}: there is no training to plan")
     node = _filled(node)
     if isinstance(node.get("model"), dict) and node["model"].get("precision", "auto") == "auto":
         node["model"]["precision"] = "bf16"
-    return build(kinds[0], node)
+    return build(recipe.config_class(), node)
 
 
 def cluster_choice(name: str, overrides: Sequence[str], nodes: int, folder: Path = CONFIG_FOLDER) -> str | None:
     """The file of cluster/ for so many nodes: of the largest cluster with no more. None: the YAML chooses none, or the
     overrides do, or what is given cannot be read."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
-        try:
-            return _cluster_choice(name.removesuffix(".yaml"), forced(overrides), nodes, folder)
-        except HydraException:
-            return None
+    try:
+        return _cluster_choice(name.removesuffix(".yaml"), forced(overrides), nodes, folder)
+    except (ConfigError, HydraException):
+        return None
 
 
 def _cluster_choice(name: str, given: Sequence[str], nodes: int, folder: Path) -> str | None:
-    choices = compose(name, list(given), return_hydra_config=True).hydra.runtime.choices
-    if "cluster" not in choices or any(a.startswith("cluster=") for a in given):
+    if "cluster" not in choices(name, given, folder) or any(a.startswith("cluster=") for a in given):
         return None
     return _nearest_cluster(folder, nodes)
 

@@ -14,7 +14,6 @@ def main(cfg: dict) -> None:
     from megatron_ext.runtime.engine import Engine
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
-    from recipes.grpo import reward_server  # noqa: F401  registers the reward http
     from recipes.grpo.rewards import check_rows, get_reward
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
@@ -49,4 +48,4 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
     from recipes.cli import launch
 
-    launch.run(main, __file__, default_config="grpo_tiny")
+    launch.run(main, __file__)

@@ -41,4 +41,4 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
     from recipes.cli import launch
 
-    launch.run(main, __file__, default_config="sft_tiny")
+    launch.run(main, __file__)

@@ -67,20 +67,12 @@ def rows(cls: type, prefix: str) -> list[str]:
 
 def page() -> str:
     sys.path.insert(0, str(ROOT))
-    from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LocateConfig
-    from recipes.grpo.settings import GRPOConfig
-    from recipes.sft.settings import SFTConfig
+    from recipes.registry import RECIPES
 
     parts = [HEAD]
-    recipes = {
-        "train_sft.py": SFTConfig,
-        "train_grpo.py": GRPOConfig,
-        "train_lftf.py": LFTFConfig,
-        "eval_bias.py": BiasEvalConfig,
-        "locate_bias.py": LocateConfig,
-    }
-    for script, cls in recipes.items():
-        parts += [f"\n## recipes/{script}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows(cls, "")]
+    for script, recipe in RECIPES.items():
+        table = rows(recipe.config_class(), "")
+        parts += [f"\n## recipes/{script}.py\n", "| key | type | default | meaning |", "|---|---|---|---|", *table]
     return "\n".join(parts) + "\n"
 
 

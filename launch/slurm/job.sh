@@ -32,6 +32,7 @@ set -euo pipefail
 export ROOT=${ROOT:-$SLURM_SUBMIT_DIR}
 # shellcheck source=launch/slurm/where.sh
 source "$ROOT/launch/slurm/where.sh"
+resumes=$(python3 "$ROOT/recipes/registry.py" resumes "$RECIPE")
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
 start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 LOGS=$RUN_DIR.slurm/$start
@@ -72,7 +73,7 @@ python3 "$canary" judge "${canary_args[@]}" --nodes "${hosts[@]}"
 
 # Training goes on from where it was; evaluations start anew.
 resume=()
-case $RECIPE in train_sft | train_grpo | train_lftf) resume=(exp_manager.resume_if_exists=true) ;; esac
+[ "$resumes" = no ] || resume=(exp_manager.resume_if_exists=true)
 "${on_all_nodes[@]}" bash "$ROOT/launch/slurm/node.sh" --config-name "$CONFIG" "$@" "exp_manager.explicit_log_dir='${RUN_DIR//\'/\\\'}'" \
     "trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$GPUS" "${resume[@]}" &
 step=$!

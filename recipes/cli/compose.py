@@ -1,175 +1,191 @@
-"""The configuration that a command line asks for, by NeMo's `hydra_runner`.
+"""The configuration that a command line or a caller asks for: a YAML file, what it is composed of, and overrides.
 
-Hydra, left alone, reports a bad command line or YAML over several lines (up to a whole traceback) and ends with code
-1. Here it is one line, with the nearest known key for an unknown one.
+By Hydra's own loader and its own options. Hydra, left alone, reports a bad command line or YAML over several lines (up to a
+whole traceback) and ends with code 1; here it is an error whose `recipes.cli.errors.one_line` names the nearest known key.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
+import operator
 import os
 import re
 import sys
-import types
-import warnings
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from recipes.cli.config import ConfigError, nearest_key
-from recipes.cli.errors import one_line, user_errors
+from recipes.cli.errors import one_line
 
-__all__ = ["compose", "run"]
+__all__ = ["CONFIG_FOLDER", "choices", "command_line", "compose", "forced"]
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "nemo_configs"
+SECTIONS = ("trainer.", "model.", "data.", "exp_manager.", "pretrained_checkpoint.")
+SWEEP = "a sweep (--multirun) is not supported: start one run per configuration"
+# NeMo's YAML may say ${multiply:4, ${.hidden_size}}.
+OmegaConf.register_new_resolver("multiply", operator.mul, replace=True)
+OmegaConf.register_new_resolver("sum", operator.add, replace=True)
 
 
-def compose(folder: str | Path, default: str) -> dict[str, Any]:
-    """The configuration that the command line asks for, resolved, as plain data.
+def forced(arguments: Sequence[str]) -> list[str]:
+    """A key of ours that the YAML leaves at its default may be set like any other, where Hydra would want a `+`; one that
+    does not exist is found by recipes.cli.config.build, which knows them all."""
+    return [f"++{a}" if a.startswith(SECTIONS) and "=" in a else a for a in arguments]
 
-    Exits when the command line asks for something else (--help, --cfg job) or cannot be followed.
+
+def compose(
+    name: str, overrides: Sequence[str] = (), folder: Path = CONFIG_FOLDER, may_be_unset: bool = False
+) -> dict[str, Any]:
+    """A YAML file with overrides, resolved, as plain data.
 
     Args:
         folder: where the YAML files are.
-        default: the file used when the command line names none.
+        may_be_unset: leave values of ??? as they are.
+
+    Raises:
+        ConfigError: an override of a key that is not there.
+        HydraException: no such file, or an override that cannot be read.
+        OmegaConfBaseException: an interpolation of nothing, a value that is not set.
     """
-    found = []
-
-    # Hydra takes a relative path for a module beside this one.
-    with _hydra_runner() as hydra_runner:
-
-        @hydra_runner(config_path=str(Path(folder).resolve()), config_name=default)
-        def keep(cfg):
-            found.append(cfg)
-
-        run(keep)
-    if not found:
-        sys.exit(0)
-    with user_errors():
-        if len(found) > 1:
-            raise ConfigError(SWEEP)
-        return OmegaConf.to_container(found[0], resolve=True, throw_on_missing=True)
+    return _plain(_composed(_hydra(folder), name, overrides), may_be_unset)
 
 
-TELEMETRY = "nemo.lightning.callback_group"
+def choices(name: str, overrides: Sequence[str] = (), folder: Path = CONFIG_FOLDER) -> dict[str, str]:
+    """What the YAML and the overrides choose of each group, such as {"model": "qwen3_8b", "cluster": "2x8"}.
+
+    Raises:
+        ConfigError, HydraException: see `compose`.
+    """
+    return dict(_composed(_hydra(folder), name, overrides).hydra.runtime.choices)
 
 
-class _NoTelemetry(types.ModuleType):
-    class CallbackGroup:
-        @staticmethod
-        def get_instance() -> _NoTelemetry.CallbackGroup:
-            return _NoTelemetry.CallbackGroup()
+def command_line(
+    arguments: Sequence[str], default: str, folder: Path = CONFIG_FOLDER, script: str = "app"
+) -> dict[str, Any]:
+    """The configuration that a script's arguments ask for: Hydra's options and overrides.
 
-        def on_app_end(self) -> None:
-            pass
+    Exits with code 0 when they ask for something else (--help, --cfg job, --info).
 
+    Args:
+        default: the file used when the arguments name none.
+        folder: where the YAML files are, unless --config-path says it.
+        script: its name without .py, for --help and ${hydra:job.name}.
 
-@contextlib.contextmanager
-def _hydra_runner() -> Iterator[Callable[..., Any]]:
-    """NeMo's hydra_runner without the rest of NeMo, whose import takes ten times as long as all else that a command line
-    needs: taken from its own file, and while inside, the telemetry that it tells of the end is not there to be told."""
-    package = importlib.util.find_spec("nemo").submodule_search_locations[0]
-    file = Path(package, "core", "config", "hydra_runner.py")
-    spec = importlib.util.spec_from_file_location("nemo_hydra_runner", file)
-    module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(TELEMETRY)
-    sys.modules[TELEMETRY] = _NoTelemetry(TELEMETRY)
-    try:
-        OmegaConf.clear_resolver(
-            "gpu_name"
-        )  # it may be registered only once in a process, by this file or NeMo's import of it
-        spec.loader.exec_module(module)
-        yield module.hydra_runner
-    finally:
-        if "nemo.core.config.hydra_runner" not in sys.modules:
-            OmegaConf.clear_resolver("gpu_name")
-        del sys.modules[TELEMETRY]
-        if before is not None:
-            sys.modules[TELEMETRY] = before
-
-
-def run(main: Callable[[], Any]) -> Any:
-    """Call `main`, decorated with NeMo's `hydra_runner`; bad command lines and YAML files end in one line, too."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"hydra\.")
-    with user_errors():
-        _check_arguments()
-        with _full_hydra_errors():
-            try:
-                return main()
-            except HydraException as error:
-                if not isinstance(error.__cause__, (ConfigAttributeError, ConfigKeyError)):
-                    raise
-                raise _unknown_override(main, error) from None
+    Raises:
+        ConfigError: an unknown option, a sweep.
+        HydraException, OmegaConfBaseException: see `compose`.
+    """
+    parser = get_args_parser()
+    asked = _parsed(parser, arguments)
+    hydra = _hydra(asked.config_path or folder, asked.config_dir, script)
+    name = asked.config_name or default
+    if asked.hydra_help:
+        hydra.hydra_help(name, parser, asked)
+    elif asked.shell_completion:
+        hydra.shell_completion(name, asked.overrides)
+    else:
+        config = _composed(hydra, name, asked.overrides)
+        if asked.help:
+            hydra.app_help(name, parser, asked)
+        elif asked.cfg:
+            hydra.show_cfg(name, asked.overrides, asked.cfg, asked.package, asked.resolve)
+        elif asked.info:
+            hydra.show_info(asked.info, name, asked.overrides)
+        else:
+            return _plain(config)
+    sys.exit(0)
 
 
-SWEEP = "a sweep (--multirun) is not supported: start one run per configuration"
-
-
-def _check_arguments() -> None:
-    """Refuse what argparse would refuse, without its usage lines, and sweeps."""
-    from hydra._internal.utils import get_args_parser
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Hydra's options; what argparse would refuse is refused without its usage lines, and so is what is not done here."""
 
     def refuse(message: str):
         raise ConfigError(f"{message}; keys are set by key=value, without dashes, and --help lists the options")
 
-    parser = get_args_parser()
     parser.error = refuse
-    if parser.parse_args().multirun:
+    asked = parser.parse_intermixed_args(arguments)
+    if asked.multirun:
         raise ConfigError(SWEEP)
+    if asked.experimental_rerun is not None:
+        raise ConfigError("--experimental-rerun is not supported: name the YAML and its overrides")
+    if len(commands := [c for c in ("run", "cfg", "info", "shell_completion") if getattr(asked, c)]) > 1:
+        raise ConfigError(f"--{commands[0]} and --{commands[1]}: give one of them")
+    if asked.resolve and not asked.cfg and not asked.help:
+        raise ConfigError("--resolve is for --cfg and --help")
+    return asked
 
 
-@contextlib.contextmanager
-def _full_hydra_errors() -> Iterator[None]:
-    """Hydra raises instead of printing and exiting."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+def _hydra(folder: str | Path, more: str | None = None, script: str = "app") -> Hydra:
+    """Hydra that finds files in a folder, and behind it in one more; a process may have several."""
+    version.setbase(None)
+    path = create_config_search_path(str(Path(folder).resolve()))
+    if more is not None:
+        if not os.path.isdir(more):
+            raise ConfigError(f"--config-dir {more} does not exist, or is no folder")
+        place = f"file://{os.path.abspath(more)}"
+        path.prepend(provider="command-line", path=place, anchor=SearchPathQuery(provider="schema"))
+    return Hydra(script, ConfigLoaderImpl(path))
+
+
+def _composed(hydra: Hydra, name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration, with Hydra's own under `hydra`."""
     try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+        config = hydra.compose_config(name, list(overrides), RunMode.RUN)
+    except HydraException as error:
+        if not isinstance(error.__cause__, (ConfigAttributeError, ConfigKeyError)):
+            raise
+        raise _unknown_override(hydra, name, overrides, error) from None
+    if config.hydra.mode == RunMode.MULTIRUN:
+        raise ConfigError(SWEEP)
+    return config
 
 
-def _unknown_override(main: Callable[[], Any], error: HydraException) -> ConfigError:
-    override = _bad_override(error)
-    if override is None:
+def _plain(config: DictConfig, may_be_unset: bool = False) -> dict[str, Any]:
+    HydraConfig.instance().set_config(config)  # for values such as ${hydra:job.name}
+    with open_dict(config):
+        del config["hydra"]
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=not may_be_unset)
+
+
+def _unknown_override(hydra: Hydra, name: str, overrides: Sequence[str], error: HydraException) -> ConfigError:
+    bad = _bad_override(overrides, error)
+    if bad is None:
         return ConfigError(one_line(error))
-    key = _key(override)
-    nearest = nearest_key(key, _known_keys(main, override))
+    nearest = nearest_key(_key(bad), _known_keys(hydra, name, overrides, bad))
     guess = f"; did you mean {nearest}? The" if nearest else ": the"
-    return ConfigError(f"unknown key {key}{guess} YAML does not list it; to set it all the same, write +{override}")
+    return ConfigError(f"unknown key {_key(bad)}{guess} YAML does not list it; to set it all the same, write +{bad}")
 
 
-def _bad_override(error: HydraException) -> str | None:
-    """The argument that Hydra could not follow."""
+def _bad_override(overrides: Sequence[str], error: HydraException) -> str | None:
+    """The override that Hydra could not follow."""
     quoted = re.search(r"'([^']+)'", str(error))
-    return next((a for a in sys.argv[1:] if quoted and _key(a) == quoted[1]), None)
+    return next((a for a in overrides if quoted and _key(a) == quoted[1]), None)
 
 
-def _known_keys(main: Callable[[], Any], bad: str | None) -> list[str]:
-    """The keys of the same command line without its unknown keys, by way of Hydra's --cfg."""
-    before, arguments = sys.argv, list(sys.argv)
-    try:
-        while bad in arguments:
-            arguments.remove(bad)
-            sys.argv = [*arguments, "--cfg", "job"]
-            out = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(out):
-                    main()
-                return list(_dotted(yaml.safe_load(out.getvalue())))
-            except HydraException as error:  # another unknown key
-                bad = _bad_override(error)
-        return []
-    finally:
-        sys.argv = before
+def _known_keys(hydra: Hydra, name: str, overrides: Sequence[str], bad: str | None) -> list[str]:
+    """The keys of the same file and overrides without those that are unknown."""
+    left = list(overrides)
+    while bad in left:
+        left.remove(bad)
+        try:
+            config = hydra.compose_config(name, left, RunMode.RUN)
+        except HydraException as error:  # another unknown key
+            bad = _bad_override(left, error)
+            continue
+        return [key for key in _dotted(OmegaConf.to_container(config)) if key.split(".")[0] != "hydra"]
+    return []
 
 
 def _dotted(node: Any, path: str = "") -> Iterator[str]:

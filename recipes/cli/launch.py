@@ -2,8 +2,8 @@
 
 A recipe is started in one of two ways, and runs the same code in both:
 
-- `python recipes/train_x.py trainer.devices=N ...`: this process reads the configuration with NeMo's `hydra_runner`,
-  starts N ranks on this machine, waits for them, and ends all of them when one fails;
+- `python recipes/train_x.py trainer.devices=N ...`: this process reads the configuration, starts N ranks on this machine, waits
+  for them, and ends all of them when one fails;
 - under torchrun: this process is one rank, and reads the configuration itself. SLURM starts one torchrun on each node.
 
 Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it. (Under
@@ -22,22 +22,21 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ext.runtime.install_check import InstallationError, check_installation
+from megatron_ext.runtime.install_check import check_installation
 from recipes.cli.stopping import listen
+from recipes.registry import RECIPES
 
-__all__ = ["CONFIG_FOLDER", "forced", "run"]
+__all__ = ["run"]
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "nemo_configs"
 # Set for the ranks that this module starts.
 CONFIG_VARIABLE, ERROR_VARIABLE = "MEGATRON_EXT_CONFIG", "MEGATRON_EXT_ERROR"
 GRACE_SECONDS = 10.0
-SECTIONS = ("trainer.", "model.", "data.", "exp_manager.", "pretrained_checkpoint.")
 
 
-def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
+def run(main: Callable[[dict], None], script: str) -> None:
     """Run `main(resolved configuration)` on every rank, then exit.
 
     A script puts the repository where Python has put the script's own folder, `recipes/`, whose `data` and `run` would hide a
@@ -45,18 +44,13 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
 
     Args:
         main: the recipe; receives the resolved YAML as plain data. Raises ValueError for bad input.
-        script: the entry script's path, started again for each rank.
-        default_config: file of nemo_configs/ used when the command line names none.
+        script: the entry script's path, started again for each rank; recipes.registry knows its default YAML.
     """
     sys.path.append(str(Path.cwd()))
     # Read when CUDA starts. Megatron overlaps tensor-parallel communication with products only in this order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
-    try:
-        check_installation()
-    except InstallationError as error:
-        _fail(error)
     if CONFIG_VARIABLE in os.environ:
         config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
         _run_rank(main, config)
@@ -66,11 +60,7 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
             f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks of this script, and each would start its own ranks: "
             "let srun start one torchrun per node (--ntasks-per-node=1), and torchrun this script"
         )
-    from recipes.cli.compose import compose
-
-    sys.argv[1:] = forced(sys.argv[1:])
-    sys.argv.append("hydra.job.chdir=false")
-    config = compose(CONFIG_FOLDER, default_config)
+    config = _command_line(Path(script).stem)
     ranks, nodes = _processes(config)
     if "RANK" in os.environ or ranks == nodes == 1:
         _run_rank(main, config)
@@ -83,10 +73,13 @@ def run(main: Callable[[dict], None], script: str, default_config: str) -> None:
         sys.exit(_run_ranks(script, config, ranks))
 
 
-def forced(arguments: Sequence[str]) -> list[str]:
-    """A key of ours that the YAML leaves at its default may be set like any other, where Hydra would want a `+`; one that
-    does not exist is found by recipes.cli.config.build, which knows them all."""
-    return [f"++{a}" if a.startswith(SECTIONS) and "=" in a else a for a in arguments]
+def _command_line(name: str) -> dict:
+    """The configuration that the command line asks for. Ranks that are handed theirs need no Hydra."""
+    from recipes.cli.compose import command_line, forced
+    from recipes.cli.errors import user_errors
+
+    with user_errors():
+        return command_line(forced(sys.argv[1:]), RECIPES[name].default, script=name)
 
 
 def _processes(config: dict) -> tuple[int, int]:
@@ -118,6 +111,7 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     _set_up_logging()
     listen()
     try:
+        check_installation()
         main(config)
     except Exception as error:
         from recipes.cli.errors import is_user_error, one_line
@@ -133,7 +127,7 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
 
 
 def _set_up_logging() -> None:
-    """Our choices from rank 0, libraries' warnings from all; Hydra has set another level where it ran."""
+    """Our choices from rank 0, libraries' warnings from all."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     if os.environ.get("RANK", "0") == "0":
         for package in ("megatron_ext", "recipes"):

@@ -34,6 +34,8 @@ Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
 T = TypeVar("T", bound=Callable)
 _REGISTRY: dict[str, Callable] = {}
+# Modules that register rewards of ours, beside this one.
+SHIPPED = ("recipes.grpo.reward_server",)
 
 
 class RewardError(UserError):
@@ -80,6 +82,8 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     """
     if not isinstance(spec, (str, Mapping)) or not isinstance(name := _name(spec), str) or not name:
         raise ConfigError(f"{KEY} must be a name or a mapping with name and options, got {spec!r}")
+    for module in SHIPPED:
+        importlib.import_module(module)
     options = {} if isinstance(spec, str) else {str(k): v for k, v in spec.items() if k != "name"}
     if name in _REGISTRY:
         target = _REGISTRY[name]

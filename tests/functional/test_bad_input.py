@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from recipes import train_grpo
+from recipes.cli.compose import compose
 from recipes.cli.errors import is_user_error
-from tests.recipe_runs import ROOT
 
 pytestmark = pytest.mark.functional
 
@@ -83,8 +81,7 @@ def test_grpo_refuses(task, tmp_path, name):
     files = {"empty": empty, "unanswered": unanswered}
     settings = [o if "{name" in o else o.format(**files) for o in overrides]
     arguments = [*task.grpo_overrides(out), "trainer.devices=1", *settings]
-    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
-        cfg = OmegaConf.to_container(compose("grpo_tiny", [f"++{a}" for a in arguments]), resolve=True)
+    cfg = compose("grpo_tiny", [f"++{a}" for a in arguments], may_be_unset=True)
     with pytest.raises(ValueError) as caught:
         train_grpo.main(cfg)
     message = str(caught.value)

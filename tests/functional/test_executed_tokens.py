@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from tests.recipe_runs import ROOT, metrics, run
+from recipes.cli.compose import compose
+from tests.recipe_runs import metrics, run
 
 pytestmark = pytest.mark.functional
 
@@ -33,8 +32,7 @@ json.dump(rows, open(sys.argv[2], "w"))
 def executed_rows(task, folder, *overrides):
     folder.mkdir()
     arguments = [*task.grpo_overrides(folder / "run"), "trainer.devices=1", "trainer.grpo.max_steps=1", *overrides]
-    with initialize_config_dir(str(ROOT / "nemo_configs"), version_base=None):
-        cfg = OmegaConf.to_container(compose("grpo_tiny", [f"++{a}" for a in arguments]), resolve=True)
+    cfg = compose("grpo_tiny", [f"++{a}" for a in arguments], may_be_unset=True)
     (folder / "config.json").write_text(json.dumps(cfg))
     done = run("-c", COUNTER, folder / "config.json", folder / "rows.json")
     assert done.code == 0, done.err

@@ -259,10 +259,11 @@ def test_what_cannot_fit_is_refused(tmp_path):
     write_hollow_weights(tmp_path)
     overrides = [
         TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=llama3_1_70b", "cluster=8x8",
-        "trainer.grpo.initial_policy_kl_penalty=0",
+        "trainer.grpo.initial_policy_kl_penalty=0", "trainer.grpo.reward={name: http, url: 'http://here:8000'}",
     ]  # fmt: skip
 
     def asked(nodes: int):
+        """In a process of its own, which has imported no reward by chance."""
         command = [sys.executable, "launch/submit.py", "--recipe", "train_grpo", "--config", "grpo", "--dry-run", "--nodes",
                    nodes, "--run-dir", "/tmp/r", "--", *overrides]  # fmt: skip
         return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
