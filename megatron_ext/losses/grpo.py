@@ -1,10 +1,10 @@
 """The GRPO objective as pure functions of tensors.
 
-Source: Group Relative Policy Optimization, DeepSeekMath (arXiv 2402.03300), eq. 3; KL estimators k1, k2, k3 after
-Schulman, "Approximating KL divergence" (2020); token-level normalisation and asymmetric clipping after DAPO (arXiv
-2503.14476); sequence-level ratios after GSPO (arXiv 2507.18071).
+Source: Group Relative Policy Optimization, DeepSeekMath (arXiv 2402.03300), eq. 3; the KL term in `megatron_ext.losses.kl`;
+token-level normalisation and asymmetric clipping after DAPO (arXiv 2503.14476); sequence-level ratios after GSPO (arXiv
+2507.18071).
 
-    loss = sum_i w_i [ -min(rho_i A_i, clip(rho_i, 1 - eps_min, 1 + eps_max) A_i) + beta KL_i ]
+    loss = sum_i w_i [ -min(rho_i A_i, clip(rho_i, 1 - eps_min, 1 + eps_max) A_i) + beta KL_i - eta H_i ]
 
 | symbol | here | configuration key |
 |---|---|---|
@@ -12,7 +12,9 @@ Schulman, "Approximating KL divergence" (2020); token-level normalisation and as
 | A_i | advantages[response of i] | trainer.grpo.normalize_rewards, use_leave_one_out_baseline |
 | eps_min, eps_max | ratio_clip_min, ratio_clip_max | trainer.grpo.ratio_eps, or ratio_clip_min/ratio_clip_max |
 | beta | kl_penalty | trainer.grpo.initial_policy_kl_penalty |
-| KL_i | kl_type k1, k2 or k3 | trainer.grpo.reference_policy_kl_type |
+| KL_i | kl_type, kl_weighted | trainer.grpo.reference_policy_kl_type, use_bias_correction_kl |
+| A_i - beta KL_i, and no KL_i in the sum | kl_in_reward | trainer.grpo.use_kl_in_reward |
+| eta, H_i | entropy_bonus, entropy | trainer.grpo.entropy_bonus |
 | w_i | weights, from `token_weights` | trainer.grpo.token_level_loss |
 
 The weights carry the GLOBAL normaliser, so the losses of microbatches and data-parallel ranks add up to the loss of the
@@ -23,18 +25,16 @@ Shape legend: r predicted response tokens, k responses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.losses.kl import KL_TYPES, bounded_exp, kl_in_loss, kl_in_reward, weighted_k3
 
-__all__ = ["GrpoTerms", "group_advantages", "groups_with_signal", "grpo_loss", "kl_estimate", "token_weights"]
-
-KL_TYPES = ("k1", "k2", "k3")
-# Ratios beyond e^20 are clipped anyway, but their overflow would turn a gradient of 0 into NaN.
-LARGEST_LOG_RATIO = 20.0
+__all__ = ["GrpoTerms", "group_advantages", "groups_with_signal", "grpo_loss", "token_weights"]
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,46 @@ class GrpoTerms:
     ratio_clip_max: float = 0.2
     kl_penalty: float = 0.0
     kl_type: str = "k3"
+    kl_in_reward: bool = False
+    kl_weighted: bool = False
     sequence_level_ratios: bool = False
     entropy_bonus: float = 0.0
 
     def __post_init__(self):
-        if self.kl_type not in KL_TYPES:
-            raise UserError(f"reference_policy_kl_type must be one of {', '.join(KL_TYPES)}, got {self.kl_type!r}")
-        if not 0 <= self.ratio_clip_min < 1 or self.ratio_clip_max < 0:
+        if not 0 <= self.ratio_clip_min < 1 or not self.ratio_clip_max >= 0:
             raise UserError(
                 f"ratio_clip_min={self.ratio_clip_min} must lie in [0, 1) and ratio_clip_max={self.ratio_clip_max} "
                 "must not be negative"
+            )
+        if not math.isfinite(self.entropy_bonus):
+            raise UserError(f"entropy_bonus={self.entropy_bonus} must be finite")
+        if not 0 <= self.kl_penalty < math.inf:
+            raise UserError(f"initial_policy_kl_penalty={self.kl_penalty} must be finite and not negative")
+        self._check_kl_form()
+
+    def _check_kl_form(self) -> None:
+        """Only forms that pull the policy to the reference, see `megatron_ext.losses.kl`."""
+        if self.kl_type not in KL_TYPES:
+            raise UserError(f"reference_policy_kl_type must be one of {', '.join(KL_TYPES)}, got {self.kl_type!r}")
+        for key, on in (("use_kl_in_reward", self.kl_in_reward), ("use_bias_correction_kl", self.kl_weighted)):
+            if on and not self.kl_penalty:
+                raise UserError(
+                    f"{key}=true has no effect while initial_policy_kl_penalty=0: set one of them otherwise"
+                )
+        if self.kl_in_reward and self.kl_type != "k1":
+            raise UserError(
+                f"use_kl_in_reward=true needs reference_policy_kl_type=k1, got {self.kl_type}, which as a reward does not "
+                "pull the policy to the reference"
+            )
+        if self.kl_type == "k1" and self.kl_penalty and not self.kl_in_reward:
+            raise UserError(
+                "reference_policy_kl_type=k1 in the loss has no effect, because its gradient is 0 on average: set "
+                "use_kl_in_reward=true, or reference_policy_kl_type=k2 or k3"
+            )
+        if self.kl_weighted and self.kl_type != "k3":
+            raise UserError(
+                f"use_bias_correction_kl=true weighs k3 in the loss, but reference_policy_kl_type={self.kl_type}: set k3, "
+                "or use_bias_correction_kl=false"
             )
 
 
@@ -62,15 +92,18 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
     """Group-relative advantages.
 
     Args:
-        rewards: [prompts, samples_per_prompt], finite.
-        normalize: divide by the group's standard deviation (eq. 3 of DeepSeekMath); a group whose rewards are all
-            equal gets zero.
+        rewards: [prompts, samples_per_prompt], finite; in fp64, because fp32 holds integers up to 2^24 only.
+        normalize: divide by the group's standard deviation (eq. 3 of DeepSeekMath) plus 1e-6; a group whose rewards are
+            all equal gets zero.
         leave_one_out: the baseline of a response is the mean of the OTHERS of its group (RLOO, arXiv 2402.14740).
 
     Returns:
-        [prompts, samples_per_prompt] in the dtype of `rewards`.
+        [prompts, samples_per_prompt], fp64.
     """
-    prompts, samples = rewards.shape
+    samples = rewards.size(1)
+    # Counted from the group's smallest: differences of large rewards are exact, and those of equal ones exactly 0.
+    rewards = rewards.double()
+    rewards = rewards - rewards.amin(1, keepdim=True)
     baseline = rewards.mean(1, keepdim=True)
     if leave_one_out:
         if samples < 2:
@@ -78,10 +111,7 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     advantages = rewards - baseline
     if normalize and samples > 1:
-        # Not std > 0: equal rewards need not average to themselves, and std is then rounding noise.
-        std = rewards.std(1, keepdim=True)
-        signal = groups_with_signal(rewards).unsqueeze(1)
-        advantages = torch.where(signal, advantages / (std + 1e-6), torch.zeros_like(advantages))
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     return advantages
 
 
@@ -112,20 +142,6 @@ def token_weights(
     return mask.float() / (lengths.clamp(min=1)[response_ids] * max(global_responses, 1))
 
 
-def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference), [r]: k1 = log(p/q), k2 = k1^2 / 2, k3 = q/p - 1 + log(p/q)."""
-    log_ratio = logprobs - reference
-    if kind == "k1":
-        return log_ratio
-    if kind == "k2":
-        return log_ratio.square() / 2
-    return torch.expm1(-_bounded(log_ratio)) + log_ratio
-
-
-def _bounded(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-
-
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -148,12 +164,22 @@ def grpo_loss(
         response_ids: int64 [r], needed for sequence-level ratios.
 
     Returns:
-        (scalar loss, metrics). Metrics are weighted sums, so they add up over microbatches and ranks as the loss does.
+        (scalar loss, metrics). Metrics are weighted sums, so they add up over microbatches and ranks as the loss does. "kl"
+        is the ratio-weighted k3 whatever form the penalty has: its mean is KL(policy, reference), after updates too.
+
+    Raises:
+        UserError: a term whose coefficient is not 0 lacks what it is made of.
     """
-    log_ratio = logprobs - old_logprobs
+    token_log_ratio = log_ratio = logprobs - old_logprobs
     if terms.sequence_level_ratios:
         log_ratio = _sequence_log_ratio(log_ratio, weights, response_ids)
-    ratio = _bounded(log_ratio).exp()
+    if terms.kl_penalty and ref_logprobs is None:
+        raise UserError(f"initial_policy_kl_penalty={terms.kl_penalty} needs the reference policy's log-probabilities")
+    if terms.entropy_bonus and entropy is None:
+        raise UserError(f"entropy_bonus={terms.entropy_bonus} needs the entropies")
+    if terms.kl_in_reward:
+        advantages = advantages - terms.kl_penalty * kl_in_reward(old_logprobs, ref_logprobs)
+    ratio = bounded_exp(log_ratio)
     clipped = ratio.clamp(1 - terms.ratio_clip_min, 1 + terms.ratio_clip_max)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     metrics = {
@@ -161,12 +187,10 @@ def grpo_loss(
         "clip_fraction": (weights * (ratio * advantages > clipped * advantages)).sum(),
     }
     if ref_logprobs is not None:
-        kl = kl_estimate(logprobs, ref_logprobs, terms.kl_type)
-        metrics["kl"] = (weights * kl).sum()
-        if terms.kl_penalty:
-            per_token = per_token + terms.kl_penalty * kl
-    elif terms.kl_penalty:
-        raise UserError(f"initial_policy_kl_penalty={terms.kl_penalty} needs the reference policy's log-probabilities")
+        d = logprobs - ref_logprobs
+        metrics["kl"] = (weights * weighted_k3(d, token_log_ratio)).sum()
+        if terms.kl_penalty and not terms.kl_in_reward:
+            per_token = per_token + terms.kl_penalty * kl_in_loss(terms.kl_type, d, token_log_ratio, terms.kl_weighted)
     if entropy is not None:
         metrics["entropy"] = (weights * entropy).sum()
         if terms.entropy_bonus:
@@ -177,13 +201,15 @@ def grpo_loss(
 
 
 def _sequence_log_ratio(log_ratio: Tensor, weights: Tensor, response_ids: Tensor) -> Tensor:
-    """GSPO, eq. 7: every token of a response gets the response's mean log ratio."""
-    counts = (weights > 0).float()
+    """Every token of a response gets the response's mean log ratio, and its own gradient.
+
+    This is GSPO-token (section 4.3): where a response's tokens have one advantage and one weight it is GSPO, gradient
+    included, and it stays well defined where the penalty in the reward gives each token an advantage of its own.
+    """
+    counts, values = (weights > 0).to(log_ratio), log_ratio.detach()
     num = int(response_ids.max()) + 1 if response_ids.numel() else 0
-    mean = _sum_by_response(log_ratio * counts, response_ids, num) / _sum_by_response(counts, response_ids, num).clamp(
-        min=1
-    )
-    return mean[response_ids]
+    total, count = (_sum_by_response(x, response_ids, num) for x in (values * counts, counts))
+    return (total / count.clamp(min=1))[response_ids] + (log_ratio - values)
 
 
 def _sum_by_response(values: Tensor, response_ids: Tensor, num_responses: int) -> Tensor:

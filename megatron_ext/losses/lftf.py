@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.losses.kl import k3
 
 __all__ = ["BIAS_LOSSES", "LOSSES", "kept_text_loss", "loss_weights", "pair_loss"]
 
@@ -88,5 +89,4 @@ def kept_text_loss(logprobs: Tensor, frozen: Tensor) -> Tensor:
     Never negative, 0 only at x = 1; where the text is what the frozen model would write, its mean estimates
     KL(frozen || model) without bias.
     """
-    log_ratio = logprobs - frozen.to(logprobs)
-    return torch.expm1(log_ratio) - log_ratio
+    return k3(frozen.to(logprobs) - logprobs)

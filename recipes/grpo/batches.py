@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Rollouts:
-    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g]."""
+    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g], fp64."""
 
     prompts: list[Prompt]
     responses: list[list[list[int]]]
@@ -113,10 +113,10 @@ class BatchMaker:
         mine = (rollouts.prompts, rollouts.responses, rollouts.rewards.tolist(), rollouts.advantages.tolist())
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         prompts, responses, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
-        device = self.session.device
-        return Rollouts(
-            prompts, responses, torch.tensor(rewards, device=device), torch.tensor(advantages, device=device)
+        rewards, advantages = (
+            torch.tensor(x, dtype=torch.float64, device=self.session.device) for x in (rewards, advantages)
         )
+        return Rollouts(prompts, responses, rewards, advantages)
 
     def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[Microbatch]:
         """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
@@ -134,7 +134,7 @@ class BatchMaker:
                 min_shared=self.config.model.min_shared_tokens if share_prefix else None,
             )
             advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
-            extra = {"advantages": advantages[batch.groups.response_ids]}
+            extra = {"advantages": advantages[batch.groups.response_ids].float()}
             microbatches.append(Microbatch(batch, settings.sampling_params.temperature, extra))
             masks.append([[self._trained(r)] * len(r) for rs in responses for r in rs])
         counted = [mask for part in masks for mask in part if any(mask)]  # prompts are never empty: all are predicted

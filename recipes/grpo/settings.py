@@ -56,8 +56,16 @@ class GRPOSettings:
     gradient_clip_val: float = 1.0
     # beta, the weight of the KL divergence to the initial policy; 0: no reference pass.
     initial_policy_kl_penalty: float = 0.0
+    # k2 or k3: an estimate of that divergence in the loss; k1: in the reward, with use_kl_in_reward. docs/objective.md compares.
     reference_policy_kl_type: str = "k3"
+    # Take beta times k1 from each token's advantage, after the group's normalisation, instead of adding to the loss.
+    use_kl_in_reward: bool = False
+    # Weigh k3 in the loss by the importance ratio: the gradient of KL(policy, initial) without bias, also when a rollout
+    # serves several updates. TRL's key, which is on there unless said otherwise.
+    use_bias_correction_kl: bool = False
+    # Of rewards, against the mean of the OTHER responses of the group instead of all (RLOO).
     use_leave_one_out_baseline: bool = False
+    # Divide advantages by the standard deviation of the group's rewards.
     normalize_rewards: bool = True
     # Symmetric clip; ratio_clip_min and ratio_clip_max override it.
     ratio_eps: float = 0.2
@@ -69,6 +77,7 @@ class GRPOSettings:
     sequence_level_importance_ratios: bool = False
     # True: responses cut off at max_length, without an end, are not trained on (DAPO).
     overlong_filtering: bool = False
+    # eta, taken times the policy's entropy from the loss: positive keeps answers various, negative makes them alike.
     entropy_bonus: float = 0.0
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
@@ -77,7 +86,7 @@ class GRPOSettings:
         at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
-            "initial_policy_kl_penalty",
+            "initial_policy_kl_penalty", "ratio_eps",
         )  # fmt: skip
         if self.samples_per_prompt < 2:
             raise UserError(
@@ -89,7 +98,10 @@ class GRPOSettings:
                 "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
                 "nothing; set it to false (validation is greedy anyway)"
             )
-        self.terms  # noqa: B018  raises on bad coefficients
+        try:
+            self.terms  # noqa: B018  raises on bad coefficients
+        except UserError as error:
+            raise UserError(f"trainer.grpo: {error}") from error
         self.sampling(stop_token_id=None)
 
     def sampling(self, stop_token_id: int | None) -> SamplingParams:
@@ -115,6 +127,8 @@ class GRPOSettings:
             ratio_clip_max=self.ratio_eps if high is None else high,
             kl_penalty=self.initial_policy_kl_penalty,
             kl_type=self.reference_policy_kl_type,
+            kl_in_reward=self.use_kl_in_reward,
+            kl_weighted=self.use_bias_correction_kl,
             sequence_level_ratios=self.sequence_level_importance_ratios,
             entropy_bonus=self.entropy_bonus,
         )

@@ -132,7 +132,7 @@ class GRPOTrainer:
         dist.all_gather_object(parts, (responses, rewards.tolist()), group=parallel_state.get_context_parallel_group())
         responses = [r for part, _ in parts for r in part]
         rewards = [r for _, part in parts for r in part]
-        return responses, torch.tensor(rewards, device=self.session.device)
+        return responses, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
 
     def score_rollouts(self, microbatches: list[Microbatch]) -> int:
         """Log-probabilities of the sampling policy and, with a KL penalty, of the initial one. Returns the passes."""
@@ -165,14 +165,15 @@ class GRPOTrainer:
         return {"val_rollouts/reward": total / count, **self.session.timers.read()}
 
     def _rewards(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> Tensor:
-        """Rewards [prompts, samples], computed once per model-parallel group and told to its other ranks."""
+        """Rewards [prompts, samples] in fp64, computed once per model-parallel group and told to its other ranks."""
         samples = len(responses[0]) if responses else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
-        rewards = torch.empty(len(prompts), samples, device=self.session.device)
+        rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
         if group.rank() == 0:
             texts = [self.session.tokenizer.decode(r) for rs in responses for r in rs]
             rows = [p.row for p in prompts for _ in range(samples)]
-            rewards.copy_(torch.tensor(score(self.reward, texts, rows)).view_as(rewards))
+            values = score(self.reward, texts, rows)
+            rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
         if group.size() > 1:
             dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
         return rewards

@@ -80,6 +80,14 @@ def test_validation_before_and_after(grouped):
     assert all(0 <= value <= 1 for value in rewards.values())
 
 
+def test_rewards_keep_their_precision(grouped):
+    """Twelfths (`length` with the target 12) have none in fp32: the mean of a step's 16 is a whole number of 192ths."""
+    for row in metrics(grouped):
+        if "train_rollouts/reward" in row:
+            parts = row["train_rollouts/reward"] * 16 * 12
+            assert abs(parts - round(parts)) < 1e-9
+
+
 def test_overlong_responses_can_be_left_out(task, tmp_path):
     """Cut after two tokens nearly all are overlong; the weights of those left add up to 1, and the ratio starts at 1."""
     done = task.grpo(
@@ -109,7 +117,7 @@ def test_the_first_step_is_the_same_however_it_is_run(task, grouped, tmp_path, l
     done = task.grpo(tmp_path / "run", "trainer.grpo.max_steps=2", *layout)
     assert done.code == 0, done.err
     first, other = next(r for r in metrics(grouped) if "train_optim/loss" in r), metrics(tmp_path / "run")[0]
-    assert other["train_rollouts/reward"] == pytest.approx(first["train_rollouts/reward"], rel=1e-6)
+    assert other["train_rollouts/reward"] == pytest.approx(first["train_rollouts/reward"], rel=1e-12)
     assert other["train_rollouts/response_length"] == first["train_rollouts/response_length"]
     assert other["train_optim/grad_norm"] == pytest.approx(first["train_optim/grad_norm"], rel=1e-4)
     if layout == ["model.micro_batch_tokens=300"]:

@@ -30,6 +30,12 @@ def test_the_reference_page_is_up_to_date():
         ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
         ("trainer.grpo.rollout_micro_batch_size=-1", "rollout_micro_batch_size=-1 must be at least 1"),
         ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
+        (
+            "trainer.grpo.reference_policy_kl_type=k1",
+            "trainer.grpo: reference_policy_kl_type=k1 in the loss has no effect",
+        ),
+        ("++trainer.grpo.use_kl_in_reward=true", "use_kl_in_reward=true needs reference_policy_kl_type=k1, got k3"),
+        ("trainer.grpo.ratio_eps=-0.1", "trainer.grpo.ratio_eps=-0.1 must be at least 0"),
         ("trainer.grpo.save_interval=-1", "save_interval=-1 must be at least 0"),
         ("model.micro_batch_size=0", "model.micro_batch_size=0 must be at least 1"),
         ("model.global_batch_size=0", "model.global_batch_size=0 must be at least 1"),
@@ -58,6 +64,18 @@ def test_impossible_values_are_refused_before_anything_runs(override, words):
 def build_grpo(*overrides: str) -> GRPOConfig:
     given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", *overrides]
     return build(GRPOConfig, compose("grpo_tiny", given))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "field"),
+    [("k1", "use_kl_in_reward", "kl_in_reward"), ("k3", "use_bias_correction_kl", "kl_weighted")],
+)
+def test_forms_of_the_kl_penalty_reach_the_loss(kind, key, field):
+    chosen = f"trainer.grpo.reference_policy_kl_type={kind}", f"++trainer.grpo.{key}=true"
+    terms = build_grpo(*chosen, "trainer.grpo.initial_policy_kl_penalty=0.25").trainer.grpo.terms
+    assert getattr(terms, field) and terms.kl_type == kind and terms.kl_penalty == 0.25
+    with pytest.raises(ValueError, match=f"{key}=true has no effect while initial_policy_kl_penalty=0"):
+        build_grpo(*chosen, "trainer.grpo.initial_policy_kl_penalty=0")
 
 
 def test_beginnings_cannot_be_shared_without_sharing():
