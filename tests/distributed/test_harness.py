@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import torch.distributed as dist
 
 from megatron_ext.runtime.distributed import ParallelSizes
+from tests.distributed.harness_scenarios import fail_or_wait, sleep_forever, start_a_child, sum_ranks
 from tests.harness import RankError, run_ranks
 
 pytestmark = pytest.mark.distributed
-
-
-def sum_ranks(device: torch.device, offset: int) -> dict:
-    from megatron.core import parallel_state
-
-    total = torch.tensor([dist.get_rank() + offset], device=device)
-    dist.all_reduce(total)
-    return {
-        "rank": dist.get_rank(),
-        "total": total.item(),
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "data": parallel_state.get_data_parallel_world_size(),
-        "backend": dist.get_backend(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def fail_or_wait(device: torch.device) -> None:
-    if dist.get_rank() == 1:
-        raise LookupError("the shelf is empty")
-    dist.barrier()
-
-
-def start_a_child(device: torch.device, folder: Path, end: str) -> None:
-    """As Megatron does to save a checkpoint; the child's id is left in a file."""
-    manager = multiprocessing.get_context("spawn").Manager()
-    (folder / "pid").write_text(str(manager._process.pid))
-    if end == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
@@ -54,10 +21,6 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def sleep_forever(device: torch.device) -> None:
-    time.sleep(1000)
 
 
 def test_results_come_back_in_rank_order():

@@ -14,7 +14,7 @@ from tests.engine_cases import gradient_floor, relative_error
 from tests.gpt_cases import small_config
 from tests.harness import run_ranks
 from tests.layouts import randn
-from tests.unit.models.test_media import FEATURES, cases
+from tests.media_cases import FEATURES, cases
 
 pytestmark = pytest.mark.distributed
 

@@ -14,10 +14,8 @@ import time
 import pytest
 import torch
 
-from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
-from recipes.cli.config import build
 from recipes.cli.stopping import STOP_FILE_VARIABLE
+from tests.gpt_cases import saved_weights
 from tests.recipe_runs import ROOT, metrics
 
 pytestmark = pytest.mark.functional
@@ -34,12 +32,6 @@ def start(task, recipe: str, out, *more: str):
     done = getattr(task, recipe)(out, *RECIPES[recipe], *KEEP, *more)
     assert done.code == 0, done.err
     return done
-
-
-def weights(folder, world) -> dict[str, torch.Tensor]:
-    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(folder)["model"]), world)
-    load_weights(folder, model)
-    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -62,7 +54,7 @@ def runs(request, task, tmp_path_factory):
 
 def test_bitwise_the_run_that_was_never_stopped(runs, world):
     _, folder = runs
-    straight, stopped = (weights(folder / name / "checkpoints/final", world) for name in ("straight", "stopped"))
+    straight, stopped = (saved_weights(folder / name / "checkpoints/final", world) for name in ("straight", "stopped"))
     assert all(torch.equal(stopped[name], value) for name, value in straight.items())
     before, after = metrics(folder / "straight"), metrics(folder / "stopped")
     assert [r["step"] for r in after] == [r["step"] for r in before]
@@ -94,7 +86,7 @@ def test_on_another_layout(runs, task, world):
             "a token sampled otherwise by rounding is another run; optimizers are compared in tests/distributed"
         )
     start(task, recipe, folder / "moved", RESUME, "trainer.devices=2", "model.tensor_model_parallel_size=2")
-    expected, found = (weights(folder / name / "checkpoints/final", world) for name in ("straight", "moved"))
+    expected, found = (saved_weights(folder / name / "checkpoints/final", world) for name in ("straight", "moved"))
     for name, value in found.items():
         truth = expected[name]
         value = value[: len(truth)]  # more rows of padding under tensor parallelism

@@ -20,7 +20,7 @@ import yaml
 from launch import submit
 from megatron_ext.hf import make_hf_config
 from recipes.planning import read_config
-from tests.functional.test_resume import weights
+from tests.gpt_cases import saved_weights
 from tests.harness import ROOT
 from tests.hf_models import write_hollow_weights
 from tests.recipe_runs import metrics, run
@@ -132,7 +132,7 @@ def test_grpo_on_two_nodes_is_grpo_on_one_machine(cluster, task, tmp_path, world
     for ours, theirs in zip(metrics(job.run_dir), metrics(tmp_path / "here"), strict=True):
         keys = [k for k in ours if not k.startswith("timers/") and "per_second" not in k]
         assert [ours[k] for k in keys] == [theirs[k] for k in keys] and len(keys) > 10
-    there, local = (weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
+    there, local = (saved_weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
     assert all(torch.equal(local[name], value) for name, value in there.items())
 
 
@@ -213,7 +213,7 @@ def test_a_preempted_run_goes_on_and_ends_as_if_undisturbed(cluster, task, tmp_p
     assert here.code == 0, here.err
     job.end()
     assert yaml.safe_load((job.run_dir / "config.yaml").read_text())["data"]["train_path"] == str(odd / "sft.jsonl")
-    there, local = (weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
+    there, local = (saved_weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
     assert all(torch.equal(local[name], value) for name, value in there.items())
     assert [r["step"] for r in metrics(job.run_dir)] == list(range(1, 41))
 

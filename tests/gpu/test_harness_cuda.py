@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_ext.runtime.distributed import ParallelSizes
-from tests.distributed.test_harness import sum_ranks
+from tests.distributed.harness_scenarios import sum_ranks
 from tests.harness import cuda_devices, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_devices() < 2, reason="needs two CUDA GPUs")]

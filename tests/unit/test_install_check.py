@@ -17,18 +17,6 @@ from megatron_ext.runtime.install_check import (
 
 ROOT = Path(__file__).parents[2]
 
-PROBE = """
-import json, sys
-from megatron_ext.runtime import install_check
-outcome = ["ok", ""]
-try:
-    install_check.check_installation({arguments})
-except BaseException as error:
-    outcome = [type(error).__name__, str(error)]
-loaded = sorted({{"megatron", "transformer_engine", "apex"}} & set(sys.modules))
-print(json.dumps([*outcome, loaded]))
-"""
-
 EXPLODES = "raise RuntimeError('the check must not import this')\n"
 
 
@@ -78,10 +66,11 @@ class Site:
         self.module("apex/__init__.py", EXPLODES)
         self.module("apex/normalization/fused_layer_norm.py", EXPLODES)
 
-    def probe(self, arguments: str = "gpu_present=False", **environment: str) -> tuple[str, str]:
-        """-> (class name of what check_installation raised, or "ok"; its message)."""
+    def probe(self, gpu_present: bool | None = False, **environment: str) -> tuple[str, str]:
+        """-> (class name of what check_installation raised, or "ok"; its message). None: it finds out itself."""
+        arguments = {} if gpu_present is None else {"gpu_present": gpu_present}
         result = subprocess.run(
-            [sys.executable, "-S", "-c", PROBE.format(arguments=arguments)],
+            [sys.executable, "-S", ROOT / "tests/programs/probe_installation.py", json.dumps(arguments)],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)])} | environment,
             capture_output=True,
@@ -92,8 +81,8 @@ class Site:
         assert loaded == [], "the check imported what it has to judge"
         return outcome, message
 
-    def assert_refused(self, *words: str, arguments: str = "gpu_present=False") -> None:
-        outcome, message = self.probe(arguments)
+    def assert_refused(self, *words: str, gpu_present: bool = False) -> None:
+        outcome, message = self.probe(gpu_present)
         assert outcome == "InstallationError", message
         assert len(message.splitlines()) == 1
         for word in words:
@@ -117,7 +106,7 @@ def test_accepts_a_gpu_machine_with_everything(site: Site):
     site.megatron_core()
     site.transformer_engine("transformer-engine-cu13", "transformer-engine-torch")
     site.nvidia_apex()
-    assert site.probe("gpu_present=True") == ("ok", "")
+    assert site.probe(gpu_present=True) == ("ok", "")
 
 
 def test_accepts_transformer_engine_built_from_source(site: Site):
@@ -125,7 +114,7 @@ def test_accepts_transformer_engine_built_from_source(site: Site):
     site.torch("13.0")
     site.megatron_core()
     site.transformer_engine(purelib=False)
-    assert site.probe("gpu_present=True") == ("ok", "")
+    assert site.probe(gpu_present=True) == ("ok", "")
 
 
 def test_accepts_this_environment():
@@ -154,14 +143,14 @@ def test_refuses_torch_without_cuda_on_a_gpu_machine(site: Site):
     site.torch(None)
     site.megatron_core()
     words = "NVIDIA GPU", "torch 2.13.0", "without CUDA", "install a CUDA build", "CUDA_VISIBLE_DEVICES=''"
-    site.assert_refused(*words, arguments="gpu_present=True")
+    site.assert_refused(*words, gpu_present=True)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_hiding_the_gpus_allows_torch_without_cuda(site: Site, hidden):
     site.torch(None)
     site.megatron_core()
-    assert site.probe("", CUDA_VISIBLE_DEVICES=hidden) == ("ok", "")
+    assert site.probe(None, CUDA_VISIBLE_DEVICES=hidden) == ("ok", "")
 
 
 def test_refuses_transformer_engine_where_torch_has_no_cuda(site: Site):
@@ -208,7 +197,7 @@ def test_refuses_an_apex_that_is_not_nvidias(site: Site, files):
     site.megatron_core()
     for path in files:
         site.module(path, EXPLODES)
-    site.assert_refused("not NVIDIA's", str(site.folder / "apex"), "pip uninstall apex", arguments="gpu_present=True")
+    site.assert_refused("not NVIDIA's", str(site.folder / "apex"), "pip uninstall apex", gpu_present=True)
 
 
 def test_refuses_nvidias_apex_where_torch_has_no_cuda(site: Site):

@@ -1,7 +1,4 @@
-"""Grouped attention equals repeated plain attention in fp64, outputs and every gradient, for any layout.
-
-The bound 1e-10 is far above fp64 rounding of these sums (about 1e-14) and far below any wrong term (about 1).
-"""
+"""Grouped attention equals repeated plain attention in fp64, outputs and every gradient, for any layout."""
 
 from __future__ import annotations
 
@@ -12,30 +9,9 @@ from torch import Tensor
 from megatron_ext.attention import Scoring, prefix_grouped_attention
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import LAYOUTS, error, plain_attention, randn, random_lengths, spans
+from tests.unit.attention.comparison import BOUND, assert_close, draw, outputs_and_grads
 
-BOUND = 1e-10
 HEADS = [(4, 4), (8, 2), (3, 1)]  # query heads, key/value heads: plain, grouped 4:1, one shared
-
-
-def outputs_and_grads(attend, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """[out, dq, dk, dv] for the rows that `grad` covers."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = attend(*leaves)[: grad.size(0)]
-    out.backward(grad)
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert a.shape == b.shape
-        assert error(a, b) <= BOUND, f"{name} differs by {error(a, b)}"
-
-
-def draw(rng, groups: PrefixGroups, n: int, m: int, d: int = 16) -> tuple[list[Tensor], Tensor]:
-    """([q, k, v], gradient of the rows before the pad)."""
-    t = groups.num_tokens
-    inputs = [randn(rng, t, heads, d) for heads in (n, m, m)]
-    return inputs, randn(rng, t - groups.num_pad_tokens, n, d)
 
 
 @pytest.mark.parametrize(("n", "m"), HEADS)

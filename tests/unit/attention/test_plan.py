@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.attention.kernels import KERNELS
-from megatron_ext.attention.plan import Call, Plan, Rectangle, plan_attention
+from megatron_ext.attention.plan import Rectangle, plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import Lengths, lengths_strategy, spans
+from tests.unit.attention.comparison import scores_of_plan
 
 pads = st.sampled_from([1, 8, 16])
 
@@ -28,28 +29,6 @@ def visible_pairs(lengths: Lengths, total: int) -> torch.Tensor:
     for row in range(real, total):  # the pad is a document of its own
         mask[row, real : row + 1] = True
     return mask
-
-
-def scores_of(call: Call, queries: int, keys: int) -> torch.Tensor:
-    """int [queries, keys]: how often the call computes each pair."""
-    count = torch.zeros(queries, keys, dtype=torch.long)
-    for r in call.rectangles:
-        block = torch.ones(r.q_len, r.k_len, dtype=torch.long)
-        if call.causal:
-            block = block.tril(r.k_len - r.q_len)
-        if call.window is not None:
-            block = block.triu(r.k_len - r.q_len - call.window)
-        count[r.q_start : r.q_start + r.q_len, r.k_start : r.k_start + r.k_len] += block
-    return count
-
-
-def scores_of_plan(plan: Plan, queries: int, keys: int) -> torch.Tensor:
-    """The same for all calls, keys that were copied counted where they came from."""
-    if plan.copied is None:
-        return sum(scores_of(call, queries, keys) for call in plan.calls)
-    source = torch.tensor([row for start, length in plan.copied for row in range(start, start + length)])
-    count = torch.zeros(queries, keys, dtype=torch.long)
-    return count.index_add_(1, source, sum(scores_of(call, queries, len(source)) for call in plan.calls))
 
 
 @given(lengths_strategy, pads)

@@ -15,8 +15,7 @@ from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import documents, nested_strategy, plain_tree_attention, random_nested
-from tests.unit.attention.test_equality import assert_close, draw, outputs_and_grads
-from tests.unit.attention.test_plan import scores_of_plan
+from tests.unit.attention.comparison import assert_close, draw, outputs_and_grads, scores_of_plan
 from tests.varlen import VarlenKernel
 
 SCALE = 0.3

@@ -15,8 +15,7 @@ from megatron_ext.attention.reference import attention_mask
 from megatron_ext.attention.sharding import shard_layout
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import nested_strategy, plain_tree_attention
-from tests.unit.attention.test_equality import assert_close, draw, outputs_and_grads
-from tests.unit.attention.test_plan import scores_of_plan
+from tests.unit.attention.comparison import assert_close, draw, outputs_and_grads, scores_of_plan
 from tests.varlen import VarlenKernel
 
 ranks_strategy = st.sampled_from([1, 2, 3, 4])

@@ -13,8 +13,7 @@ from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs, num_predicted, num_tokens
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import documents, error, nested_strategy, plain_tree_attention, randn, random_nested
-from tests.unit.attention.test_equality import assert_close, outputs_and_grads
-from tests.unit.attention.test_plan import scores_of_plan
+from tests.unit.attention.comparison import assert_close, outputs_and_grads, scores_of_plan
 
 BOUND = 1e-10
 

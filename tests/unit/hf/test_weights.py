@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,8 +24,8 @@ from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import VisionConfig
 from megatron_ext.models.prompt_streams import text_logits
+from tests.children import Children
 from tests.gpt_cases import randomize
-from tests.harness import ROOT
 from tests.hf_models import VOCAB, hf_logits, make_hf_model
 
 INDEX = "model.safetensors.index.json"
@@ -317,96 +314,41 @@ def test_a_disk_that_fills_while_tensors_are_written(tmp_path):
         assert (disk / "model.safetensors").read_bytes()[at:] == bytes(400_000)
 
 
-# Imports once, then forks one child after the other, each of which exports the same model.
-CHILDREN = """
-import os, resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
-adapt_megatron_to_cpu()
-from megatron_ext.models import build_gpt
-from megatron_ext.hf import export_hf
-from megatron_ext.errors import UserError
-from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
-from tests.gpt_cases import small_config
-
-def child(folder, limit):
-    os.setsid()
-    device = initialize(ParallelSizes())
-    set_seed(1)
-    model = build_gpt(small_config(hidden_size=128, num_layers=4, ffn_hidden_size=512, add_qkv_bias=False), device)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    print("ready", flush=True)
-    try:
-        export_hf(model, folder, max_shard_size=300_000)
-        print("done", flush=True)
-    except UserError as error:
-        print("failed", error, flush=True)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        folder, limit = line.split()
-        try:
-            child(Path(folder), int(limit))
-        finally:
-            os._exit(1)
-    print(pid, flush=True)
-    os.waitpid(pid, 0)
-    print("gone", flush=True)
-"""
 KILLS = 10
 
 
 @pytest.fixture
-def parent():
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILDREN],
-        env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    yield process
-    process.kill()
-    process.wait()
+def children():
+    with Children("exporter") as found:
+        yield found
 
 
-def said(parent) -> str:
-    line = parent.stdout.readline()
-    assert line, parent.stderr.read()[-3000:]
-    return line.strip()
+def start(children, folder, limit=0) -> int:
+    child = children.start(folder, limit)
+    assert children.said() == ["ready"]
+    return child
 
 
-def start(parent, folder, limit=0) -> int:
-    parent.stdin.write(f"{folder} {limit}\n")
-    parent.stdin.flush()
-    pid = int(said(parent))
-    assert said(parent) == "ready"
-    return pid
-
-
-def test_a_kill_at_any_moment_and_a_write_that_fails(parent, tmp_path):
-    start(parent, tmp_path / "first")
+def test_a_kill_at_any_moment_and_a_write_that_fails(children, tmp_path):
+    start(children, tmp_path / "first")
     began = time.monotonic()
-    assert said(parent) == "done"
+    assert children.said() == ["done"]
     took = time.monotonic() - began
-    assert said(parent) == "gone"
+    assert children.said() == ["gone"]
     expected, unfinished = contents(tmp_path / "first"), 0
     assert len(expected) > 4
 
-    start(parent, tmp_path / "limited", limit=100_000)  # the disk has room, a file has not
-    assert said(parent) == f"failed cannot write {tmp_path / 'limited'}: File too large"
-    assert said(parent) == "gone"
+    start(children, tmp_path / "limited", limit=100_000)  # the disk has room, a file has not
+    assert " ".join(children.said()) == f"failed cannot write {tmp_path / 'limited'}: File too large"
+    assert children.said() == ["gone"]
     assert {path.name for path in tmp_path.iterdir()} == {"first"}
 
     target, rng = tmp_path / "killed", random.Random()
     for _ in range(KILLS):
-        pid = start(parent, target)
+        child = start(children, target)
         time.sleep(rng.random() * took)
-        with suppress(ProcessLookupError):  # it was done before, and is the parent's "gone" by now
-            os.killpg(pid, signal.SIGKILL)
-        while said(parent) != "gone":
+        children.kill(child)
+        while children.said() != ["gone"]:
             pass
         if target.exists():  # all of it or nothing
             assert contents(target) == expected
@@ -414,8 +356,8 @@ def test_a_kill_at_any_moment_and_a_write_that_fails(parent, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} <= {"first", "killed.unfinished"}
         unfinished += (tmp_path / "killed.unfinished").exists()
     assert unfinished > 0, "no kill came in the midst of an export: nothing was tested"
-    start(parent, target)
-    assert [said(parent), said(parent)] == ["done", "gone"]
+    start(children, target)
+    assert [children.said(), children.said()] == [["done"], ["gone"]]
     assert contents(target) == contents(tmp_path / "first") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"first", "killed"}
 

@@ -15,7 +15,7 @@ from megatron_ext.losses.logprobs import CHUNK_BYTES, MIN_CHUNK_ROWS, default_ch
 from tests.layouts import error, randn
 
 ROWS, HIDDEN, VOCAB = 37, 12, 53
-BOUND = 1e-10  # fp64, see tests/unit/attention/test_equality.py
+BOUND = 1e-10  # fp64, see tests/unit/attention/comparison.py
 
 
 def draw(rng, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,13 +12,13 @@ from megatron_ext.models import build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts, stream_positions
-from megatron_ext.rotary import SCHEMES, Image, SharedText, Text, Video, layout
+from megatron_ext.rotary import SCHEMES, SharedText, Text, Video, layout
 from tests.gpt_cases import named_gradients, randomize, small_config
-from tests.layouts import error, randn
+from tests.layouts import error
+from tests.media_cases import FEATURES, cases
 from tests.plain_gpt import greedy, plain_logprobs
 
 BOUND = 1e-10
-FEATURES, PLACEHOLDER = 12, 60
 schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
 
 
@@ -30,29 +30,6 @@ def build(rng, world, scheme: str, **changes):
 
 def media_config(scheme: str, **changes):
     return small_config(vision=VisionConfig(FEATURES), position_embedding=PositionEmbedding(scheme), **changes)
-
-
-def media_prompt(rng, items) -> MediaPrompt:
-    """Random text around random features."""
-    tokens = []
-    for item in items:
-        text = torch.randint(PLACEHOLDER, (item.length,), generator=rng).tolist()
-        tokens += [PLACEHOLDER] * item.length if isinstance(item, Video) else text
-    media = [item for item in items if isinstance(item, Video)]
-    return MediaPrompt.of(tokens, PLACEHOLDER, media, randn(rng, sum(m.length for m in media), FEATURES))
-
-
-def cases(rng):
-    """(prompts, their responses): media first, in the middle and last, several beside each other, a text prompt."""
-    prompts = [
-        media_prompt(rng, [Text(3), Video(2, 2, 3), Text(2)]),
-        torch.randint(PLACEHOLDER, (4,), generator=rng).tolist(),
-        media_prompt(rng, [Image(2, 2), Video(1, 1, 2), Text(1), Image(3, 1)]),
-    ]
-    responses = [
-        [torch.randint(PLACEHOLDER, (n,), generator=rng).tolist() for n in ns] for ns in ([3, 5], [2, 2], [4, 1, 2])
-    ]
-    return prompts, responses
 
 
 def run(model, batch):

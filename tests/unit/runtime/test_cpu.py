@@ -8,6 +8,7 @@ import sys
 import torch
 
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+from tests.harness import ROOT
 
 
 def test_cuda_addresses_mean_the_cpu(world):
@@ -38,15 +39,8 @@ def test_other_calls_are_untouched(world):
 
 def test_device_contexts_keep_their_meaning():
     """In a new process: torch remembers its factories when it first enters such a context. transformers builds in one."""
-    lines = """
-import torch
-from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
-adapt_megatron_to_cpu()
-with torch.device("meta"):
-    made = [torch.zeros(2), torch.arange(3), torch.tensor([1.0]), torch.empty(2), torch.randn(2), torch.ones(1)]
-print({x.device.type for x in made})
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.programs.meta_tensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "{'meta'}", done.stderr[-2000:]
 
 
