@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from recipes.cli.config import ConfigError
 from recipes.grpo.rewards import KEY, Reward, RewardError, register_reward, score
@@ -79,6 +80,10 @@ def _message(error: urllib.error.HTTPError) -> str:
         return error.reason
 
 
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
 def reward_server(reward: Reward, name: str, host: str, port: int) -> ThreadingHTTPServer:
     """A server of one reward; call its `serve_forever`. Port 0 takes a free one, in `server_address`."""
 
@@ -94,10 +99,10 @@ def reward_server(reward: Reward, name: str, host: str, port: int) -> ThreadingH
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 responses, rows = asked["responses"], asked["rows"]
-                if not isinstance(responses, list) or not isinstance(rows, list) or len(responses) != len(rows):
+                if not _all(responses, str) or not _all(rows, dict) or len(responses) != len(rows):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                self._answer(400, {"error": 'expected {"responses": [...], "rows": [...]} of one length'})
+                self._answer(400, {"error": 'expected {"responses": [texts], "rows": [objects]} of one length'})
                 return
             try:
                 self._answer(200, {"rewards": score(reward, responses, rows)})

@@ -17,7 +17,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
-from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError, build
 from recipes.data.rows import Prompt
+from recipes.grpo.exact_answer import ExactAnswer
 
 __all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "score"]
 
@@ -126,7 +126,7 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> lis
         if not isinstance(values, Iterable) or isinstance(values, (str, Mapping, Set)):
             raise RewardError(f"gave {_short(values)}; it must give a list of numbers, one for each response")
         values = list(values.tolist() if hasattr(values, "tolist") else values)  # a tensor or array
-    except RewardError as error:
+    except UserError as error:
         raise RewardError(f"reward {name}: {error}") from error
     except Exception as error:
         raise RewardError(f"reward {name} failed: {_describe(error)}") from error
@@ -137,39 +137,7 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> lis
     return [_number(value, i, name) for i, value in enumerate(values)]
 
 
-@register_reward("exact_answer")
-@dataclass(frozen=True)
-class ExactAnswer:
-    """1 where the response's answer is row["answer"], else 0.
-
-    The answer is what follows the last marker, or the whole response without one. Numbers are compared as numbers;
-    behind a marker the last number counts ("Answer: it is 42." answers 42). The row's answer may carry a marker, too.
-    """
-
-    # Text before the answer; None: the last "####" or "Answer:".
-    marker: str | None = None
-
-    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-        return [float(self._agree(r, _wanted(row))) for r, row in zip(responses, rows, strict=True)]
-
-    def check(self, row: dict) -> None:
-        """Refuse a row without an answer."""
-        _wanted(row)
-
-    def _agree(self, response: str, wanted: str) -> bool:
-        (given, marked), (wanted, _) = self._after_marker(response), self._after_marker(wanted)
-        if given == wanted:
-            return True
-        number = _parse_number(wanted)
-        if number is None:
-            return False
-        found = NUMBER.findall(given) if marked else []
-        return number in (_parse_number(given), _parse_number(found[-1]) if found else None)
-
-    def _after_marker(self, text: str) -> tuple[str, bool]:
-        markers = ("####", "Answer:") if self.marker is None else (self.marker,)
-        end = max(text.rfind(m) + len(m) if m in text else -1 for m in markers)
-        return text[max(end, 0) :].strip(), end >= 0
+register_reward("exact_answer")(ExactAnswer)
 
 
 @register_reward("regex")
@@ -206,28 +174,6 @@ class Length:
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
         lengths = [len(r if self.unit == "characters" else r.split()) for r in responses]
         return [max(0.0, 1 - abs(n - self.target) / self.target) for n in lengths]
-
-
-# A number on its own: not part of a word (x2, 5km), of a fraction (1/2) or of a longer number (1.2.3).
-_PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(rf"(?<![\w./,])[-+]?(?:{_PLAIN})(?:[eE][-+]?\d+)?(?![\w/]|[.,]\d)", re.ASCII)
-
-
-def _parse_number(text: str) -> Decimal | None:
-    if not NUMBER.fullmatch(text):
-        return None
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:  # an exponent of dozens of digits
-        return None
-
-
-def _wanted(row: Mapping[str, Any]) -> str:
-    answer = row.get("answer")
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        found = f"its answer is {answer!r}" if "answer" in row else f"its row has only {', '.join(row) or 'nothing'}"
-        raise RewardError(f"no answer to compare with ({found}); add answer, text or a number")
-    return str(answer)
 
 
 def _name(spec: str | Mapping[str, Any]) -> Any:

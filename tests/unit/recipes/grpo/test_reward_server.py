@@ -100,7 +100,13 @@ def test_no_server():
             HttpReward(url, patience=0)(["x"], [{}])
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"responses": ["a"], "rows": []}', b'{"rows": []}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{", b"[]", b'{"responses": ["a"], "rows": []}', b'{"rows": []}', b'{"responses": [4], "rows": [{"answer": 4}]}',
+        b'{"responses": ["a"], "rows": ["a"]}',
+    ],
+)  # fmt: skip
 def test_bad_requests(serve, body):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(serve("exact_answer") + "/score", body), timeout=10)

@@ -46,65 +46,8 @@ def module(tmp_path, monkeypatch):
 # Built in
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "expected"),
-    [
-        ("3 + 4 = 7 #### 7", "7", 1),
-        ("3 + 4 = 7 #### 7", 7, 1),
-        ("#### 7.0", 7, 1),
-        ("#### 1,234", "1234", 1),
-        ("#### $7.", "7", 1),
-        ("#### -7", "-7", 1),
-        ("#### 10-7", "7", 1),
-        ("#### 10-7", "-7", 0),
-        ("#### 8", "7", 0),
-        ("#### 17", "7", 0),
-        ("#### 7km", "7", 0),
-        ("#### 1/7", "7", 0),
-        ("#### 1.2.7", "7", 0),
-        ("#### 3 #### 7", "7", 1),
-        ("#### 7 #### 3", "7", 0),
-        ("Answer: 7", "7", 1),
-        ("Answer: it is 7 apples.", "7", 1),
-        ("#### 3 Answer: 7", "7", 1),
-        ("Answer: 7 #### 3", "7", 0),
-        ("7", "7", 1),
-        ("  7\n", "7", 1),
-        ("7.00", "7", 1),
-        ("it is 7", "7", 0),  # without a marker the whole response is the answer
-        ("Answer: Paris", "Paris", 1),
-        ("Answer: paris", "Paris", 0),
-        ("Paris", " Paris ", 1),
-        ("#### 72", "Half of 144 is 72. #### 72", 1),
-        ("", "7", 0),
-        ("####", "7", 0),
-        ("#### 1e99999999999999999999999", "7", 0),
-        ("#### 0.1", 0.1, 1),
-        ("#### 12345678901234567890123", "12345678901234567890124", 0),
-        ("True", True, 1),
-    ],
-)
-def test_exact_answer(response, answer, expected):
-    assert score(get_reward("exact_answer"), [response], [{"answer": answer}]) == [expected]
-
-
-def test_exact_answer_with_its_own_marker():
-    reward = get_reward({"name": "exact_answer", "marker": "=>"})
-    rows = [{"answer": "7"}] * 3
-    assert score(reward, ["so => 7", "so => 8 #### 7", "#### 7"], rows) == [1, 1, 0]
-
-
-@pytest.mark.parametrize("row", [{"prompt": "x"}, {"answer": None}, {"answer": ""}, {"answer": ["7"]}])
-def test_exact_answer_needs_an_answer(row):
-    """Found when the file is read, with the row's line; and when it is drawn, if nobody looked before."""
-    reward = get_reward("exact_answer")
-    message = failed(reward, ["7", "7"], [{"answer": "7"}, row])
-    assert "exact_answer" in message and "no answer" in message
-    prompts = [Prompt((1,), {"answer": "7"}, 1), Prompt((1,), row, 3)]
-    with pytest.raises(RewardError, match=r"data\.jsonl:3: no answer"):
-        check_rows(reward, prompts, "data.jsonl")
-    check_rows(reward, prompts[:1], "data.jsonl")
-    check_rows(get_reward({"name": "length", "target": 3}), prompts, "data.jsonl")  # needs nothing of a row
+def test_rows_that_a_reward_asks_nothing_of():
+    check_rows(get_reward({"name": "length", "target": 3}), [Prompt((1,), {"prompt": "x"}, 1)], "data.jsonl")
 
 
 def test_regex():
