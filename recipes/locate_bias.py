@@ -28,19 +28,16 @@ def main(cfg: dict) -> None:
         raise UserError(f"trainer.locate.exclude_blocks: {error}") from error
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
     train = load_prompt_sets(prompts, opened.tokenizer, opened.longest)["train"]
-    model = opened.build()
     probe = train.probe(pair, settings.locate_prompts, settings.seed)
-    with opened.session.progress(len(settings.estimators), "locate", unit="estimator") as bar:
+    with opened.session() as session, session.progress(len(settings.estimators), "locate", unit="estimator") as bar:
         for name in settings.estimators:
-            ranking = rank_blocks(name, model, probe, settings.exclude_blocks)
-            if opened.is_main:
-                opened.log_dir.mkdir(parents=True, exist_ok=True)
-                write_ranking(opened.log_dir, ranking)
-            opened.session.say(
-                f"{name}: block {ranking.best} first, then {', '.join(map(str, ranking.order[1:])) or 'none'}"
-            )
+            ranking = rank_blocks(name, session.model, probe, settings.exclude_blocks)
+            if session.is_main:
+                session.log_dir.mkdir(parents=True, exist_ok=True)
+                write_ranking(session.log_dir, ranking)
+            session.say(f"{name}: block {ranking.best} first, then {', '.join(map(str, ranking.order[1:])) or 'none'}")
             bar.update()
-    opened.session.say(f"rankings in {opened.log_dir}")
+        session.say(f"rankings in {session.log_dir}")
 
 
 if __name__ == "__main__":

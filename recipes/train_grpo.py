@@ -11,37 +11,28 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from megatron_ext.runtime.engine import Engine
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
     from recipes.grpo.rewards import check_rows, get_reward
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
+    from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
 
     config, cfg = configure(GRPOConfig, cfg)
     reward = get_reward(config.trainer.grpo.reward)
-    session = Session(config, cfg)
+    inputs = Inputs.check(config, cfg)
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     train, validation = (
-        load_prompts(path, session.tokenizer, limit, video) if path else []
+        load_prompts(path, inputs.tokenizer, limit, video) if path else []
         for path in (config.data.train_path, config.data.validation_path)
     )
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
-    session.start()
-    model = session.build_model()
-    settings = config.trainer.grpo
-    updates = settings.num_prompts_per_grpo_step * settings.samples_per_prompt // config.model.global_batch_size
-    engine = Engine(model, config.model.optim, settings.max_steps * updates, settings.gradient_clip_val)
-    trainer = GRPOTrainer(session, engine, reward, train, validation)
-    session.open_run_folder()
-    try:
-        trainer.fit()
-    finally:
-        session.close()
+    with Session.start(inputs) as session:
+        GRPOTrainer(session, reward, train, validation).fit()
 
 
 if __name__ == "__main__":

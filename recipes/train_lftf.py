@@ -14,24 +14,20 @@ def main(cfg: dict) -> None:
     from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
     from recipes.bias.settings import LFTFConfig
     from recipes.bias.trainer import LFTFTrainer
+    from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
 
     config, cfg = configure(LFTFConfig, cfg)
-    session = Session(config, cfg)
+    inputs = Inputs.check(config, cfg)
     data, limit = config.data, config.model.encoder_seq_length
-    pair = pair_tokens(session.tokenizer, (data.prompts.pair.first, data.prompts.pair.second))
-    prompts = load_prompt_sets(data.prompts, session.tokenizer, limit)
-    texts = load_texts(data.text_path, session.tokenizer, limit) if data.text_path else []
+    pair = pair_tokens(inputs.tokenizer, (data.prompts.pair.first, data.prompts.pair.second))
+    prompts = load_prompt_sets(data.prompts, inputs.tokenizer, limit)
+    texts = load_texts(data.text_path, inputs.tokenizer, limit) if data.text_path else []
     path = data.validation_text_path
-    validation_texts = load_texts(path, session.tokenizer, limit) if path else []
-    session.start()
-    trainer = LFTFTrainer(session, session.build_model(), prompts, pair, texts, validation_texts)
-    session.open_run_folder()
-    try:
-        trainer.fit()
-    finally:
-        session.close()
+    validation_texts = load_texts(path, inputs.tokenizer, limit) if path else []
+    with Session.start(inputs) as session:
+        LFTFTrainer(session, prompts, pair, texts, validation_texts).fit()
 
 
 if __name__ == "__main__":

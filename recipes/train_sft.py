@@ -10,31 +10,24 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
-    from megatron_ext.runtime.engine import Engine
     from recipes.data.rows import load_pairs
     from recipes.data.video import VideoReader
+    from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
     from recipes.sft.settings import SFTConfig
-    from recipes.sft.trainer import SFTTrainer
+    from recipes.sft.trainer import SFTTrainer, check_validation
 
     config, cfg = configure(SFTConfig, cfg)
-    session = Session(config, cfg)
+    inputs = Inputs.check(config, cfg)
     limit = config.model.encoder_seq_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
-    train = load_pairs(config.data.train_path, session.tokenizer, limit, video)
+    train = load_pairs(config.data.train_path, inputs.tokenizer, limit, video)
     path = config.data.validation_path
-    validation = load_pairs(path, session.tokenizer, limit, video) if path else []
-    session.start()
-    model = session.build_model()
-    settings = config.trainer.sft
-    engine = Engine(model, config.model.optim, settings.max_steps, settings.gradient_clip_val)
-    trainer = SFTTrainer(session, engine, train, validation)
-    session.open_run_folder()
-    try:
-        trainer.fit()
-    finally:
-        session.close()
+    validation = load_pairs(path, inputs.tokenizer, limit, video) if path else []
+    check_validation(validation, path, inputs.data_size)
+    with Session.start(inputs) as session:
+        SFTTrainer(session, train, validation).fit()
 
 
 if __name__ == "__main__":

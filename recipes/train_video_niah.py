@@ -14,8 +14,11 @@ def main(cfg: dict) -> None:
     from recipes.cli.config import build
     from recipes.niah.settings import NiahConfig
     from recipes.niah.trainer import NiahTrainer
+    from recipes.run.inputs import Inputs
+    from recipes.run.session import Session
 
-    NiahTrainer(build(NiahConfig, cfg), cfg).fit()
+    with Session.start(Inputs.check(build(NiahConfig, cfg), cfg), logs=False) as session:
+        NiahTrainer(session).fit()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
-from megatron_ext.runtime.engine import Microbatch
+from recipes.grpo.batches import GRPOMicrobatch
 from tests.gpt_cases import TERMS, Rollout, pack_rollout
 
 __all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error"]
@@ -20,7 +20,7 @@ def counts(rollout: Rollout) -> dict[str, float]:
 
 def make_microbatches(
     rollout: Rollout, cuts: list[list[int]], totals: dict[str, float], level: str = "token", pad: int = 16
-) -> list[Microbatch]:
+) -> list[GRPOMicrobatch]:
     """One microbatch for each list of group numbers; `totals` are the counts of the global batch."""
     microbatches = []
     for numbers in cuts:
@@ -35,20 +35,23 @@ def make_microbatches(
             totals["responses"],
             level,
         )
-        extra = {
-            "advantages": torch.tensor(part.advantages)[groups.response_ids],
-            "weights": weights,
-            "old_logprobs": torch.cat(part.old).float(),
-            "ref_logprobs": torch.cat(part.reference).float(),
-        }
-        microbatches.append(Microbatch(batch, temperature=0.9, extra=extra))
+        microbatches.append(
+            GRPOMicrobatch(
+                batch,
+                temperature=0.9,
+                advantages=torch.tensor(part.advantages)[groups.response_ids],
+                weights=weights,
+                old_logprobs=torch.cat(part.old).float(),
+                ref_logprobs=torch.cat(part.reference).float(),
+            )
+        )
     return microbatches
 
 
-def grpo(microbatch: Microbatch, logprobs: Tensor, entropy: Tensor, terms: GrpoTerms = TERMS):
+def grpo(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor, terms: GrpoTerms = TERMS):
     """The engine's loss function, as a recipe has it."""
-    ids = microbatch.batch.groups.response_ids
-    return grpo_loss(logprobs, terms=terms, entropy=entropy, response_ids=ids, **microbatch.extra)
+    m, ids = microbatch, microbatch.batch.groups.response_ids
+    return grpo_loss(logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, ids)
 
 
 def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:

@@ -65,13 +65,12 @@ class OptimConfig:
             raise UserError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Microbatch:
-    """One packed stream and, per predicted token [r], whatever the loss needs."""
+    """One packed stream. An algorithm adds, as fields of a subclass, what its loss needs beside it."""
 
     batch: PackedTokens
     temperature: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]

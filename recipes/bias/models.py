@@ -8,12 +8,12 @@ import sys
 from megatron_ext.errors import UserError
 from megatron_ext.hf import is_hf_folder
 from megatron_ext.models.config import PRECISIONS
-from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.distributed import local_device, world_size
 from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer, Scorer
 from recipes.bias.settings import BiasEvalConfig, BiasEvalModel, LocateConfig
 from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
+from recipes.run.inputs import Inputs
 from recipes.run.pretrained import Pretrained
 from recipes.run.run_folder import check_run_folder
 from recipes.run.session import Session, progress_bar
@@ -40,22 +40,22 @@ class CheckpointModel:
     def __init__(self, config: BiasEvalConfig | LocateConfig, resolved: dict):
         architecture = Pretrained.open(config.pretrained_checkpoint.restore_from_path).architecture
         model = build(TrainedModel, architecture | dataclasses.asdict(config.model), "model")
-        self.session = Session(dataclasses.replace(config, model=model), resolved)
-        self.tokenizer, self.log_dir = self.session.tokenizer, self.session.log_dir
+        self.inputs = Inputs.check(dataclasses.replace(config, model=model), resolved)
+        self.tokenizer, self.log_dir = self.inputs.tokenizer, self.inputs.log_dir
         self.longest, self.num_layers = model.encoder_seq_length, model.num_layers
         self.is_main = False  # until the ranks have started
 
-    def build(self) -> PrefixGroupedGPT:
+    def session(self) -> Session:
         """Start the ranks and load this one's stage."""
-        self.session.start()
-        self.is_main = self.session.is_main
-        return self.session.build_model()
+        session = Session.start(self.inputs, logs=False)
+        self.is_main = session.is_main
+        return session
 
     def start(self) -> Scorer:
-        return MegatronScorer(self.build())
+        return MegatronScorer(self.session().model)
 
     def progress(self, rows: int):
-        return self.session.progress(rows, "rows", unit="row")
+        return progress_bar(rows, "rows", "row", shown=self.is_main)
 
 
 class _HuggingFace:

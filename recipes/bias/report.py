@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ext.bias.ranking import BlockRanking
 from megatron_ext.files import write_whole
 
-__all__ = ["plot_professions", "plot_ranking", "summary_rows", "write_ranking", "write_report"]
+__all__ = ["plot_professions", "plot_ranking", "summary_rows", "write_lftf_report", "write_ranking", "write_report"]
 
 SHOWN = 12  # professions at either end of the chart
 
@@ -109,3 +109,36 @@ def plot_ranking(ranking: BlockRanking, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def write_lftf_report(folder: Path, result: dict, words: tuple[str, str]) -> None:
+    """report.md: before and after, the ranking, the validations."""
+    block = result["block"]
+    what = "every block trained" if block is None else f"block {block} trained"
+    lines = ["# LFTF", "", f"{what.capitalize()}, loss {result['loss']}, {result['steps']} steps: {result['stopped']}.", "",
+             "| measure, on professions held out | before | after |", "|---|---:|---:|"]  # fmt: skip
+    rows = zip(summary_rows(result["before"], words), summary_rows(result["after"], words), strict=True)
+    lines += [f"| {name} | {old} | {new} |" for (name, old), (_, new) in rows]
+    if result["ranking"]:
+        ranking = BlockRanking(**{k: v for k, v in result["ranking"].items() if k != "best"})
+        lines += [
+            "",
+            f"## Blocks by {ranking.estimator}",
+            "",
+            ranking.markdown(),
+            "",
+            f"![ranking](ranking-{ranking.estimator}.png)",
+        ]
+    lines += [
+        "",
+        "## Validations",
+        "",
+        "| step | AFGB | pronoun mass | perplexity | guard |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    lines += [
+        f"| {v['step']} | {v['val/afgb']:.4f} | {v['val/pronoun_mass']:.4f} | {v.get('val/perplexity', float('nan')):.3f} "
+        f"| {v['complaint'] or 'kept'} |"
+        for v in result["validations"]
+    ]
+    write_whole(folder / "report.md", "\n".join(lines) + "\n")

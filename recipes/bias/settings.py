@@ -12,7 +12,7 @@ from megatron_ext.blocks.importance import ESTIMATORS, check_excluded
 from megatron_ext.errors import UserError
 from megatron_ext.losses.lftf import loss_weights
 from recipes.cli.config import at_least
-from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel
+from recipes.run.settings import CheckpointSection, ExpManagerSection, FolderSection, TrainedModel, check_batch_sizes
 
 __all__ = [
     "BiasEvalConfig", "BiasEvalModel", "LFTFConfig", "LFTFSettings", "LocateConfig", "LocateSettings",
@@ -115,6 +115,10 @@ class LFTFConfig:
             _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
         _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)
 
+    def check_data_parallel(self, ranks: int) -> None:
+        """Refuse a batch that data-parallel ranks cannot share evenly."""
+        check_batch_sizes("model.global_batch_size", self.model.global_batch_size, ranks)
+
 
 @dataclass
 class BiasEvalModel:
@@ -170,13 +174,13 @@ class LocateData:
 @dataclass
 class LocateConfig:
     pretrained_checkpoint: CheckpointSection
-    exp_manager: ExpManagerSection
+    exp_manager: FolderSection
     trainer: LocateTrainerSection = field(default_factory=LocateTrainerSection)
     model: BiasEvalModel = field(default_factory=BiasEvalModel)
     data: LocateData = field(default_factory=LocateData)
 
     def __post_init__(self):
-        _refuse_resuming(self.exp_manager, "locating")
+        self.exp_manager.refuse_resuming("locating")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
 
@@ -217,13 +221,13 @@ class BiasEvalData:
 @dataclass
 class BiasEvalConfig:
     pretrained_checkpoint: CheckpointSection
-    exp_manager: ExpManagerSection
+    exp_manager: FolderSection
     trainer: BiasEvalTrainerSection = field(default_factory=BiasEvalTrainerSection)
     model: BiasEvalModel = field(default_factory=BiasEvalModel)
     data: BiasEvalData = field(default_factory=BiasEvalData)
 
     def __post_init__(self):
-        _refuse_resuming(self.exp_manager, "an evaluation")
+        self.exp_manager.refuse_resuming("an evaluation")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError(
                 "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
@@ -236,11 +240,3 @@ def _explain(key: str, check: Callable[..., None], *arguments: Any) -> None:
         check(*arguments)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def _refuse_resuming(manager: ExpManagerSection, what: str) -> None:
-    if manager.resume_if_exists:
-        raise UserError(
-            f"exp_manager.resume_if_exists=true: {what} cannot be gone on with, only started; set it to false and choose a "
-            "new folder"
-        )

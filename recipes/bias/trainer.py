@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,19 +21,18 @@ from megatron_ext.errors import DivergedError
 from megatron_ext.files import write_whole
 from megatron_ext.losses.lftf import BIAS_LOSSES, kept_text_loss, pair_loss
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.checkpoint import load_tensors
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optimizer_state import sharded_like_parameters
 from recipes.bias.evaluation import evaluate, perplexity
 from recipes.bias.prompts import PromptSet
-from recipes.bias.report import summary_rows, write_ranking
+from recipes.bias.report import summary_rows, write_lftf_report, write_ranking
 from recipes.bias.scorers import MegatronScorer
 from recipes.bias.settings import LFTFConfig, LFTFSettings
 from recipes.data.sampler import EpochSampler
+from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
-from recipes.run.settings import check_batch_sizes
 
 __all__ = ["Guard", "LFTFTrainer"]
 
@@ -102,11 +100,24 @@ class Progress:
     validations: list[dict] = field(default_factory=list)
 
 
-class LFTFTrainer:
+@dataclass(frozen=True, kw_only=True)
+class LFTFMicrobatch(Microbatch):
+    """
+    Attributes:
+        kind: of its rows: bias, hint or kl.
+        frozen: what the model said of them before training: of pairs [rows, 2], of texts [r].
+        total: rows, or predicted tokens of texts, of the GLOBAL batch.
+    """
+
+    kind: str
+    frozen: Tensor
+    total: float
+
+
+class LFTFTrainer(Trainer):
     """
     Args:
         session: the run.
-        model: this rank's pipeline stage, with the weights to start from.
         prompts: sets by name, from `load_prompt_sets`.
         pair: tokens of the two words.
         texts, validation_texts: for the loss `kl`, and for perplexity; may be empty.
@@ -115,21 +126,18 @@ class LFTFTrainer:
     def __init__(
         self,
         session: Session,
-        model: PrefixGroupedGPT,
         prompts: dict[str, PromptSet],
         pair: tuple[int, int],
         texts: list[list[int]],
         validation_texts: list[list[int]],
     ):
-        self.session, self.model, self.prompts, self.pair = session, model, prompts, pair
+        self.session, self.model, self.prompts, self.pair = session, session.model, prompts, pair
         self.texts, self.validation_texts = texts, validation_texts
         self.config: LFTFConfig = session.config
         self.settings = self.config.trainer.lftf
         self.weights = self.settings.weights
-        self.scorer = MegatronScorer(model)
-        batch = self.config.model.global_batch_size
-        check_batch_sizes("model.global_batch_size", batch, session.data_size)
-        train = prompts["train"]
+        self.scorer = MegatronScorer(self.model)
+        batch, train = self.config.model.global_batch_size, prompts["train"]
         self.rows = {"bias": train.bias_tokens}
         if "hint" in self.weights:
             self.rows["hint"] = train.hinted_tokens
@@ -153,18 +161,14 @@ class LFTFTrainer:
         with session.timers("frozen_pass"):
             self.frozen = self._frozen()  # of the weights that the run began with, also where it goes on
         self.engine = Engine(self.model, self.config.model.optim, self.steps, settings.gradient_clip_val)
-        self._resume(state)
-        interrupted = ""
-        if self.progress.stopped is None:
-            interrupted = self._train()
-        else:
-            session.say(f"the run has ended: {self.progress.stopped}; to train on, start a new one from its checkpoint")
-        if interrupted:
-            session.say_saved(self._save(ended=False), self.progress.steps, interrupted)
+        self.progress, self.best = Progress(), self._trained()
+        schedule = Schedule(
+            "LFTF", self.steps, settings.val_check_interval, settings.save_interval, validates_first=True, validates_last=True
+        )  # fmt: skip
+        if not fit(self, schedule):
             return
         with session.timers("evaluate"):
             after = self._evaluate()
-        folder = self._save(ended=True)
         if block is not None:
             save_delta(session.log_dir / "delta.safetensors", self.model, block, self.start.base)
         before, history = self.start.before, dataclasses.asdict(self.progress)
@@ -174,10 +178,10 @@ class LFTFTrainer:
         }  # fmt: skip
         if session.is_main:
             write_whole(session.log_dir / "result.json", json.dumps(result, indent=1) + "\n")
-            _write_report(session.log_dir, result, words)
+            write_lftf_report(session.log_dir, result, words)
         rows = zip(summary_rows(before, words), summary_rows(after, words), strict=True)
         session.say("\n".join(f"  {name:<40} {old:>28} -> {new}" for (name, old), (_, new) in rows))
-        session.say(f"weights saved in {folder}; report in {session.log_dir / 'report.md'}")
+        session.say(f"report in {session.log_dir / 'report.md'}")
 
     def _start(self) -> Start:
         """Measure, and choose the block."""
@@ -191,29 +195,27 @@ class LFTFTrainer:
         base = next(filter(None, digests), None)
         return Start(before, ranking and ranking.as_dict(), block, base)
 
-    def _resume(self, state: dict) -> None:
-        """Begin, or go on from a checkpoint's state."""
-        self.session.restore(self.engine)
-        if not state:
-            self.progress, self.best = Progress(), self._trained()
-            return
+    def state_dict(self) -> dict:
+        return {
+            "start": dataclasses.asdict(self.start),
+            "progress": dataclasses.asdict(self.progress),
+            "samplers": {kind: sampler.state_dict() for kind, sampler in self.samplers.items()},
+        }
+
+    def tensors(self) -> dict[str, dict]:
+        return {BEST: sharded_like_parameters(self.model, self.best, BEST)}
+
+    def load_state_dict(self, state: dict) -> None:
         self.progress = Progress(**state["progress"])
         for kind, sampler in self.samplers.items():
             sampler.load_state_dict(state["samplers"][kind])
         room = {name: torch.empty_like(value) for name, value in self._trained().items()}
         place = sharded_like_parameters(self.model, room, BEST)
-        self.best = load_tensors(self.session.resume_from, BEST, place)
-
-    def _save(self, ended: bool) -> Path:
-        state = {
-            "start": dataclasses.asdict(self.start),
-            "progress": dataclasses.asdict(self.progress),
-            "samplers": {kind: sampler.state_dict() for kind, sampler in self.samplers.items()},
-        }
-        last = self.progress.validations[-1]
-        metrics = {k: v for k, v in last.items() if k.startswith("val/")} if last["step"] == self.progress.steps else {}
-        best = {BEST: sharded_like_parameters(self.model, self.best, BEST)}
-        return self.session.save(self.engine, self.progress.steps, state, metrics, ended, best)
+        self.best = load_tensors(self.session.inputs.resume_from, BEST, place)
+        if self.progress.stopped is not None:
+            self.session.say(
+                f"the run has ended: {self.progress.stopped}; to train on, start a new one from its checkpoint"
+            )
 
     def _trained(self) -> dict[str, Tensor]:
         """Copies of the parameters that train."""
@@ -244,61 +246,13 @@ class LFTFTrainer:
                 found[kind] = self.scorer.pair_probabilities(rows, self.pair)
         return found
 
-    def _train(self) -> str:
-        """Steps until the end or until nothing gets better; then the best state is in the model. Or until the run must stop:
-        returns why."""
-        session, settings, done = self.session, self.settings, self.progress
-        if not done.validations:
-            start = self.run_validation()
-            session.write(0, start)
-            done.validations.append({"step": 0, **start, "complaint": None})
-            done.best_afgb = start["val/afgb"]
-        start = done.validations[0]
-        guard = Guard(settings, start["val/pronoun_mass"], start.get("val/perplexity"))
-        with session.progress(self.steps, "LFTF", done.steps) as bar:
-            while done.stopped is None:
-                done.steps += 1
-                try:
-                    metrics = self.run_training()
-                except DivergedError as error:  # raised by all ranks
-                    done.stopped = f"training diverged ({error})"
-                    break
-                if done.steps % settings.val_check_interval == 0 or done.steps == self.steps:
-                    with session.timers("validation"):
-                        metrics |= self.run_validation()
-                    self._judge(metrics, guard)
-                    bar.set_postfix_str(f"dev AFGB {metrics['val/afgb']:.4f}", refresh=False)
-                session.write(done.steps, metrics | session.timers.read())
-                bar.update()
-                if done.stopped is None and done.steps >= self.steps:
-                    done.stopped = "max_steps reached"
-                if done.stopped is None:
-                    if interrupted := session.must_stop():
-                        return interrupted
-                    if settings.save_interval and done.steps % settings.save_interval == 0:
-                        self._save(ended=False)
-        with torch.no_grad():
-            parameters = dict(self.model.named_parameters())
-            for name, value in self.best.items():
-                parameters[name].copy_(value)
-        session.say(f"{done.stopped} after step {done.steps}; the state of step {done.best_step} is kept, dev AFGB "
-                    f"{done.best_afgb:.4f}")  # fmt: skip
-        return ""
-
-    def _judge(self, metrics: dict[str, float], guard: Guard) -> None:
-        """Keep the state if a validation finds it the best so far; stop when none has been better for long."""
-        done, patience = self.progress, self.settings.patience
-        complaint = guard.complaint(metrics)
-        validation = {k: v for k, v in metrics.items() if k.startswith("val/")}
-        done.validations.append({"step": done.steps, **validation, "complaint": complaint})
-        done.idle += 1
-        if complaint is None and metrics["val/afgb"] < done.best_afgb:
-            done.best_afgb, done.best_step, done.idle = metrics["val/afgb"], done.steps, 0
-            self.best = self._trained()
-        if complaint == DIVERGED:
-            done.stopped = complaint
-        elif patience is not None and done.idle >= patience:
-            done.stopped = f"no better state in {done.idle} validations" + (f" ({complaint})" if complaint else "")
+    def run_step(self, step: int) -> dict[str, float]:
+        self.progress.steps = step
+        try:
+            return self.run_training()
+        except DivergedError as error:  # raised by all ranks
+            self.progress.stopped = f"training diverged ({error})"
+            return {}
 
     def run_training(self) -> dict[str, float]:
         engine = self.engine
@@ -309,41 +263,79 @@ class LFTFTrainer:
             metrics = engine.reduce_metrics(outputs) | engine.step()
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
-    def run_validation(self) -> dict[str, float]:
-        p = self.scorer.pair_probabilities(self.prompts["dev"].bias_tokens, self.pair)
-        if bool(p.isfinite().all()):
-            metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
-        else:  # for the guard to see
-            metrics = {"val/afgb": math.nan, "val/pronoun_mass": math.nan}
-        if self.validation_texts:
-            metrics["val/perplexity"] = perplexity(self.scorer, self.validation_texts)
-        return self.session.agreed(metrics)
+    def run_validation(self, step: int) -> dict[str, float]:
+        """On the dev professions; the state is kept if it is the best so far."""
+        with self.session.timers("validation"):
+            p = self.scorer.pair_probabilities(self.prompts["dev"].bias_tokens, self.pair)
+            if bool(p.isfinite().all()):
+                metrics = {"val/afgb": afgb_score(*p.unbind(1)), "val/pronoun_mass": pronoun_mass(*p.unbind(1))}
+            else:  # for the guard to see
+                metrics = {"val/afgb": math.nan, "val/pronoun_mass": math.nan}
+            if self.validation_texts:
+                metrics["val/perplexity"] = perplexity(self.scorer, self.validation_texts)
+        metrics = self.session.agreed(metrics)
+        self._judge(step, metrics)
+        return metrics
 
-    def _microbatches(self, kind: str, numbers: list[int]) -> list[Microbatch]:
+    def _judge(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the state if a validation finds it the best so far; stop when none has been better for long."""
+        done, patience = self.progress, self.settings.patience
+        if step == 0:
+            done.validations.append({"step": 0, **metrics, "complaint": None})
+            done.best_afgb = metrics["val/afgb"]
+            return
+        start = done.validations[0]
+        guard = Guard(self.settings, start["val/pronoun_mass"], start.get("val/perplexity"))
+        complaint = guard.complaint(metrics)
+        done.validations.append({"step": step, **metrics, "complaint": complaint})
+        done.idle += 1
+        if complaint is None and metrics["val/afgb"] < done.best_afgb:
+            done.best_afgb, done.best_step, done.idle = metrics["val/afgb"], step, 0
+            self.best = self._trained()
+        if complaint == DIVERGED:
+            done.stopped = complaint
+        elif patience is not None and done.idle >= patience:
+            done.stopped = f"no better state in {done.idle} validations" + (f" ({complaint})" if complaint else "")
+
+    def has_ended(self) -> bool:
+        return self.progress.stopped is not None
+
+    def conclude(self) -> None:
+        """Put the best state into the model."""
+        done = self.progress
+        if done.stopped is None:
+            done.stopped = "max_steps reached"
+        with torch.no_grad():
+            parameters = dict(self.model.named_parameters())
+            for name, value in self.best.items():
+                parameters[name].copy_(value)
+        self.session.say(
+            f"{done.stopped} after step {done.steps}; the state of step {done.best_step} is kept, dev AFGB {done.best_afgb:.4f}"
+        )
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        return f"dev AFGB {self.progress.validations[-1]['val/afgb']:.4f}"
+
+    def _microbatches(self, kind: str, numbers: list[int]) -> list[LFTFMicrobatch]:
         """Streams of `micro_batch_size` rows of one kind, each row with its share of the global batch."""
         config, device = self.config.model, self.session.device
         rows, frozen = self.rows[kind], self.frozen[kind]
-        microbatches = []
+        found = []
         for start in range(0, len(numbers), config.micro_batch_size):
             part = numbers[start : start + config.micro_batch_size]
             if kind == "kl":
                 scheme, multiple = config.position_embedding.scheme, stream_multiple(config)
                 batch = pack_prompts([() for _ in part], [[rows[i]] for i in part], scheme, multiple, device)
-                reference = torch.cat([frozen[i] for i in part]).to(device)
+                found.append((batch, torch.cat([frozen[i] for i in part]).to(device)))
             else:
-                batch = pack_pairs([rows[i] for i in part], self.pair, config, device)
-                reference = frozen[part].to(device)
-            microbatches.append(Microbatch(batch, extra={"kind": kind, "frozen": reference}))
+                found.append((pack_pairs([rows[i] for i in part], self.pair, config, device), frozen[part].to(device)))
+        total = config.global_batch_size
         if kind == "kl":
-            (total,) = self.session.sum_over_data(sum(m.batch.groups.num_predicted_tokens for m in microbatches))
-        else:
-            total = config.global_batch_size
-        for microbatch in microbatches:
-            microbatch.extra["total"] = total
-        return microbatches
+            (total,) = self.session.sum_over_data(sum(batch.groups.num_predicted_tokens for batch, _ in found))
+        return [LFTFMicrobatch(batch, kind=kind, frozen=before, total=total) for batch, before in found]
 
-    def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        kind, frozen, total = (microbatch.extra[key] for key in ("kind", "frozen", "total"))
+    def _loss(self, microbatch: LFTFMicrobatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        kind, frozen, total = microbatch.kind, microbatch.frozen, microbatch.total
         if kind == "kl":
             losses = {"kl": kept_text_loss(logprobs, frozen).sum() / total}
         else:
@@ -354,35 +346,3 @@ class LFTFTrainer:
         # Every microbatch reports every loss, whatever its kind: reports are added up.
         parts = {name: losses[name].detach() if name in losses else torch.zeros_like(loss) for name in self.weights}
         return loss, {"loss": loss.detach()} | (parts if len(parts) > 1 else {})
-
-
-def _write_report(folder: Path, result: dict, words: tuple[str, str]) -> None:
-    block = result["block"]
-    what = "every block trained" if block is None else f"block {block} trained"
-    lines = ["# LFTF", "", f"{what.capitalize()}, loss {result['loss']}, {result['steps']} steps: {result['stopped']}.", "",
-             "| measure, on professions held out | before | after |", "|---|---:|---:|"]  # fmt: skip
-    rows = zip(summary_rows(result["before"], words), summary_rows(result["after"], words), strict=True)
-    lines += [f"| {name} | {old} | {new} |" for (name, old), (_, new) in rows]
-    if result["ranking"]:
-        ranking = BlockRanking(**{k: v for k, v in result["ranking"].items() if k != "best"})
-        lines += [
-            "",
-            f"## Blocks by {ranking.estimator}",
-            "",
-            ranking.markdown(),
-            "",
-            f"![ranking](ranking-{ranking.estimator}.png)",
-        ]
-    lines += [
-        "",
-        "## Validations",
-        "",
-        "| step | AFGB | pronoun mass | perplexity | guard |",
-        "|---:|---:|---:|---:|---|",
-    ]
-    lines += [
-        f"| {v['step']} | {v['val/afgb']:.4f} | {v['val/pronoun_mass']:.4f} | {v.get('val/perplexity', float('nan')):.3f} "
-        f"| {v['complaint'] or 'kept'} |"
-        for v in result["validations"]
-    ]
-    write_whole(folder / "report.md", "\n".join(lines) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,28 +16,29 @@ from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
 from megatron_ext.runtime.engine import Microbatch
-from recipes.data.rows import Prompt
+from recipes.grpo.rollouts import Rollouts, in_parts
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.session import Session
-from recipes.run.settings import check_batch_sizes
 
-__all__ = ["BatchMaker", "Rollouts", "in_parts"]
+__all__ = ["BatchMaker", "GRPOMicrobatch"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Rollouts:
-    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g], fp64."""
+@dataclass(frozen=True, kw_only=True)
+class GRPOMicrobatch(Microbatch):
+    """
+    Attributes:
+        advantages: [r], of each predicted token's response.
+        weights: [r], see `token_weights`.
+        old_logprobs: [r], of the policy that sampled; None until it has been asked.
+        ref_logprobs: [r], of the initial policy; None where there is no KL penalty.
+    """
 
-    prompts: list[Prompt]
-    responses: list[list[list[int]]]
-    rewards: Tensor
     advantages: Tensor
-
-    def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(prompt length, [response lengths]) of these groups."""
-        return [(len(self.prompts[g].tokens), [len(r) for r in self.responses[g]]) for g in groups]
+    weights: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
 
 
 class BatchMaker:
@@ -46,9 +46,6 @@ class BatchMaker:
 
     Args:
         session: the run.
-
-    Raises:
-        UserError: batch sizes that do not divide each other.
     """
 
     def __init__(self, session: Session):
@@ -56,17 +53,11 @@ class BatchMaker:
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.shape = ModelShape.of(self.config.model)
-        self.local_prompts = check_batch_sizes(
-            "trainer.grpo.num_prompts_per_grpo_step", self.settings.num_prompts_per_grpo_step, session.data_size
-        )
-        self.local_update_prompts = check_batch_sizes(
-            "the prompts of an optimizer step (model.global_batch_size / trainer.grpo.samples_per_prompt)",
-            self.config.model.global_batch_size // self.settings.samples_per_prompt,
-            session.data_size,
-        )
+        self.local_prompts = self.settings.num_prompts_per_grpo_step // session.data_size
+        self.local_update_prompts = self.config.prompts_per_update // session.data_size
         self._shared_last: bool | None = None
 
-    def updates(self, rollouts: Rollouts) -> tuple[list[list[Microbatch]], dict[str, float]]:
+    def updates(self, rollouts: Rollouts) -> tuple[list[list[GRPOMicrobatch]], dict[str, float]]:
         """The microbatches of each optimizer step on this rank, and what their packing is worth."""
         model = self.config.model
         if model.micro_batch_tokens is None:
@@ -118,32 +109,38 @@ class BatchMaker:
         )
         return Rollouts(prompts, responses, rewards, advantages)
 
-    def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[Microbatch]:
+    def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[GRPOMicrobatch]:
         """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
-        settings, device = self.settings, self.session.device
-        microbatches, masks = [], []
+        model = self.config.model
+        batches, masks = [], []
         for cut in cuts:
             responses = [[rollouts.responses[p.group][i] for i in p.responses] for p in cut]
-            batch = pack_prompts(
-                [rollouts.prompts[p.group].for_model() for p in cut],
-                responses,
-                self.config.model.position_embedding.scheme,
-                stream_multiple(self.config.model),
-                device,
-                share_prefix=share_prefix,
-                min_shared=self.config.model.min_shared_tokens if share_prefix else None,
+            batches.append(
+                pack_prompts(
+                    [rollouts.prompts[p.group].for_model() for p in cut],
+                    responses,
+                    model.position_embedding.scheme,
+                    stream_multiple(model),
+                    self.session.device,
+                    share_prefix=share_prefix,
+                    min_shared=model.min_shared_tokens if share_prefix else None,
+                )
             )
-            advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
-            extra = {"advantages": advantages[batch.groups.response_ids].float()}
-            microbatches.append(Microbatch(batch, settings.sampling_params.temperature, extra))
             masks.append([[self._trained(r)] * len(r) for rs in responses for r in rs])
         counted = [mask for part in masks for mask in part if any(mask)]  # prompts are never empty: all are predicted
         tokens, responses = self.session.sum_over_data(sum(map(len, counted)), len(counted))
-        level = "token" if settings.token_level_loss else "sequence"
-        for microbatch, part in zip(microbatches, masks, strict=True):
-            groups, mask = microbatch.batch.groups, microbatch.batch.loss_mask(part)
-            microbatch.extra["weights"] = token_weights(
-                groups.response_ids, mask, groups.num_responses, tokens, responses, level
+        level = "token" if self.settings.token_level_loss else "sequence"
+        microbatches = []
+        for cut, batch, mask in zip(cuts, batches, masks, strict=True):
+            ids, count = batch.groups.response_ids, batch.groups.num_responses
+            advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
+            microbatches.append(
+                GRPOMicrobatch(
+                    batch,
+                    self.settings.sampling_params.temperature,
+                    advantages=advantages[ids].float(),
+                    weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, level),
+                )
             )
         return microbatches
 
@@ -152,10 +149,4 @@ class BatchMaker:
 
     def ended(self, response: list[int]) -> bool:
         """Whether it ended by itself, and was not cut at `length_params.max_length`."""
-        return response[-1] == self.session.tokenizer.eos_id
-
-
-def in_parts(items: Sequence, size: int | None) -> Iterator[tuple[int, Sequence]]:
-    """(number of the first item, that many items), one part after the other; None: all at once."""
-    size = size or max(len(items), 1)
-    return ((start, items[start : start + size]) for start in range(0, len(items), size))
+        return response[-1] == self.session.inputs.tokenizer.eos_id

@@ -10,7 +10,7 @@ from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.generation import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
-from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_video
+from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_batch_sizes, check_video
 
 __all__ = [
     "GRPOConfig",
@@ -206,9 +206,20 @@ class GRPOConfig:
                 f"model.global_batch_size={model.global_batch_size} is not divisible by "
                 f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: an optimizer step takes whole groups"
             )
-        prompts_per_update = model.global_batch_size // grpo.samples_per_prompt
-        if grpo.num_prompts_per_grpo_step % prompts_per_update:
+        if grpo.num_prompts_per_grpo_step % self.prompts_per_update:
             raise UserError(
                 f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
-                f"{prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
+                f"{self.prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
             )
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts of an optimizer step."""
+        return self.model.global_batch_size // self.trainer.grpo.samples_per_prompt
+
+    def check_data_parallel(self, ranks: int) -> None:
+        """Refuse batches that data-parallel ranks cannot share evenly."""
+        prompts = self.trainer.grpo.num_prompts_per_grpo_step
+        check_batch_sizes("trainer.grpo.num_prompts_per_grpo_step", prompts, ranks)
+        key = "the prompts of an optimizer step (model.global_batch_size / trainer.grpo.samples_per_prompt)"
+        check_batch_sizes(key, self.prompts_per_update, ranks)

@@ -8,9 +8,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.rotary import find_scheme
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.cli.config import at_least
-from recipes.run.settings import ExpManagerSection
+from recipes.run.settings import FolderSection, check_batch_sizes
 
-__all__ = ["NiahConfig", "NiahSettings"]
+__all__ = ["LENGTHS_PER_STEP", "NiahConfig", "NiahSettings"]
+
+LENGTHS_PER_STEP = 4  # numbers of frames drawn for one optimizer step
 
 
 @dataclass
@@ -87,4 +89,11 @@ class NiahModel:
 class NiahConfig:
     trainer: NiahTrainerSection
     model: NiahModel
-    exp_manager: ExpManagerSection
+    exp_manager: FolderSection
+
+    def __post_init__(self):
+        self.exp_manager.refuse_resuming("a comparison")
+
+    def check_data_parallel(self, ranks: int) -> None:
+        """Refuse a batch that data-parallel ranks cannot share evenly."""
+        check_batch_sizes("trainer.niah.videos_per_step", self.trainer.niah.videos_per_step, ranks * LENGTHS_PER_STEP)

@@ -5,65 +5,61 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_ext.errors import UserError
 from megatron_ext.files import write_whole
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.media import pack_prompts
-from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, world_size
+from megatron_ext.runtime.distributed import set_seed
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.niah.report import read_results, write_report
-from recipes.niah.settings import NiahConfig
+from recipes.niah.settings import LENGTHS_PER_STEP, NiahConfig
 from recipes.niah.task import FEATURES, KINDS, VOCABULARY, Sample, answer_places, draw_sample
-from recipes.run.settings import check_batch_sizes
+from recipes.run.session import Session
 
 __all__ = ["NiahTrainer"]
 
 STREAM_TOKENS = 4096  # of a stream in testing
-LENGTHS_PER_STEP = 4  # numbers of frames drawn for one optimizer step
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiahMicrobatch(Microbatch):
+    """
+    Attributes:
+        answers: bool [r], the predicted tokens that are answers.
+    """
+
+    answers: Tensor
 
 
 class NiahTrainer:
-    """All runs, one after the other; data-parallel ranks share each step's videos.
+    """All models, one after the other; data-parallel ranks share each step's videos.
 
-    Raises:
-        UserError: a run folder that holds something, or settings that do not fit each other.
+    Args:
+        session: the run.
     """
 
-    def __init__(self, config: NiahConfig, resolved: dict):
-        self.config, self.settings = config, config.trainer.niah
-        self.folder = Path(config.exp_manager.explicit_log_dir)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(
-                f"exp_manager.explicit_log_dir={self.folder} holds another run or other files; choose a new folder"
-            )
-        asked = config.trainer.devices * config.trainer.num_nodes
-        if asked != world_size():
-            raise UserError(
-                f"trainer.devices x trainer.num_nodes is {asked}, the launcher started {world_size()} processes"
-            )
-        check_batch_sizes("trainer.niah.videos_per_step", self.settings.videos_per_step, asked * LENGTHS_PER_STEP)
-        self.device = initialize(ParallelSizes())
-        self.rank, self.ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.is_main = dist.get_rank() == 0
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    def __init__(self, session: Session):
+        self.session = session
+        self.config: NiahConfig = session.config
+        self.settings = self.config.trainer.niah
+        if session.is_main:
+            session.log_dir.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(session.inputs.resolved, sort_keys=False)
+            write_whole(session.log_dir / "config.yaml", text)
 
     def fit(self) -> None:
         """Train and test every scheme with every seed, then report."""
-        settings = self.settings
+        settings, session = self.settings, self.session
         total = len(settings.seeds) * len(settings.schemes) * settings.max_steps
-        with tqdm(total=total, desc="NIAH", unit="step", disable=not self.is_main, mininterval=10) as bar:
+        with session.progress(total, "NIAH") as bar:
             for seed in settings.seeds:
                 for scheme in settings.schemes:
                     start = time.perf_counter()
@@ -76,12 +72,11 @@ class NiahTrainer:
                         "cells": self.test(model, scheme, seed),
                         "seconds": time.perf_counter() - start,
                     }
-                    if self.is_main:
-                        path = self.folder / f"result-{scheme}-{seed}.json"
+                    if session.is_main:
+                        path = session.log_dir / f"result-{scheme}-{seed}.json"
                         write_whole(path, json.dumps(result, indent=1) + "\n")
-        if self.is_main:
-            tqdm.write(write_report(read_results([self.folder]), self.folder))
-        dist.barrier()
+        if session.is_main:
+            session.say(write_report(read_results([session.log_dir]), session.log_dir))
 
     def _compared(self) -> dict:
         """Settings that must agree for results to be compared."""
@@ -107,7 +102,7 @@ class NiahTrainer:
         """One model; returns it and the mean loss of the last tenth of its steps."""
         settings, losses = self.settings, []
         set_seed(seed)
-        model = build_gpt(self.model_config(scheme), self.device)
+        model = build_gpt(self.model_config(scheme), self.session.device)
         engine = Engine(model, self.config.model.optim, settings.max_steps, settings.gradient_clip_val)
         rng = torch.Generator().manual_seed(seed)
         low, high = settings.train_frames
@@ -117,7 +112,7 @@ class NiahTrainer:
             for _ in range(LENGTHS_PER_STEP):
                 frames = int(torch.randint(low, high + 1, (), generator=rng))
                 samples = [draw_sample(rng, frames, settings.height, settings.width) for _ in range(each)]
-                microbatches.append(self._microbatch(samples[self.rank :: self.ranks], scheme))
+                microbatches.append(self._microbatch(samples[self.session.data_rank :: self.session.data_size], scheme))
             engine.zero_grad()
             metrics = engine.reduce_metrics(engine.run(microbatches, self._loss)) | engine.step()
             losses.append(metrics["loss"])
@@ -127,12 +122,14 @@ class NiahTrainer:
         tail = losses[-max(1, len(losses) // 10) :]
         return model, sum(tail) / len(tail)
 
-    def _microbatch(self, samples: list[Sample], scheme: str) -> Microbatch:
-        batch = pack_prompts([s.prompt for s in samples], [s.questions for s in samples], scheme, 16, self.device)
-        return Microbatch(batch, extra={"answers": answer_places(len(samples)).to(self.device)})
+    def _microbatch(self, samples: list[Sample], scheme: str) -> NiahMicrobatch:
+        batch = pack_prompts(
+            [s.prompt for s in samples], [s.questions for s in samples], scheme, 16, self.session.device
+        )
+        return NiahMicrobatch(batch, answers=answer_places(len(samples)).to(self.session.device))
 
-    def _loss(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        answers = microbatch.extra["answers"]
+    def _loss(self, microbatch: NiahMicrobatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        answers = microbatch.answers
         loss = -(logprobs * answers).sum() / (self.settings.videos_per_step * len(KINDS))
         return loss, {"loss": loss.detach()}
 
@@ -143,7 +140,7 @@ class NiahTrainer:
         cells = [(f, d) for f in settings.test_frames for d in range(settings.test_depths)]
         mine = []
         for number, (frames, place) in enumerate(cells):
-            if number % self.ranks != self.rank:
+            if number % self.session.data_size != self.session.data_rank:
                 continue
             depth = place / max(settings.test_depths - 1, 1)
             rng = torch.Generator().manual_seed(10_000 * seed + number)
@@ -158,14 +155,14 @@ class NiahTrainer:
             )
             shares = right.double().mean(0).tolist()  # [kinds]
             mine.append({"frames": frames, "depth": depth} | dict(zip(KINDS, shares, strict=True)))
-        parts: list = [None] * self.ranks
+        parts: list = [None] * self.session.data_size
         dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
         return sorted((cell for part in parts for cell in part), key=lambda c: (c["frames"], c["depth"]))
 
     def _right(self, model: PrefixGroupedGPT, samples: list[Sample], scheme: str) -> Tensor:
         """bool [v, kinds]: whether the answer is the most likely token."""
         microbatch = self._microbatch(samples, scheme)
-        batch, answers = microbatch.batch, microbatch.extra["answers"]
+        batch, answers = microbatch.batch, microbatch.answers
         rows = batch.groups.predict_index[answers]
         logits = model(batch.tokens, batch.position_ids, batch.groups, rows=rows, media=batch.media)
         return (logits.argmax(-1) == batch.labels[answers]).view(-1, len(KINDS)).cpu()

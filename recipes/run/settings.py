@@ -17,7 +17,8 @@ from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
 
 __all__ = [
-    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "TrainedModel", "check_batch_sizes", "check_video",
+    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "TrainedModel",
+    "check_batch_sizes", "check_video",
 ]  # fmt: skip
 
 
@@ -41,11 +42,26 @@ class CheckpointCallbackSection:
 
 
 @dataclass
-class ExpManagerSection:
-    """NeMo's exp_manager keys that a Megatron loop can keep."""
+class FolderSection:
+    """Of NeMo's exp_manager keys those of a recipe that writes results, and nothing step by step."""
 
     # Folder of this run; must be new or empty, or with resume_if_exists hold the same run.
     explicit_log_dir: str
+    # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks; for training alone.
+    resume_if_exists: bool = False
+
+    def refuse_resuming(self, what: str) -> None:
+        if self.resume_if_exists:
+            raise UserError(
+                f"exp_manager.resume_if_exists=true: {what} cannot be gone on with, only started; set it to false and choose a "
+                "new folder"
+            )
+
+
+@dataclass
+class ExpManagerSection(FolderSection):
+    """NeMo's exp_manager keys that a Megatron loop can keep."""
+
     create_tensorboard_logger: bool = True
     # Weights & Biases, with {name: ..., project: ..., offline: true}. WANDB_MODE=offline keeps it on this machine, too.
     create_wandb_logger: bool = False
@@ -53,8 +69,6 @@ class ExpManagerSection:
     # MLflow (pip install mlflow), with {experiment_name: ..., tracking_uri: ...}; without a URI into mlflow.db of this folder.
     create_mlflow_logger: bool = False
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
-    # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks.
-    resume_if_exists: bool = False
     checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
 
     def __post_init__(self):

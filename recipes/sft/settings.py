@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_ext.errors import UserError
 from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
-from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_video
+from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_batch_sizes, check_video
 
 __all__ = ["SFTConfig", "SFTData", "SFTModel", "SFTSettings", "SFTTrainerSection"]
 
@@ -66,3 +66,7 @@ class SFTConfig:
             raise UserError(
                 "model.loss_on_prompt=true cannot learn to write videos: set it to false, or data.video to null"
             )
+
+    def check_data_parallel(self, ranks: int) -> None:
+        """Refuse a batch that data-parallel ranks cannot share evenly."""
+        check_batch_sizes("model.global_batch_size", self.model.global_batch_size, ranks)

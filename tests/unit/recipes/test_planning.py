@@ -6,7 +6,7 @@ import pytest
 
 from recipes.cli.config import ConfigError, build
 from recipes.planning import job_of, read_config
-from recipes.run.session import Session
+from recipes.run.inputs import Inputs
 from recipes.sft.settings import SFTConfig
 from tests.unit.recipes.data.test_rows import write_words
 
@@ -74,7 +74,7 @@ def test_what_trains_nothing_is_refused():
         read_config("sft", ["model.hiden_size=3"])
 
 
-def session(tmp_path, vocabulary: int | None) -> Session:
+def inputs(tmp_path, vocabulary: int | None) -> Inputs:
     words = {word: number for number, word in enumerate(["?", "a", "b", "c"])}
     folder = tmp_path / "words"
     if not folder.exists():
@@ -88,14 +88,14 @@ def session(tmp_path, vocabulary: int | None) -> Session:
         "data": {"train_path": "x"},
         "exp_manager": {"explicit_log_dir": str(tmp_path / "run")},
     }  # fmt: skip
-    return Session(build(SFTConfig, node), node)
+    return Inputs.check(build(SFTConfig, node), node)
 
 
 def test_a_models_own_vocabulary_size_is_respected(tmp_path):
     """Five tokens, </s> among them: as many rows where nothing is said, more where the YAML says so, never fewer."""
-    tokens = session(tmp_path, None).tokenizer.vocab_size
-    assert session(tmp_path, None).config.model.vocab_size == tokens == 5
+    tokens = inputs(tmp_path, None).tokenizer.vocab_size
+    assert inputs(tmp_path, None).config.model.vocab_size == tokens == 5
     for rows in (tokens, tokens + 1, 152064):
-        assert session(tmp_path, rows).config.model.vocab_size == rows
+        assert inputs(tmp_path, rows).config.model.vocab_size == rows
     with pytest.raises(ValueError, match=f"model.vocab_size={tokens - 1} is less than the {tokens} tokens of"):
-        session(tmp_path, tokens - 1)
+        inputs(tmp_path, tokens - 1)

@@ -1,0 +1,108 @@
+"""What a run is given, checked on every rank before any of them starts: layout, run folder, starting weights, tokenizer.
+
+A bad input so costs little and leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from megatron_ext.runtime.distributed import ParallelSizes, world_size
+from recipes.data.tokenizer import Tokenizer, load_tokenizer
+from recipes.run.pretrained import Pretrained, sections_of
+from recipes.run.run_folder import Checkpoints, check_run_folder
+from recipes.run.settings import ExpManagerSection, TrainedModel
+
+__all__ = ["Inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    Attributes:
+        config: what a recipe's YAML says, e.g. an `SFTConfig`.
+        resolved: the resolved YAML as plain data, kept beside the results.
+        sizes: the layout of ranks.
+        log_dir: the run's folder, which may be written to.
+        checkpoints: in it; None where nothing is trained that could be gone on with.
+        resume_from: the checkpoint to go on from.
+        pretrained: the model to start from.
+        tokenizer: None where a recipe brings its own model and data.
+    """
+
+    config: Any
+    resolved: dict
+    sizes: ParallelSizes
+    log_dir: Path
+    checkpoints: Checkpoints | None = None
+    resume_from: Path | None = None
+    pretrained: Pretrained | None = None
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def check(cls, config: Any, resolved: dict) -> Inputs:
+        """
+        Raises:
+            UserError: anything wrong with the configuration, the checkpoint or the run folder.
+        """
+        model, trainer, manager = config.model, config.trainer, config.exp_manager
+        asked = trainer.devices * trainer.num_nodes
+        if asked != world_size():
+            raise UserError(
+                f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
+                f"launcher started {world_size()} processes"
+            )
+        log_dir = check_run_folder(manager.explicit_log_dir, resolved if manager.resume_if_exists else None)
+        checkpoints = resume_from = None
+        if isinstance(manager, ExpManagerSection):
+            checkpoints = Checkpoints(log_dir, manager.checkpoint_callback_params)
+            resume_from = checkpoints.newest() if manager.resume_if_exists else None
+        sizes, pretrained, tokenizer = ParallelSizes(), None, None
+        if isinstance(model, TrainedModel):
+            path = config.pretrained_checkpoint.restore_from_path
+            pretrained = Pretrained.open(path) if path else None
+            tokenizer = _tokenizer(model, pretrained)
+            if resume_from is not None and model.position_embedding.sections is None:
+                model.position_embedding.sections = sections_of(read_checkpoint_info(resume_from)["model"])
+            _fit(model, tokenizer, pretrained)
+            sizes = ParallelSizes(
+                model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+            )
+        found = cls(config, resolved, sizes, log_dir, checkpoints, resume_from, pretrained, tokenizer)
+        if hasattr(config, "check_data_parallel"):
+            config.check_data_parallel(found.data_size)
+        return found
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.sizes.data(world_size())
+
+
+def _tokenizer(model: TrainedModel, pretrained: Pretrained | None) -> Tokenizer:
+    path = model.tokenizer
+    if path is None and pretrained is not None:
+        path = pretrained.tokenizer
+    if path is None:
+        raise UserError(
+            "model.tokenizer is not set: name the folder of a Hugging Face tokenizer, or a model to start from in "
+            "pretrained_checkpoint.restore_from_path"
+        )
+    return load_tokenizer(path)
+
+
+def _fit(model: TrainedModel, tokenizer: Tokenizer, pretrained: Pretrained | None) -> None:
+    """Model, tokenizer and starting weights must belong together; a vocabulary size that is not given is the tokenizer's."""
+    if model.vocab_size is None:
+        model.vocab_size = tokenizer.vocab_size
+    if pretrained is not None:
+        pretrained.check(model)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is less than the {tokenizer.vocab_size} tokens of {tokenizer.path}: take "
+            "the tokenizer that belongs to the model, or leave model.vocab_size out"
+        )
