@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext.attention import Scoring
 from megatron_ext.attention.context import ContextShard, context_parallel_attention
+from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
 from megatron_ext.models import build_gpt
@@ -196,7 +197,7 @@ def _sample(model, case: LayoutCase) -> dict[str, Any]:
 def refuses_step(engine: Engine) -> bool:
     try:
         engine.step()
-    except FloatingPointError:
+    except DivergedError:
         return True
     return False
 
