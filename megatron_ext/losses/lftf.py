@@ -56,6 +56,8 @@ def pair_loss(name: str, log_he: Tensor, log_she: Tensor, frozen: Tensor) -> Ten
     - sum: P(he) + P(she).
     - hint: KL from the frozen {P(he), P(she), rest} to the model's: the answer stays.
 
+    The rest is 1 - P(he) - P(she): where less than one rounding is left of it (1.2e-7 in fp32), nothing pulls it up.
+
     Args:
         log_he, log_she: log-probabilities [n].
         frozen: probabilities [n, 2] of both words before training.

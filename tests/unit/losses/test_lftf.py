@@ -76,6 +76,18 @@ def test_where_descent_leads(name, rng):
         assert bool((he + she < 0.01).all())
 
 
+def test_hint_leads_back_to_the_frozen_answer(rng):
+    """From another model's probabilities, of both words and of the rest."""
+    logits, frozen = (2 * torch.rand(20, 3, generator=rng, dtype=torch.float64) - 1 for _ in range(2))
+    frozen = frozen.softmax(-1)
+    for _ in range(500):
+        logits.requires_grad_()
+        logp = logits.log_softmax(-1)
+        (grad,) = torch.autograd.grad(pair_loss("hint", logp[:, 0], logp[:, 1], frozen[:, :2]).sum(), logits)
+        logits = (logits - grad).detach()
+    assert (logits.softmax(-1) - frozen).abs().max() < 1e-6
+
+
 def test_certain_words_stay_finite():
     """All of the mass on one word: the rest has none, and no loss is infinite."""
     he, she = tensor(0.0).requires_grad_(), tensor(-80.0)
@@ -97,6 +109,27 @@ def test_kept_text_estimates_the_divergence_without_bias(rng):
     """Summed over the frozen model's own distribution it is KL(frozen || model) exactly."""
     p, q = (torch.randn(50, generator=rng, dtype=torch.float64).log_softmax(0) for _ in range(2))
     assert abs((p.exp() * kept_text_loss(q, p)).sum() - (p.exp() * (p - q)).sum()) < ULPS
+
+
+def test_kept_text_leads_back_to_the_frozen_model(rng):
+    """Summed over the frozen model's own distribution, from tens of nats away; by signs, as in test_kl.py."""
+    frozen, away = (2 * torch.rand(6, generator=rng, dtype=torch.float64) - 1 for _ in range(2))
+    frozen = frozen.log_softmax(0)
+    logits = frozen + 40 * away
+    for step in range(350):
+        logits.requires_grad_()
+        loss = (frozen.exp() * kept_text_loss(logits.log_softmax(0), frozen)).sum()
+        logits = (logits - 6 * 0.96**step * torch.autograd.grad(loss, logits)[0].sign()).detach()
+    assert (frozen.exp() * (frozen - logits.log_softmax(0))).sum() < 1e-6
+
+
+def test_kept_text_is_finite_and_of_the_right_sign_however_far():
+    """In fp32, where e^100 is infinite."""
+    frozen = torch.tensor([-200.0, -100.0, -1.0, -0.5])
+    logprobs = torch.tensor([-0.1, -0.1, -1.5, -200.0], requires_grad=True)
+    loss = kept_text_loss(logprobs, frozen)
+    (grad,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert bool(loss.isfinite().all() and grad.isfinite().all()) and grad.sign().tolist() == [1, 1, -1, -1]
 
 
 def test_weights():
