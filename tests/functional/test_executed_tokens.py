@@ -9,32 +9,13 @@ from tests.recipe_runs import metrics, run
 
 pytestmark = pytest.mark.functional
 
-# Runs the recipe in one process and writes the rows of every call of layer 1 on a prefix-grouped stream.
-COUNTER = """
-import json, sys
-from megatron_ext.attention.core import PrefixGroupedCoreAttention
-from megatron_ext.grouping import PrefixGroups
-from recipes import train_grpo
-
-rows, forward = [], PrefixGroupedCoreAttention.forward
-
-def counted(self, query, *args, packed_seq_params=None, **kwargs):
-    if self.layer_number == 1 and isinstance(packed_seq_params, PrefixGroups):
-        rows.append(query.size(0))
-    return forward(self, query, *args, packed_seq_params=packed_seq_params, **kwargs)
-
-PrefixGroupedCoreAttention.forward = counted
-train_grpo.main(json.load(open(sys.argv[1])))
-json.dump(rows, open(sys.argv[2], "w"))
-"""
-
 
 def executed_rows(task, folder, *overrides):
     folder.mkdir()
     arguments = [*task.grpo_overrides(folder / "run"), "trainer.devices=1", "trainer.grpo.max_steps=1", *overrides]
     cfg = compose("grpo_tiny", [f"++{a}" for a in arguments], may_be_unset=True)
     (folder / "config.json").write_text(json.dumps(cfg))
-    done = run("-c", COUNTER, folder / "config.json", folder / "rows.json")
+    done = run("-m", "tests.programs.count_rows", folder / "config.json", folder / "rows.json")
     assert done.code == 0, done.err
     return json.loads((folder / "rows.json").read_text()), metrics(folder / "run")[0]
 

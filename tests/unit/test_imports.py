@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.imported import imported_modules
+
 ROOT = Path(__file__).parents[2]
 # In the order of CONTRIBUTING.md: a room may import only from rooms above it.
 ROOMS = (
@@ -44,22 +46,6 @@ FOREIGN = {
 
 FILES = sorted(p for package in ("megatron_ext", "recipes") for p in (ROOT / package).rglob("*.py"))
 files = pytest.mark.parametrize("path", FILES, ids=[p.relative_to(ROOT).as_posix() for p in FILES])
-
-
-def imported_modules(path: Path, root: Path = ROOT) -> set[str]:
-    """Every module named by an import statement anywhere in the file, those inside functions included."""
-    package = list(path.relative_to(root).parts[:-1])
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *filter(None, [node.module])])
-            found.add(module)
-            if module in ("megatron_ext", "recipes"):  # `from recipes import data` names the room after the import
-                found.update(f"{module}.{alias.name}" for alias in node.names)
-    return found
 
 
 def room_of(path: Path, root: Path = ROOT) -> tuple[str, str]:

@@ -11,8 +11,8 @@ import pytest
 from recipes.cli.compose import CONFIG_FOLDER, compose
 from recipes.cli.config import build
 from recipes.registry import RECIPES, main
+from tests.imported import imported_modules
 from tests.recipe_runs import ROOT
-from tests.unit.test_imports import imported_modules
 
 REGISTRY = ROOT / "recipes" / "registry.py"
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))

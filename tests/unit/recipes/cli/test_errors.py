@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,49 +127,6 @@ def test_a_key_that_the_code_misspells_is_a_bug():
 
 # Under NeMo's hydra_runner, in real processes
 
-RUNNER = """
-from nemo.core.config import hydra_runner
-from megatron_ext.errors import UserError
-from recipes.cli.errors import user_errors
-
-@hydra_runner(config_path="conf", config_name="start")
-@user_errors()
-def main(cfg):
-    print("lr", cfg.lr)
-    if cfg.lr > 1:
-        raise UserError("lr is\\ntoo large")
-    if cfg.lr < 0:
-        int("x")
-    open(cfg.path)
-
-if __name__ == "__main__":
-    main()
-"""
-# One process imports NeMo (it takes seconds) and is copied for each command line.
-DRIVER = """
-import os, runpy, sys, traceback
-import nemo.core.config
-import nemo.lightning.callback_group  # hydra_runner imports it at the end of every run
-
-for name, *arguments in (line.split() for line in sys.argv[1:]):
-    child = os.fork()
-    if child == 0:
-        for stream, ending in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv, code = ["runner.py", *arguments], 0
-        try:
-            runpy.run_path("runner.py", run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # taking NeMo's modules down would take seconds
-    with open(f"{name}.code", "w") as file:
-        file.write(str(os.waitstatus_to_exitcode(os.wait()[1])))
-"""
 COMMANDS = {
     "ran": f"path={__file__}",
     "refuses": "path=x lr=2",
@@ -182,10 +140,11 @@ def finished(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
     """name -> (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "conf").mkdir()
-    for name, source in (("runner.py", RUNNER), ("driver.py", DRIVER), ("conf/start.yaml", "path: ???\nlr: 1e-4\n")):
-        (folder / name).write_text(source)
+    (folder / "conf/start.yaml").write_text("path: ???\nlr: 1e-4\n")
+    shutil.copy(ROOT / "tests/programs/hydra_script.py", folder)  # Hydra looks for conf/ beside the script
+    command = [sys.executable, "-W", "ignore", "-m", "tests.programs.fork_script", "hydra_script.py"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "driver.py", *(f"{name} {asked}" for name, asked in COMMANDS.items())],
+        command + [f"{name} {asked}" for name, asked in COMMANDS.items()],
         cwd=folder, env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": str(folder)}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
