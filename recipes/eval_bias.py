@@ -27,7 +27,8 @@ def main(cfg: dict) -> None:
 
 
 def evaluate_all(config, model, prompts, pair, texts, words) -> None:
-    from megatron_ext.bias.public_sets import read_crows_pairs, read_winobias
+    from megatron_ext.bias.public_sets import read_crows_pairs
+    from megatron_ext.bias.winobias import read_winobias
     from recipes.bias.evaluation import evaluate, pair_preference, question_accuracy
     from recipes.bias.prompts import question_rows, read_winogender, sentence_rows
     from recipes.bias.report import summary_rows, write_report

@@ -21,7 +21,6 @@ __all__ = ["cluster_choice", "job_of", "read_config"]
 
 PLANNED = [recipe for recipe in RECIPES.values() if recipe.planned]
 # What a plan does not depend on may stay unset: paths.
-NOT_SET = "not-set"
 
 
 def read_config(
@@ -77,10 +76,11 @@ def _nearest_cluster(folder: Path, nodes: int) -> str:
     return ([stem for stem in names if int(stem.split("x")[0]) <= nodes] or names[:1])[-1]
 
 
-def _filled(node: Any) -> Any:
+def _filled(node: Any, key: str = "") -> Any:
+    """What is not set has a name of its own: two files must not be one."""
     if isinstance(node, dict):
-        return {key: _filled(value) for key, value in node.items()}
-    return NOT_SET if isinstance(node, str) and node == "???" else node
+        return {name: _filled(value, name) for name, value in node.items()}
+    return f"{key}-not-set" if isinstance(node, str) and node == "???" else node
 
 
 def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = None, response: int | None = None) -> Job:

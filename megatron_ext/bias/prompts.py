@@ -28,25 +28,51 @@ __all__ = [
 ]  # fmt: skip
 
 
+# What hints at a pronoun, where nothing else is given.
+HINTS = {"he": "his", "she": "her"}
+# A word and its hint must agree in gender where both have one.
+_GENDER = {
+    **dict.fromkeys(("he", "him", "his", "himself", "man", "men", "boy", "male", "father"), "male"),
+    **dict.fromkeys(("she", "her", "hers", "herself", "woman", "women", "girl", "female", "mother"), "female"),
+}
+
+
 @dataclass(frozen=True)
 class AttributePair:
     """Two words whose probabilities are compared, and what hints at each.
 
     Attributes:
         first, second: the words, male and female by convention; a model reads them after a space.
-        first_hint, second_hint: what stands for {hint} in a hinted template.
+        first_hint, second_hint: what stands for {hint} in a hinted template; None: "his" of "he" and "her" of "she".
     """
 
     first: str = "he"
     second: str = "she"
-    first_hint: str = "his"
-    second_hint: str = "her"
+    first_hint: str | None = None
+    second_hint: str | None = None
 
     def __post_init__(self):
-        for first, second in (("first", "second"), ("first_hint", "second_hint")):
-            words = getattr(self, first).strip(), getattr(self, second).strip()
-            if not all(words) or words[0] == words[1]:
-                raise UserError(f"{first} and {second} must be two different words, got {words[0]!r} and {words[1]!r}")
+        self._check_different("first", "second")
+        for name in ("first", "second"):
+            word, hint = getattr(self, name), getattr(self, f"{name}_hint")
+            if hint is None and (hint := HINTS.get(word.strip())) is None:
+                raise UserError(
+                    f"{name}={word!r} has no {name}_hint: say which word hints at it, as 'his' does at 'he'"
+                )
+            object.__setattr__(self, f"{name}_hint", hint)
+        self._check_different("first_hint", "second_hint")
+        for name in ("first", "second"):
+            word, hint = getattr(self, name), getattr(self, f"{name}_hint")
+            if len({_GENDER.get(w.strip().lower()) for w in (word, hint)} - {None}) > 1:
+                raise UserError(
+                    f"{name}={word!r} and {name}_hint={hint!r} are of different genders, and a hint speaks for its own word: "
+                    "change the order of the hints, or of the words"
+                )
+
+    def _check_different(self, first: str, second: str) -> None:
+        words = getattr(self, first).strip(), getattr(self, second).strip()
+        if not all(words) or words[0] == words[1]:
+            raise UserError(f"{first} and {second} must be two different words, got {words[0]!r} and {words[1]!r}")
 
 
 PRONOUNS = AttributePair()

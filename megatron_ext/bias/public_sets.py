@@ -1,4 +1,4 @@
-"""Readers of three public sets of sentences about gender: WinoBias, Winogender and CrowS-Pairs.
+"""Readers of public sets of sentences about gender: Winogender and CrowS-Pairs here, WinoBias in winobias.py.
 
 They read files that you have got yourself, in the format in which each set's authors publish them; nothing of the sets
 ships here. WinoBias (Zhao et al. 2018, MIT) and CrowS-Pairs (Nangia et al. 2020, CC BY-SA 4.0; Blodgett et al. 2021 find
@@ -18,8 +18,8 @@ from pathlib import Path
 from megatron_ext.errors import UserError
 
 __all__ = [
-    "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "WinoBiasPair", "read_crows_pairs",
-    "read_occupation_stats", "read_winobias", "read_winogender_sentences", "read_winogender_templates",
+    "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "read_crows_pairs", "read_occupation_stats",
+    "read_text", "read_winogender_sentences", "read_winogender_templates",
 ]  # fmt: skip
 
 
@@ -29,19 +29,6 @@ class SentencePair:
 
     more_stereotypical: str
     less_stereotypical: str
-
-
-@dataclass(frozen=True)
-class WinoBiasPair(SentencePair):
-    """Alike but for the gender of the pronouns.
-
-    Attributes:
-        referent: whom the pronouns stand for, as written: "the developer".
-        pronouns: each pronoun, in the stereotypical sentence and in the other: (("he", "she"),).
-    """
-
-    referent: str
-    pronouns: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -97,76 +84,6 @@ _FORMS = {
     "female": {"NOM": "she", "POSS": "her", "ACC": "her"},
     "neutral": {"NOM": "they", "POSS": "their", "ACC": "them"},
 }
-_GENDER = {
-    **dict.fromkeys(("he", "his", "him", "himself"), "male"),
-    **dict.fromkeys(("she", "her", "hers", "herself"), "female"),
-}
-_SPAN = re.compile(r"\[ ?([^\[\]]+?) ?\]")
-
-
-def read_winobias(pro: str | Path, anti: str | Path) -> tuple[list[WinoBiasPair], int]:
-    """Pairs of WinoBias's `pro_stereotyped_type?.txt.*` and the `anti_` file of the same name, and how many were left out.
-
-    Line by line the files hold the same sentence with the pronouns swapped, numbered or not, the referent and its
-    pronouns in brackets: `1 [The developer] argued with the designer because [she] did not like the design.` Spacing
-    does not matter. Of the 1,584 published pairs 21 differ in other words too, which a comparison of likelihoods would
-    measure as well: such pairs are left out.
-
-    Raises:
-        UserError: files of different length, a line that is none of WinoBias's, lines of different numbers, a pair whose
-            pronouns are of one gender, or no pair left.
-    """
-    sides = [_text(path).rstrip().split("\n") for path in (pro, anti)]
-    if len(sides[0]) != len(sides[1]):
-        raise UserError(
-            f"{pro} has {len(sides[0])} lines and {anti} {len(sides[1])}: give both files of the same type and split"
-        )
-    pairs = [
-        _winobias_pair(_BracketedLine(more, f"{pro}:{number}"), _BracketedLine(less, f"{anti}:{number}"))
-        for number, (more, less) in enumerate(zip(*sides, strict=True), 1)
-    ]
-    kept = [pair for pair in pairs if pair is not None]
-    if not kept:
-        raise UserError(f"{pro} and {anti} hold no pair of sentences that differ in the gender of a pronoun alone")
-    return kept, len(pairs) - len(kept)
-
-
-class _BracketedLine:
-    """A line of WinoBias: its `number` or "", `text` with brackets, `sentence` without, `frame` with [] for pronouns."""
-
-    def __init__(self, line: str, where: str) -> None:
-        self.where = where
-        self.number, self.text = re.fullmatch(r"(\d*) ?(.*)", " ".join(line.split())).groups()
-        spans = _SPAN.findall(self.text)
-        self.pronouns = [span for span in spans if span.lower() in _GENDER]
-        referents = [span for span in spans if span.lower() not in _GENDER]
-        if re.search(r"[\[\]]", _SPAN.sub("", self.text)) or len(referents) != 1 or not self.pronouns:
-            raise UserError(f"{where}: {line.strip()!r} must have one referent and its pronouns in brackets")
-        self.referent = referents[0]
-        self.sentence = _SPAN.sub(r"\1", self.text)
-        self.frame = _SPAN.sub(lambda span: "[]" if span[1].lower() in _GENDER else span[1], self.text)
-
-    def core(self) -> tuple[str, str]:
-        """What both sentences of a pair share; the article may stand inside or outside the brackets."""
-        return self.frame, self.referent.lower().removeprefix("the ")
-
-
-def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair | None:
-    """None: the sentences differ in more than their pronouns."""
-    if more.number != less.number:
-        raise UserError(
-            f"{less.where}: sentence {less.number or 'without a number'} stands beside {more.number or 'one without'} "
-            f"({more.where}): give both files of the same type and split"
-        )
-    if more.core() != less.core():
-        return None
-    genders = [{_GENDER[pronoun.lower()] for pronoun in line.pronouns} for line in (more, less)]
-    if any(len(gender) > 1 for gender in genders) or genders[0] == genders[1]:
-        raise UserError(
-            f"{less.where}: pronouns {less.pronouns} must all be of the other gender than {more.pronouns} ({more.where})"
-        )
-    pronouns = tuple(zip(more.pronouns, less.pronouns, strict=True))
-    return WinoBiasPair(more.sentence, less.sentence, more.referent, pronouns)
 
 
 def read_winogender_templates(path: str | Path) -> list[CoreferenceQuestion]:
@@ -268,7 +185,7 @@ def read_crows_pairs(path: str | Path, bias_type: str = "gender") -> list[CrowsP
 
 def _csv_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row by column) of CrowS-Pairs' file."""
-    reader = csv.DictReader(StringIO(_text(path)), restval="")
+    reader = csv.DictReader(StringIO(read_text(path)), restval="")
     try:
         if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
             raise UserError(
@@ -280,7 +197,11 @@ def _csv_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
         raise UserError(f"{path}:{reader.line_num}: no CSV ({error}); is a quote left open?") from None
 
 
-def _text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """
+    Raises:
+        UserError: no UTF-8 text.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -292,7 +213,7 @@ def _text(path: str | Path) -> str:
 
 def _table(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Rows of a tab-separated file with this header, each after its "file:line"."""
-    header, *rows = _text(path).rstrip().split("\n")
+    header, *rows = read_text(path).rstrip().split("\n")
     if header.split("\t") != list(columns):
         raise UserError(f"{path}:1: expected the columns {', '.join(columns)}, tabs between, got {header!r}")
     if not rows:

@@ -56,6 +56,11 @@ class GrpoTerms:
                 f"ratio_clip_min={self.ratio_clip_min} must lie in [0, 1) and ratio_clip_max={self.ratio_clip_max} "
                 "must not be negative"
             )
+        if self.ratio_clip_min >= 0.5 and self.ratio_clip_max >= 1:
+            raise UserError(
+                f"ratio_clip_min={self.ratio_clip_min} and ratio_clip_max={self.ratio_clip_max} look like the bounds of the "
+                f"ratio: they are its distances from 1, so give {1 - self.ratio_clip_min:.4g} and {self.ratio_clip_max - 1:.4g}"
+            )
         if not math.isfinite(self.entropy_bonus):
             raise UserError(f"entropy_bonus={self.entropy_bonus} must be finite")
         if not 0 <= self.kl_penalty < math.inf:

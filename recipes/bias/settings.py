@@ -12,7 +12,14 @@ from megatron_ext.blocks.importance import ESTIMATORS, check_excluded
 from megatron_ext.errors import UserError
 from megatron_ext.losses.lftf import loss_weights
 from recipes.cli.config import at_least
-from recipes.run.settings import CheckpointSection, ExpManagerSection, FolderSection, TrainedModel, check_batch_sizes
+from recipes.run.settings import (
+    CheckpointSection,
+    ExpManagerSection,
+    FolderSection,
+    TrainedModel,
+    check_apart,
+    check_batch_sizes,
+)
 
 __all__ = [
     "BiasEvalConfig", "BiasEvalModel", "LFTFConfig", "LFTFSettings", "LocateConfig", "LocateSettings",
@@ -85,6 +92,9 @@ class LFTFData:
     text_path: str | None = None
     # JSONL rows {"text"} whose perplexity is watched; others than text_path's.
     validation_text_path: str | None = None
+
+    def __post_init__(self):
+        check_apart(self, "text_path", "validation_text_path")
 
 
 @dataclass
@@ -203,7 +213,7 @@ class BiasEvalData:
     crows_pairs_path: str | None = None
     # Winogender's templates.tsv or all_sentences.tsv.
     winogender_path: str | None = None
-    # WinoBias: [pro_stereotyped file, anti_stereotyped file].
+    # WinoBias: a pro_stereotyped file and the anti_stereotyped one of the same type and split, in either order.
     winobias_paths: list[str] | None = None
     # Resamplings of professions behind each confidence interval.
     bootstrap_samples: int = 1000
@@ -213,7 +223,7 @@ class BiasEvalData:
             raise UserError(f"data.split must be train, dev, test or all, got {self.split!r}")
         if self.winobias_paths is not None and len(self.winobias_paths) != 2:
             raise UserError(
-                f"data.winobias_paths={self.winobias_paths}: give [pro_stereotyped file, anti_stereotyped file]"
+                f"data.winobias_paths={self.winobias_paths}: give two, a pro_stereotyped file and the anti_stereotyped one"
             )
         at_least("data", self, 1, "bootstrap_samples")
 

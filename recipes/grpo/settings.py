@@ -10,7 +10,14 @@ from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.generation import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
-from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_batch_sizes, check_video
+from recipes.run.settings import (
+    CheckpointSection,
+    ExpManagerSection,
+    TrainedModel,
+    check_apart,
+    check_batch_sizes,
+    check_video,
+)
 
 __all__ = [
     "GRPOConfig",
@@ -177,6 +184,9 @@ class GRPOData:
     max_prompt_length: int = 1024
     # How videos become tokens; null: text only.
     video: VideoSettings | None = None
+
+    def __post_init__(self):
+        check_apart(self, "train_path", "validation_path")
 
 
 @dataclass

@@ -7,6 +7,8 @@ error that names the nearest known one.
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +20,14 @@ from recipes.data.video import VideoSettings
 
 __all__ = [
     "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "TrainedModel",
-    "check_batch_sizes", "check_video",
+    "check_apart", "check_batch_sizes", "check_video",
 ]  # fmt: skip
+
+
+# Which values of a metric are better, by the last word of its name.
+BETTER = {
+    "loss": "min", "perplexity": "min", "afgb": "min", "reward": "max", "accuracy": "max", "mass": "max", "ub": "max",
+}  # fmt: skip
 
 
 @dataclass
@@ -30,15 +38,32 @@ class CheckpointCallbackSection:
     save_top_k: int = -1
     # A validation metric, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null: none.
     monitor: str | None = None
-    # "min" or "max": which of its values are better.
-    mode: str = "min"
+    # "min" or "max": which of its values are better. null: as its name says, max of a reward, accuracy, mass or ub, min of a
+    # loss, perplexity or afgb; others must say it.
+    mode: str | None = None
     # Write in processes of their own while training goes on; on a CPU this costs the memory of what training overwrites.
     async_save: bool = False
 
     def __post_init__(self):
         at_least("exp_manager.checkpoint_callback_params", self, -1, "save_top_k")
-        if self.mode not in ("min", "max"):
+        if self.mode not in ("min", "max", None):
             raise UserError(f"exp_manager.checkpoint_callback_params.mode must be min or max, got {self.mode!r}")
+        if self.monitor is not None:
+            self._choose_mode()
+
+    def _choose_mode(self) -> None:
+        better = BETTER.get(re.split("[/_]", self.monitor)[-1])
+        if self.mode is None and better is None:
+            raise UserError(
+                f"exp_manager.checkpoint_callback_params.monitor={self.monitor}: which of its values are better? Set mode=min or "
+                "mode=max beside it"
+            )
+        if None not in (self.mode, better) and self.mode != better:
+            raise UserError(
+                f"exp_manager.checkpoint_callback_params.mode={self.mode} would keep the worst by monitor={self.monitor}; set "
+                f"mode={better}, or leave it out"
+            )
+        self.mode = self.mode or better
 
 
 @dataclass
@@ -111,6 +136,20 @@ class TrainedModel(GPTModelConfig):
         super().__post_init__()
         at_least("model", self, 0, "seed")
         at_least("model", self, 1, "micro_batch_size", "global_batch_size")
+
+
+def check_apart(data: object, trained: str, held_out: str) -> None:
+    """Refuse a section's two files to be one: what is trained on is not held out.
+
+    Args:
+        trained, held_out: names of fields of the section `data`, which may be None.
+    """
+    paths = getattr(data, trained), getattr(data, held_out)
+    if None not in paths and os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
+        raise UserError(
+            f"data.{trained} and data.{held_out} are the same file, {paths[0]}: what is trained on is not held out; name "
+            f"another, or set data.{held_out}=null"
+        )
 
 
 def check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:

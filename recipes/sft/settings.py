@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from megatron_ext.errors import UserError
 from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
-from recipes.run.settings import CheckpointSection, ExpManagerSection, TrainedModel, check_batch_sizes, check_video
+from recipes.run.settings import (
+    CheckpointSection,
+    ExpManagerSection,
+    TrainedModel,
+    check_apart,
+    check_batch_sizes,
+    check_video,
+)
 
 __all__ = ["SFTConfig", "SFTData", "SFTModel", "SFTSettings", "SFTTrainerSection"]
 
@@ -50,6 +57,9 @@ class SFTData:
     validation_path: str | None = None
     # How videos become tokens; null: text only.
     video: VideoSettings | None = None
+
+    def __post_init__(self):
+        check_apart(self, "train_path", "validation_path")
 
 
 @dataclass

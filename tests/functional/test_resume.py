@@ -140,8 +140,9 @@ def test_a_run_that_is_killed_while_it_starts_can_be_started_again(task, tmp_pat
 
 
 def test_a_monitor_that_is_no_metric_is_refused(task, tmp_path):
+    held_out = shutil.copy(task.data / "sft.jsonl", tmp_path)
     done = task.sft(
-        tmp_path / "run", "trainer.sft.val_check_interval=1", f"data.validation_path={task.data / 'sft.jsonl'}",
+        tmp_path / "run", "trainer.sft.val_check_interval=1", f"data.validation_path={held_out}",
         "exp_manager.checkpoint_callback_params.monitor=val_loss",
     )  # fmt: skip
     (line,) = done.error_lines

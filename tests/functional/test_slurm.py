@@ -37,7 +37,7 @@ CONFIGS = {"sft": "train_sft", "grpo": "train_grpo", "grpo_video": "train_grpo",
 JOBS = [(recipe, config, nodes) for config, recipe in CONFIGS.items() for nodes in (1, 2, 8, 16)]
 THERE = ROOT / "README.md"  # nothing looks inside
 TRAIN = [f"data.train_path={THERE}"]
-TEXTS = [f"data.text_path={THERE}", f"data.validation_text_path={THERE}"]
+TEXTS = [f"data.text_path={THERE}", f"data.validation_text_path={ROOT / 'LICENSE'}"]
 NEEDED = {"sft": TRAIN, "grpo": TRAIN, "grpo_video": TRAIN, "lftf": TEXTS}
 
 

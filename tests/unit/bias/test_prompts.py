@@ -18,6 +18,7 @@ from megatron_ext.bias.prompts import (
     split_by_profession,
     write_jsonl,
 )
+from megatron_ext.errors import UserError
 
 GENDERED = ("man", "woman", "boy", "girl", "ess", "master", "mistress", "wife", "king", "queen", "lord", "lady")
 
@@ -54,6 +55,31 @@ def test_another_pair_of_attributes():
         AttributePair("man", "woman", "father", "mother"),
     )
     assert first.prompt == "The cook, a father, said" and second.prompt == "The cook, a mother, said"
+
+
+def test_hints_belong_to_their_words_in_either_order():
+    """Else UB would have the other sign."""
+    for pair in (AttributePair("she", "he"), AttributePair("she", "he", "her", "his")):
+        assert (pair.first_hint, pair.second_hint) == ("her", "his")
+        hinted = hint_prompts(["cook"], pair=pair)
+        assert all((" her " in p.prompt) == (p.hint == 1) and (" his " in p.prompt) == (p.hint == -1) for p in hinted)
+    assert AttributePair() == AttributePair("he", "she", "his", "her")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("she", "he", "his", "her"), "first='she' and first_hint='his' are of different genders, .* change the order"),
+        (("woman", "man", "his", "her"), "first='woman' and first_hint='his' are of different genders"),
+        (("they", "he", "her", "she"), "second='he' and second_hint='she' are of different genders"),
+        (("man", "woman"), "first='man' has no first_hint: say which word hints at it, as 'his' does at 'he'"),
+        (("he", "it"), "second='it' has no second_hint"),
+        (("he", "she", "her"), "first_hint and second_hint must be two different words, got 'her' and 'her'"),
+    ],
+)
+def test_hints_of_the_other_word_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        AttributePair(*words)
 
 
 def test_no_profession_is_in_two_parts():

@@ -1,4 +1,4 @@
-"""Readers of WinoBias, Winogender and CrowS-Pairs, on sentences of our own in the published formats."""
+"""Readers of Winogender and CrowS-Pairs, on sentences of our own in the published formats."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from megatron_ext.bias.public_sets import (
     CoreferenceQuestion,
     CrowsPair,
     OccupationStats,
-    WinoBiasPair,
     read_crows_pairs,
     read_occupation_stats,
-    read_winobias,
     read_winogender_sentences,
     read_winogender_templates,
 )
@@ -39,121 +37,6 @@ def file(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def winobias(file):
-    """Read a pro and an anti file of these lines."""
-
-    def read(pro: list[str], anti: list[str]) -> tuple[list[WinoBiasPair], int]:
-        return read_winobias(file(*pro, name="pro.txt"), file(*anti, name="anti.txt"))
-
-    return read
-
-
-@pytest.mark.parametrize("numbered", [True, False])
-def test_winobias_pairs(winobias, numbered):
-    pro = [
-        "[The potter] thanked the nanny because [he] was late.",
-        "The potter met [the nanny] and gave [her] [her] hat.",
-    ]
-    anti = [
-        "[The potter] thanked the nanny because [she] was late.",
-        "The potter met [the nanny] and gave [him] [his] hat.",
-    ]
-    sides = [[f"{i} {line}" if numbered else line for i, line in enumerate(side, 1)] for side in (pro, anti)]
-    expected = [
-        WinoBiasPair(
-            "The potter thanked the nanny because he was late.",
-            "The potter thanked the nanny because she was late.",
-            "The potter",
-            (("he", "she"),),
-        ),
-        WinoBiasPair(
-            "The potter met the nanny and gave her her hat.",
-            "The potter met the nanny and gave him his hat.",
-            "the nanny",
-            (("her", "him"), ("her", "his")),
-        ),
-    ]
-    assert winobias(*sides) == (expected, 0)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "7[The potter] fell  because [ he] slipped.",
-        " 7  [The potter ] fell because [he ] slipped. ",
-        "\ufeff7 The [potter] fell because\t[he] slipped.\r",
-    ],
-)
-def test_winobias_spacing_does_not_matter(winobias, line):
-    (pair,), _ = winobias([line, "", " "], ["7 [The potter] fell because [she] slipped."])
-    assert pair.more_stereotypical == "The potter fell because he slipped."
-    assert pair.less_stereotypical == "The potter fell because she slipped."
-    assert pair.pronouns == (("he", "she"),)
-
-
-GOOD_PRO, GOOD_ANTI = "[The potter] fell because [he] slipped.", "[The potter] fell because [she] slipped."
-
-
-@pytest.mark.parametrize(
-    ("pro", "anti", "words"),
-    [
-        (
-            "[The potter fell because [he] slipped.",
-            GOOD_ANTI,
-            "pro.txt:2: .* one referent and its pronouns in brackets",
-        ),
-        (GOOD_PRO, "[The [potter]] fell because [she] slipped.", "anti.txt:2: .* one referent"),
-        (
-            "[The potter] met [the nanny] as [he] fell.",
-            "[The potter] met [the nanny] as [she] fell.",
-            "pro.txt:2: .* one ref",
-        ),
-        ("[The potter] fell because he slipped.", GOOD_ANTI, "pro.txt:2: .* its pronouns in brackets"),
-        (GOOD_PRO, "The potter fell because [she] slipped.", "anti.txt:2: .* one referent"),
-        ("garbage", "garbage", "pro.txt:2: 'garbage' must have one referent"),
-        (
-            "2 " + GOOD_PRO,
-            "3 " + GOOD_ANTI,
-            "anti.txt:2: sentence 3 stands beside 2 .*pro.txt:2.: give both files of the",
-        ),
-        (GOOD_PRO, "3 " + GOOD_ANTI, "anti.txt:2: sentence 3 stands beside one without .*pro.txt:2.: give both files"),
-        (GOOD_PRO, GOOD_PRO, "anti.txt:2: pronouns .'he'. must all be of the other gender than .'he'. .*pro.txt:2"),
-        (
-            "[The potter] knew [he] had [his] hat.",
-            "[The potter] knew [she] had [his] hat.",
-            "pronouns .'she', 'his'. must all be of the other gender",
-        ),
-        ("", GOOD_ANTI, "pro.txt:2: '' must have one referent"),
-    ],
-)
-def test_winobias_refuses_what_is_none_of_its_lines(winobias, pro, anti, words):
-    with pytest.raises(ValueError, match=words):
-        winobias([GOOD_PRO, pro, GOOD_PRO], [GOOD_ANTI, anti, GOOD_ANTI])
-
-
-@pytest.mark.parametrize(
-    "anti",
-    [
-        "[The potter] fell because [she] tripped.",
-        "[The potter] fell because of [she] slipped.",
-        "The potter [fell] because [she] slipped.",
-        "[A potter] fell because [she] slipped.",
-        "[The glazier] fell because [he] slipped.",
-    ],
-)
-def test_winobias_leaves_out_pairs_that_differ_in_more_than_pronouns(winobias, anti):
-    pairs, left_out = winobias([GOOD_PRO, GOOD_PRO, GOOD_PRO], [GOOD_ANTI, anti, GOOD_ANTI])
-    assert [pair.pronouns for pair in pairs] == [(("he", "she"),)] * 2 and left_out == 1
-
-
-def test_winobias_refuses_files_that_do_not_belong_together(winobias):
-    with pytest.raises(ValueError, match="pro.txt has 2 lines and .*anti.txt 1: give both files of the same type"):
-        winobias([GOOD_PRO] * 2, [GOOD_ANTI])
-    with pytest.raises(ValueError, match="hold no pair of sentences that differ in the gender of a pronoun alone"):
-        winobias([GOOD_PRO], ["[The potter] fell because [she] tripped."])
 
 
 def test_winogender_templates(file):

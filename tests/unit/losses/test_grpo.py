@@ -306,6 +306,10 @@ def test_losses_and_metrics_of_microbatches_add_up(level, sequence_ratios, rng):
     ("fields", "words"),
     [
         ({"ratio_clip_min": 1.0}, r"ratio_clip_min=1.0 must lie in \[0, 1\)"),
+        (
+            {"ratio_clip_min": 0.8, "ratio_clip_max": 1.28},
+            "look like the bounds of the ratio: they are its distances from 1, so give 0.2 and 0.28",
+        ),
         ({"ratio_clip_max": -0.1}, "ratio_clip_max=-0.1"),
         ({"ratio_clip_max": math.nan}, "ratio_clip_max=nan"),
         ({"entropy_bonus": math.nan}, "entropy_bonus=nan must be finite"),

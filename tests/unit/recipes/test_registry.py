@@ -22,11 +22,11 @@ def script(name: str) -> str:
     return (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
 
 
-def filled(node):
-    """A configuration in which what must be given is given."""
+def filled(node, key=""):
+    """A configuration in which what must be given is given, two files as two."""
     if isinstance(node, dict):
-        return {key: filled(value) for key, value in node.items()}
-    return "given" if node == "???" else node
+        return {name: filled(value, name) for name, value in node.items()}
+    return f"given {key}" if node == "???" else node
 
 
 def test_it_lists_the_scripts_that_are_launched_and_no_others():

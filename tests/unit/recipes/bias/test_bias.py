@@ -104,7 +104,7 @@ def test_lftf_refusals(changes, message):
     ("cls", "changes", "message"),
     [
         (BiasEvalConfig, {"data": {"split": "half"}}, "data.split must be train, dev, test or all, got 'half'"),
-        (BiasEvalConfig, {"data": {"winobias_paths": ["a"]}}, "give .pro_stereotyped file, anti_stereotyped file."),
+        (BiasEvalConfig, {"data": {"winobias_paths": ["a"]}}, "give two, a pro_stereotyped file and the anti_ster"),
         (BiasEvalConfig, {"pretrained_checkpoint": {"delta_path": "d"}}, "delta_path=d needs the checkpoint"),
         (
             LocateConfig,

@@ -33,7 +33,7 @@ def links(checkpoints: Checkpoints) -> dict[str, str]:
 
 def run(tmp_path: Path, values: list[float | None], **settings) -> tuple[Checkpoints, list[str]]:
     """Save once per value of `val/x` and see what is left."""
-    checkpoints = Checkpoints(tmp_path, CheckpointCallbackSection(monitor="val/x", **settings))
+    checkpoints = Checkpoints(tmp_path, CheckpointCallbackSection(monitor="val/x", **{"mode": "min"} | settings))
     for step, value in enumerate(values, 1):
         describe(checkpoints.path(step), step, **({} if value is None else {"val/x": value}))
         checkpoints.arrange(step, ended=step == len(values))

@@ -5,9 +5,13 @@ import sys
 
 import pytest
 
+from megatron_ext.errors import UserError
+from recipes.bias.settings import LFTFData
 from recipes.cli.compose import compose
 from recipes.cli.config import build
-from recipes.grpo.settings import GRPOConfig
+from recipes.grpo.settings import GRPOConfig, GRPOData
+from recipes.run.settings import CheckpointCallbackSection
+from recipes.sft.settings import SFTData
 from tests.recipe_runs import ROOT
 
 
@@ -49,6 +53,10 @@ def test_the_reference_page_is_up_to_date():
         ("++exp_manager.resume_ignore_no_checkpoint=true", "unknown key exp_manager.resume_ignore_no_checkpoint"),
         ("++exp_manager.create_wandb_logger=true", "needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"),
         ("++exp_manager.checkpoint_callback_params.mode=low", "mode must be min or max, got 'low'"),
+        (
+            "++exp_manager.checkpoint_callback_params.monitor=val/score",
+            "monitor=val/score: which of its values are better?",
+        ),
         ("++exp_manager.checkpoint_callback_params.save_top_k=-2", "save_top_k=-2 must be at least -1"),
     ],
 )
@@ -59,6 +67,54 @@ def test_impossible_values_are_refused_before_anything_runs(override, words):
     with pytest.raises(ValueError) as caught:
         build_grpo(override)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [
+        ("val/loss", "min"), ("val/perplexity", "min"), ("val/afgb", "min"), ("val_rollouts/reward", "max"),
+        ("val/pronoun_mass", "max"),
+    ],
+)  # fmt: skip
+def test_a_metrics_name_says_which_of_its_values_are_better(monitor, mode):
+    """NeMo's min by default would link `best` to the lowest reward."""
+    assert (
+        CheckpointCallbackSection(monitor=monitor).mode
+        == CheckpointCallbackSection(monitor=monitor, mode=mode).mode
+        == mode
+    )
+    other = {"min": "max", "max": "min"}[mode]
+    with pytest.raises(
+        UserError, match=f"mode={other} would keep the worst by monitor={monitor}; set mode={mode}, or leave"
+    ):
+        CheckpointCallbackSection(monitor=monitor, mode=other)
+    assert CheckpointCallbackSection(monitor="val/score", mode=other).mode == other
+
+
+@pytest.mark.parametrize(
+    ("cls", "trained", "held_out"),
+    [
+        (SFTData, "train_path", "validation_path"),
+        (GRPOData, "train_path", "validation_path"),
+        (LFTFData, "text_path", "validation_text_path"),
+    ],
+)
+def test_what_is_trained_on_is_not_held_out(tmp_path, cls, trained, held_out):
+    """Also by another way to the same file; files need not be there yet."""
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    for one, other in (
+        ("rows.jsonl", "rows.jsonl"),
+        ("rows.jsonl", "link.jsonl"),
+        ("none", "../" + tmp_path.name + "/none"),
+    ):
+        paths = {trained: str(tmp_path / one), held_out: str(tmp_path / other)}
+        with pytest.raises(
+            UserError, match=f"data.{trained} and data.{held_out} are the same file, .* data.{held_out}=null"
+        ):
+            cls(**paths)
+    cls(**{trained: "a", held_out: "b"})
+    cls(**{trained: "a", held_out: None})
 
 
 def build_grpo(*overrides: str) -> GRPOConfig:
