@@ -32,6 +32,8 @@ __all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
+# What people call a reward's arguments.
+RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
 _REGISTRY: dict[str, Callable] = {}
 # Modules that register rewards of ours, beside this one.
@@ -96,7 +98,9 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
             f"{KEY}: unknown reward {name}{guess} are {', '.join(sorted(_REGISTRY))}, and any function by its "
             "path, package.module.function"
         )
-    return _Named(name, _with_options(name, target, options))
+    reward = _with_options(name, target, options)
+    _check_order(name, reward)
+    return _Named(name, reward)
 
 
 def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:
@@ -214,6 +218,16 @@ def _with_options(name: str, target: Callable, options: dict[str, Any]) -> Rewar
         return target(**options)
     except Exception as error:
         raise ConfigError(f"{KEY}: {name} refuses its options: {_describe(error)}") from error
+
+
+def _check_order(name: str, reward: Reward) -> None:
+    """Refuse a reward that takes what it is called with the other way round: some compute on without an error."""
+    try:
+        names = [*inspect.signature(reward).parameters][:2]
+    except (TypeError, ValueError):  # written in C
+        return
+    if names and (names[0] in ROWS or names[-1] in RESPONSES and len(names) == 2):
+        raise ConfigError(f"{KEY}: {name} takes ({', '.join(names)}), but rewards are called with (responses, rows)")
 
 
 def _check_options(name: str, target: Callable, options: dict[str, Any], arguments: tuple) -> None:

@@ -120,6 +120,26 @@ def test_bad_options_are_found_at_set_up(module):
     assert "TypeError" in refused({"name": f"{name}.Untyped", "alpha": "x"})
 
 
+def test_arguments_the_other_way_round_are_refused(module):
+    """`len` of rows is a number, too."""
+    name = module(
+        "def rows_first(rows, responses): return [len(r) for r in responses]\n"
+        "def of_elsewhere(prompts, completions, **more): return [1.0 for _ in completions]\n"
+        "class Called:\n    def __call__(self, samples, answers): return [1.0 for _ in answers]\n"
+        "def named_otherwise(texts, data): return [len(t) for t in texts]\n"
+        "def alone(responses, *rest): return [len(r) for r in responses]\n"
+    )
+    for function, names in (
+        ("rows_first", "rows, responses"),
+        ("of_elsewhere", "prompts, completions"),
+        ("Called", "samples, answers"),
+    ):
+        words = f"{name}.{function} takes ({names}), but rewards are called with (responses, rows)"
+        assert words in refused(f"{name}.{function}")
+    for function in ("named_otherwise", "alone"):
+        assert score(get_reward(f"{name}.{function}"), ["abc"], [{}]) == [3]
+
+
 def test_bad_paths(module):
     name = module(OWN)
     assert "there is no module no_such_package" in refused("no_such_package.rewards.mine")
