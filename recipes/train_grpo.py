@@ -11,6 +11,10 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
+    from recipes.run.log_process import LogProcess
+
+    loggers = LogProcess.start()  # their imports take seconds, beside all that follows
+
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
     from recipes.grpo.rewards import check_rows, get_reward
@@ -31,7 +35,7 @@ def main(cfg: dict) -> None:
     )
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
-    with Session.start(inputs) as session:
+    with Session.start(inputs, loggers) as session:
         GRPOTrainer(session, reward, train, validation).fit()
 
 

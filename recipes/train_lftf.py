@@ -11,6 +11,10 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
+    from recipes.run.log_process import LogProcess
+
+    loggers = LogProcess.start()  # their imports take seconds, beside all that follows
+
     from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
     from recipes.bias.settings import LFTFConfig
     from recipes.bias.trainer import LFTFTrainer
@@ -26,7 +30,7 @@ def main(cfg: dict) -> None:
     texts = load_texts(data.text_path, inputs.tokenizer, limit) if data.text_path else []
     path = data.validation_text_path
     validation_texts = load_texts(path, inputs.tokenizer, limit) if path else []
-    with Session.start(inputs) as session:
+    with Session.start(inputs, loggers) as session:
         LFTFTrainer(session, prompts, pair, texts, validation_texts).fit()
 
 

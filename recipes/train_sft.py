@@ -10,6 +10,10 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
+    from recipes.run.log_process import LogProcess
+
+    loggers = LogProcess.start()  # their imports take seconds, beside all that follows
+
     from recipes.data.rows import load_pairs
     from recipes.data.video import VideoReader
     from recipes.run.inputs import Inputs
@@ -26,7 +30,7 @@ def main(cfg: dict) -> None:
     path = config.data.validation_path
     validation = load_pairs(path, inputs.tokenizer, limit, video) if path else []
     check_validation(validation, path, inputs.data_size)
-    with Session.start(inputs) as session:
+    with Session.start(inputs, loggers) as session:
         SFTTrainer(session, train, validation).fit()
 
 

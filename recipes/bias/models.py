@@ -47,7 +47,7 @@ class CheckpointModel:
 
     def session(self) -> Session:
         """Start the ranks and load this one's stage."""
-        session = Session.start(self.inputs, logs=False)
+        session = Session.start(self.inputs)
         self.is_main = session.is_main
         return session
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_ext.runtime.install_check import check_installation
 from recipes.cli.stopping import listen
@@ -104,7 +106,14 @@ def _fail(error: object) -> None:
             pass
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2)  # other threads and peers may be inside a collective that will never end
+    _end(2)  # other threads and peers may be inside a collective that will never end
+
+
+def _end(code: int) -> NoReturn:
+    """At once, without waiting for anybody."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(code)
 
 
 def _run_rank(main: Callable[[dict], None], config: dict) -> None:
@@ -112,13 +121,16 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     listen()
     try:
         check_installation()
+        from megatron_ext.runtime.cpu import import_megatron
+
+        import_megatron()
         main(config)
     except Exception as error:
         from recipes.cli.errors import is_user_error, one_line
 
         if not is_user_error(error):
             if os.path.exists(os.environ.get(ERROR_VARIABLE, "")):
-                os._exit(2)  # a peer has found bad input; that its connection is lost is no news
+                _end(2)  # a peer has found bad input; that its connection is lost is no news
             raise
         _fail(one_line(error))
     from megatron_ext.runtime.distributed import shutdown

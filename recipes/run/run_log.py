@@ -3,28 +3,22 @@ and write nothing."""
 
 from __future__ import annotations
 
-import logging
-
 import yaml
 
 from megatron_ext.files import write_whole
 from megatron_ext.runtime.checkpoint import remove_unfinished
 from megatron_ext.runtime.metrics import MetricsLog
 from recipes.run.inputs import Inputs
+from recipes.run.log_process import LogProcess
 from recipes.run.run_folder import claim_run_folder, cut_metrics
 
 __all__ = ["open_run_log"]
 
 
-def open_run_log(inputs: Inputs) -> MetricsLog:
+def open_run_log(inputs: Inputs, loggers: LogProcess) -> MetricsLog:
     """Make the run's folder and keep the resolved configuration in it. Call it when all inputs are known to be good."""
-    import lightning.pytorch as pl
-    from nemo.utils import logging as nemo_logging
-    from nemo.utils.exp_manager import exp_manager
-
-    nemo_logging.setLevel(nemo_logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     manager, folder = inputs.config.exp_manager, inputs.log_dir
+    claim_run_folder(folder, inputs.resolved)
     keys = {
         "explicit_log_dir": manager.explicit_log_dir,
         "create_tensorboard_logger": manager.create_tensorboard_logger,
@@ -34,18 +28,9 @@ def open_run_log(inputs: Inputs) -> MetricsLog:
         "create_checkpoint_callback": False,
         "seconds_to_sleep": 0,
     }
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    claim_run_folder(folder, inputs.resolved)
-    exp_manager(trainer, keys)
+    place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').absolute()}"}
+    loggers.open(keys, place | manager.mlflow_logger_kwargs if manager.create_mlflow_logger else None)
     remove_unfinished(inputs.checkpoints.folder)
     cut_metrics(folder, int(inputs.resume_from.name.removeprefix("step-")) if inputs.resume_from else -1)
     write_whole(folder / "config.yaml", yaml.safe_dump(inputs.resolved, sort_keys=False))
-    loggers = list(trainer.loggers)
-    if manager.create_mlflow_logger:  # exp_manager of NeMo 3.0 cannot: it names the run twice
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').absolute()}"}
-        loggers.append(MLFlowLogger(**(place | manager.mlflow_logger_kwargs)))
-    return MetricsLog(folder, loggers)
+    return MetricsLog(folder, [loggers])

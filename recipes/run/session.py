@@ -1,7 +1,7 @@
 """One run of one recipe on this rank: ranks, model, run folder, metrics, checkpoints, clock.
 
     inputs = Inputs.check(config, resolved)      # and read the data: nothing has been started or written yet
-    with Session.start(inputs) as session:       # the ranks, the model with its weights, the run folder
+    with Session.start(inputs, loggers) as session:       # the ranks, the model with its weights, the run folder
         fit(session, ...)
 
 The run folder comes last, so that a bad input leaves nothing half-written.
@@ -38,6 +38,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS, StopRequests
 from recipes.run.inputs import Inputs
+from recipes.run.log_process import LogProcess
 from recipes.run.run_log import open_run_log
 from recipes.run.settings import TrainedModel
 
@@ -59,7 +60,7 @@ class Session:
         timers: read and written once a step.
     """
 
-    def __init__(self, inputs: Inputs, logs: bool):
+    def __init__(self, inputs: Inputs, loggers: LogProcess | None):
         self.inputs, self.config = inputs, inputs.config
         self._stop_requests = StopRequests(
             getattr(self.config.trainer, "max_time_per_run", None), looks=os.environ.get("RANK", "0") == "0"
@@ -72,22 +73,22 @@ class Session:
         self._saving: CheckpointSave | None = None
         self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
         self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
-        self._metrics = open_run_log(inputs) if logs and self.is_main else MetricsLog(None)
+        self._metrics = open_run_log(inputs, loggers) if loggers and self.is_main else MetricsLog(None)
         dist.barrier()
 
     @classmethod
-    def start(cls, inputs: Inputs, logs: bool = True) -> Session:
+    def start(cls, inputs: Inputs, loggers: LogProcess | None = None) -> Session:
         """Start the ranks, build the model and make the run folder. Call it on every rank, when all inputs have been read and
         found good.
 
         Args:
-            logs: whether numbers are logged step by step, into a folder that NeMo's exp_manager makes; else the recipe writes
-                its results itself.
+            loggers: for numbers step by step, in a folder that NeMo's exp_manager makes; None: the recipe writes its results
+                itself.
 
         Raises:
             UserError: weights that cannot be loaded.
         """
-        return cls(inputs, logs)
+        return cls(inputs, loggers)
 
     def __enter__(self) -> Session:
         return self

@@ -1,0 +1,144 @@
+"""NeMo's exp_manager and its loggers in a process of their own.
+
+Importing NeMo and Lightning takes as long as everything else that a short run needs, and on rank 0 alone it would make all ranks
+wait: here it happens beside the reading of data and the building of the model, and no logger holds up a step.
+
+Only the standard library is imported by this module itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_ext.errors import UserError
+
+__all__ = ["LogProcess"]
+
+logger = logging.getLogger(__name__)
+
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+
+
+class LogProcess:
+    """Loggers of one run, as `megatron_ext.runtime.metrics.MetricsLog` wants one. See `start`."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess | None = None, pipe: Connection | None = None):
+        self._process, self._pipe = process, pipe
+
+    @classmethod
+    def start(cls) -> LogProcess:
+        """Begin to import what loggers need, on rank 0; other ranks get one that does nothing. Call it early, before CUDA is
+        used."""
+        if os.environ.get("RANK", "0") != "0":
+            return cls()
+        # A fork has torch already; where there is none, or it is not safe, a new process imports it, too.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, ours), name="loggers", daemon=True)
+        process.start()
+        theirs.close()
+        return cls(process, ours)
+
+    def open(self, manager: Mapping[str, Any], mlflow: Mapping[str, Any] | None) -> None:
+        """Let exp_manager make the run's folder, and start the loggers.
+
+        Args:
+            manager: its keys, see NeMo.
+            mlflow: arguments of Lightning's MLFlowLogger; None: no such logger.
+
+        Raises:
+            UserError: a logger that cannot be started.
+        """
+        try:
+            self._pipe.send((dict(manager), mlflow))
+            error = self._pipe.recv()
+        except GONE:
+            error = f"their process ended with code {self._code()}"
+        if error is not None:
+            raise UserError(f"exp_manager: the loggers cannot be started: {error}")
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Hand over the numbers of a step; they are written beside the next one."""
+        if self._pipe is None:
+            return
+        try:
+            self._pipe.send((metrics, step))
+        except GONE:
+            logger.warning(
+                "the process of TensorBoard and other loggers has ended with code %s: they get no more; metrics.jsonl does",
+                self._code(),
+            )
+            self._pipe = None
+
+    def finalize(self, status: str) -> None:
+        """Write all that has been handed over, and end the process."""
+        if self._process is None:
+            return
+        with contextlib.suppress(*GONE):
+            if self._pipe is not None:
+                self._pipe.send(None)  # a process that was forked since may hold our end, too
+        self._process.join()
+        self._process = self._pipe = None
+
+    def _code(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _serve(pipe: Connection, parents: Connection) -> None:
+    """The process: import, open, write until the other end closes."""
+    parents.close()  # or its end would never be seen
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they go to all processes of a job; this one ends with its run
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore")
+    import lightning.pytorch  # noqa: F401
+    import nemo.utils.exp_manager  # noqa: F401
+
+    loggers = []
+    try:
+        try:
+            if (asked := pipe.recv()) is None:
+                return
+            loggers = _loggers(*asked)
+        except GONE:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever a logger's library raises
+            pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return
+        pipe.send(None)
+        while (asked := pipe.recv()) is not None:
+            metrics, step = asked
+            for each in loggers:
+                each.log_metrics(metrics, step=step)
+    except GONE:  # the run was killed
+        pass
+    for each in loggers:
+        each.finalize("success")
+
+
+def _loggers(manager: dict[str, Any], mlflow: dict[str, Any] | None) -> list:
+    """Lightning's, by exp_manager, which makes the run's folder."""
+    from lightning.pytorch import Trainer
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+
+    nemo_logging.setLevel(nemo_logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    exp_manager(trainer, manager)
+    found = list(trainer.loggers)
+    if mlflow is not None:  # exp_manager of NeMo 3.0 cannot: it names the run twice
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        found.append(MLFlowLogger(**mlflow))
+    return found
