@@ -24,8 +24,11 @@ RESUME = "exp_manager.resume_if_exists=true"
 KEEP = ["exp_manager.checkpoint_callback_params.save_top_k=2", "trainer.devices=1"]
 RECIPES = {
     "sft": ["trainer.sft.max_steps=10", "trainer.sft.save_interval=5"],
-    "grpo": ["trainer.grpo.max_steps=10", "trainer.grpo.save_interval=5", "trainer.grpo.initial_policy_kl_penalty=0.1"],
-}
+    "grpo": [
+        "trainer.grpo.max_steps=10", "trainer.grpo.save_interval=5", "trainer.grpo.initial_policy_kl_penalty=0.1",
+        "trainer.grpo.reference_policy_kl_type=k1", "trainer.grpo.use_kl_in_reward=true",
+    ],
+}  # fmt: skip
 
 
 def start(task, recipe: str, out, *more: str):
