@@ -17,7 +17,7 @@ def main(cfg: dict) -> None:
 
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
-    from recipes.grpo.rewards import check_rows, get_reward
+    from recipes.grpo.rewards import check_rows, get_reward, row_keys
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
     from recipes.run.inputs import Inputs
@@ -29,8 +29,10 @@ def main(cfg: dict) -> None:
     inputs = Inputs.check(config, cfg)
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
+    inputs.tokenizer.template.choose(config.data.chat_template)
+    keys = row_keys(reward)
     train, validation = (
-        load_prompts(path, inputs.tokenizer, limit, video) if path else []
+        load_prompts(path, inputs.tokenizer, limit, video, config.data, keys) if path else []
         for path in (config.data.train_path, config.data.validation_path)
     )
     check_rows(reward, train, config.data.train_path)

@@ -26,10 +26,13 @@ def main(cfg: dict) -> None:
     inputs = Inputs.check(config, cfg)
     limit = config.model.encoder_seq_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
-    train = load_pairs(config.data.train_path, inputs.tokenizer, limit, video)
-    path = config.data.validation_path
-    validation = load_pairs(path, inputs.tokenizer, limit, video) if path else []
-    check_validation(validation, path, inputs.data_size)
+    inputs.tokenizer.template.choose(config.data.chat_template)
+    all_turns = config.data.train_on_turns == "all"
+    train, validation = (
+        load_pairs(path, inputs.tokenizer, limit, video, config.data, all_turns) if path else []
+        for path in (config.data.train_path, config.data.validation_path)
+    )
+    check_validation(validation, config.data.validation_path, inputs.data_size)
     with Session.start(inputs, loggers) as session:
         SFTTrainer(session, train, validation).fit()
 

@@ -167,7 +167,10 @@ def read_professions_json(path: str | Path, most_definitional: float = 0.5, excl
         name = row[0].replace("_", " ").strip()
         if not name or not name.isprintable():
             raise UserError(f"{path}: entry {number} has a name that is empty or cannot be printed: {row[0]!a}")
-        scores.setdefault(name, row[1])
+        if scores.setdefault(name, row[1]) != row[1]:
+            raise UserError(
+                f"{path}: entry {number} gives {name!r} a definitional score of {row[1]}, one before it {scores[name]}"
+            )
     excluded = _excluded(exclude, list(scores), f"is not in {path}")
     names = [name for name, score in scores.items() if abs(score) <= most_definitional and name not in excluded]
     if not names:

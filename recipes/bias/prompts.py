@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from megatron_ext.bias.public_sets import (
     read_winogender_templates,
 )
 from megatron_ext.blocks.importance import BiasProbe
-from recipes.data.rows import check_text, numbered_rows
-from recipes.data.tokenizer import DataError, Tokenizer
+from recipes.data.errors import DataError, at
+from recipes.data.jsonl import check_text, numbered_rows
+from recipes.data.keys import check_keys
+from recipes.data.tokenizer import Tokenizer
 
 __all__ = [
     "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
@@ -56,12 +59,10 @@ def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]
     Raises:
         DataError: a word that is more than one token, or both the same.
     """
-    stem = tokenizer.encode(CARRIER)
     found = []
     for word in words:
-        tokens = tokenizer.encode(f"{CARRIER} {word}")
-        rest = tokens[len(stem) :]
-        if tokens[: len(stem)] != stem or len(rest) != 1:
+        _, rest = tokenizer.encode_pair(CARRIER, f" {word}")
+        if len(rest) != 1:
             raise DataError(
                 f"tokenizer {tokenizer.path} reads {word!r} after a space as {len(rest)} tokens, and the scores compare "
                 "the next token: choose other words for data.prompts.pair, or another model"
@@ -76,7 +77,8 @@ def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: 
     """train, dev, test and all.
 
     Raises:
-        UserError: professions that cannot be read or split, or a prompt of more than `max_length` tokens.
+        UserError: professions that cannot be read or split, a prompt of more than `max_length` tokens, or one behind which a word
+            of the pair has other tokens than elsewhere.
     """
     sets = {name: _prompt_set(part, settings, tokenizer) for name, part in settings.professions().items()}
     everything = sets["all"]
@@ -86,6 +88,8 @@ def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: 
     ):
         for prompt, tokens in zip(prompts, rows, strict=True):
             _checked((tokens, []), prompt.prompt, max_length - 1)  # one more for the word
+            tokenizer.check_whole(prompt.prompt, tokens)
+    _check_continued((*everything.bias, *everything.hinted), tokenizer, (settings.pair.first, settings.pair.second))
     return sets
 
 
@@ -99,14 +103,29 @@ def _prompt_set(professions: list[str], settings: PromptsConfig, tokenizer: Toke
     )
 
 
+def _check_continued(prompts: Iterable[BiasPrompt], tokenizer: Tokenizer, words: tuple[str, str]) -> None:
+    """Prompts that end alike are asked about once."""
+    for text in {prompt.prompt[-20:]: prompt.prompt for prompt in prompts}.values():
+        for word in words:
+            if tokenizer.encode_pair(text, f" {word}")[1] != tokenizer.encode_pair(CARRIER, f" {word}")[1]:
+                raise DataError(
+                    f"tokenizer {tokenizer.path} reads {word!r} behind {text[-20:]!r} otherwise than behind {CARRIER!r}, and the "
+                    "scores compare one token: let the template end with a word"
+                )
+
+
 def load_texts(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
     """Rows {"text"} in tokens; those of fewer than two have nothing to predict and are refused."""
     texts: list[list[int]] = []
     for line, row in numbered_rows(path):
+        check_keys(row, {"text"}, f"{path}:{line}")
         text = row.get("text")
         if not isinstance(text, str):
             raise DataError(f'{path}:{line}: the row has no text; expected {{"text": "..."}}')
-        tokens = tokenizer.encode_prompt(check_text(text, "text", f"{path}:{line}"))
+        check_text(text, "text", f"{path}:{line}")
+        with at(f"{path}:{line}"):
+            tokens = tokenizer.encode_prompt(text)
+            tokenizer.check_whole(text, tokens)
         if not 2 <= len(tokens) <= max_length:
             raise DataError(f"{path}:{line}: the text has {len(tokens)} tokens; from 2 to {max_length} can be read")
         texts.append(tokens)
@@ -133,15 +152,12 @@ def question_rows(
     rows = []
     for question in questions:
         text = f"{question.sentence} ‘{question.pronoun.capitalize()}’ refers to the"
-        start = tokenizer.encode_prompt(text)
         for choice in question.choices:
-            tokens = tokenizer.encode_prompt(f"{text} {choice}")
-            if tokens[: len(start)] != start:
-                raise DataError(
-                    f"tokenizer {tokenizer.path} reads {text[-30:]!r} otherwise when {choice!r} follows: the choice cannot be "
-                    "scored by itself; leave data.winogender_path out for this model"
-                )
-            rows.append(_checked((start, tokens[len(start) :]), text, max_length))
+            try:
+                row = tokenizer.encode_pair(text, f" {choice}")
+            except DataError as error:
+                raise DataError(f"{error}; leave data.winogender_path out for this model") from error
+            rows.append(_checked(row, text, max_length))
     return rows
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import UserError
+from recipes.data.errors import DataError
+from recipes.data.template import ChatTemplate
 
-__all__ = ["DataError", "Tokenizer", "load_tokenizer"]
-
-logger = logging.getLogger(__name__)
-
-
-class DataError(UserError):
-    """A tokenizer or data file that cannot be used."""
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 
 class Tokenizer:
@@ -29,6 +23,8 @@ class Tokenizer:
         pad_id: the end token where there is no padding token.
         begin_id: stands before a text whose first token is to be predicted, too; the end token where there is no begin
             token.
+        template: what writes conversations.
+        end_checked: whether it is known how the template ends a response, see `other_end`.
         vocab_size: rows that an embedding needs: added tokens included.
     """
 
@@ -43,13 +39,45 @@ class Tokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.begin_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self._end_checked = False
+        self.template = ChatTemplate(tokenizer, path)
+        self.end_checked = False
+        self._adds_tokens = self._ids("a", True) != self._ids("a", False)
         # Ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
     def encode(self, text: str) -> list[int]:
         """The text alone, and all of it: a truncation or padding that tokenizer.json carries is not applied."""
         return self._ids(text, False)
+
+    def check_whole(self, text: str, ids: Sequence[int]) -> None:
+        """Refuse a text of which something that can be seen is in none of its tokens: what a vocabulary does not have is left
+        out without a word, unless there is an unknown token, or one for each byte.
+
+        Args:
+            ids: the tokens of the text, special ones beside them or not.
+
+        Raises:
+            DataError: the character.
+        """
+        decoded = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if decoded.endswith(text):
+            return
+        lost = next(self._left_out(text), None)
+        if lost is None and decoded.count("\ufffd") > text.count("\ufffd"):  # some of a character's bytes
+            lost = next((c for c in text if "\ufffd" in self.decode(self.encode(c))), None)
+        if lost is not None:
+            raise DataError(
+                f"tokenizer {self.path} has no token for {lost!r} and would leave it out: name another in model.tokenizer, or "
+                "change the text"
+            )
+
+    def _left_out(self, text: str) -> Iterator[str]:
+        """Characters that can be seen and that no token stands for."""
+        end = 0
+        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for start, stop in [*spans["offset_mapping"], (len(text), len(text))]:
+            yield from (c for c in text[end:start] if c.isprintable() and not c.isspace())
+            end = max(end, stop)
 
     def encode_prompt(self, text: str) -> list[int]:
         """A text that something follows: with the special tokens that the tokenizer itself puts before it, such as Llama's
@@ -58,7 +86,10 @@ class Tokenizer:
         Raises:
             DataError: between its special tokens the tokenizer reads the text otherwise than alone.
         """
-        alone, whole = self._ids(text, False), self._ids(text, True)
+        alone = self.encode(text)
+        if not self._adds_tokens:
+            return alone
+        whole = self._ids(text, True)
         for start in range(len(whole) - len(alone) + 1):
             if whole[start : start + len(alone)] == alone:
                 return whole[: start + len(alone)] if alone else []
@@ -66,6 +97,21 @@ class Tokenizer:
             f"the tokenizer of {self.path} reads {text[:40]!r} otherwise with its special tokens than without: it cannot be "
             "said where a response begins; name another in model.tokenizer"
         )
+
+    def encode_pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """A prompt as `encode_prompt` has it, and the tokens that a response adds to it: together those of the whole text.
+
+        Raises:
+            DataError: the end of the prompt and the beginning of the response make a token together; or as `encode_prompt`.
+        """
+        start, whole = self.encode_prompt(prompt), self.encode_prompt(prompt + response)
+        if whole[: len(start)] != start:
+            raise DataError(
+                f"tokenizer {self.path} reads {prompt[-20:]!r} otherwise when {response[:20]!r} follows, because a token spans "
+                "the end of the one and the beginning of the other: cut the text elsewhere; white space goes to the beginning "
+                "of what follows"
+            )
+        return start, whole[len(start) :]
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
@@ -84,46 +130,26 @@ class Tokenizer:
         """The text, without special tokens and otherwise untouched."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
-        """A conversation through the chat template.
+    def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> str:
+        """The text that a response adds to its prompt. Alone it would be another one: a SentencePiece tokenizer takes the
+        space off the first word of a text."""
+        size = 8  # tokens of the prompt that stand before it: enough, unless they show nothing, or cut a character
+        while True:
+            tail = list(prompt[-size:])
+            before = self.decode(tail)
+            if size >= len(prompt) or (before and "\ufffd" not in before):
+                break
+            size *= 2
+        whole = self.decode([*tail, *response])
+        # Not all of `before` where bytes of the response do not complete the prompt's last character.
+        return whole[len(os.path.commonprefix([before, whole])) :]
 
-        Raises:
-            DataError: the tokenizer has no template, or the template refuses the conversation.
-        """
-        if self._tokenizer.chat_template is None:
-            raise DataError(
-                f"tokenizer {self.path} has no chat template: use rows with prompt (and response) instead of messages, "
-                "or add chat_template.jinja to its folder"
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template of {self.path} refuses messages: {error}") from error
-
-    def warn_of_other_end(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Say, once, that the chat template ends the assistant's message with another token than the one that ends a
-        response: a model that keeps to the template is then sampled to the limit each time. (Base models of Qwen 2.5 come
-        like that.)
-
-        Args:
-            messages: a conversation that awaits the assistant, or ends with its message.
-        """
-        talk = [*messages[:-1]] if messages[-1]["role"] == "assistant" else [*messages]
-        if self._end_checked or not talk:
-            return
-        self._end_checked = True
-        try:
-            start = self.encode_chat(talk, True)
-            full = self.encode_chat([*talk, {"role": "assistant", "content": "a"}], False)
-        except DataError:  # it will be raised where the row is read, or the template takes no such answer
-            return
-        response = full[len(os.path.commonprefix([start, full])) :]
-        if self.eos_id in response or os.environ.get("RANK", "0") != "0":
-            return
+    def other_end(self, response: Sequence[int]) -> str | None:
+        """What to say where the assistant's message, as a chat template ends it, holds another end than the one that ends a
+        response: a model that keeps to the template is then sampled to the limit each time. (Base models of Qwen 2.5 come like
+        that.)"""
+        if self.eos_id in response:
+            return None
         known = self._tokenizer.added_tokens_decoder
         special = [token for token in response if token in known and known[token].special]
         eos = self._tokenizer.eos_token
@@ -132,11 +158,10 @@ class Tokenizer:
             said, remedy = f"with {end!r}", f'set "eos_token": {json.dumps(end)} in tokenizer_config.json of its folder'
         else:
             said, remedy = "with no special token", f"write {eos!r} behind the assistant's content in its chat template"
-        logger.warning(
-            "the chat template of %s ends a response %s, sampling stops at its eos_token %r alone, which such responses never "
-            "contain: %s (or of a copy that model.tokenizer names)",
-            self.path, said, eos, remedy,
-        )  # fmt: skip
+        return (
+            f"the chat template of {self.path} ends a response {said}, sampling stops at its eos_token {eos!r} alone, which such "
+            f"responses never contain: {remedy} (or of a copy that model.tokenizer names)"
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` reads, wherever this one came from."""

@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
@@ -80,6 +80,8 @@ class ExactAnswer:
     last "the answer is", else the whole response. Behind a marker it ends with its line, a number or a letter already with its
     sentence. The row's answer may be stated like that, too.
     """
+
+    row_keys: ClassVar = ("answer",)
 
     # Text before the answer, instead of all of those.
     marker: str | None = None

@@ -15,20 +15,20 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError, build
 from recipes.data.rows import Prompt
 from recipes.grpo.exact_answer import ExactAnswer
 
-__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "score"]
+__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "row_keys", "score"]
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
@@ -103,6 +103,20 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     return _Named(name, reward)
 
 
+def row_keys(reward: Reward) -> Collection[str] | None:
+    """Which keys a reward reads of a row beside the prompt, if it says so in an attribute `row_keys`; None: it is handed the row
+    and does not say.
+
+    Raises:
+        ConfigError: an attribute that is no list of keys.
+    """
+    target = reward.reward
+    keys = getattr(target.func if isinstance(target, partial) else target, "row_keys", None)
+    if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
+        raise ConfigError(f"{KEY}: {reward.name}.row_keys={keys!r} must be a list of keys")
+    return keys
+
+
 def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:
     """Let a reward refuse rows before the run starts, if it has a method `check(row)` that raises for a bad one.
 
@@ -149,6 +163,8 @@ register_reward("exact_answer")(ExactAnswer)
 class Regex:
     """1 where `pattern` is found in the response (re.search), else 0."""
 
+    row_keys: ClassVar = ()
+
     pattern: str
 
     def __post_init__(self):
@@ -165,6 +181,8 @@ class Regex:
 @dataclass(frozen=True)
 class Length:
     """1 for a response of `target` characters or words, falling linearly to 0 for one empty or twice as long."""
+
+    row_keys: ClassVar = ()
 
     target: int
     unit: str = "characters"

@@ -14,11 +14,12 @@ from megatron_ext.losses.grpo import group_advantages
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from recipes.data.rows import Prompt
+from recipes.data.tokenizer import Tokenizer
 from recipes.grpo.rewards import Reward, score
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.session import Session
 
-__all__ = ["RolloutSampler", "Rollouts", "in_parts"]
+__all__ = ["RolloutSampler", "Rollouts", "in_parts", "response_texts"]
 
 
 @dataclass
@@ -95,13 +96,19 @@ class RolloutSampler:
         group = parallel_state.get_model_parallel_group()
         rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
         if group.rank() == 0:
-            texts = [self.session.inputs.tokenizer.decode(r) for rs in responses for r in rs]
+            texts = response_texts(self.session.inputs.tokenizer, prompts, responses)
             rows = [p.row for p in prompts for _ in range(samples)]
             values = score(self.reward, texts, rows)
             rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
         if group.size() > 1:
             dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
         return rewards
+
+
+def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], responses: list[list[list[int]]]) -> list[str]:
+    """What a reward reads, prompt by prompt: the text that each response adds to that of its prompt."""
+    pairs = zip(prompts, responses, strict=True)
+    return [tokenizer.decode_response(p.tokens, response) for p, group in pairs for response in group]
 
 
 def _share(count: int, rank: int, ranks: int) -> slice:

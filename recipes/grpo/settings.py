@@ -9,6 +9,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.generation import SamplingParams
 from recipes.cli.config import at_least
+from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
 from recipes.run.settings import (
     CheckpointSection,
@@ -176,7 +177,7 @@ class GRPOModel(TrainedModel):
 
 
 @dataclass
-class GRPOData:
+class GRPOData(RowsSection):
     # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
     train_path: str
     validation_path: str | None = None

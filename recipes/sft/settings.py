@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import at_least
+from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
 from recipes.run.settings import (
     CheckpointSection,
@@ -50,16 +51,23 @@ class SFTModel(TrainedModel):
     loss_on_prompt: bool = False
 
 
+TURNS = ("last", "all")
+
+
 @dataclass
-class SFTData:
+class SFTData(RowsSection):
     # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
     train_path: str
     validation_path: str | None = None
+    # Which of the assistant's messages are learnt: "last", or "all" of a conversation.
+    train_on_turns: str = "last"
     # How videos become tokens; null: text only.
     video: VideoSettings | None = None
 
     def __post_init__(self):
         check_apart(self, "train_path", "validation_path")
+        if self.train_on_turns not in TURNS:
+            raise UserError(f"data.train_on_turns must be {' or '.join(TURNS)}, got {self.train_on_turns!r}")
 
 
 @dataclass
@@ -72,6 +80,11 @@ class SFTConfig:
 
     def __post_init__(self):
         check_video(self.model, self.data.video)
+        if self.model.loss_on_prompt and self.data.train_on_turns == "all":
+            raise UserError(
+                "model.loss_on_prompt=true learns every token, data.train_on_turns=all the assistant's alone: set one of them "
+                "otherwise"
+            )
         if self.model.loss_on_prompt and self.data.video is not None:
             raise UserError(
                 "model.loss_on_prompt=true cannot learn to write videos: set it to false, or data.video to null"

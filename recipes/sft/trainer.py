@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from megatron_ext.errors import UserError
-from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.media import pack_prompts
-from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.engine import Engine
 from recipes.data.rows import Pair
 from recipes.data.sampler import EpochSampler
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
+from recipes.sft.batches import SFTMicrobatch, make_microbatches, negative_log_likelihood
 from recipes.sft.settings import SFTConfig
 
-__all__ = ["SFTMicrobatch", "SFTTrainer", "check_validation"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTMicrobatch(Microbatch):
-    """
-    Attributes:
-        global_tokens: trained tokens of the GLOBAL batch.
-    """
-
-    global_tokens: float
+__all__ = ["SFTTrainer", "check_validation"]
 
 
 class SFTTrainer(Trainer):
@@ -55,14 +40,14 @@ class SFTTrainer(Trainer):
         with self.session.timers("optimizer_step"):
             microbatches = self._microbatches([self.train[i] for i in self.sampler.next()])
             self.engine.zero_grad()
-            outputs = self.engine.run(microbatches, self._loss)
+            outputs = self.engine.run(microbatches, negative_log_likelihood)
             metrics = self.engine.reduce_metrics(outputs) | self.engine.step()
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
         mine = self.validation[self.session.data_rank :: self.session.data_size]
         with self.session.timers("validation"):
-            outputs = self.engine.run(self._microbatches(mine), self._loss, forward_only=True)
+            outputs = self.engine.run(self._microbatches(mine), negative_log_likelihood, forward_only=True)
             return {"val/loss": self.engine.reduce_metrics(outputs)["loss"]}
 
     def summary(self, metrics: dict[str, float]) -> str:
@@ -75,24 +60,7 @@ class SFTTrainer(Trainer):
         self.sampler.load_state_dict(state["sampler"])
 
     def _microbatches(self, pairs: list[Pair]) -> list[SFTMicrobatch]:
-        """Streams of `micro_batch_size` samples."""
-        model = self.config.model
-        batches = []
-        for start in range(0, len(pairs), model.micro_batch_size):
-            part = pairs[start : start + model.micro_batch_size]
-            if model.loss_on_prompt:  # one document without a prefix: every token but the first is predicted
-                prompts, responses = [() for _ in part], [[p.prompt.tokens + p.response] for p in part]
-            else:
-                prompts, responses = [p.prompt.for_model() for p in part], [[p.response] for p in part]
-            scheme = model.position_embedding.scheme
-            batches.append(pack_prompts(prompts, responses, scheme, stream_multiple(model), self.session.device))
-        (tokens,) = self.session.sum_over_data(sum(batch.groups.num_predicted_tokens for batch in batches))
-        return [SFTMicrobatch(batch, global_tokens=tokens) for batch in batches]
-
-    @staticmethod
-    def _loss(microbatch: SFTMicrobatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = -logprobs.sum() / microbatch.global_tokens
-        return loss, {"loss": loss.detach(), "entropy": entropy.detach().sum() / microbatch.global_tokens}
+        return make_microbatches(pairs, self.config.model, self.session.device, self.session.sum_over_data)
 
 
 def check_validation(validation: list[Pair], path: str | None, data_size: int) -> None:

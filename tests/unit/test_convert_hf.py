@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.data_cases import EOS, write_tokenizer
 from tests.hf_models import make_hf_model
-from tests.unit.recipes.data.test_rows import EOS, write_tokenizer
 from tools.convert_hf import main, sized
 
 ROWS = 330

@@ -107,6 +107,11 @@ def test_the_published_file_format(tmp_path):
     path.write_text('{"accountant": 0}')
     with pytest.raises(ValueError, match="entry 0 is .*expected .name, definitional score, stereotypical score."):
         read_professions_json(path)
+    path.write_text('[["dry_cleaner", 0, 0], ["dry cleaner", 0, 0.5]]')
+    assert read_professions_json(path) == ["dry cleaner"]
+    path.write_text('[["dry_cleaner", 0, 0], ["dry cleaner", 0.75, 0]]')
+    with pytest.raises(ValueError, match="entry 1 gives 'dry cleaner' a definitional score of 0.75, one before it 0$"):
+        read_professions_json(path)
 
 
 def test_rows_are_plain_json(tmp_path):

@@ -8,7 +8,7 @@ from recipes.cli.config import ConfigError, build
 from recipes.planning import job_of, read_config
 from recipes.run.inputs import Inputs
 from recipes.sft.settings import SFTConfig
-from tests.unit.recipes.data.test_rows import write_words
+from tests.data_cases import write_words
 
 
 def test_a_grpo_step_is_read_whole():

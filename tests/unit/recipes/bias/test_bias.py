@@ -170,6 +170,27 @@ def test_prompt_sets(tokenizer, tmp_path):
     assert all(p in train.bias_tokens for p in probe.prompts)
 
 
+def test_a_template_behind_which_a_word_has_other_tokens_is_refused(tmp_path):
+    """The scores compare one token behind every prompt; this tokenizer has one for "- he" that it has nowhere else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    texts = [*TEXT, "The nurse paused -"]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    from tokenizers.trainers import BpeTrainer
+
+    made.train_from_iterator([*texts, *["- he", "- she"] * 50], BpeTrainer(vocab_size=300, show_progress=False))
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    professions = tmp_path / "professions.json"
+    professions.write_text(json.dumps([[f"nurse{'s' * i}", 0, 0] for i in range(10)]))
+    settings = PromptsConfig(professions_path=str(professions), bias_templates=["The {profession} paused -"])
+    with pytest.raises(ValueError, match="reads '.* paused -' otherwise when ' he' follows"):
+        load_prompt_sets(settings, load_tokenizer(tmp_path), 64)
+
+
 def test_another_pair_with_its_templates(tokenizer, tmp_path):
     path = tmp_path / "professions.json"
     path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)]))
@@ -276,7 +297,10 @@ def test_texts(tokenizer, tmp_path):
     path.write_text('{"text": "The nurse smiled."}\n\n{"text": "because she"}\n')
     assert [tokenizer.decode(t) for t in load_texts(path, tokenizer, 64)] == ["The nurse smiled.", "because she"]
     for row, message in (
-        ('{"txt": "a b"}', "text.jsonl:1: the row has no text"),
+        ('{"txt": "a b"}', r"text.jsonl:1: nothing reads the key txt: did you mean text\?"),
+        ('{"text": null}', "text.jsonl:1: the row has no text"),
+        ('{"text": "a b", "weight": 2}', "text.jsonl:1: nothing reads the key weight: remove it"),
+        ('{"text": "a nurse \u2603"}', "text.jsonl:1: tokenizer .* has no token for '\u2603'"),
         ('{"text": "a nurse \\ud800"}', "text.jsonl:1: text holds half of a surrogate pair"),
         ('{"text": "a"}', "text.jsonl:1: the text has 1 tokens; from 2 to 64"),
         (json.dumps({"text": "nurse " * 90}), r"text.jsonl:1: the text has \d+ tokens"),

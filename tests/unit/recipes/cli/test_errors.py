@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_ext.errors import UserError
 from megatron_ext.models.config import GPTModelConfig
 from recipes.cli.errors import is_user_error, one_line, user_errors
-from recipes.data.rows import read_jsonl
+from recipes.data.jsonl import read_jsonl
 from recipes.data.sampler import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[4]

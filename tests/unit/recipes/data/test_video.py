@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ext.errors import UserError
 from megatron_ext.rotary import Text, Video
 from recipes.data import video
+from recipes.data.errors import DataError
 from recipes.data.rows import load_pairs, load_prompts
-from recipes.data.tokenizer import DataError, load_tokenizer
+from recipes.data.tokenizer import load_tokenizer
 from recipes.data.video import (
     Clip,
     VideoError,
@@ -52,7 +54,7 @@ def tokenizer(tmp_path_factory):
     from tools.make_word_problems import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(folder, ["see no clip well a without a file yes"], 300, special=("<video>",))
+    train_tokenizer(folder, ["see no clip well a without a file yes user: assistant: <\n"], 300, special=("<video>",))
     return load_tokenizer(folder)
 
 
@@ -121,6 +123,48 @@ def test_rows_become_pairs_with_media(clip, tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"video": "clip.mp4", "prompt": "<video>", "response": "yes"}\n')
     (pair,) = load_pairs(tmp_path / "rows.jsonl", tokenizer, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
     assert pair.prompt.for_model().items == (Video(4, 2, 3),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": "clip.mp4", "prompt": "see <video>", "response": " <video>"},
+        {"prompt": "see", "response": " <video>"},
+        {"features": "clip.npy", "prompt": "see", "response": "<video>yes"},
+    ],
+)
+def test_a_video_is_not_learnt(clip, tmp_path, tokenizer, row):
+    np.save(tmp_path / "clip.npy", np.zeros((1, 1, 1, SETTINGS.feature_size), np.float32))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: (a video's placeholder stands in the response|the text has 0 video)"
+    ):
+        load_pairs(tmp_path / "rows.jsonl", tokenizer, 100, VideoReader(SETTINGS, SETTINGS.feature_size))
+
+
+def test_all_turns_are_learnt_behind_a_video(clip, tmp_path, tokenizer):
+    """In the first question it is part of the prompt; in a later one it would be among what is learnt."""
+    folder = tmp_path / "chat"
+    tokenizer.save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    questions = [{"role": "user", "content": text} for text in ("<video>see well", "no clip")]
+    answer = {"role": "assistant", "content": "yes"}
+    talk = [questions[0], answer, questions[1], answer]
+    path, reader = tmp_path / "rows.jsonl", VideoReader(SETTINGS, SETTINGS.feature_size)
+    path.write_text(json.dumps({"video": "clip.mp4", "messages": talk}) + "\n")
+    (pair,) = load_pairs(path, load_tokenizer(folder), 200, reader, all_turns=True)
+    assert pair.prompt.tokens.count(pair.prompt.placeholder) == SETTINGS.grid.length
+    assert not all(pair.learnt) and tokenizer.decode(pair.response) == "yes\nuser:no clip\nassistant:yes\n"
+    assert tokenizer.decode([t for t, it in zip(pair.response, pair.learnt, strict=True) if it]) == "yes\nyes\n"
+    swapped = [{**questions[0], "content": "no clip"}, answer, {**questions[1], "content": "<video>see well"}, answer]
+    path.write_text(json.dumps({"video": "clip.mp4", "messages": swapped}) + "\n")
+    assert load_pairs(path, load_tokenizer(folder), 200, reader)
+    with pytest.raises(UserError, match="rows.jsonl:1: the text has 0 video placeholders"):
+        load_pairs(path, load_tokenizer(folder), 200, reader, all_turns=True)
 
 
 def test_conversations_with_a_video(clip, tmp_path, tokenizer):

@@ -11,7 +11,7 @@ import torch
 import recipes.grpo.reward_server  # noqa: F401  registers http
 from recipes.cli.config import ConfigError
 from recipes.data.rows import Prompt
-from recipes.grpo.rewards import RewardError, check_rows, get_reward, register_reward, score
+from recipes.grpo.rewards import RewardError, check_rows, get_reward, register_reward, row_keys, score
 
 numbers = itertools.count()
 
@@ -48,6 +48,30 @@ def module(tmp_path, monkeypatch):
 
 def test_rows_that_a_reward_asks_nothing_of():
     check_rows(get_reward({"name": "length", "target": 3}), [Prompt((1,), {"prompt": "x"}, 1)], "data.jsonl")
+
+
+def test_a_reward_says_which_keys_it_reads(module):
+    """The built-in ones do, and yours may; one that does not is handed the row whole."""
+    assert list(row_keys(get_reward("exact_answer"))) == ["answer"]
+    assert list(row_keys(get_reward({"name": "regex", "pattern": "x"}))) == []
+    assert list(row_keys(get_reward({"name": "length", "target": 3}))) == []
+    assert row_keys(get_reward({"name": "http", "url": "http://localhost:1"})) is None
+    name = module(
+        "def silent(responses, rows):\n    return [0.0] * len(rows)\n"
+        "def says(responses, rows, alpha=1):\n    return [0.0] * len(rows)\n"
+        "says.row_keys = ['tests']\n"
+        "def wrong(responses, rows):\n    return [0.0] * len(rows)\n"
+        "wrong.row_keys = 'tests'\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Keyword:\n    key: str = 'keyword'\n"
+        "    @property\n    def row_keys(self):\n        return [self.key]\n"
+        "    def __call__(self, responses, rows):\n        return [0.0] * len(rows)\n"
+    )
+    assert row_keys(get_reward(f"{name}.silent")) is None
+    assert row_keys(get_reward({"name": f"{name}.says", "alpha": 2})) == ["tests"]
+    assert row_keys(get_reward({"name": f"{name}.Keyword", "key": "must_say"})) == ["must_say"]
+    with pytest.raises(ConfigError, match=r"wrong\.row_keys='tests' must be a list of keys"):
+        row_keys(get_reward(f"{name}.wrong"))
 
 
 def test_regex():

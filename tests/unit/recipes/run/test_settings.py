@@ -11,7 +11,7 @@ from recipes.cli.compose import compose
 from recipes.cli.config import build
 from recipes.grpo.settings import GRPOConfig, GRPOData
 from recipes.run.settings import CheckpointCallbackSection
-from recipes.sft.settings import SFTData
+from recipes.sft.settings import SFTConfig, SFTData
 from tests.recipe_runs import ROOT
 
 
@@ -139,3 +139,30 @@ def test_beginnings_cannot_be_shared_without_sharing():
         ValueError, match="min_shared_tokens=4 shares beginnings, model.prefix_grouping=false shares nothing"
     ):
         build_grpo("model.prefix_grouping=false", "model.min_shared_tokens=4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["++data.train_on_turns=first"], "data.train_on_turns must be last or all, got 'first'"),
+        (
+            ["++data.train_on_turns=all"],
+            "model.loss_on_prompt=true learns every token, data.train_on_turns=all the assist",
+        ),
+        (["++data.chat_template_kwargs=[1]"], "data.chat_template_kwargs must be a mapping"),
+        (["++data.ignored_keys=system"], "data.ignored_keys must be a list of str"),
+        (["++data.train_on_turn=all"], "unknown key data.train_on_turn; did you mean data.train_on_turns?"),
+    ],
+)
+def test_impossible_data_of_fine_tuning_is_refused(overrides, words):
+    given = ["data.train_path=x", "model.tokenizer=x", "model.encoder_seq_length=64"]
+    with pytest.raises(ValueError, match=words):
+        build(SFTConfig, compose("sft_tiny", [*given, *overrides]))
+
+
+def test_turns_variables_and_ignored_keys_are_read():
+    given = ["data.train_path=x", "model.tokenizer=x", "model.loss_on_prompt=false", "++data.train_on_turns=all"]
+    given += ["++data.chat_template_kwargs={enable_thinking: false}", "++data.ignored_keys=[name, messages.name]"]
+    data = build(SFTConfig, compose("sft_tiny", given)).data
+    assert (data.train_on_turns, data.chat_template_kwargs) == ("all", {"enable_thinking": False})
+    assert data.ignored_keys == ["name", "messages.name"]
