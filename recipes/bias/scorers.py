@@ -19,6 +19,7 @@ from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.models.prompt_streams import next_token_probabilities
+from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Engine, Microbatch
 
 __all__ = ["HuggingFaceScorer", "MegatronScorer", "Scorer"]
@@ -90,9 +91,8 @@ class MegatronScorer:
             counts = [len(text) - (not len(prompt)) for prompt, (text,) in zip(prompts, texts, strict=True)]
             mine |= zip(numbers, logprobs.detach().cpu().split(counts), strict=True)
             progress(len(numbers) * self.ranks)
-        shared: list = [None] * self.ranks
-        dist.all_gather_object(shared, mine, group=parallel_state.get_data_parallel_group())
-        found = {number: values for part in shared for number, values in part.items()}
+        shares = gather_objects(mine, parallel_state.get_data_parallel_group())
+        found = {number: values for share in shares for number, values in share.items()}
         return [found[number] for number in range(len(rows))]
 
 

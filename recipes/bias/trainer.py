@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.bias.ranking import BlockRanking
@@ -23,8 +22,9 @@ from megatron_ext.losses.lftf import BIAS_LOSSES, kept_text_loss, pair_loss
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.checkpoint import load_tensors
+from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Engine, Microbatch
-from megatron_ext.runtime.optimizer_state import sharded_like_parameters
+from megatron_ext.runtime.optimizer_state import sharded_like_parameters, trained_parameters
 from recipes.bias.evaluation import evaluate, perplexity
 from recipes.bias.prompts import PromptSet
 from recipes.bias.report import summary_rows, write_lftf_report, write_ranking
@@ -190,8 +190,7 @@ class LFTFTrainer(Trainer):
         ranking, asked = self._locate(), self.settings.block
         block = ranking.best if ranking else None if asked == "all" else int(asked)
         weights = None if block is None else block_weights(self.model, block)
-        digests: list = [None] * dist.get_world_size()  # known where the block is
-        dist.all_gather_object(digests, None if weights is None else block_digest(weights))
+        digests = gather_objects(None if weights is None else block_digest(weights))  # known where the block is
         base = next(filter(None, digests), None)
         return Start(before, ranking and ranking.as_dict(), block, base)
 
@@ -219,7 +218,7 @@ class LFTFTrainer(Trainer):
 
     def _trained(self) -> dict[str, Tensor]:
         """Copies of the parameters that train."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p.detach().clone() for name, p in trained_parameters(self.model).items()}
 
     def _evaluate(self) -> dict:
         """On the test professions."""

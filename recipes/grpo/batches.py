@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from megatron_ext.losses.grpo import token_weights
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
+from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Microbatch
 from recipes.grpo.rollouts import Rollouts, in_parts
 from recipes.grpo.settings import GRPOConfig
@@ -100,9 +100,8 @@ class BatchMaker:
 
     def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
         """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
-        parts: list = [None] * self.session.data_size
         mine = (rollouts.prompts, rollouts.responses, rollouts.rewards.tolist(), rollouts.advantages.tolist())
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+        parts = gather_objects(mine, parallel_state.get_data_parallel_group())
         prompts, responses, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
         rewards, advantages = (
             torch.tensor(x, dtype=torch.float64, device=self.session.device) for x in (rewards, advantages)

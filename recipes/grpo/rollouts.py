@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.losses.grpo import group_advantages
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.collectives import broadcast, gather_objects, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
 from recipes.grpo.rewards import Reward, score
@@ -73,8 +73,7 @@ class RolloutSampler:
         """Context-parallel ranks train on the same prompts and sample a part of them each."""
         if self.context_size == 1:
             return responses, rewards
-        parts: list = [None] * self.context_size
-        dist.all_gather_object(parts, (responses, rewards.tolist()), group=parallel_state.get_context_parallel_group())
+        parts = gather_objects((responses, rewards.tolist()), parallel_state.get_context_parallel_group())
         responses = [r for part, _ in parts for r in part]
         rewards = [r for _, part in parts for r in part]
         return responses, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
@@ -95,14 +94,13 @@ class RolloutSampler:
         samples = len(responses[0]) if responses else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
         rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
-        if group.rank() == 0:
-            texts = response_texts(self.session.inputs.tokenizer, prompts, responses)
-            rows = [p.row for p in prompts for _ in range(samples)]
-            values = score(self.reward, texts, rows)
-            rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
-        if group.size() > 1:
-            dist.broadcast(rewards, src=dist.get_global_rank(group, 0), group=group)
-        return rewards
+        with together(group):
+            if group.rank() == 0:
+                texts = response_texts(self.session.inputs.tokenizer, prompts, responses)
+                rows = [p.row for p in prompts for _ in range(samples)]
+                values = score(self.reward, texts, rows)
+                rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
+        return broadcast(rewards, 0, group)
 
 
 def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], responses: list[list[list[int]]]) -> list[str]:

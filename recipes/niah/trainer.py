@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
 from torch import Tensor
@@ -17,6 +16,7 @@ from megatron_ext.files import write_whole
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.media import pack_prompts
+from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.distributed import set_seed
 from megatron_ext.runtime.engine import Engine, Microbatch
 from recipes.niah.report import read_results, write_report
@@ -155,8 +155,7 @@ class NiahTrainer:
             )
             shares = right.double().mean(0).tolist()  # [kinds]
             mine.append({"frames": frames, "depth": depth} | dict(zip(KINDS, shares, strict=True)))
-        parts: list = [None] * self.session.data_size
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+        parts = gather_objects(mine, parallel_state.get_data_parallel_group())
         return sorted((cell for part in parts for cell in part), key=lambda c: (c["frames"], c["depth"]))
 
     def _right(self, model: PrefixGroupedGPT, samples: list[Sample], scheme: str) -> Tensor:

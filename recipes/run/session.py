@@ -33,6 +33,7 @@ from megatron_ext.runtime.checkpoint import (
     load_weights,
     read_checkpoint_info,
 )
+from megatron_ext.runtime.collectives import broadcast_object, together
 from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
@@ -73,8 +74,8 @@ class Session:
         self._saving: CheckpointSave | None = None
         self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
         self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
-        self._metrics = open_run_log(inputs, loggers) if loggers and self.is_main else MetricsLog(None)
-        dist.barrier()
+        with together():
+            self._metrics = open_run_log(inputs, loggers) if loggers and self.is_main else MetricsLog(None)
 
     @classmethod
     def start(cls, inputs: Inputs, loggers: LogProcess | None = None) -> Session:
@@ -152,9 +153,9 @@ class Session:
                 self._saving.finish()
             elif not self._saving.is_finished():
                 return
-        if self.is_main:
-            self.inputs.checkpoints.arrange(*self._saved)
-        dist.barrier()
+        with together():
+            if self.is_main:
+                self.inputs.checkpoints.arrange(*self._saved)
         self._saving = self._saved = None
 
     def _save_companions(self, checkpoint: Path) -> None:
@@ -227,9 +228,7 @@ class Session:
     @staticmethod
     def agreed(value: Any) -> Any:
         """Rank 0's value on every rank: what they branch on must be the same to the last bit."""
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        return broadcast_object(value)
 
     def sum_over_data(self, *values: float) -> list[float]:
         """Sums over data-parallel ranks."""
