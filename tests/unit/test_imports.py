@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,25 @@ def test_public_modules_name_what_they_export(path: Path):
     exported = ast.literal_eval(names["__all__"])
     annotated = {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assert set(exported) <= defined | annotated
+
+
+def test_contributing_tells_the_rooms_and_what_they_import():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `megatron_ext/(\w+)(?:\.py|/)` \| .+ \| (.+) \|$", text, re.M)
+    assert tuple(room for room, _ in rows) == ROOMS
+    for room, imports in rows:
+        told = set(re.findall(r"\w+", imports)) & set(ROOMS)
+        assert told == ALLOWED[room] - {"errors"} if room in ALLOWED else imports == "all above", room
+
+
+def test_what_tests_share_is_in_no_file_of_tests():
+    shared = {
+        (path.name, module)
+        for path in (ROOT / "tests").rglob("*.py")
+        for module in imported_modules(path)
+        if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
+    }
+    assert not shared
 
 
 def test_runtime_imports_nothing_by_itself():
