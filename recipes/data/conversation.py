@@ -6,7 +6,7 @@ tools may be JSON text. A null counts as absent everywhere, because tables are e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,8 +57,10 @@ def read_conversation(row: Mapping[str, Any], ignored: Collection[str], where: s
     variables = row.get("chat_template_kwargs")
     if not isinstance(variables, dict | None):
         raise DataError(f"{where}: chat_template_kwargs must be an object, got {kind(variables)}")
+    found = tuple(_message(m, f"messages[{i}]", hidden, where) for i, m in enumerate(messages))
+    _check_results(found, where)
     return Conversation(
-        tuple(_message(m, f"messages[{i}]", hidden, where) for i, m in enumerate(messages)),
+        found,
         _tools(row.get("tools"), where),
         _without_nulls(variables or {}),
     )
@@ -79,6 +81,22 @@ def _message(message: Any, name: str, hidden: Collection[str], where: str) -> di
     if "content" in found or "tool_calls" not in found:
         found["content"] = _content(message["content"], f"{name}.content", where)
     return found
+
+
+def _check_results(messages: Sequence[dict[str, Any]], where: str) -> None:
+    """Refuse results that do not stand in the order of the calls that they name: few templates write those names."""
+    waiting: list[Any] | None = None  # names of calls that have no result yet, where calls have names
+    for i, message in enumerate(messages):
+        if message["role"] != "tool":
+            waiting = [call["id"] for call in message.get("tool_calls", ()) if "id" in call] or None
+        elif "tool_call_id" in message and waiting is not None:
+            name = message["tool_call_id"]
+            if name not in waiting:
+                raise DataError(
+                    f"{where}: messages[{i}] is the result of {name!r}, and the calls before it that wait for one are "
+                    f"{', '.join(map(repr, waiting)) or 'none'}: write results behind their calls and in their order"
+                )
+            waiting = waiting[waiting.index(name) + 1 :]
 
 
 def _content(content: Any, name: str, where: str) -> str:

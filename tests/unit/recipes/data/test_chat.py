@@ -112,6 +112,28 @@ def test_calls_without_a_function_around_them_and_without_arguments(tmp_path, fa
         assert text_of(families["qwen2"], pair.response) == '<call>{"name": "add", "arguments": {}}</call><eos>'
 
 
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ("ab", None),
+        ("b", None),
+        ("ba", "messages[3] is the result of 'a', and the calls before it that wait for one are none"),
+        ("c", "messages[2] is the result of 'c', and the calls before it that wait for one are 'a', 'b'"),
+        ("aab", "messages[3] is the result of 'a', and the calls before it that wait for one are 'b'"),
+    ],
+)
+def test_results_stand_in_the_order_of_their_calls(tmp_path, families, results, words):
+    """The template does not write which call a result belongs to: the model can tell it by the order alone."""
+    calls = [{"id": name, "function": {"name": name, "arguments": {}}} for name in "ab"]
+    talk = [USER, {"role": "assistant", "tool_calls": calls}]
+    talk += [{**RESULT, "tool_call_id": name, "content": f"fox {name}"} for name in results]
+    path = write_rows(tmp_path / "a.jsonl", {"messages": talk})
+    if words is None:
+        assert len(load_prompts(path, families["qwen2"], 1000)) == 1
+    else:
+        assert f"{path}:1: {words}" in refused(load_prompts, path, families["qwen2"], 1000)
+
+
 WRITTEN_NOWHERE = "the chat template does not write "
 BAD_TALKS = {
     "template without tools": ("any", {"messages": [USER, ANSWER], "tools": [TOOL]}, WRITTEN_NOWHERE + "tools[0], its name"),

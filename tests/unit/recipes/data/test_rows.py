@@ -14,7 +14,17 @@ from recipes.data.keys import HARMLESS
 from recipes.data.rows import load_pairs, load_prompts
 from recipes.data.settings import RowsSection
 from recipes.data.tokenizer import load_tokenizer
-from tests.data_cases import ANSWER, EOS, USER, encode_chat, refused, write_rows, write_tokenizer, write_words
+from tests.data_cases import (
+    ANSWER,
+    EOS,
+    USER,
+    encode_chat,
+    refused,
+    write_rows,
+    write_tokenizer,
+    write_unigram,
+    write_words,
+)
 from tests.recipe_runs import ROOT
 
 
@@ -250,25 +260,49 @@ def test_settings_of_conversations_without_one_are_refused(tmp_path, chat):
 TEXT = "def f(x):\n    return print(1)  # naïve 漢字 👍🏽 the quick\tbrown fox ? it is 3"
 
 
-@pytest.mark.parametrize("kind", ["plain", "sentencepiece"])
+@pytest.fixture(scope="module")
+def unigram(folder):
+    return load_tokenizer(write_unigram(folder / "unigram", [TEXT]))
+
+
+KINDS = ["plain", "sentencepiece", "unigram"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_of_a_pair_are_those_of_the_text_or_it_is_refused(tmp_path, request, kind):
     """Wherever it is cut; and text comes back as it was cut."""
     tokenizer, read = request.getfixturevalue(kind), 0
+    whole = tokenizer.encode_prompt(TEXT)
     for cut in range(1, len(TEXT)):
         path = write_rows(tmp_path / "a.jsonl", {"prompt": TEXT[:cut], "response": TEXT[cut:]})
-        whole = tokenizer.encode_prompt(TEXT)
         try:
             (pair,) = load_pairs(path, tokenizer, 1000)
         except DataError as error:
             assert f"{path}:1: " in str(error) and "otherwise when" in str(error)
-            boundaries = [len(tokenizer.decode(whole[:end])) for end in range(len(whole) + 1)]
-            assert cut not in boundaries or tokenizer.encode_prompt(TEXT[:cut]) != whole[: boundaries.index(cut)]
+            start = tokenizer.encode_prompt(TEXT[:cut])
+            assert whole[: len(start)] != start
             continue
         read += 1
         prompt, response = pair.prompt.tokens, pair.response
         assert [*prompt, *response] == [*whole, tokenizer.eos_id]
         assert tokenizer.decode(prompt) == TEXT[:cut] and tokenizer.decode_response(prompt, response) == TEXT[cut:]
     assert read > 20
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS), text=st.text("the qui\n漢é👍(1)", min_size=2, max_size=30))
+@settings(max_examples=150)
+def test_drawn_texts_lose_nothing_where_they_are_cut(request, tmp_path_factory, unigram, data, kind, text):
+    """A tokenizer may lose something by itself, such as the first space of a text; a cut adds nothing to that."""
+    tokenizer, cut = request.getfixturevalue(kind), data.draw(st.integers(1, len(text) - 1))
+    path = write_rows(tmp_path_factory.getbasetemp() / "cut.jsonl", {"prompt": text[:cut], "response": text[cut:]})
+    try:
+        (pair,) = load_pairs(path, tokenizer, 1000)
+    except DataError as error:
+        assert str(error).startswith(f"{path}:1: ")
+        return
+    whole, prompt = tokenizer.encode_prompt(text), pair.prompt.tokens
+    assert [*prompt, *pair.response] == [*whole, tokenizer.eos_id]
+    assert tokenizer.decode(prompt) + tokenizer.decode_response(prompt, pair.response) == tokenizer.decode(whole)
 
 
 def test_a_prompt_may_end_within_a_word_of_sentencepiece(tmp_path, sentencepiece):
