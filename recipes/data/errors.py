@@ -7,11 +7,15 @@ from contextlib import contextmanager
 
 from megatron_ext.errors import UserError
 
-__all__ = ["DataError", "at"]
+__all__ = ["DataError", "VideoError", "at"]
 
 
 class DataError(UserError):
     """A tokenizer or data file that cannot be used."""
+
+
+class VideoError(UserError):
+    """A video or feature file that cannot be used."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Videos and images in: decode, sample frames, resize, cut into patches; or features that another encoder made.
+"""Videos and images of rows: found, kept, cut into patches (frames.py decodes them); or features that another encoder made.
 
 A row of a JSONL file names one with "video" (a clip that FFmpeg reads, through PyAV; a picture counts as one frame) or
 "features" (.npy or .safetensors, [t, h, w, f]). Every clip becomes the same grid of tokens, so that prompts can be laid
@@ -20,31 +20,26 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.rotary import Video
 from recipes.cli.config import at_least
+from recipes.data.errors import VideoError
+from recipes.data.frames import read_frames
 
 __all__ = [
     "Clip",
-    "VideoError",
     "VideoReader",
     "VideoSettings",
     "open_clip",
     "patchify",
-    "read_frames",
-    "sample_frames",
 ]
 
 # Of frames and features that a process keeps in memory: a prompt is used for sampling, scoring and training.
 CACHE_BYTES = 1 << 30
 
 
-class VideoError(UserError):
-    """A video or feature file that cannot be used."""
-
-
 @dataclass(frozen=True)
 class VideoSettings:
     """How clips become tokens."""
 
-    # Frames taken from every clip, evenly spaced; a shorter clip shows some twice.
+    # Frames taken from every clip, evenly spaced in time; a shorter clip shows some twice.
     num_frames: int = 8
     # Pixels that frames are resized to.
     height: int = 32
@@ -183,60 +178,6 @@ class VideoReader:
         """
         clip = open_clip(row, folder, self.settings, self.feature_size, where)
         return clip, _expand(tokens, placeholder, [] if clip is None else [clip.grid.length], where)
-
-
-def sample_frames(total: int, count: int) -> list[int]:
-    """Numbers of `count` frames out of `total`, from the middle of equal stretches."""
-    return [int((i + 0.5) * total / count) for i in range(count)]
-
-
-def read_frames(path: str | Path, count: int, height: int, width: int, where: str = "") -> Tensor:
-    """Evenly spaced frames of a clip, resized: uint8 [count, 3, height, width].
-
-    Raises:
-        VideoError: FFmpeg cannot read it, it holds no picture, or it ends before its own table says.
-    """
-    import av
-    from av.error import FFmpegError
-
-    place = f"{where}: " if where else ""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{place}{path} has no video stream")
-            stream = container.streams.video[0]
-            packets = [p for p in container.demux(stream) if p.size]
-            # A clip cut without encoding keeps packets that are never shown.
-            total = sum(not p.is_discard for p in packets)
-            total += max(stream.frames - len(packets), 0)  # frames that the table promises and the file does not hold
-            if not stream.frames and len(container.streams) == 1 and container.duration and packets:
-                ends = [(p.pts or 0) + (p.duration or 0) for p in packets]
-                held, promised = float(max(ends) * stream.time_base), container.duration / av.time_base
-                if held < 0.9 * promised:
-                    total = round(total * promised / max(held, 1e-9))
-        wanted = sample_frames(total, count)
-        kept: dict[int, Tensor] = {}
-        with av.open(str(path)) as container:
-            decoded = 0
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
-                if decoded in wanted:
-                    picture = frame.reformat(width, height, format="rgb24").to_ndarray()  # [height, width, 3]
-                    kept[decoded] = torch.from_numpy(picture).permute(2, 0, 1)
-                decoded += 1
-                if decoded > wanted[-1]:
-                    break
-    except VideoError:
-        raise
-    except (FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"{place}cannot decode {path}: {reason}; it must be a video that FFmpeg reads") from error
-    missing = [number for number in wanted if number not in kept]
-    if not total or missing:
-        raise VideoError(
-            f"{place}{path} is cut short: {decoded} of {total} frames can be decoded; encode or download it again"
-        )
-    return torch.stack([kept[number] for number in wanted])
 
 
 def patchify(frames: Tensor, patch: int, frames_per_patch: int = 1) -> Tensor:

@@ -17,18 +17,16 @@ import torch
 from megatron_ext.errors import UserError
 from megatron_ext.rotary import Text, Video
 from recipes.data import video
-from recipes.data.errors import DataError
+from recipes.data.errors import DataError, VideoError
+from recipes.data.frames import read_frames, sample_frames
 from recipes.data.rows import load_pairs, load_prompts
 from recipes.data.tokenizer import load_tokenizer
 from recipes.data.video import (
     Clip,
-    VideoError,
     VideoReader,
     VideoSettings,
     open_clip,
     patchify,
-    read_frames,
-    sample_frames,
 )
 
 SETTINGS = VideoSettings(num_frames=4, height=16, width=24, patch_size=8)
