@@ -40,6 +40,7 @@ from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS, StopRequests
 from recipes.run.inputs import Inputs
 from recipes.run.log_process import LogProcess
+from recipes.run.metrics import unknown_metrics
 from recipes.run.run_log import open_run_log
 from recipes.run.settings import TrainedModel
 
@@ -192,6 +193,7 @@ class Session:
         Raises:
             UserError: `monitor` names none of them, at the first validation.
         """
+        assert not (unknown := unknown_metrics(metrics)), f"recipes/run/metrics.py does not know {unknown}"
         self._metrics.write(step, metrics)
         monitor = self.config.exp_manager.checkpoint_callback_params.monitor
         validated = any(name.startswith("val") for name in metrics)

@@ -1,0 +1,115 @@
+"""Every number that a run logs, in one table: docs/metrics.md is written from it, and a number that it lacks is not logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["METRICS", "Metric", "unknown_metrics"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    Attributes:
+        recipes: who writes it.
+        unit: of the number.
+        meaning: what it says, and when to look at it.
+    """
+
+    recipes: str
+    unit: str
+    meaning: str
+
+
+METRICS = {
+    "train_rollouts/reward": Metric("GRPO", "reward", "Mean over all responses sampled in this step."),
+    "train_rollouts/response_length": Metric(
+        "GRPO",
+        "tokens",
+        "Mean length of the sampled responses, their end token included.",
+    ),
+    "train_rollouts/truncated": Metric(
+        "GRPO",
+        "share",
+        "Responses cut off at trainer.grpo.length_params.max_length. Near 1: raise it, or see whether the model writes "
+        "its end token.",
+    ),
+    "train_rollouts/groups_with_signal": Metric(
+        "GRPO",
+        "share",
+        "Prompts whose responses differ in reward; the others teach nothing. Near 0: rows are too easy or too hard.",
+    ),
+    "train_optim/loss": Metric(
+        "SFT, GRPO, LFTF",
+        "nats a token in SFT, else none",
+        "What the step minimised. In GRPO its level says little: advantages sum to about zero.",
+    ),
+    "train_optim/grad_norm": Metric(
+        "SFT, GRPO, LFTF",
+        "none",
+        "Global norm of the gradient before clipping at gradient_clip_val; mean over the optimizer steps.",
+    ),
+    "train_optim/lr": Metric("SFT, GRPO, LFTF", "none", "Learning rate of the step."),
+    "train_optim/entropy": Metric(
+        "SFT, GRPO",
+        "nats",
+        "Mean entropy of the next token's distribution over trained tokens. Falls towards 0 as a policy collapses.",
+    ),
+    "train_optim/ratio": Metric(
+        "GRPO",
+        "none",
+        "Mean ratio of the trained policy's probability to the sampling policy's; 1 in the first optimizer step.",
+    ),
+    "train_optim/clip_fraction": Metric("GRPO", "share", "Trained tokens, by weight, whose ratio the clip held."),
+    "train_optim/kl": Metric(
+        "GRPO with a KL penalty, LFTF with the loss kl",
+        "nats a token",
+        "Estimate of KL(policy || initial policy) on the sampled tokens, never negative, whatever form the penalty has;"
+        " in LFTF of KL(initial || trained) on the text of data.text_path.",
+    ),
+    "train_optim/saving_kept": Metric(
+        "GRPO, with model.micro_batch_tokens",
+        "share",
+        "Of what sharing prompts saves, what is left after groups were split over streams.",
+    ),
+    "train_optim/tokens_executed": Metric(
+        "GRPO",
+        "tokens",
+        "Rows that went through the model in all training passes, padding included.",
+    ),
+    "train_optim/tokens_repeated": Metric(
+        "GRPO",
+        "tokens",
+        "Rows that it would have been with the prompt repeated for each response.",
+    ),
+    "train_optim/tokens_saved": Metric("GRPO", "share", "1 - tokens_executed / tokens_repeated."),
+    "train_optim/tokens_per_second": Metric(
+        "GRPO",
+        "tokens a second",
+        "tokens_repeated by timers/step, so that runs with and without grouping compare.",
+    ),
+    "train_optim/sum": Metric("LFTF, several losses", "none", "The loss `sum` before its weight."),
+    "train_optim/balanced": Metric("LFTF, several losses", "none", "The loss `balanced` before its weight."),
+    "train_optim/abs_diff": Metric("LFTF, several losses", "none", "The loss `abs_diff` before its weight."),
+    "train_optim/hint": Metric("LFTF, several losses", "none", "The loss `hint` before its weight."),
+    "val/loss": Metric("SFT", "nats a token", "Mean over data.validation_path."),
+    "val_rollouts/reward": Metric("GRPO", "reward", "Mean over greedy answers to data.validation_path."),
+    "val/afgb": Metric("LFTF", "probability", "AFGB on the dev professions; 0 is fair."),
+    "val/pronoun_mass": Metric("LFTF", "probability", "Mean of P(he) + P(she) there; the guard watches it."),
+    "val/perplexity": Metric("LFTF", "none", "Of data.validation_text_path; the guard watches it."),
+    "timers/step": Metric("GRPO", "seconds", "The whole step, without validation."),
+    "timers/generate": Metric("GRPO", "seconds", "Sampling and rewards."),
+    "timers/old_and_reference_logprobs": Metric("GRPO", "seconds", "Passes without gradient."),
+    "timers/actor_update": Metric("GRPO", "seconds", "Passes with gradient, and the optimizer."),
+    "timers/optimizer_step": Metric("SFT, LFTF", "seconds", "Packing, passes and the optimizer."),
+    "timers/validation": Metric("SFT, GRPO, LFTF", "seconds", "A validation."),
+    "timers/evaluate": Metric("LFTF", "seconds", "The evaluation before training."),
+    "timers/locate": Metric("LFTF", "seconds", "Ranking the blocks."),
+    "timers/frozen_pass": Metric("LFTF", "seconds", "What the model says before training, kept for the losses."),
+}
+
+
+def unknown_metrics(names: Iterable[str]) -> list[str]:
+    """Names that the table lacks."""
+    return sorted(set(names) - METRICS.keys())

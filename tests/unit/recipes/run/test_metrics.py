@@ -1,0 +1,35 @@
+"""The table of metrics holds what trainers write, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from recipes.run.metrics import METRICS, unknown_metrics
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def words() -> set[str]:
+    """Every literal text in the code that trains, f-strings' parts included."""
+    found = set()
+    for folder in ("recipes", "megatron_ext/losses", "megatron_ext/runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "metrics.py" or "runtime" in path.parts:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                found |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return found
+
+
+def test_every_metric_of_the_table_is_written_somewhere():
+    """By its whole name, or by the name that a loss, an engine or a timer knows."""
+    known = words()
+    assert not [name for name in METRICS if name not in known and name.rpartition("/")[2] not in known]
+
+
+def test_a_name_that_the_table_lacks_is_found():
+    assert unknown_metrics(["train_optim/loss", "train_optim/lost", "timers/step"]) == ["train_optim/lost"]
+
+
+def test_every_metric_has_a_writer_a_unit_and_a_meaning():
+    assert all(m.recipes and m.unit and m.meaning.endswith(".") for m in METRICS.values())
