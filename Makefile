@@ -11,7 +11,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lftf test env lint docs bench clean
+.PHONY: help demo lftf quick test env lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
 
 lftf: env ## make a biased model, locate, fine-tune, compare in minutes on CPU: tools/lftf.py
 	@$(PY) tools/lftf.py $(LFTF_ARGS)
+
+quick: env ## unit tests that kill no processes, in about two minutes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) -m 'not kills' tests/unit $(TEST_ARGS)
 
 test: env ## all tests that this machine can run
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) tests $(TEST_ARGS)

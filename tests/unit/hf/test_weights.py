@@ -329,6 +329,7 @@ def start(children, folder, limit=0) -> int:
     return child
 
 
+@pytest.mark.kills
 def test_a_kill_at_any_moment_and_a_write_that_fails(children, tmp_path):
     start(children, tmp_path / "first")
     began = time.monotonic()

@@ -16,6 +16,8 @@ from recipes.run.settings import CheckpointCallbackSection
 from tests.children import Children
 from tests.gpt_cases import small_config
 
+pytestmark = pytest.mark.kills
+
 KILLS = 20
 
 

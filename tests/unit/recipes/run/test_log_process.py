@@ -12,6 +12,8 @@ import pytest
 from megatron_ext.errors import UserError
 from recipes.run.log_process import LogProcess
 
+pytestmark = pytest.mark.kills
+
 KEYS = {
     "create_checkpoint_callback": False,
     "seconds_to_sleep": 0,
