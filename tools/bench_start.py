@@ -1,0 +1,69 @@
+"""How long a run of one step takes as a whole process: imports, data, model, run folder, step, checkpoint.
+
+    python tools/bench_start.py --runs 5
+    python tools/bench_start.py --runs 5 --against ../another-checkout
+
+A one-step SFT of the tiny model on one rank. With --against the same command runs in another checkout, in turns with this one, with the
+same interpreter. Prints wall-clock and CPU seconds of all its processes. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "recipes/train_sft.py"
+
+
+def measure(checkout: Path, data: Path, folder: Path) -> tuple[float, float]:
+    """(wall-clock seconds, CPU seconds) of one run."""
+    command = [
+        sys.executable, SCRIPT, "--config-name", "sft_tiny", f"data.train_path={data / 'sft.jsonl'}",
+        f"model.tokenizer={data / 'tokenizer'}", f"exp_manager.explicit_log_dir={folder}", "trainer.devices=1",
+        "trainer.sft.max_steps=1", "data.validation_path=null",
+    ]  # fmt: skip
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=os.environ, check=False)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} in {checkout} failed: {done.stderr[-2000:]}")
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    args = parser.parse_args()
+    checkouts = [ROOT, *([args.against.resolve()] if args.against else [])]
+    found: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in checkouts}
+    with tempfile.TemporaryDirectory(prefix="bench_start_") as place:
+        folder = Path(place)
+        make = [sys.executable, "tools/make_word_problems.py", "--out", folder / "data"]
+        subprocess.run(make, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        for number in range(args.runs + 1):  # the first of each only warms the disk's cache
+            for index, checkout in enumerate(checkouts):
+                figures = measure(checkout, folder / "data", folder / f"run-{index}-{number}")
+                if number:
+                    found[checkout].append(figures)
+    for checkout, figures in found.items():
+        wall, cpu = ([f[i] for f in figures] for i in (0, 1))
+        row = {
+            "checkout": str(checkout), "runs": args.runs,
+            "wall_seconds": [round(f(wall), 2) for f in (min, statistics.median, max)],
+            "cpu_seconds": [round(f(cpu), 2) for f in (min, statistics.median, max)],
+        }  # fmt: skip
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
