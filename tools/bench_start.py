@@ -3,8 +3,8 @@
     python tools/bench_start.py --runs 5
     python tools/bench_start.py --runs 5 --against ../another-checkout
 
-A one-step SFT of the tiny model on one rank. With --against the same command runs in another checkout, in turns with this one, with the
-same interpreter. Prints wall-clock and CPU seconds of all its processes. Nothing else should run on the machine.
+A one-step SFT of the tiny model on one rank. With --against the same command runs in another checkout, in turns with this one and
+with the same interpreter. Prints [least, median, most] wall-clock and CPU seconds of all its processes. Nothing else should run.
 """
 
 from __future__ import annotations
