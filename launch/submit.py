@@ -184,23 +184,24 @@ def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> 
 
 def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     """What the recipe itself would refuse, on every rank; what the planner says of it."""
+    from megatron_ext.models.placement import Placement
     from recipes.cli.config import build
     from recipes.grpo.rewards import get_reward
     from recipes.run.pretrained import Pretrained, configure
     from recipes.run.run_folder import check_run_folder
 
-    recipe = RECIPES[args.recipe]
+    recipe, device = RECIPES[args.recipe], "cuda" if args.gpus_per_node else "cpu"
     cls = recipe.config_class()
     folder = config["exp_manager"]["explicit_log_dir"]
     if not recipe.resumes:
-        build(cls, config)
+        typed = build(cls, config)
+        if isinstance(typed.model, Placement):
+            typed.model.on(device)
         check_run_folder(folder)
         return None
-    planned = config
-    if args.gpus_per_node and (config.get("model") or {}).get("precision", "auto") == "auto":
-        planned = config | {"model": config["model"] | {"precision": "bf16"}}  # what auto is on a GPU
-    typed, _ = configure(cls, planned)
-    check_run_folder(folder, configure(cls, config)[1])
+    typed, complete = configure(cls, config)
+    typed.model.on(device)
+    check_run_folder(folder, cls, complete)
     if typed.pretrained_checkpoint.restore_from_path:
         checkpoint = Pretrained.open(typed.pretrained_checkpoint.restore_from_path)
         if typed.model.vocab_size is not None:
@@ -228,7 +229,7 @@ def check_memory(args: argparse.Namespace, config: Any) -> Estimate | None:
     known = config.model.vocab_size is not None
     if not known:
         config.model.vocab_size = UNKNOWN_VOCABULARY  # the rest of the job can be checked
-    job = job_of(config)
+    job = job_of(config, device_type="cuda" if args.gpus_per_node else "cpu")
     if not args.gpus_per_node:
         return None
     if not known:

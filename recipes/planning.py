@@ -13,7 +13,7 @@ from megatron_ext.planner import Job
 from recipes.bias.settings import LFTFConfig
 from recipes.cli.compose import CONFIG_FOLDER, choices, compose, forced
 from recipes.cli.config import ConfigError, build
-from recipes.grpo.settings import GRPOConfig
+from recipes.grpo.settings import GRPOConfig, GRPOModel
 from recipes.registry import RECIPES
 from recipes.sft.settings import SFTConfig
 
@@ -27,8 +27,6 @@ def read_config(
     name: str, overrides: Sequence[str] = (), nodes: int | None = None, folder: Path = CONFIG_FOLDER
 ) -> SFTConfig | GRPOConfig | LFTFConfig:
     """A YAML of `nemo_configs/` with overrides as on a recipe's command line. Keys marked ??? may stay unset.
-
-    `model.precision: auto` is read as bf16: it is a GPU that is planned for.
 
     Args:
         nodes: instead of trainer.num_nodes. Where the YAML chooses a cluster, and the overrides do not, the layout is that
@@ -49,10 +47,7 @@ def read_config(
     if recipe is None:
         sections = ", ".join(f"trainer.{recipe.section}" for recipe in PLANNED)
         raise ConfigError(f"{name} has none of {sections}: there is no training to plan")
-    node = _filled(node)
-    if isinstance(node.get("model"), dict) and node["model"].get("precision", "auto") == "auto":
-        node["model"]["precision"] = "bf16"
-    return build(recipe.config_class(), node)
+    return build(recipe.config_class(), _filled(node))
 
 
 def cluster_choice(name: str, overrides: Sequence[str], nodes: int, folder: Path = CONFIG_FOLDER) -> str | None:
@@ -83,26 +78,33 @@ def _filled(node: Any, key: str = "") -> Any:
     return f"{key}-not-set" if isinstance(node, str) and node == "???" else node
 
 
-def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = None, response: int | None = None) -> Job:
+def job_of(
+    config: SFTConfig | GRPOConfig | LFTFConfig,
+    prompt: int | None = None,
+    response: int | None = None,
+    device_type: str = "cuda",
+) -> Job:
     """One step of a recipe.
 
     Args:
         prompt, response: tokens; None: the longest that the configuration allows, hence an upper bound.
+        device_type: of the ranks that are planned for.
 
     Raises:
         ConfigError: a negative prompt, a response without tokens, or, but for GRPO, a prompt without a response.
-        UserError: ranks or batches that do not divide; no model.vocab_size.
+        UserError: ranks or batches that do not divide; no model.vocab_size; what no such device runs.
     """
+    model = config.model.on(device_type)
     for name, value, least in (("prompt", prompt, 0), ("response", response, 1)):
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} (tools/plan.py: --{name}) must be at least {least}")
     if isinstance(config, GRPOConfig):
-        return _grpo(config, prompt, response)
+        return _grpo(config, model, prompt, response)
     if prompt is not None and response is None:
         raise ConfigError(
             f"a sample is one document of prompt plus response: beside prompt={prompt} give response, too"
         )
-    model, trainer = config.model, config.trainer
+    trainer = config.trainer
     block = isinstance(config, LFTFConfig) and trainer.lftf.block != "all"
     length = model.encoder_seq_length if response is None else (prompt or 0) + response
     return Job(
@@ -121,8 +123,8 @@ def job_of(config: SFTConfig | GRPOConfig | LFTFConfig, prompt: int | None = Non
     )
 
 
-def _grpo(config: GRPOConfig, prompt: int | None, response: int | None) -> Job:
-    model, trainer, grpo = config.model, config.trainer, config.trainer.grpo
+def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: int | None) -> Job:
+    trainer, grpo = config.trainer, config.trainer.grpo
     prompt = config.data.max_prompt_length if prompt is None else prompt
     response = grpo.length_params.max_length if response is None else response
     share = model.prefix_grouping

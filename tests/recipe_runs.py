@@ -30,6 +30,13 @@ def run(*arguments: object, timeout: float = 240) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+def filled(node, key=""):
+    """A configuration in which what must be given is given, two files as two."""
+    if isinstance(node, dict):
+        return {name: filled(value, name) for name, value in node.items()}
+    return f"given {key}" if node == "???" else node
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

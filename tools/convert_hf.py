@@ -195,7 +195,7 @@ def run_export(args: argparse.Namespace) -> str:
     from megatron_ext.hf import export_hf
     from megatron_ext.hf.config import CONFIG_FILE
     from megatron_ext.hf.files import check_target
-    from megatron_ext.models.config import PRECISIONS
+    from megatron_ext.models.placement import PRECISIONS
     from megatron_ext.runtime.checkpoint import read_checkpoint_info
     from megatron_ext.runtime.checkpoint_files import check_files
     from recipes.run.pretrained import SOURCE_FOLDER
@@ -272,7 +272,7 @@ def compare(args: argparse.Namespace, texts: list[str], rows: list[list[int]], o
     """
     import torch
 
-    from megatron_ext.models.config import PRECISIONS
+    from megatron_ext.models.placement import PRECISIONS
     from recipes.bias.scorers import HuggingFaceScorer
 
     theirs = HuggingFaceScorer(args.source, torch.device("cpu"), PRECISIONS[args.precision])

@@ -32,7 +32,7 @@ from megatron_ext.attention.pieces import PackedPiece, StridedPiece, packed_piec
 from megatron_ext.attention.plan import Call
 from megatron_ext.errors import UserError
 
-__all__ = ["KERNELS", "Kernel", "Piece", "Scoring", "select_kernel"]
+__all__ = ["KERNELS", "Kernel", "Piece", "Scoring", "check_kernel", "select_kernel"]
 
 logger = logging.getLogger(__name__)
 
@@ -362,18 +362,33 @@ def select_kernel(attention_kernel: str, device: torch.device, scoring: Scoring)
                 _log_choice(name, device.type, softcap)
                 return kernel
         raise UserError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
+    check_kernel(attention_kernel, softcap, device.type)
+    if lacking := KERNELS[attention_kernel].missing():
+        raise UserError(f"attention_kernel={attention_kernel!r} needs {lacking}; use 'auto'")
+    return KERNELS[attention_kernel]
+
+
+def check_kernel(attention_kernel: str, softcap: bool, device_type: str | None = None) -> None:
+    """Refuse a kernel by name that cannot do what is asked, on whatever machine; there is always one for "auto".
+
+    Args:
+        softcap: whether scores are capped.
+        device_type: of the tensors; None: not known yet.
+
+    Raises:
+        UserError: an unknown kernel, or one that does not run on such a device or with a soft cap.
+    """
+    if attention_kernel == "auto":
+        return
     if attention_kernel not in KERNELS:
         known = ", ".join(("auto", *KERNELS, "reference", "flex"))
         raise UserError(f"unknown attention_kernel {attention_kernel!r}: choose one of {known}")
     kernel = KERNELS[attention_kernel]
-    if kernel.device not in (None, device.type):
-        raise UserError(f"attention_kernel={attention_kernel!r} cannot run on {device.type} tensors; use 'auto'")
-    if lacking := kernel.missing():
-        raise UserError(f"attention_kernel={attention_kernel!r} needs {lacking}; use 'auto'")
+    if device_type is not None and kernel.device not in (None, device_type):
+        raise UserError(f"attention_kernel={attention_kernel!r} cannot run on {device_type} tensors; use 'auto'")
     if softcap and not kernel.softcap:
         able = ", ".join(name for name, k in KERNELS.items() if k.softcap)
         raise UserError(f"attention_kernel={attention_kernel!r} cannot cap scores; use one of auto, {able}")
-    return kernel
 
 
 @cache

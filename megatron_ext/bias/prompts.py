@@ -46,9 +46,13 @@ class AttributePair:
         first_hint, second_hint: what stands for {hint} in a hinted template; None: "his" of "he" and "her" of "she".
     """
 
+    # The word whose probability counts as positive, male by convention.
     first: str = "he"
+    # The other, female by convention.
     second: str = "she"
+    # What stands for {hint} where the first word is hinted at; null: "his" of "he".
     first_hint: str | None = None
+    # The same of the second; null: "her" of "she".
     second_hint: str | None = None
 
     def __post_init__(self):

@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_ext.blocks.blocks import block_prefix, blocks_here
 from megatron_ext.errors import UserError
 from megatron_ext.files import whole
-from megatron_ext.models.config import PRECISIONS, GPTModelConfig
+from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.models.placement import PRECISIONS
 from megatron_ext.runtime.collectives import gather_objects, together
 
 __all__ = ["apply_delta", "block_digest", "block_weights", "content_digest", "read_delta", "save_delta"]

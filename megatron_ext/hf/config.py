@@ -15,7 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.families import EVERYWHERE, FAMILIES, FULL, NEUTRAL, NUMBERS, OLD_FULL, ONLY, SLIDING, Family
 from megatron_ext.hf.raw import integer, number, read_json, switch
 from megatron_ext.hf.rope import ROPE, read_position
-from megatron_ext.models.config import GPTModelConfig, PositionEmbedding
+from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig, PositionEmbedding
 from megatron_ext.rotary import RopeScaling
 
 __all__ = [
@@ -73,7 +73,7 @@ def difference(config: GPTModelConfig, fields: dict[str, Any], ignored: Iterable
             windows = {key: fields[key] for key in ("window_size", "window_attn_skip_freq")}
             if config.layer_windows == dataclasses.replace(config, **windows).layer_windows:
                 continue
-        if name not in ("encoder_seq_length", "init_method_std", *ignored) and mine != theirs:
+        if name in ARCHITECTURE and name not in ignored and mine != theirs:
             return f"model.{name} is {mine} here and {theirs} there"
     return None
 
@@ -145,18 +145,20 @@ def _fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
             f"a head of {fields['kv_channels']}; fetch the file again"
         )
     window, skip = _windows(config, fields["num_layers"], where)
-    return fields | {
-        "share_embeddings_and_output_weights": switch(config, "tie_word_embeddings", where),
-        "add_qkv_bias": family.always.get("add_qkv_bias", False),
-        "qk_layernorm": family.always.get("qk_layernorm", False),
-        "layernorm_epsilon": number(config, "rms_norm_eps", where),
-        "init_method_std": number(config, "initializer_range", where),
-        "position_embedding": dataclasses.asdict(position),
-        "window_size": window,
-        "window_attn_skip_freq": skip,
-        "attn_logit_softcapping": None,
-        "vision": None,
-    }
+    return (
+        PLAIN
+        | fields
+        | {
+            "share_embeddings_and_output_weights": switch(config, "tie_word_embeddings", where),
+            "add_qkv_bias": family.always.get("add_qkv_bias", False),
+            "qk_layernorm": family.always.get("qk_layernorm", False),
+            "layernorm_epsilon": number(config, "rms_norm_eps", where),
+            "init_method_std": number(config, "initializer_range", where),
+            "position_embedding": dataclasses.asdict(position),
+            "window_size": window,
+            "window_attn_skip_freq": skip,
+        }
+    )
 
 
 def _complete_heads(fields: dict[str, Any], where: str) -> None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_ext.attention.context import CP_COMM_TYPES
-from megatron_ext.attention.forms import ATTENTION_PLANS
-from megatron_ext.attention.kernels import KERNELS, Scoring, select_kernel
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, names
+from megatron_ext.models.placement import Placement
 from megatron_ext.rotary import RopeScaling, find_scheme
 
-__all__ = ["GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
+__all__ = ["ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
 
-PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 # What PyTorch's CUDA flash attention takes.
 CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
 POSITIVE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
     "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
 )  # fmt: skip
 
 
@@ -73,68 +72,60 @@ class VisionConfig:
 
 
 @dataclass
-class GPTModelConfig:
-    """A Llama/Qwen-shaped GPT (RMSNorm, SwiGLU, rotary positions) and how it is spread over ranks.
+class GPTModelConfig(Placement):
+    """A Llama/Qwen-shaped GPT (RMSNorm, SwiGLU, rotary positions) and how it is run.
 
     Key names are NeMo's where NeMo has one.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    ffn_hidden_size: int
+    # Transformer blocks.
+    num_layers: Architecture[int]
+    # Width of the residual stream.
+    hidden_size: Architecture[int]
+    # Query heads of a block.
+    num_attention_heads: Architecture[int]
+    # Width inside a block's MLP (SwiGLU: of each of its two halves).
+    ffn_hidden_size: Architecture[int]
     # Rows of the embedding; null: as many as the tokenizer has tokens. Published models have more.
-    vocab_size: int | None = None
+    vocab_size: Architecture[int | None] = None
     # Key/value heads (grouped-query attention); None: as many as attention heads.
-    num_query_groups: int | None = None
+    num_query_groups: Architecture[int | None] = None
     # Head dimension; None: hidden_size / num_attention_heads.
-    kv_channels: int | None = None
+    kv_channels: Architecture[int | None] = None
     # Longest prompt plus response, in tokens.
-    encoder_seq_length: int = 4096
+    encoder_seq_length: Limit[int] = 4096
     # The vocabulary is padded to a multiple of this times tensor_model_parallel_size.
-    make_vocab_size_divisible_by: int = 16
-    share_embeddings_and_output_weights: bool = True
-    add_qkv_bias: bool = False
-    qk_layernorm: bool = False
-    layernorm_epsilon: float = 1e-5
-    init_method_std: float = 0.02
-    position_embedding: PositionEmbedding = field(default_factory=PositionEmbedding)
+    make_vocab_size_divisible_by: Training[int] = 16
+    # One matrix for embedding and output, as small models have it.
+    share_embeddings_and_output_weights: Architecture[bool] = True
+    # Biases of the query, key and value projections, as Qwen2 has them.
+    add_qkv_bias: Architecture[bool] = False
+    # RMSNorm over each query and key head, as Qwen3 has it.
+    qk_layernorm: Architecture[bool] = False
+    # Added to the mean square in every RMSNorm.
+    layernorm_epsilon: Architecture[float] = 1e-5
+    # Standard deviation of freshly drawn weights; without meaning where weights are loaded.
+    init_method_std: Start[float] = 0.02
+    position_embedding: Architecture[PositionEmbedding] = field(default_factory=PositionEmbedding)
     # How images and videos are seen; null: a text model.
-    vision: VisionConfig | None = None
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    # "32", "bf16", or "auto": bf16 on a GPU, whose attention kernels need it, and fp32 on a CPU.
-    precision: str = "auto"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    # Ranks that share each stream: prefixes are cut, responses stay whole where they can.
-    context_parallel_size: int = 1
-    # "all_gather" (of the prefixes' keys and values; any number of heads) or "a2a" (Ulysses: all rows of some heads).
-    cp_comm_type: str = "all_gather"
-    sequence_parallel: bool = False
+    vision: Architecture[VisionConfig | None] = None
+    # Must be 0, for the same reason.
+    attention_dropout: Training[float] = 0.0
+    # Must be 0: a shared prompt would be dropped once per group, not once per response.
+    hidden_dropout: Training[float] = 0.0
     # None, "selective" (the core attention) or "full" (whole layers).
-    activations_checkpoint_granularity: str | None = None
+    activations_checkpoint_granularity: Speed[str | None] = None
     # Sliding windows: [rows before a query that it sees, 0]; null: all rows. (A Hugging Face sliding_window counts the
     # query itself: one more.)
-    window_size: list[int] | None = None
+    window_size: Architecture[list[int] | None] = None
     # Which layers slide, as Megatron has it: n, all but every n-th; or a list with a 1 for each that does. null: all.
-    window_attn_skip_freq: int | list[int] | None = None
+    window_attn_skip_freq: Architecture[int | list[int] | None] = None
     # c bounds attention scores to (-c, c) by c tanh(score / c), Gemma 2's key; null: no bound.
-    attn_logit_softcapping: float | None = None
-    # "auto": the first that can run here. Or cpu, blockwise, torch_flash, flash_attn_2, flash_attn_3.
-    attention_kernel: str = "auto"
-    # "levels": a call for the prompts and one for each level below, merged. "one_call": shared keys copied for each
-    # response. "auto": the faster by a measured rule, logged once.
-    attention_plan: str = "auto"
-    # "auto", "local" or "transformer_engine".
-    transformer_impl: str = "auto"
+    attn_logit_softcapping: Architecture[float | None] = None
     # Rows of logits held at a time; None: by a memory budget.
-    logprob_chunk_size: int | None = None
+    logprob_chunk_size: Speed[int | None] = None
 
     def __post_init__(self):
-        self.precision = str(self.precision)
-        if self.precision == "auto":
-            self.precision = "bf16" if torch.cuda.is_available() else "32"
         if self.num_query_groups is None:
             self.num_query_groups = self.num_attention_heads
         if self.window_size is not None:
@@ -146,11 +137,10 @@ class GPTModelConfig:
                 raise UserError(f"model.{name}={value} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads == 0:
             self.kv_channels = self.hidden_size // self.num_attention_heads
-        for broken, message in self._rules():
-            if broken:
-                raise UserError(message)
+        super().__post_init__()
 
-    def _rules(self):
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        yield from super()._rules()
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         yield (
             self.kv_channels is None,
@@ -170,16 +160,6 @@ class GPTModelConfig:
             find_scheme(position.scheme).axes_of_pairs(pairs, position.sections)
         except UserError as error:
             yield True, f"model.position_embedding: {error}"
-        if torch.cuda.is_available() and self.attention_kernel != "blockwise":
-            yield (
-                self.precision == "32",
-                "model.precision=32: the fast attention kernels of a GPU take bf16 only; set model.precision=bf16",
-            )
-            yield (
-                self.kv_channels % CUDA_HEAD_MULTIPLE or self.kv_channels > CUDA_LARGEST_HEAD,
-                f"model.kv_channels={self.kv_channels}: the attention kernels of a GPU take multiples of "
-                f"{CUDA_HEAD_MULTIPLE} up to {CUDA_LARGEST_HEAD}",
-            )
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(self, name)
             yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
@@ -215,30 +195,8 @@ class GPTModelConfig:
         cap = self.attn_logit_softcapping
         yield cap is not None and cap <= 0, f"model.attn_logit_softcapping={cap} must be above 0; null for no bound"
         yield (
-            self.attention_kernel not in ("auto", *KERNELS),
-            f"model.attention_kernel must be one of auto, {', '.join(KERNELS)}, got {self.attention_kernel!r}",
-        )
-        if self.attention_kernel in KERNELS:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            try:
-                select_kernel(self.attention_kernel, device, Scoring(1.0, cap))
-            except ValueError as error:
-                yield True, f"model.attention_kernel={self.attention_kernel}: {error}"
-        yield (
-            self.attention_plan == "one_call" and self.context_parallel_size > 1 and self.cp_comm_type == "all_gather",
-            "model.attention_plan=one_call needs model.cp_comm_type=a2a: gathered keys are not copied for each response",
-        )
-        yield (
-            self.attention_plan not in ATTENTION_PLANS,
-            f"model.attention_plan must be one of {', '.join(ATTENTION_PLANS)}, got {self.attention_plan!r}",
-        )
-        yield (
             self.attention_plan == "levels" and size is not None,
             "model.attention_plan=levels cannot run sliding windows (model.window_size); set it to auto",
-        )
-        yield (
-            self.cp_comm_type not in CP_COMM_TYPES,
-            f"model.cp_comm_type must be one of {', '.join(CP_COMM_TYPES)}, got {self.cp_comm_type!r}",
         )
         for name in ("num_attention_heads", "num_query_groups"):
             value, both = getattr(self, name), tp * self.context_parallel_size
@@ -247,14 +205,6 @@ class GPTModelConfig:
                 f"model.{name}={value} does not divide by tensor_model_parallel_size x context_parallel_size={both}, "
                 "which model.cp_comm_type=a2a needs; use all_gather",
             )
-        yield (
-            self.sequence_parallel and tp == 1,
-            ("model.sequence_parallel=true needs model.tensor_model_parallel_size > 1"),
-        )
-        yield (
-            self.precision not in PRECISIONS,
-            (f"model.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"),
-        )
         yield (
             self.activations_checkpoint_granularity not in (None, "selective", "full"),
             (
@@ -273,8 +223,27 @@ class GPTModelConfig:
             )
 
     @property
-    def dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
+    def _capped(self) -> bool:
+        return self.attn_logit_softcapping is not None
+
+    def on(self, device_type: str) -> Self:
+        """A copy for ranks on "cuda" or "cpu", in whose precision nothing is `auto`.
+
+        Raises:
+            UserError: what no such device runs.
+        """
+        found = super().on(device_type)
+        if device_type == "cuda" and self.attention_kernel != "blockwise":
+            if found.precision == "32":
+                raise UserError(
+                    "model.precision=32: the fast attention kernels of a GPU take bf16 only; set model.precision=bf16"
+                )
+            if self.kv_channels % CUDA_HEAD_MULTIPLE or self.kv_channels > CUDA_LARGEST_HEAD:
+                raise UserError(
+                    f"model.kv_channels={self.kv_channels}: the attention kernels of a GPU take multiples of "
+                    f"{CUDA_HEAD_MULTIPLE} up to {CUDA_LARGEST_HEAD}"
+                )
+        return found
 
     @property
     def layer_windows(self) -> list[int | None]:
@@ -291,9 +260,9 @@ class GPTModelConfig:
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
 
-    def transformer_config(self) -> TransformerConfig:
-        """Megatron's configuration. On the CPU the fused CUDA paths are off."""
-        on_cpu = not torch.cuda.is_available()
+    def transformer_config(self, device_type: str) -> TransformerConfig:
+        """Megatron's configuration on this type of device. The fused paths are CUDA's."""
+        on_cpu = device_type != "cuda"
         granularity = self.activations_checkpoint_granularity
         full = granularity == "full"
         return TransformerConfig(
@@ -343,6 +312,15 @@ class GPTModelConfig:
             bias_activation_fusion=not on_cpu,
             deallocate_pipeline_outputs=True,
         )
+
+
+ARCHITECTURE = names(GPTModelConfig, Kind.ARCHITECTURE)
+# Of a model that does not speak of them, because its family has no such thing or it was saved before there was.
+PLAIN = {
+    field.name: field.default
+    for field in dataclasses.fields(GPTModelConfig)
+    if field.name in ARCHITECTURE and field.default is not dataclasses.MISSING
+}
 
 
 def stream_multiple(config: GPTModelConfig) -> int:

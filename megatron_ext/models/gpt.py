@@ -40,7 +40,8 @@ class PrefixGroupedGPT(GPTModel):
     prefix-grouped one, and only the rows that are asked for reach the vocabulary projection."""
 
     def __init__(self, config: GPTModelConfig, pre_process: bool, post_process: bool, device: torch.device):
-        transformer = config.transformer_config()
+        config = config.on(device.type)
+        transformer = config.transformer_config(device.type)
         stage_layers = config.num_layers // config.pipeline_model_parallel_size
         super().__init__(
             config=transformer,
@@ -230,7 +231,7 @@ def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
         device=device,
     ).to(device)
     count = sum(p.numel() for p in model.parameters())
-    logger.info("built a GPT with %d parameters on this rank, precision %s", count, config.precision)
+    logger.info("built a GPT with %d parameters on this rank, precision %s", count, model.model_config.precision)
     if config.padded_vocab_size > config.vocab_size:
         logger.info("its vocabulary of %d rows is padded to %d", config.vocab_size, config.padded_vocab_size)
     return model

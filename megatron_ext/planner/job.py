@@ -36,7 +36,7 @@ class Job:
     """One kind of step of one run. All groups are alike: a prompt and its responses.
 
     Attributes:
-        model: architecture and layout; `vocab_size` must be set.
+        model: architecture and layout, of the device that is planned for (`on`); `vocab_size` must be set.
         nodes, devices: machines, and GPUs of each.
         groups: of one optimizer step, over all ranks. A sample of SFT is a group with one response.
         prompt, response, samples: tokens of a prompt and of each response, responses of a group.
@@ -81,6 +81,8 @@ class Job:
             raise UserError(f"prompt={self.prompt} must not be negative")
         if self.model.vocab_size is None:
             raise UserError("model.vocab_size is not set: the planner reads no tokenizer; give model.vocab_size=...")
+        if self.model.precision == "auto":
+            raise UserError('model.precision=auto: plan for a device, e.g. model.on("cuda")')
         if (self.groups_per_stream is None) == (self.stream_tokens is None):
             raise UserError(
                 f"groups_per_stream={self.groups_per_stream} and stream_tokens={self.stream_tokens}: give one of them"

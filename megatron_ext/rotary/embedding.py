@@ -28,9 +28,13 @@ class RopeScaling:
     than original_max_position_embeddings / high_freq_factor as before, those between in between.
     """
 
+    # How many times as slowly the longest waves turn.
     factor: float = 8.0
+    # Waves longer than the original length by this turn that slowly.
     low_freq_factor: float = 1.0
+    # Waves shorter than the original length by this stay as they are.
     high_freq_factor: float = 4.0
+    # Tokens of the sequences that the model was first trained on.
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import PackedTokens
+from megatron_ext.kinds import Speed
 from megatron_ext.runtime.collectives import broadcast_object, from_last
 from megatron_ext.runtime.trimmed import TrimmedPipeline, first_trained_stage, process_groups
 
@@ -33,9 +34,11 @@ class SchedConfig:
 
     # "constant", "CosineAnnealing" or "linear".
     name: str = "constant"
+    # Steps in which the rate rises from 0 to lr.
     warmup_steps: int = 0
     # Steps until min_lr is reached; None: the run's own number of steps.
     decay_steps: int | None = None
+    # Where a falling rate ends.
     min_lr: float = 0.0
 
     def __post_init__(self):
@@ -48,10 +51,14 @@ class OptimConfig:
     """Megatron's optimizer, under NeMo's keys."""
 
     # "adam" (AdamW) or "distributed_fused_adam" (the same, its state sharded over data-parallel ranks).
-    name: str = "distributed_fused_adam"
+    name: Speed[str] = "distributed_fused_adam"
+    # Learning rate, the highest of the schedule.
     lr: float = 1e-4
+    # AdamW's, of matrices; norms and biases have none.
     weight_decay: float = 0.0
+    # Decay of Adam's first and second moment.
     betas: tuple[float, float] = (0.9, 0.95)
+    # Added to Adam's denominator.
     eps: float = 1e-8
     sched: SchedConfig = field(default_factory=SchedConfig)
 

@@ -7,7 +7,7 @@ import sys
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf import is_hf_folder
-from megatron_ext.models.config import PRECISIONS
+from megatron_ext.kinds import Kind, names
 from megatron_ext.runtime.distributed import local_device, world_size
 from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer, Scorer
 from recipes.bias.settings import BiasEvalConfig, BiasEvalModel, LocateConfig
@@ -63,21 +63,16 @@ class _HuggingFace:
 
     def __init__(self, config: BiasEvalConfig, resolved: dict):
         self.path, model = config.pretrained_checkpoint.restore_from_path, config.model
-        for field in dataclasses.fields(BiasEvalModel):
-            if field.name not in ("tokenizer", "precision") and getattr(model, field.name) != field.default:
+        for name in names(BiasEvalModel, Kind.LAYOUT, Kind.SPEED):
+            if getattr(model, name) != getattr(BiasEvalModel(), name):
                 raise UserError(
-                    f"model.{field.name}={getattr(model, field.name)} has no meaning for {self.path}, a Hugging Face folder, "
+                    f"model.{name}={getattr(model, name)} has no meaning for {self.path}, a Hugging Face folder, "
                     "which transformers runs in one process; set trainer.devices to 2 or more to run it on Megatron"
                 )
         self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
         self.tokenizer = load_tokenizer(model.tokenizer or self.path)
         self.device = local_device()
-        precision = model.precision
-        if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "32"
-        if precision not in PRECISIONS:
-            raise UserError(f"model.precision must be auto, {' or '.join(PRECISIONS)}, got {precision!r}")
-        self.scorer = HuggingFaceScorer(self.path, self.device, PRECISIONS[precision])
+        self.scorer = HuggingFaceScorer(self.path, self.device, model.on(self.device.type).dtype)
         self.longest = getattr(self.scorer.model.config, "max_position_embeddings", None) or sys.maxsize
 
     def start(self) -> Scorer:

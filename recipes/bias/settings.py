@@ -10,13 +10,17 @@ from megatron_ext.bias.prompts import PromptsConfig
 from megatron_ext.blocks.blocks import check_block
 from megatron_ext.blocks.importance import ESTIMATORS, check_excluded
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Duration, Record, Training
 from megatron_ext.losses.lftf import loss_weights
+from megatron_ext.models.placement import Placement
 from recipes.cli.config import at_least
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
     FolderSection,
+    Machines,
     TrainedModel,
+    TrainerSection,
     check_apart,
     check_batch_sizes,
 )
@@ -38,13 +42,13 @@ class LFTFSettings:
     # abs_diff, balanced or sum; with hint and kl beside, and weights: balanced+hint+0.5*kl.
     loss: str = "balanced+hint"
     # Passes over the training prompts.
-    max_epochs: int = 2
+    max_epochs: Duration[int] = 2
     # Optimizer steps instead.
-    max_steps: int | None = None
+    max_steps: Duration[int | None] = None
     # Steps between validations on the dev professions.
-    val_check_interval: int = 10
+    val_check_interval: Record[int] = 10
     # Steps between checkpoints to go on from; 0: only the last, and where max_time_per_run stops.
-    save_interval: int = 0
+    save_interval: Record[int] = 0
     # Stop after this many validations without a lower AFGB within the guard; null: never.
     patience: int | None = 5
     # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was; 0: no guard.
@@ -76,13 +80,8 @@ class LFTFSettings:
 
 
 @dataclass
-class LFTFTrainerSection:
+class LFTFTrainerSection(TrainerSection):
     lftf: LFTFSettings = field(default_factory=LFTFSettings)
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
-    # "DD:HH:MM:SS": stop after the step in hand, and save.
-    max_time_per_run: str | None = None
 
 
 @dataclass
@@ -99,11 +98,11 @@ class LFTFData:
 
 @dataclass
 class LFTFConfig:
-    trainer: LFTFTrainerSection
+    trainer: Training[LFTFTrainerSection]
     model: TrainedModel
-    data: LFTFData
-    exp_manager: ExpManagerSection
-    pretrained_checkpoint: CheckpointSection
+    data: Training[LFTFData]
+    exp_manager: Record[ExpManagerSection]
+    pretrained_checkpoint: Training[CheckpointSection]
 
     def __post_init__(self):
         lftf = self.trainer.lftf
@@ -131,19 +130,11 @@ class LFTFConfig:
 
 
 @dataclass
-class BiasEvalModel:
-    """How a checkpoint is spread over ranks; its architecture is read from it."""
+class BiasEvalModel(Placement):
+    """How a checkpoint is run; its architecture is read from it."""
 
     # Folder of a Hugging Face tokenizer; null: the one beside the weights.
-    tokenizer: str | None = None
-    # "32", "bf16", or "auto": bf16 on a GPU and fp32 on a CPU.
-    precision: str = "auto"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    sequence_parallel: bool = False
-    transformer_impl: str = "auto"
-    attention_kernel: str = "auto"
+    tokenizer: Training[str | None] = None
 
 
 @dataclass
@@ -168,11 +159,8 @@ class LocateSettings:
 
 
 @dataclass
-class LocateTrainerSection:
+class LocateTrainerSection(Machines):
     locate: LocateSettings = field(default_factory=LocateSettings)
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
 
 
 @dataclass
@@ -183,23 +171,16 @@ class LocateData:
 
 @dataclass
 class LocateConfig:
-    pretrained_checkpoint: CheckpointSection
-    exp_manager: FolderSection
-    trainer: LocateTrainerSection = field(default_factory=LocateTrainerSection)
+    pretrained_checkpoint: Training[CheckpointSection]
+    exp_manager: Record[FolderSection]
+    trainer: Training[LocateTrainerSection] = field(default_factory=LocateTrainerSection)
     model: BiasEvalModel = field(default_factory=BiasEvalModel)
-    data: LocateData = field(default_factory=LocateData)
+    data: Training[LocateData] = field(default_factory=LocateData)
 
     def __post_init__(self):
         self.exp_manager.refuse_resuming("locating")
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
-
-
-@dataclass
-class BiasEvalTrainerSection:
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
 
 
 @dataclass
@@ -230,11 +211,11 @@ class BiasEvalData:
 
 @dataclass
 class BiasEvalConfig:
-    pretrained_checkpoint: CheckpointSection
-    exp_manager: FolderSection
-    trainer: BiasEvalTrainerSection = field(default_factory=BiasEvalTrainerSection)
+    pretrained_checkpoint: Training[CheckpointSection]
+    exp_manager: Record[FolderSection]
+    trainer: Training[Machines] = field(default_factory=Machines)
     model: BiasEvalModel = field(default_factory=BiasEvalModel)
-    data: BiasEvalData = field(default_factory=BiasEvalData)
+    data: Training[BiasEvalData] = field(default_factory=BiasEvalData)
 
     def __post_init__(self):
         self.exp_manager.refuse_resuming("an evaluation")

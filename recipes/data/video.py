@@ -43,6 +43,7 @@ class VideoSettings:
     num_frames: int = 8
     # Pixels that frames are resized to.
     height: int = 32
+    # Pixels that frames are resized to, across.
     width: int = 32
     # Pixels of a token's square.
     patch_size: int = 8

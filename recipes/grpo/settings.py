@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Duration, Record, Speed, Training
 from megatron_ext.losses.grpo import GrpoTerms
 from megatron_ext.models.generation import SamplingParams
 from recipes.cli.config import at_least
@@ -15,6 +16,7 @@ from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
     TrainedModel,
+    TrainerSection,
     check_apart,
     check_batch_sizes,
     check_video,
@@ -33,7 +35,9 @@ __all__ = [
 
 @dataclass
 class SamplingSection:
+    # Must be false: greedy responses of a group are all alike and teach nothing.
     use_greedy: bool = False
+    # Of rollouts, and of the log-probabilities that are trained; above 0.
     temperature: float = 1.0
     # 0: no filter. Log-probabilities are those of the unfiltered distribution, so a filter biases the gradient.
     top_k: int = 0
@@ -49,17 +53,20 @@ class LengthSection:
 
 @dataclass
 class GRPOSettings:
-    max_steps: int
+    # GRPO steps of the run: sample, score, update.
+    max_steps: Duration[int]
+    # Prompts sampled in a step, over all data-parallel ranks.
     num_prompts_per_grpo_step: int
+    # Responses of each prompt, which are compared with each other: at least 2, usually 8 to 64.
     samples_per_prompt: int
     # A name of the registry, {name: ..., options}, or the dotted path of a function.
     reward: Any
     # Prompts decoded together on one data-parallel rank; None: all at once.
-    rollout_micro_batch_size: int | None = None
+    rollout_micro_batch_size: Speed[int | None] = None
     # Steps between validations, and one before the first step; 0: never.
-    val_check_interval: int = 0
+    val_check_interval: Record[int] = 0
     # Steps between checkpoints; 0: only the last.
-    save_interval: int = 0
+    save_interval: Record[int] = 0
     # Largest global gradient norm; 0: no clipping.
     gradient_clip_val: float = 1.0
     # beta, the weight of the KL divergence to the initial policy; 0: no reference pass.
@@ -77,7 +84,9 @@ class GRPOSettings:
     normalize_rewards: bool = True
     # Symmetric clip; ratio_clip_min and ratio_clip_max override it.
     ratio_eps: float = 0.2
+    # How far below 1 a ratio counts, instead of ratio_eps; null: ratio_eps.
     ratio_clip_min: float | None = None
+    # How far above 1 (DAPO's clip-higher: 0.28), instead of ratio_eps; null: ratio_eps.
     ratio_clip_max: float | None = None
     # True: every token of the batch weighs the same; False: every response does.
     token_level_loss: bool = True
@@ -143,26 +152,21 @@ class GRPOSettings:
 
 
 @dataclass
-class GRPOTrainerSection:
+class GRPOTrainerSection(TrainerSection):
     grpo: GRPOSettings
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
-    # "DD:HH:MM:SS": stop after the step in hand, and save.
-    max_time_per_run: str | None = None
 
 
 @dataclass
 class GRPOModel(TrainedModel):
     # Tokens of a stream, instead of micro_batch_size: streams are filled with whole groups up to it, a group that is
     # longer is split, and work is balanced over data-parallel ranks.
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: Speed[int | None] = None
     # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
     # counting operations promises less than 1.05 times the speed.
-    prefix_grouping: bool | str = "auto"
+    prefix_grouping: Speed[bool | str] = "auto"
     # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns
     # of a conversation or steps of an agent; prefix_grouping: auto is then on. null: they share the prompt only.
-    min_shared_tokens: int | None = None
+    min_shared_tokens: Speed[int | None] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,6 +184,7 @@ class GRPOModel(TrainedModel):
 class GRPOData(RowsSection):
     # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
     train_path: str
+    # Rows of the same form, answered greedily at every validation; null: none.
     validation_path: str | None = None
     # Longest prompt, in tokens; those of its videos count.
     max_prompt_length: int = 1024
@@ -192,11 +197,11 @@ class GRPOData(RowsSection):
 
 @dataclass
 class GRPOConfig:
-    trainer: GRPOTrainerSection
+    trainer: Training[GRPOTrainerSection]
     model: GRPOModel
-    data: GRPOData
-    exp_manager: ExpManagerSection
-    pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    data: Training[GRPOData]
+    exp_manager: Record[ExpManagerSection]
+    pretrained_checkpoint: Training[CheckpointSection] = field(default_factory=CheckpointSection)
 
     def __post_init__(self):
         grpo, model = self.trainer.grpo, self.model

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Record, Training
 from megatron_ext.rotary import find_scheme
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.cli.config import at_least
-from recipes.run.settings import FolderSection, check_batch_sizes
+from recipes.run.settings import FolderSection, Machines, check_batch_sizes
 
 __all__ = ["LENGTHS_PER_STEP", "NiahConfig", "NiahSettings"]
 
@@ -23,6 +24,7 @@ class NiahSettings:
     videos_per_step: int = 32
     # Fewest and most frames trained on.
     train_frames: list[int] = field(default_factory=lambda: [2, 8])
+    # Frames tested, some of them more than any trained on.
     test_frames: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64, 128])
     # Places of the needle, evenly from the first frame to the last.
     test_depths: int = 5
@@ -30,10 +32,13 @@ class NiahSettings:
     test_videos: int = 32
     # Tokens of a frame.
     height: int = 4
+    # And in a row.
     width: int = 4
     # Schemes by name, or by the dotted path of your own.
     schemes: list[str] = field(default_factory=lambda: ["rope", "mrope", "mrope_interleaved", "videorope", "vrope"])
+    # Each trains a model of every scheme.
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    # Largest global gradient norm; 0: no clipping.
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
@@ -63,20 +68,21 @@ class NiahSettings:
 
 
 @dataclass
-class NiahTrainerSection:
+class NiahTrainerSection(Machines):
     niah: NiahSettings = field(default_factory=NiahSettings)
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
 
 
 @dataclass
 class NiahModel:
     """The model's shape; the task fixes the rest."""
 
+    # Transformer blocks.
     num_layers: int = 3
+    # Width of the residual stream.
     hidden_size: int = 96
+    # Heads of a block.
     num_attention_heads: int = 4
+    # Width inside a block's MLP.
     ffn_hidden_size: int = 288
     # A small model needs more than the usual 0.02, or its attention stays flat for thousands of steps.
     init_method_std: float = 0.1
@@ -87,9 +93,9 @@ class NiahModel:
 
 @dataclass
 class NiahConfig:
-    trainer: NiahTrainerSection
-    model: NiahModel
-    exp_manager: FolderSection
+    trainer: Training[NiahTrainerSection]
+    model: Training[NiahModel]
+    exp_manager: Record[FolderSection]
 
     def __post_init__(self):
         self.exp_manager.refuse_resuming("a comparison")

@@ -5,6 +5,7 @@ A bad input so costs little and leaves nothing half-written.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Inputs:
         Raises:
             UserError: anything wrong with the configuration, the checkpoint or the run folder.
         """
+        if isinstance(config.model, TrainedModel):
+            config = dataclasses.replace(config, model=config.model.here())
         model, trainer, manager = config.model, config.trainer, config.exp_manager
         asked = trainer.devices * trainer.num_nodes
         if asked != world_size():
@@ -56,9 +59,12 @@ class Inputs:
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
                 f"launcher started {world_size()} processes"
             )
-        log_dir = check_run_folder(manager.explicit_log_dir, resolved if manager.resume_if_exists else None)
+        log_dir = check_run_folder(
+            manager.explicit_log_dir, type(config), resolved if manager.resume_if_exists else None
+        )
         checkpoints = resume_from = None
         if isinstance(manager, ExpManagerSection):
+            manager.check_installed()
             checkpoints = Checkpoints(log_dir, manager.checkpoint_callback_params)
             resume_from = checkpoints.newest() if manager.resume_if_exists else None
         sizes, pretrained, tokenizer = ParallelSizes(), None, None

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from megatron_ext.errors import UserError
 from megatron_ext.hf import is_hf_folder, load_hf_weights, read_checked_config
 from megatron_ext.hf.config import ANY_SCHEME
-from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.kinds import Kind, names
+from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info
 from recipes.cli.config import ABSENT, build
@@ -24,12 +25,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What must agree between a checkpoint and the YAML: everything that shapes a tensor or the function it computes.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "vocab_size", "share_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
-    "position_embedding", "vision", "window_size", "window_attn_skip_freq", "attn_logit_softcapping",
-)  # fmt: skip
 # Of a checkpoint whose weights came from Hugging Face: what an export writes beside the weights.
 SOURCE_FOLDER = "source"
 SOURCE_FILES = ("config.json", "generation_config.json")
@@ -72,8 +67,9 @@ class Pretrained:
         saved = read_checkpoint_info(folder).get("model", {})
         if "position_embedding" in saved:
             saved["position_embedding"] |= {"sections": sections_of(saved)}
-        fields = (*ARCHITECTURE, "encoder_seq_length")
-        return cls(path, {name: saved[name] for name in fields if name in saved}, False, saved.get("precision"))
+        fields = names(GPTModelConfig, Kind.ARCHITECTURE, Kind.LIMIT)
+        architecture = PLAIN | {name: saved[name] for name in fields if name in saved}
+        return cls(path, architecture, False, saved.get("precision"))
 
     @property
     def tokenizer(self) -> str:
@@ -129,7 +125,7 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, A
     """A recipe's configuration. What `model` does not say of the architecture is that of the model it starts from.
 
     Returns:
-        `cls` filled, and the resolved YAML with what was filled in.
+        `cls` filled, and all of it as plain data: what was filled in and defaults, too, which may change in time.
 
     Raises:
         UserError: see `build`; or there is no such model.
@@ -147,4 +143,5 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, A
                 theirs = theirs | {"sections": None}
             given["position_embedding"] = theirs | position
         resolved["model"] = architecture | given
-    return build(cls, resolved), resolved
+    config = build(cls, resolved)
+    return config, dataclasses.asdict(config)

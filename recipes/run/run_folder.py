@@ -5,11 +5,12 @@ Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,24 @@ import yaml
 
 from megatron_ext.errors import UserError
 from megatron_ext.files import unfinished, write_whole
+from megatron_ext.kinds import FREE, Kind, kind_of, kinds
 from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
+from recipes.cli.config import build
+from recipes.run.pretrained import sections_of
 from recipes.run.settings import CheckpointCallbackSection
 
-__all__ = ["Checkpoints", "check_run_folder", "claim_run_folder", "cut_metrics"]
+__all__ = ["Checkpoints", "check_run_folder", "check_unchanged", "claim_run_folder", "cut_metrics"]
 
-# What may change between a run and its resumption: where and how long it runs, not what it computes.
-FREE_KEYS = {
-    "trainer.devices", "trainer.num_nodes", "trainer.max_time_per_run", "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size", "model.context_parallel_size", "model.sequence_parallel", "model.cp_comm_type",
-    "model.micro_batch_size", "model.micro_batch_tokens", "model.activations_checkpoint_granularity",
-    "model.attention_kernel", "model.attention_plan", "model.transformer_impl", "model.prefix_grouping",
-    "model.min_shared_tokens", "model.logprob_chunk_size", "model.optim.name",
-}  # fmt: skip
-FREE_NAMES = {"max_steps", "max_epochs", "save_interval", "val_check_interval", "rollout_micro_batch_size"}
-# How long it runs, which a learning rate that falls until then does not allow.
-LENGTHS = {"max_steps", "max_epochs"}
 METRICS_FILE = "metrics.jsonl"
 # Whose folder it is: the resolved configuration, where NeMo's exp_manager, which moves files of the folder itself, leaves it.
 RUN_FILE = Path("checkpoints", "run.yaml")
 
 
-def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Path:
+def check_run_folder(path: str, cls: type | None = None, resolved: Mapping[str, Any] | None = None) -> Path:
     """
     Args:
-        resolved: the configuration of a run that may go on in this folder; None: it must be new or empty.
+        cls: the class of the recipe's configuration.
+        resolved: the configuration of a run that may go on in this folder, as plain data; None: it must be new or empty.
 
     Raises:
         UserError: the folder holds another run, or cannot be made.
@@ -54,7 +48,7 @@ def check_run_folder(path: str, resolved: Mapping[str, Any] | None = None) -> Pa
                 f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
                 f"choose a new folder{hint}"
             )
-        _check_same_run(folder, resolved)
+        _check_same_run(folder, cls, resolved)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
@@ -75,7 +69,7 @@ def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
     write_whole(folder / RUN_FILE, yaml.safe_dump(dict(resolved), sort_keys=False))
 
 
-def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:
+def _check_same_run(folder: Path, cls: type, resolved: Mapping[str, Any]) -> None:
     try:
         before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -85,41 +79,61 @@ def _check_same_run(folder: Path, resolved: Mapping[str, Any]) -> None:
             f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({RUN_FILE} is missing or damaged): "
             "choose a new folder"
         )
-    old, new = dict(_flat(before)), dict(_flat(resolved))
-    schedule = {"name": "constant", "decay_steps": None} | _section(resolved, "model", "optim", "sched")
+    try:
+        was = dataclasses.asdict(build(cls, before | {"exp_manager": resolved["exp_manager"]}))
+    except UserError as error:
+        raise UserError(
+            f"exp_manager.explicit_log_dir={folder} holds a run that cannot be gone on with: {error}; choose a new folder"
+        ) from error
+    now = dataclasses.asdict(build(cls, resolved))
+    _fill_sections(was, now, before)
+    check_unchanged(cls, was, now, folder)
+
+
+def check_unchanged(cls: type, was: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """
+    Args:
+        cls: the class of a recipe's configuration, whose keys say their kind.
+        was, now: all keys of the run in the folder, and of the one that would go on in it.
+
+    Raises:
+        UserError: something differs that is not where, how fast or how long it runs.
+    """
+    known, old, new = kinds(cls), dict(_flat(was)), dict(_flat(now))
+    schedule = now["model"]["optim"]["sched"]
     any_length = schedule["name"] == "constant" or schedule["decay_steps"] is not None
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
+        if old.get(key) == new.get(key) or (kind := kind_of(known, key)) in FREE:
             continue
         differs = f"holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}"
-        if not _free(key):
+        if kind != Kind.DURATION:
             raise UserError(
                 f"exp_manager.explicit_log_dir={folder} {differs}: it would not be the same run; set it as it was, or choose "
                 "a new folder"
             )
-        if key.rpartition(".")[2] in LENGTHS and not any_length:
+        if not any_length:
             raise UserError(
                 f"exp_manager.explicit_log_dir={folder} {differs}: the learning rate falls until the last step, so it would "
                 "not be the same run; say in model.optim.sched.decay_steps, before the run begins, how long it falls"
             )
 
 
-def _section(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    for name in names:
-        node = node.get(name) or {}
-    return dict(node)
+def _fill_sections(was: dict[str, Any], now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """A run of before there were sections has those that its checkpoints are read with."""
+    position = was["model"]["position_embedding"]
+    if "sections" in (before["model"].get("position_embedding") or {}):
+        return
+    if now["model"]["position_embedding"]["sections"] is not None:
+        del position["sections"]
+        position["sections"] = sections_of(was["model"])
 
 
-def _free(key: str) -> bool:
-    return key in FREE_KEYS or key.startswith("exp_manager.") or key.rpartition(".")[2] in FREE_NAMES
-
-
-def _flat(node: Mapping[str, Any], path: str = ""):
+def _flat(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping):
             yield from _flat(value, key)
-        elif value is not None:  # a key that is left at null was perhaps not there
+        else:
             yield key, value
 
 

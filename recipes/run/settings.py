@@ -13,21 +13,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Layout, Record, Speed, Training
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.cli.config import at_least
 from recipes.data.video import VideoSettings
 
 __all__ = [
-    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "TrainedModel",
-    "check_apart", "check_batch_sizes", "check_video",
+    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "Machines", "TrainedModel",
+    "TrainerSection", "check_apart", "check_batch_sizes", "check_video",
 ]  # fmt: skip
-
 
 # Which values of a metric are better, by the last word of its name.
 BETTER = {
     "loss": "min", "perplexity": "min", "afgb": "min", "reward": "max", "accuracy": "max", "mass": "max", "ub": "max",
 }  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Machines:
+    # Processes on each machine.
+    devices: Layout[int] = 1
+    # Machines.
+    num_nodes: Layout[int] = 1
+
+
+@dataclass(kw_only=True)
+class TrainerSection(Machines):
+    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    max_time_per_run: Record[str | None] = None
 
 
 @dataclass
@@ -87,12 +101,15 @@ class FolderSection:
 class ExpManagerSection(FolderSection):
     """NeMo's exp_manager keys that a Megatron loop can keep."""
 
+    # TensorBoard events in the run's folder.
     create_tensorboard_logger: bool = True
     # Weights & Biases, with {name: ..., project: ..., offline: true}. WANDB_MODE=offline keeps it on this machine, too.
     create_wandb_logger: bool = False
+    # Arguments of Lightning's WandbLogger.
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     # MLflow (pip install mlflow), with {experiment_name: ..., tracking_uri: ...}; without a URI into mlflow.db of this folder.
     create_mlflow_logger: bool = False
+    # Arguments of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
 
@@ -101,6 +118,12 @@ class ExpManagerSection(FolderSection):
             raise UserError(
                 "exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs={name: ..., project: ...}"
             )
+
+    def check_installed(self) -> None:
+        """
+        Raises:
+            UserError: a logger is asked for that is not installed here, where the ranks are.
+        """
         for name in ("wandb", "mlflow"):
             if getattr(self, f"create_{name}_logger") and importlib.util.find_spec(name) is None:
                 raise UserError(f"exp_manager.create_{name}_logger=true: {name} is not installed: pip install {name}")
@@ -124,13 +147,14 @@ class CheckpointSection:
 @dataclass
 class TrainedModel(GPTModelConfig):
     # Folder of a Hugging Face tokenizer; None: the one beside the weights of pretrained_checkpoint.
-    tokenizer: str | None = None
-    seed: int = 1
+    tokenizer: Training[str | None] = None
+    # Of fresh weights, of the order of rows and of sampling.
+    seed: Training[int] = 1
     # Packed per stream: samples in SFT, prompts with all their responses in GRPO, prompts in LFTF.
-    micro_batch_size: int = 1
+    micro_batch_size: Speed[int] = 1
     # Samples (SFT), responses (GRPO) or prompts (LFTF) per optimizer step, over all ranks.
-    global_batch_size: int = 1
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    global_batch_size: Training[int] = 1
+    optim: Training[OptimConfig] = field(default_factory=OptimConfig)
 
     def __post_init__(self):
         super().__post_init__()

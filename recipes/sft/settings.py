@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Duration, Record, Training
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
@@ -12,6 +13,7 @@ from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
     TrainedModel,
+    TrainerSection,
     check_apart,
     check_batch_sizes,
     check_video,
@@ -22,11 +24,12 @@ __all__ = ["SFTConfig", "SFTData", "SFTModel", "SFTSettings", "SFTTrainerSection
 
 @dataclass
 class SFTSettings:
-    max_steps: int
+    # Optimizer steps of the run.
+    max_steps: Duration[int]
     # Steps between validations; 0: never.
-    val_check_interval: int = 0
+    val_check_interval: Record[int] = 0
     # Steps between checkpoints; 0: only the last.
-    save_interval: int = 0
+    save_interval: Record[int] = 0
     # Largest global gradient norm; 0: no clipping.
     gradient_clip_val: float = 1.0
 
@@ -36,19 +39,14 @@ class SFTSettings:
 
 
 @dataclass
-class SFTTrainerSection:
+class SFTTrainerSection(TrainerSection):
     sft: SFTSettings
-    # Processes on each machine.
-    devices: int = 1
-    num_nodes: int = 1
-    # "DD:HH:MM:SS": stop after the step in hand, and save.
-    max_time_per_run: str | None = None
 
 
 @dataclass
 class SFTModel(TrainedModel):
     # Train on the prompt's tokens too.
-    loss_on_prompt: bool = False
+    loss_on_prompt: Training[bool] = False
 
 
 TURNS = ("last", "all")
@@ -58,6 +56,7 @@ TURNS = ("last", "all")
 class SFTData(RowsSection):
     # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
     train_path: str
+    # Rows of the same form whose loss is reported at every validation; null: none.
     validation_path: str | None = None
     # Which of the assistant's messages are learnt: "last", or "all" of a conversation.
     train_on_turns: str = "last"
@@ -72,11 +71,11 @@ class SFTData(RowsSection):
 
 @dataclass
 class SFTConfig:
-    trainer: SFTTrainerSection
+    trainer: Training[SFTTrainerSection]
     model: SFTModel
-    data: SFTData
-    exp_manager: ExpManagerSection
-    pretrained_checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    data: Training[SFTData]
+    exp_manager: Record[ExpManagerSection]
+    pretrained_checkpoint: Training[CheckpointSection] = field(default_factory=CheckpointSection)
 
     def __post_init__(self):
         check_video(self.model, self.data.video)

@@ -99,7 +99,7 @@ def here(fields: dict[str, Any]) -> GPTModelConfig:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
-    return small_config(**({"sequence_parallel": tensor > 1} | fields | sizes))
+    return small_config(**({"sequence_parallel": tensor > 1} | fields | sizes)).on("cpu")
 
 
 def planned_job(case: ActivationCase, layout: Layout) -> Job:
@@ -111,7 +111,7 @@ def planned_job(case: ActivationCase, layout: Layout) -> Job:
         "pipeline_model_parallel_size": sizes.pipeline,
         "context_parallel_size": sizes.context,
     }
-    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread))
+    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread)).on("cpu")
     return Job(
         config,
         nodes=1,

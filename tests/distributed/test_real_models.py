@@ -61,12 +61,12 @@ def built(configs) -> list[tuple[str, str, GPTModelConfig, list]]:
     """Every distinct model and layout, built; and the tiny ones."""
     distinct: dict[str, tuple] = {}
     for (recipe, model, nodes), config in configs.items():
-        m = config.model
+        m = config.model.on("cuda")
         sizes = (m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size)
         distinct.setdefault(repr((model, m.vision, sizes, nodes * 8)), (recipe, model, m, nodes * 8))
     for recipe in TINY:
         config = read_config(recipe, ["model.vocab_size=400"])
-        distinct[recipe] = (recipe, recipe, config.model, config.trainer.devices)
+        distinct[recipe] = (recipe, recipe, config.model.on("cuda"), config.trainer.devices)
     cases = list(distinct.values())
     (results,) = run_ranks(build_stages, 1, [(m, world) for _, _, m, world in cases])
     return [(recipe, model, m, stages) for (recipe, model, m, _), stages in zip(cases, results, strict=True)]

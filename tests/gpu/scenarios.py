@@ -70,7 +70,7 @@ def layer_without_sync(device: torch.device, case: AttentionCase) -> list[bool]:
         ffn_hidden_size=64,
         precision="bf16",
         window_size=None if window is None else [window, 0],
-    ).transformer_config()
+    ).transformer_config(device.type)
     layer = PrefixGroupedCoreAttention(config, 1, AttnMaskType.causal, "self", **case.how)
     groups = PrefixGroups.from_lengths(case.forest, case.pad, device)
     grad = torch.ones(q.size(0), 1, heads * head_dim, dtype=q.dtype, device=device)

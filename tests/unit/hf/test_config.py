@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_ext.hf import hf_model_config, is_hf_folder, make_hf_config, read_hf_config
 from megatron_ext.hf.config import difference
 from megatron_ext.hf.families import FAMILIES
+from megatron_ext.kinds import Kind, names
 from megatron_ext.models import GPTModelConfig
 from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.rotary import RopeScaling
@@ -175,6 +176,7 @@ def test_published_files_are_read_field_by_field(tmp_path, name):
     config = hf_model_config(tmp_path, precision="32")
     assert {k: v for k, v in dataclasses.asdict(config).items() if k in fields} == fields
     assert difference(config, fields) is None
+    assert set(fields) == set(names(GPTModelConfig, Kind.ARCHITECTURE, Kind.LIMIT, Kind.START))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -23,7 +25,12 @@ from tests.gpt_cases import small_config
         ({"num_query_groups": 3}, "num_attention_heads=8 is not divisible by model.num_query_groups=3"),
         ({"pipeline_model_parallel_size": 4}, "num_layers=2 is not divisible by"),
         ({"sequence_parallel": True}, "sequence_parallel=true needs model.tensor_model_parallel_size > 1"),
-        ({"precision": "fp8"}, "precision must be one of 32, bf16, got 'fp8'"),
+        ({"precision": "fp8"}, "model.precision must be one of auto, 32, bf16, got 'fp8'"),
+        (
+            {"transformer_impl": "apex"},
+            "model.transformer_impl must be one of auto, local, transformer_engine, got 'apex'",
+        ),
+        ({"cp_comm_type": "p2p"}, "model.cp_comm_type must be one of all_gather, a2a, got 'p2p'"),
         ({"activations_checkpoint_granularity": "block"}, "must be null, selective or full, got 'block'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
@@ -120,8 +127,44 @@ def test_layers_slide_as_megatron_has_it():
     assert small_config().layer_windows == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("device", "changes", "words"),
+    [
+        ("cpu", {"attention_kernel": "torch_flash"}, "model.attention_kernel=torch_flash: .*cannot run on cpu"),
+        ("cpu", {"attention_kernel": "flash_attn_3"}, "model.attention_kernel=flash_attn_3: .*cannot run on cpu"),
+        ("cuda", {"attention_kernel": "cpu"}, "model.attention_kernel=cpu: .*cannot run on cuda"),
+        ("cuda", {"precision": "32"}, "model.precision=32: the fast attention kernels of a GPU take bf16 only"),
+        ("cuda", {"kv_channels": 4}, "model.kv_channels=4: .*multiples of 8 up to 256"),
+        ("cuda", {"kv_channels": 264}, "model.kv_channels=264: .*multiples of 8 up to 256"),
+    ],
+)
+def test_what_a_device_does_not_run_is_refused_for_it_alone(device, changes, words):
+    """Whatever machine the configuration is read on, such as a login node."""
+    config = small_config(**{"kv_channels": 8, "precision": "auto"} | changes)
+    config.on({"cpu": "cuda", "cuda": "cpu"}[device])
+    with pytest.raises(ValueError, match=words):
+        config.on(device)
+
+
+def test_auto_stays_until_the_device_is_known():
+    config = small_config(kv_channels=8, precision="auto")
+    assert config.precision == "auto"
+    with pytest.raises(AssertionError, match="has not been resolved"):
+        config.dtype  # noqa: B018
+    for device, precision, dtype in (("cpu", "32", torch.float32), ("cuda", "bf16", torch.bfloat16)):
+        found = config.on(device)
+        assert found == dataclasses.replace(config, precision=precision) == found.on(device)
+        assert found.dtype == dtype and type(found) is type(config)
+    assert config.precision == "auto"
+    assert config.on("cuda").transformer_config("cuda").bf16 and not config.on("cpu").transformer_config("cpu").bf16
+    blockwise = small_config(kv_channels=4, precision="32", attention_kernel="blockwise")
+    assert blockwise.on("cuda") == blockwise.on("cpu") == blockwise
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
-@pytest.mark.parametrize("name", ["torch_flash", "flash_attn_2", "flash_attn_3"])
-def test_refuses_a_kernel_that_cannot_run_here(name):
-    with pytest.raises(ValueError, match=f"model.attention_kernel={name}: .*cannot run on cpu"):
-        small_config(attention_kernel=name)
+def test_ranks_run_on_what_is_here(world):
+    config = small_config(precision="auto")
+    assert config.here() == config.on("cpu")
+    assert build_gpt(config, world).model_config == config.on("cpu")
+    with pytest.raises(ValueError, match="cannot run on cpu"):
+        small_config(attention_kernel="flash_attn_2").here()

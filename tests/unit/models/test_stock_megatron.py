@@ -24,7 +24,7 @@ def test_equals_stock_megatron_on_one_document(rng, world):
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = DotProductAttention
     stock = GPTModel(
-        dataclasses.replace(config.transformer_config(), mrope_section=None),
+        dataclasses.replace(config.on("cpu").transformer_config("cpu"), mrope_section=None),
         spec,
         config.padded_vocab_size,
         config.encoder_seq_length,

@@ -24,7 +24,7 @@ def test_media_are_counted(share, rng, world):
     features, video = draw.randint(8, 200), Video(draw.randint(2, 5), 3, 4)
     config = small_config(
         vision=VisionConfig(features), position_embedding=PositionEmbedding("vrope"), hidden_size=draw.choice([32, 64])
-    )
+    ).on("cpu")
     items = [Text(3), video, Text(2)]
     tokens = [1] * 3 + [60] * video.length + [2] * 2
     prompts = [MediaPrompt.of(tokens, 60, [items[1]], randn(rng, video.length, features)) for _ in range(2)]

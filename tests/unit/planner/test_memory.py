@@ -40,7 +40,7 @@ def test_the_cache_of_sampling_is_exact(precision, world):
 
 def test_a_ranks_share_of_the_prompts_is_sampled_together():
     """24 prompts of 2 updates over 2 data- and 2 context-parallel ranks: 12 each, in parts of at most 5."""
-    config = small_config(context_parallel_size=2, num_attention_heads=8)
+    config = small_config(context_parallel_size=2, num_attention_heads=8).on("cpu")
     job = Job(config, 1, 4, groups=24, prompt=30, response=10, samples=3, updates=2, rollout=True)
     assert sampled_together(job) == 12
     few = Job(config, 1, 4, groups=24, prompt=30, response=10, samples=3, updates=2, rollout=True, rollout_prompts=5)

@@ -12,7 +12,7 @@ from recipes.cli.compose import CONFIG_FOLDER, compose
 from recipes.cli.config import build
 from recipes.registry import RECIPES, main
 from tests.imported import imported_modules
-from tests.recipe_runs import ROOT
+from tests.recipe_runs import ROOT, filled
 
 REGISTRY = ROOT / "recipes" / "registry.py"
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -20,13 +20,6 @@ NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
 def script(name: str) -> str:
     return (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
-
-
-def filled(node, key=""):
-    """A configuration in which what must be given is given, two files as two."""
-    if isinstance(node, dict):
-        return {name: filled(value, name) for name, value in node.items()}
-    return f"given {key}" if node == "???" else node
 
 
 def test_it_lists_the_scripts_that_are_launched_and_no_others():

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.kinds import Kind, names
 from megatron_ext.models import GPTModelConfig
-from megatron_ext.models.config import PositionEmbedding
+from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.runtime.checkpoint import INFO_FILE, WEIGHTS_FOLDER
 from megatron_ext.runtime.checkpoint_files import self_checksum
 from recipes.run.pretrained import Pretrained, configure
+from tests.gpt_cases import small_config
 
 
 @dataclasses.dataclass
@@ -24,14 +26,49 @@ class Config:
 def checkpoint(folder: Path, head: int, position: PositionEmbedding, old: bool = False) -> Path:
     """What of a checkpoint says which model it holds; `old`: from before there were sections."""
     config = GPTModelConfig(2, 64, 4, 128, kv_channels=head, vocab_size=99, position_embedding=position, precision="32")
-    model = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    model["position_embedding"] = dataclasses.asdict(position)
+    model = dataclasses.asdict(config)
     if old:
         del model["position_embedding"]["sections"]
+    return describe(folder, model)
+
+
+def describe(folder: Path, model: dict) -> Path:
     info = {"model": model}
     (folder / WEIGHTS_FOLDER).mkdir(parents=True)
     (folder / INFO_FILE).write_text(json.dumps(info | {"checksum": self_checksum(info)}))
     return folder
+
+
+SLIDING = small_config(precision="32", window_size=[4, 0], window_attn_skip_freq=2)
+OTHER = {
+    "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 32,
+    "ffn_hidden_size": 24, "vocab_size": 62, "share_embeddings_and_output_weights": False,
+    "add_qkv_bias": False, "qk_layernorm": False, "layernorm_epsilon": 0.25,
+    "position_embedding": PositionEmbedding("vrope"), "vision": VisionConfig(7), "window_size": [5, 0],
+    "window_attn_skip_freq": [1, 1], "attn_logit_softcapping": 30.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names(GPTModelConfig, Kind.ARCHITECTURE))
+def test_every_key_that_shapes_the_model_is_compared_with_a_checkpoint(tmp_path, name):
+    """A new one that is not in `OTHER` fails here."""
+    opened = Pretrained.open(str(describe(tmp_path, dataclasses.asdict(SLIDING))))
+    opened.check(SLIDING)
+    other = dataclasses.replace(SLIDING, **{name: OTHER[name]})
+    with pytest.raises(ValueError, match=f"model.{name}=.*, but the checkpoint .* was made with {name}="):
+        opened.check(other)
+
+
+def test_what_a_checkpoint_does_not_speak_of_came_after_it(tmp_path):
+    """A model that was saved before there was a key has none of it, and no other model fits."""
+    saved = dataclasses.asdict(config := small_config(precision="32"))
+    for name in ("attn_logit_softcapping", "window_size", "window_attn_skip_freq", "vision"):
+        del saved[name]
+    opened = Pretrained.open(str(describe(tmp_path, saved)))
+    opened.check(config)
+    for name in ("attn_logit_softcapping", "vision"):
+        with pytest.raises(ValueError, match=f"was made with {name}=None"):
+            opened.check(dataclasses.replace(config, **{name: OTHER[name]}))
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import json
 import math
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.kinds import FREE, Kind, kinds
 from megatron_ext.runtime.checkpoint_files import self_checksum
-from recipes.run.run_folder import Checkpoints, check_run_folder, claim_run_folder
+from recipes.cli.compose import compose
+from recipes.cli.config import build
+from recipes.registry import RECIPES
+from recipes.run.run_folder import Checkpoints, check_run_folder, check_unchanged, claim_run_folder
 from recipes.run.settings import CheckpointCallbackSection
+from recipes.sft.settings import SFTConfig
+from tests.recipe_runs import filled
 
 SCHEDULES = {"constant": {"name": "constant"}, "cosine": {"name": "CosineAnnealing"}}
 
@@ -73,9 +83,19 @@ def test_no_link_leads_nowhere(tmp_path):
     assert links(checkpoints) == {"latest": "step-4"}
 
 
-def config(steps: int = 10, schedule: str | None = None, **optim) -> dict:
+def config(steps: int = 10, schedule: str | None = None, model: dict | None = None, **optim) -> dict:
     sched = {} if schedule is None else {"sched": SCHEDULES[schedule]}
-    return {"trainer": {"sft": {"max_steps": steps}}, "model": {"optim": {"lr": 1e-3} | sched | optim}}
+    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
+    return {
+        "trainer": {"sft": {"max_steps": steps}},
+        "model": shape | {"optim": {"lr": 1e-3} | sched | optim} | (model or {}),
+        "data": {"train_path": "x"},
+        "exp_manager": {"explicit_log_dir": "runs/x"},
+    }
+
+
+def goes_on(folder: Path, now: dict, cls: type = SFTConfig) -> bool:
+    return check_run_folder(str(folder), cls, now) == folder
 
 
 def test_a_folder_is_claimed_before_all_else(tmp_path):
@@ -84,19 +104,19 @@ def test_a_folder_is_claimed_before_all_else(tmp_path):
     begun = [run_file.parent.mkdir, lambda parents: run_file.with_name("run.yaml.unfinished").write_text("mod")]
     for moment in begun:
         moment(parents=True)
-        assert check_run_folder(str(tmp_path / "run"), config()) == tmp_path / "run"
+        assert goes_on(tmp_path / "run", config())
     claim_run_folder(tmp_path / "run", config())
     assert [p.name for p in run_file.parent.iterdir()] == ["run.yaml"]
     (tmp_path / "run/cmd-args.log").touch()
-    assert check_run_folder(str(tmp_path / "run"), config()) == tmp_path / "run"
+    assert goes_on(tmp_path / "run", config())
     with pytest.raises(ValueError, match="holds another run or other files"):
         check_run_folder(str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"model.optim.lr=0.001, this one has model.optim.lr=0.5"):
-        check_run_folder(str(tmp_path / "run"), config(lr=0.5))
+        goes_on(tmp_path / "run", config(lr=0.5))
     for damage in (lambda: run_file.write_text("]"), run_file.unlink):
         damage()
         with pytest.raises(ValueError, match="holds files, but no run of ours"):
-            check_run_folder(str(tmp_path / "run"), config())
+            goes_on(tmp_path / "run", config())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +132,72 @@ def test_a_folder_is_claimed_before_all_else(tmp_path):
 def test_a_run_may_be_made_longer_where_its_learning_rate_does_not_ask_how_long(tmp_path, changes, free):
     claim_run_folder(tmp_path, config(10, **changes))
     if free:
-        assert check_run_folder(str(tmp_path), config(20, **changes)) == tmp_path
+        assert goes_on(tmp_path, config(20, **changes))
     else:
         with pytest.raises(ValueError, match=r"max_steps=10, this one has .*max_steps=20.*decay_steps"):
-            check_run_folder(str(tmp_path), config(20, **changes))
+            goes_on(tmp_path, config(20, **changes))
+
+
+def test_a_default_that_is_written_out_is_the_same_run(tmp_path):
+    """A run that an older YAML began, which said more or less of what is the default anyway, and every default is kept."""
+    least = config()
+    said = config(betas=[0.9, 0.95], weight_decay=0, lr="1e-3", model={"num_query_groups": 4, "precision": "auto"})
+    complete = dataclasses.asdict(build(SFTConfig, least))
+    for before in (least, said, complete):
+        claim_run_folder(tmp_path, before)
+        for now in (least, said, complete):
+            assert goes_on(tmp_path, now)
+        with pytest.raises(ValueError, match=r"model.optim.betas=\(0.9, 0.95\), this one has .*\(0.9, 0.99\)"):
+            goes_on(tmp_path, config(betas=[0.9, 0.99]))
+
+
+def test_a_run_from_before_there_were_sections_keeps_how_it_was_trained(tmp_path):
+    """Its checkpoints say [12, 10, 10], which the model that it started from may now say, too."""
+    position = {"scheme": "mrope_interleaved"}
+    claim_run_folder(tmp_path, config(model={"kv_channels": 64, "position_embedding": position}))
+    for sections, same in ((None, True), ([12, 10, 10], True), ([11, 11, 10], False)):
+        now = config(model={"kv_channels": 64, "position_embedding": position | {"sections": sections}})
+        if same:
+            assert goes_on(tmp_path, now)
+        else:
+            with pytest.raises(ValueError, match=r"sections=\[12, 10, 10\], this one has .*\[11, 11, 10\]"):
+                goes_on(tmp_path, now)
+
+
+def test_a_run_that_this_version_cannot_read_is_refused_with_the_reason(tmp_path):
+    claim_run_folder(tmp_path, config(model={"hiden_size": 3}))
+    with pytest.raises(ValueError, match="holds a run that cannot be gone on with: unknown key model.hiden_size"):
+        goes_on(tmp_path, config())
+
+
+OTHER = {int: lambda v: v + 1, bool: lambda v: not v, str: lambda v: v + "x", float: lambda v: v + 0.5}
+
+
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.resumes])
+def test_what_may_change_when_a_run_goes_on_is_what_its_kind_says(recipe):
+    """Every key of every recipe that goes on, by another value of its type."""
+    cls = RECIPES[recipe].config_class()
+    node = filled(compose(RECIPES[recipe].default, ["model.optim.sched={name: constant}"], may_be_unset=True))
+    was = dataclasses.asdict(build(cls, node))
+    found = Counter()
+    for path, value in values(was):
+        now = copy.deepcopy(was)
+        functools.reduce(dict.__getitem__, path[:-1], now)[path[-1]] = OTHER[type(value)](value)
+        key = ".".join(path)
+        kind = kinds(cls)[key]
+        found[kind] += 1
+        if kind in (*FREE, Kind.DURATION):
+            check_unchanged(cls, was, now, Path("runs/x"))
+        else:
+            with pytest.raises(ValueError, match=f"runs/x holds a run with {key}="):
+                check_unchanged(cls, was, now, Path("runs/x"))
+    assert all(found[kind] for kind in Kind), found
+
+
+def values(node: dict, *path: str):
+    """(path, value) of every value that `OTHER` can change."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from values(value, *path, name)
+        elif type(value) in OTHER:
+            yield (*path, name), value

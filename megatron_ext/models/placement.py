@@ -1,0 +1,117 @@
+"""How a model is run: in which precision, on which ranks, by which kernels. Nothing of it is in the weights.
+
+A configuration does not ask the machine that reads it, which may be a login node: `auto` stays until `on` or `here`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from megatron_ext.attention.context import CP_COMM_TYPES
+from megatron_ext.attention.forms import ATTENTION_PLANS
+from megatron_ext.attention.kernels import KERNELS, check_kernel
+from megatron_ext.errors import UserError
+from megatron_ext.kinds import Layout, Speed, Training
+from megatron_ext.runtime.distributed import local_device
+
+__all__ = ["PRECISIONS", "Placement"]
+
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
+IMPLEMENTATIONS = ("auto", "local", "transformer_engine")
+
+
+@dataclass(kw_only=True)
+class Placement:
+    # "32", "bf16", or "auto": bf16 on a GPU, whose attention kernels need it, and fp32 on a CPU.
+    precision: Training[str] = "auto"
+    # Ranks that share every matrix. Raise it, within a machine, until the weights fit.
+    tensor_model_parallel_size: Layout[int] = 1
+    # Ranks that share the layers, a stage each. Raise it where tensor parallelism has reached the machine's edge.
+    pipeline_model_parallel_size: Layout[int] = 1
+    # Ranks that share each stream: prefixes are cut, responses stay whole where they can.
+    context_parallel_size: Layout[int] = 1
+    # "all_gather" (of the prefixes' keys and values; any number of heads) or "a2a" (Ulysses: all rows of some heads).
+    cp_comm_type: Layout[str] = "all_gather"
+    # Norms and residuals cut over tensor-parallel ranks, too: less memory at the same traffic. Needs more than one of them.
+    sequence_parallel: Layout[bool] = False
+    # "auto": the first that can run on the ranks' machines. Or cpu, blockwise, torch_flash, flash_attn_2, flash_attn_3.
+    attention_kernel: Speed[str] = "auto"
+    # "levels": a call for the prompts and one for each level below, merged. "one_call": shared keys copied for each
+    # response. "auto": the faster by a measured rule, logged once.
+    attention_plan: Speed[str] = "auto"
+    # "local", "transformer_engine", or "auto": Transformer Engine where the ranks' machines have it.
+    transformer_impl: Speed[str] = "auto"
+
+    def __post_init__(self):
+        self.precision = str(self.precision)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for broken, message in self._rules():
+            if broken:
+                raise UserError(message)
+        try:
+            check_kernel(self.attention_kernel, self._capped)
+        except UserError as error:
+            raise UserError(f"model.attention_kernel={self.attention_kernel}: {error}") from error
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """(whether it is broken, what is said then)."""
+        choices = (
+            ("precision", ("auto", *PRECISIONS)), ("attention_kernel", ("auto", *KERNELS)), ("attention_plan", ATTENTION_PLANS),
+            ("transformer_impl", IMPLEMENTATIONS), ("cp_comm_type", CP_COMM_TYPES),
+        )  # fmt: skip
+        for name, known in choices:
+            value = getattr(self, name)
+            yield value not in known, f"model.{name} must be one of {', '.join(known)}, got {value!r}"
+        yield (
+            self.sequence_parallel and self.tensor_model_parallel_size == 1,
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1",
+        )
+        yield (
+            self.attention_plan == "one_call" and self.context_parallel_size > 1 and self.cp_comm_type == "all_gather",
+            "model.attention_plan=one_call needs model.cp_comm_type=a2a: gathered keys are not copied for each response",
+        )
+
+    @property
+    def _capped(self) -> bool:
+        """Whether attention scores have a soft cap."""
+        return False
+
+    def on(self, device_type: str) -> Self:
+        """A copy for ranks on "cuda" or "cpu", in whose precision nothing is `auto`.
+
+        Raises:
+            UserError: what no such device runs.
+        """
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if device_type == "cuda" else "32"
+        try:
+            check_kernel(self.attention_kernel, self._capped, device_type)
+        except UserError as error:
+            raise UserError(f"model.attention_kernel={self.attention_kernel}: {error}") from error
+        return dataclasses.replace(self, precision=precision)
+
+    def here(self) -> Self:
+        """`on` this rank's device.
+
+        Raises:
+            UserError: also for a kernel whose library is not installed here, and for more ranks than GPUs.
+        """
+        found = self.on(local_device().type)
+        lacking = self.attention_kernel != "auto" and KERNELS[self.attention_kernel].missing()
+        if lacking:
+            raise UserError(f"model.attention_kernel={self.attention_kernel} needs {lacking}; use auto")
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations; for a configuration that `on` or `here` has made."""
+        assert self.precision != "auto", "model.precision=auto has not been resolved: call on(device_type)"
+        return PRECISIONS[self.precision]
