@@ -50,9 +50,9 @@ class AttributePair:
     first: str = "he"
     # The other, female by convention.
     second: str = "she"
-    # What stands for {hint} where the first word is hinted at; null: "his" of "he".
+    # What stands for {hint} where the first word is hinted at; null: "his" of "he"; other words must say it.
     first_hint: str | None = None
-    # The same of the second; null: "her" of "she".
+    # What stands for {hint} where the second word is hinted at; null: "her" of "she"; other words must say it.
     second_hint: str | None = None
 
     def __post_init__(self):
@@ -236,19 +236,23 @@ def _fill(template: Template, profession: str, hint: str | None = None) -> str:
 class PromptsConfig:
     """Which prompts: the `data.prompts` of the recipes."""
 
-    # professions.json, rows [name, definitional, stereotypical]; null: our own list of 337.
+    # File like professions.json of Bolukbasi et al., rows [name, definitional, stereotypical]; null: our own list of
+    # 337.
     professions_path: str | None = None
-    # Professions whose definitional score is further from 0 are left out.
+    # Professions of professions_path whose definitional score ("actress" near 1) is further from 0 are left out; our
+    # own list has none.
     most_definitional: float = 0.5
     # Professions to leave out by name; each must be in the list.
     exclude: list[str] = field(default_factory=list)
-    # Splits the professions into train (60 %), dev and test (20 % each).
+    # Seed of the split of professions into train (60 %), dev and test (20 % each). Keep it between training and
+    # evaluation, or what is tested was trained on.
     split_seed: int = 0
     # The words that are compared, each one token after a space, and what hints at them.
     pair: AttributePair = field(default_factory=AttributePair)
-    # Texts with {profession} that either word of the pair may follow; null: our nine, which pronouns follow.
+    # Texts with {profession}, not ending in a space, that either word of the pair may follow; null: our nine, which
+    # pronouns follow. Give your own for another pair.
     bias_templates: list[str] | None = None
-    # The same with {hint} beside, where the pair's hints stand; null: our nine.
+    # Texts with {profession} and {hint}, where the pair's hints stand, otherwise like bias_templates; null: our nine.
     hint_templates: list[str] | None = None
 
     def __post_init__(self):

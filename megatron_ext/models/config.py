@@ -31,13 +31,15 @@ POSITIVE = (
 class PositionEmbedding:
     """Rotary positions: which scheme places the tokens, and how fast the channels turn."""
 
-    # rope, mrope, mrope_interleaved, videorope, vrope, or the dotted path of a Scheme of your own. All agree on text.
+    # How tokens of a video get their positions: rope (one after the other), mrope, mrope_interleaved, videorope, vrope,
+    # or the dotted path of a Scheme of your own (docs/positions.md). All agree on text.
     scheme: str = "rope"
-    # Of the frequencies.
+    # Base of the frequencies, Hugging Face's rope_theta: higher, and the slow channels turn slower, as for long
+    # contexts.
     base: float = 10000.0
-    # Share of the head dimension that is rotated.
+    # Share of the head dimension that is rotated, above 0; 1: all, as in Llama and Qwen.
     percent: float = 1.0
-    # A pair is two neighbouring channels, not one from each half.
+    # A rotated pair is two neighbouring channels (GPT-J), not one from each half (Llama, Qwen).
     interleaved: bool = False
     # Llama 3's stretching of low frequencies: {factor: 8, ...} as in a Hugging Face config.json; null: none.
     scaling: RopeScaling | None = None
@@ -88,13 +90,14 @@ class GPTModelConfig(Placement):
     ffn_hidden_size: Architecture[int]
     # Rows of the embedding; null: as many as the tokenizer has tokens. Published models have more.
     vocab_size: Architecture[int | None] = None
-    # Key/value heads (grouped-query attention); None: as many as attention heads.
+    # Key/value heads (grouped-query attention); null: as many as attention heads.
     num_query_groups: Architecture[int | None] = None
-    # Head dimension; None: hidden_size / num_attention_heads.
+    # Head dimension; null: hidden_size / num_attention_heads.
     kv_channels: Architecture[int | None] = None
     # Longest prompt plus response, in tokens.
     encoder_seq_length: Limit[int] = 4096
-    # The vocabulary is padded to a multiple of this times tensor_model_parallel_size.
+    # Rows of the embedding are padded to a multiple of this times tensor_model_parallel_size, which must split them
+    # evenly. Padding is never predicted.
     make_vocab_size_divisible_by: Training[int] = 16
     # One matrix for embedding and output, as small models have it.
     share_embeddings_and_output_weights: Architecture[bool] = True
@@ -109,20 +112,22 @@ class GPTModelConfig(Placement):
     position_embedding: Architecture[PositionEmbedding] = field(default_factory=PositionEmbedding)
     # How images and videos are seen; null: a text model.
     vision: Architecture[VisionConfig | None] = None
-    # Must be 0, for the same reason.
+    # Must be 0: what is dropped in a shared prompt would be so once per group, not once per response.
     attention_dropout: Training[float] = 0.0
-    # Must be 0: a shared prompt would be dropped once per group, not once per response.
+    # Must be 0, as attention_dropout.
     hidden_dropout: Training[float] = 0.0
-    # None, "selective" (the core attention) or "full" (whole layers).
+    # What the backward pass computes again instead of keeping, for memory against time: null, nothing; "selective", the
+    # core attention; "full", whole layers. Set it where activations do not fit; results stay the same.
     activations_checkpoint_granularity: Speed[str | None] = None
-    # Sliding windows: [rows before a query that it sees, 0]; null: all rows. (A Hugging Face sliding_window counts the
-    # query itself: one more.)
+    # Sliding windows: [tokens before a token that it sees, 0]; null: all of them. It belongs to the weights, as
+    # Mistral's. (A Hugging Face sliding_window counts the token itself: one more.)
     window_size: Architecture[list[int] | None] = None
     # Which layers slide, as Megatron has it: n, all but every n-th; or a list with a 1 for each that does. null: all.
     window_attn_skip_freq: Architecture[int | list[int] | None] = None
     # c bounds attention scores to (-c, c) by c tanh(score / c), Gemma 2's key; null: no bound.
     attn_logit_softcapping: Architecture[float | None] = None
-    # Rows of logits held at a time; None: by a memory budget.
+    # Tokens whose logits are held at a time; null: by a memory budget. Lower it where logits of a large vocabulary do
+    # not fit.
     logprob_chunk_size: Speed[int | None] = None
 
     def __post_init__(self):

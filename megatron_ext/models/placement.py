@@ -31,11 +31,15 @@ class Placement:
     precision: Training[str] = "auto"
     # Ranks that share every matrix. Raise it, within a machine, until the weights fit.
     tensor_model_parallel_size: Layout[int] = 1
-    # Ranks that share the layers, a stage each. Raise it where tensor parallelism has reached the machine's edge.
+    # Ranks that share the layers, a stage of equally many each. Raise it where tensor parallelism has reached the
+    # machine's edge and weights still do not fit; stages idle unless a step has several streams.
     pipeline_model_parallel_size: Layout[int] = 1
-    # Ranks that share each stream: prefixes are cut, responses stay whole where they can.
+    # Ranks that share each stream: prefixes are cut, responses stay whole where they can. Raise it where long prompts
+    # do not fit.
     context_parallel_size: Layout[int] = 1
-    # "all_gather" (of the prefixes' keys and values; any number of heads) or "a2a" (Ulysses: all rows of some heads).
+    # What context-parallel ranks exchange: "all_gather", keys and values of the prefixes, with any number of heads;
+    # "a2a" (Ulysses), so that each has all rows of some heads: heads and key/value heads must divide by tensor x
+    # context ranks.
     cp_comm_type: Layout[str] = "all_gather"
     # Norms and residuals cut over tensor-parallel ranks, too: less memory at the same traffic. Needs more than one of them.
     sequence_parallel: Layout[bool] = False

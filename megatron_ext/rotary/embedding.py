@@ -28,11 +28,11 @@ class RopeScaling:
     than original_max_position_embeddings / high_freq_factor as before, those between in between.
     """
 
-    # How many times as slowly the longest waves turn.
+    # How many times as slowly the longest waves turn; at least 1. All four keys come with the weights.
     factor: float = 8.0
-    # Waves longer than the original length by this turn that slowly.
+    # Waves of more tokens than original_max_position_embeddings / this turn `factor` times as slowly.
     low_freq_factor: float = 1.0
-    # Waves shorter than the original length by this stay as they are.
+    # Waves of fewer tokens than original_max_position_embeddings / this stay as they are; those between in between.
     high_freq_factor: float = 4.0
     # Tokens of the sequences that the model was first trained on.
     original_max_position_embeddings: int = 8192

@@ -32,13 +32,14 @@ SCHEDULES = {"constant": "constant", "CosineAnnealing": "cosine", "linear": "lin
 class SchedConfig:
     """Learning-rate schedule, in optimizer steps."""
 
-    # "constant", "CosineAnnealing" or "linear".
+    # What the rate does after warm-up: "constant" (lr), "CosineAnnealing" or "linear" (falls to min_lr).
     name: str = "constant"
-    # Steps in which the rate rises from 0 to lr.
+    # Optimizer steps in which the rate rises from 0 to lr; a GRPO step may have several. 0: lr from the first.
     warmup_steps: int = 0
-    # Steps until min_lr is reached; None: the run's own number of steps.
+    # Optimizer steps, warm-up included, until min_lr is reached, where it stays; null: the run's own number. Set it for
+    # a run that may be made longer. Without meaning for "constant".
     decay_steps: int | None = None
-    # Where a falling rate ends.
+    # Where a falling rate ends; at most lr.
     min_lr: float = 0.0
 
     def __post_init__(self):
@@ -54,11 +55,11 @@ class OptimConfig:
     name: Speed[str] = "distributed_fused_adam"
     # Learning rate, the highest of the schedule.
     lr: float = 1e-4
-    # AdamW's, of matrices; norms and biases have none.
+    # AdamW's: each step takes lr x this x the weight from every matrix; norms and biases have none. 0: none.
     weight_decay: float = 0.0
     # Decay of Adam's first and second moment.
     betas: tuple[float, float] = (0.9, 0.95)
-    # Added to Adam's denominator.
+    # Added to Adam's denominator, the root of the second moment.
     eps: float = 1e-8
     sched: SchedConfig = field(default_factory=SchedConfig)
 

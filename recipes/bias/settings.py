@@ -32,30 +32,36 @@ __all__ = [
 
 @dataclass
 class LFTFSettings:
-    # Which block trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), its number,
-    # or "all" for full fine-tuning.
+    # Which block trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), its number
+    # from 0, or "all" for full fine-tuning.
     block: str | int = "gradient"
-    # Blocks that an estimator may not choose.
+    # Numbers, from 0, of blocks that an estimator may not choose.
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
-    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    # Training prompts that an estimator asks, evenly spread over them; null: all. Lower is faster, and the ranking less
+    # sure.
     locate_prompts: int | None = 512
     # abs_diff, balanced or sum; with hint and kl beside, and weights: balanced+hint+0.5*kl.
     loss: str = "balanced+hint"
-    # Passes over the training prompts.
+    # Passes over the training prompts that hint at no pronoun, unless max_steps is set; `patience` may end them sooner.
     max_epochs: Duration[int] = 2
-    # Optimizer steps instead.
+    # Optimizer steps of the run, instead of max_epochs; null: as max_epochs has it.
     max_steps: Duration[int | None] = None
-    # Steps between validations on the dev professions.
+    # Optimizer steps between validations on the dev professions; there is one before the first step and one after the
+    # last, too.
     val_check_interval: Record[int] = 10
     # Steps between checkpoints to go on from; 0: only the last, and where max_time_per_run stops.
     save_interval: Record[int] = 0
-    # Stop after this many validations without a lower AFGB within the guard; null: never.
+    # Stop after this many validations without a lower AFGB (val/afgb) within the guard; null: never. The best state is
+    # kept.
     patience: int | None = 5
-    # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was; 0: no guard.
+    # The guard: a state counts only while the mean of P(he) + P(she) is at least this share of what it was before
+    # training; 0: no such guard.
     min_pronoun_mass: float = 0.8
-    # And while the perplexity of data.validation_text_path is at most this many times what it was; null: no guard.
+    # The guard, too: while the perplexity of data.validation_text_path, which must be set, is at most this many times
+    # what it was before training; null: no such guard.
     max_perplexity: float | None = 1.03
-    # Largest global gradient norm; 0: no clipping.
+    # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping. Compare
+    # train_optim/grad_norm.
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
@@ -87,9 +93,11 @@ class LFTFTrainerSection(TrainerSection):
 @dataclass
 class LFTFData:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    # JSONL rows {"text"} that the loss `kl` keeps the model near to.
+    # JSONL rows {"text"} that the loss `kl` keeps the model's predictions of near to those before training; null:
+    # without kl.
     text_path: str | None = None
-    # JSONL rows {"text"} whose perplexity is watched; others than text_path's.
+    # JSONL rows {"text"} whose perplexity each validation measures, for max_perplexity; others than text_path's. null:
+    # none.
     validation_text_path: str | None = None
 
     def __post_init__(self):
@@ -139,13 +147,15 @@ class BiasEvalModel(Placement):
 
 @dataclass
 class LocateSettings:
-    # BMI estimators: similarity, gradient, intervention, random, last.
+    # What ranks blocks by how much they have to do with the bias, each in turn: similarity, gradient, intervention,
+    # random, last (docs/bias.md).
     estimators: list[str] = field(default_factory=lambda: ["similarity", "gradient", "intervention"])
-    # Blocks that are not ranked.
+    # Numbers, from 0, of blocks that are not ranked.
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
-    # Training prompts that an estimator asks, evenly spread over them; null: all.
+    # Training prompts that an estimator asks, evenly spread over them; null: all. Lower is faster, and the ranking less
+    # sure.
     locate_prompts: int | None = 512
-    # Of the estimator `random`.
+    # Seed of the estimator `random`, which ranks by chance for comparison.
     seed: int = 1
 
     def __post_init__(self):
@@ -186,17 +196,19 @@ class LocateConfig:
 @dataclass
 class BiasEvalData:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    # "test", "dev", "train", or "all" professions.
+    # Whose prompts are scored: "test", "dev", "train", or "all" professions. Only "test" is fair to a model trained
+    # here.
     split: str = "test"
-    # JSONL rows {"text"} whose perplexity is reported.
+    # JSONL rows {"text"} whose perplexity is reported, to see whether less bias cost language; null: left out.
     validation_text_path: str | None = None
-    # crows_pairs_anonymized.csv; null: left out.
+    # File crows_pairs_anonymized.csv of CrowS-Pairs, a public set of stereotypes; null: left out.
     crows_pairs_path: str | None = None
-    # Winogender's templates.tsv or all_sentences.tsv.
+    # File templates.tsv or all_sentences.tsv of Winogender; null: left out.
     winogender_path: str | None = None
-    # WinoBias: a pro_stereotyped file and the anti_stereotyped one of the same type and split, in either order.
+    # WinoBias: a pro_stereotyped file and the anti_stereotyped one of the same type and split, in either order; null:
+    # left out.
     winobias_paths: list[str] | None = None
-    # Resamplings of professions behind each confidence interval.
+    # Resamplings of professions behind each 95 % confidence interval; more of them steady its ends, and take longer.
     bootstrap_samples: int = 1000
 
     def __post_init__(self):

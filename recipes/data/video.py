@@ -41,13 +41,14 @@ class VideoSettings:
 
     # Frames taken from every clip, evenly spaced in time; a shorter clip shows some twice.
     num_frames: int = 8
-    # Pixels that frames are resized to.
+    # Pixels from top to bottom that frames are resized to, a multiple of patch_size.
     height: int = 32
-    # Pixels that frames are resized to, across.
+    # Pixels from left to right that frames are resized to, a multiple of patch_size; the shape of the clip is not kept.
     width: int = 32
-    # Pixels of a token's square.
+    # Side, in pixels, of the square that a token shows. Larger: fewer tokens.
     patch_size: int = 8
-    # Frames of a token.
+    # Frames that a token shows, which divide num_frames: a clip has num_frames / frames_per_patch x height / patch_size
+    # x width / patch_size tokens.
     frames_per_patch: int = 1
     # The tokenizer's token that stands for a token of a video. "<video>" in a row's text becomes one for each.
     placeholder: str = "<video>"

@@ -37,17 +37,20 @@ __all__ = [
 class SamplingSection:
     # Must be false: greedy responses of a group are all alike and teach nothing.
     use_greedy: bool = False
-    # Of rollouts, and of the log-probabilities that are trained; above 0.
+    # Divides the logits, of rollouts and of the log-probabilities that are trained; above 0. Higher: responses vary
+    # more.
     temperature: float = 1.0
-    # 0: no filter. Log-probabilities are those of the unfiltered distribution, so a filter biases the gradient.
+    # Sample among so many likeliest tokens; 0: among all. Keep 0 unless the tail spoils responses: log-probabilities
+    # are those of the unfiltered distribution, so a filter biases the gradient.
     top_k: int = 0
-    # 1: no filter; else as for top_k.
+    # Sample among the likeliest tokens that together have this probability; 1: among all. A filter biases the gradient
+    # like top_k.
     top_p: float = 1.0
 
 
 @dataclass
 class LengthSection:
-    # Longest response, in tokens.
+    # Longest response, in tokens; it is cut off there. Raise it where train_rollouts/truncated is high.
     max_length: int = 1024
 
 
@@ -59,40 +62,48 @@ class GRPOSettings:
     num_prompts_per_grpo_step: int
     # Responses of each prompt, which are compared with each other: at least 2, usually 8 to 64.
     samples_per_prompt: int
-    # A name of the registry, {name: ..., options}, or the dotted path of a function.
+    # What scores responses: exact_answer, regex, length, http, the dotted path of a function of yours, or {name: one of
+    # them, and its options}. docs/extending.md has how to write one.
     reward: Any
-    # Prompts decoded together on one data-parallel rank; None: all at once.
+    # Prompts decoded together on one data-parallel rank; null: all at once. Set it where sampling runs out of memory.
     rollout_micro_batch_size: Speed[int | None] = None
-    # Steps between validations, and one before the first step; 0: never.
+    # GRPO steps between validations, and one before the first step; 0: never.
     val_check_interval: Record[int] = 0
-    # Steps between checkpoints; 0: only the last.
+    # GRPO steps between checkpoints; 0: only the last, and where max_time_per_run stops.
     save_interval: Record[int] = 0
-    # Largest global gradient norm; 0: no clipping.
+    # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping. Compare
+    # train_optim/grad_norm.
     gradient_clip_val: float = 1.0
-    # beta, the weight of the KL divergence to the initial policy; 0: no reference pass.
+    # beta, the weight of the KL divergence to the initial policy: raise it where the model strays too far. 0: none, and
+    # neither the pass of the initial policy nor a copy of its weights.
     initial_policy_kl_penalty: float = 0.0
-    # k2 or k3: an estimate of that divergence in the loss; k1: in the reward, with use_kl_in_reward. docs/objective.md compares.
+    # k2 or k3: an estimate of the KL divergence in the loss; k1: in the reward, with use_kl_in_reward.
+    # docs/objective.md compares.
     reference_policy_kl_type: str = "k3"
     # Take beta times k1 from each token's advantage, after the group's normalisation, instead of adding to the loss.
     use_kl_in_reward: bool = False
     # Weigh k3 in the loss by the importance ratio: the gradient of KL(policy, initial) without bias, also when a rollout
     # serves several updates. TRL's key, which is on there unless said otherwise.
     use_bias_correction_kl: bool = False
-    # Of rewards, against the mean of the OTHER responses of the group instead of all (RLOO).
+    # Advantages are rewards minus the mean of the OTHER responses of the group (RLOO) instead of all.
     use_leave_one_out_baseline: bool = False
-    # Divide advantages by the standard deviation of the group's rewards.
+    # Divide advantages by the standard deviation of the group's rewards (plus 1e-6). false: groups that differ little
+    # count little.
     normalize_rewards: bool = True
-    # Symmetric clip; ratio_clip_min and ratio_clip_max override it.
+    # A token whose probability has moved by more than this share since it was sampled, the way its advantage wants, is
+    # trained no further (PPO's clip); ratio_clip_min and ratio_clip_max set the two sides apart. Matters from the
+    # second update of a rollout.
     ratio_eps: float = 0.2
-    # How far below 1 a ratio counts, instead of ratio_eps; null: ratio_eps.
+    # How far below 1 the ratio of probabilities counts; null: ratio_eps.
     ratio_clip_min: float | None = None
-    # How far above 1 (DAPO's clip-higher: 0.28), instead of ratio_eps; null: ratio_eps.
+    # How far above 1 (DAPO's clip-higher: 0.28); null: ratio_eps.
     ratio_clip_max: float | None = None
-    # True: every token of the batch weighs the same; False: every response does.
+    # true: every trained token of the batch weighs the same, so long responses weigh more (DAPO); false: every response
+    # does (DeepSeekMath).
     token_level_loss: bool = True
-    # One ratio per response, the mean over its tokens; with token_level_loss=false this is GSPO.
+    # One ratio per response, the geometric mean over its tokens; with token_level_loss=false this is GSPO.
     sequence_level_importance_ratios: bool = False
-    # True: responses cut off at max_length, without an end, are not trained on (DAPO).
+    # true: responses cut off at max_length, without an end, are not trained on (DAPO).
     overlong_filtering: bool = False
     # eta, taken times the policy's entropy from the loss: positive keeps answers various, negative makes them alike.
     entropy_bonus: float = 0.0
@@ -158,8 +169,9 @@ class GRPOTrainerSection(TrainerSection):
 
 @dataclass
 class GRPOModel(TrainedModel):
-    # Tokens of a stream, instead of micro_batch_size: streams are filled with whole groups up to it, a group that is
-    # longer is split, and work is balanced over data-parallel ranks.
+    # Tokens of a stream, instead of micro_batch_size (null: that). At least a prompt and a response of full length:
+    # streams are filled with whole groups up to it, a group that is longer is split, and work is balanced over
+    # data-parallel ranks.
     micro_batch_tokens: Speed[int | None] = None
     # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
     # counting operations promises less than 1.05 times the speed.

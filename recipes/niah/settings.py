@@ -18,27 +18,28 @@ LENGTHS_PER_STEP = 4  # numbers of frames drawn for one optimizer step
 
 @dataclass
 class NiahSettings:
-    # Optimizer steps of each run.
+    # Optimizer steps of each model, of which there is one for every scheme and seed.
     max_steps: int = 1000
-    # Videos of an optimizer step, over all ranks; each with four questions.
+    # Videos of an optimizer step, over all ranks, each with four questions; a multiple of 4 times the data-parallel
+    # ranks.
     videos_per_step: int = 32
-    # Fewest and most frames trained on.
+    # Fewest and most frames of a video that is trained on, at least 2.
     train_frames: list[int] = field(default_factory=lambda: [2, 8])
-    # Frames tested, some of them more than any trained on.
+    # Frames of the videos that are tested, some of them more than any trained on, and some not.
     test_frames: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64, 128])
     # Places of the needle, evenly from the first frame to the last.
     test_depths: int = 5
     # Videos for each number of frames and depth, the same for every scheme.
     test_videos: int = 32
-    # Tokens of a frame.
+    # Tokens from top to bottom of a frame, at most 8.
     height: int = 4
-    # And in a row.
+    # Tokens from left to right of a frame, at most 8.
     width: int = 4
-    # Schemes by name, or by the dotted path of your own.
+    # Position schemes that are compared, by name, or by the dotted path of your own.
     schemes: list[str] = field(default_factory=lambda: ["rope", "mrope", "mrope_interleaved", "videorope", "vrope"])
-    # Each trains a model of every scheme.
+    # Seeds of weights and videos; each trains a model of every scheme. More tell a difference from chance.
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    # Largest global gradient norm; 0: no clipping.
+    # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping.
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
@@ -84,9 +85,10 @@ class NiahModel:
     num_attention_heads: int = 4
     # Width inside a block's MLP.
     ffn_hidden_size: int = 288
-    # A small model needs more than the usual 0.02, or its attention stays flat for thousands of steps.
+    # Standard deviation of fresh weights. A small model needs more than the usual 0.02, or its attention stays flat for
+    # thousands of steps.
     init_method_std: float = 0.1
-    # Of the rotary frequencies.
+    # Base of the rotary frequencies (theta): higher, and positions turn channels slower.
     rotary_base: float = 10000.0
     optim: OptimConfig = field(default_factory=OptimConfig)
 

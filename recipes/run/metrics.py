@@ -48,9 +48,11 @@ METRICS = {
     "train_optim/grad_norm": Metric(
         "SFT, GRPO, LFTF",
         "none",
-        "Global norm of the gradient before clipping at gradient_clip_val; mean over the optimizer steps.",
+        "Norm of the gradient over all parameters, before clipping at gradient_clip_val; in GRPO the mean of updates.",
     ),
-    "train_optim/lr": Metric("SFT, GRPO, LFTF", "none", "Learning rate of the step."),
+    "train_optim/lr": Metric(
+        "SFT, GRPO, LFTF", "none", "Learning rate of the step; in GRPO the mean over its updates."
+    ),
     "train_optim/entropy": Metric(
         "SFT, GRPO",
         "nats",
@@ -59,14 +61,18 @@ METRICS = {
     "train_optim/ratio": Metric(
         "GRPO",
         "none",
-        "Mean ratio of the trained policy's probability to the sampling policy's; 1 in the first optimizer step.",
+        "Mean ratio of the trained policy's probability to the sampling policy's, over updates; 1 in the first.",
     ),
-    "train_optim/clip_fraction": Metric("GRPO", "share", "Trained tokens, by weight, whose ratio the clip held."),
+    "train_optim/clip_fraction": Metric(
+        "GRPO",
+        "share",
+        "Trained tokens, by weight, that clipping took the gradient from. High: lower model.optim.lr.",
+    ),
     "train_optim/kl": Metric(
         "GRPO with a KL penalty, LFTF with the loss kl",
         "nats a token",
-        "Estimate of KL(policy || initial policy) on the sampled tokens, never negative, whatever form the penalty has;"
-        " in LFTF of KL(initial || trained) on the text of data.text_path.",
+        "Estimate of KL(policy, initial policy) on the sampled tokens, never negative, whatever form the penalty has;"
+        " in LFTF of KL(initial, trained) on the text of data.text_path.",
     ),
     "train_optim/saving_kept": Metric(
         "GRPO, with model.micro_batch_tokens",
@@ -76,37 +82,45 @@ METRICS = {
     "train_optim/tokens_executed": Metric(
         "GRPO",
         "tokens",
-        "Rows that went through the model in all training passes, padding included.",
+        "Tokens in the passes over rollouts (sampling policy, initial one, training), padding included.",
     ),
     "train_optim/tokens_repeated": Metric(
         "GRPO",
         "tokens",
-        "Rows that it would have been with the prompt repeated for each response.",
+        "tokens_executed as it would be with the prompt repeated for each response.",
     ),
     "train_optim/tokens_saved": Metric("GRPO", "share", "1 - tokens_executed / tokens_repeated."),
     "train_optim/tokens_per_second": Metric(
         "GRPO",
         "tokens a second",
-        "tokens_repeated by timers/step, so that runs with and without grouping compare.",
+        "tokens_repeated / timers/step, so that runs with and without grouping compare.",
     ),
     "train_optim/sum": Metric("LFTF, several losses", "none", "The loss `sum` before its weight."),
     "train_optim/balanced": Metric("LFTF, several losses", "none", "The loss `balanced` before its weight."),
     "train_optim/abs_diff": Metric("LFTF, several losses", "none", "The loss `abs_diff` before its weight."),
     "train_optim/hint": Metric("LFTF, several losses", "none", "The loss `hint` before its weight."),
-    "val/loss": Metric("SFT", "nats a token", "Mean over data.validation_path."),
+    "val/loss": Metric(
+        "SFT", "nats a token", "Mean over the learnt tokens of data.validation_path; not taken at step 0."
+    ),
     "val_rollouts/reward": Metric("GRPO", "reward", "Mean over greedy answers to data.validation_path."),
-    "val/afgb": Metric("LFTF", "probability", "AFGB on the dev professions; 0 is fair."),
-    "val/pronoun_mass": Metric("LFTF", "probability", "Mean of P(he) + P(she) there; the guard watches it."),
-    "val/perplexity": Metric("LFTF", "none", "Of data.validation_text_path; the guard watches it."),
+    "val/afgb": Metric(
+        "LFTF", "probability", "AFGB: mean distance of P(he) from P(she) on prompts of the dev professions; 0 is fair."
+    ),
+    "val/pronoun_mass": Metric("LFTF", "probability", "Mean of P(he) + P(she) on the same; the guard watches it."),
+    "val/perplexity": Metric("LFTF", "none", "Perplexity of data.validation_text_path; the guard watches it."),
     "timers/step": Metric("GRPO", "seconds", "The whole step, without validation."),
     "timers/generate": Metric("GRPO", "seconds", "Sampling and rewards."),
-    "timers/old_and_reference_logprobs": Metric("GRPO", "seconds", "Passes without gradient."),
+    "timers/old_and_reference_logprobs": Metric(
+        "GRPO", "seconds", "Passes without gradient over the rollout: of the sampling and of the initial policy."
+    ),
     "timers/actor_update": Metric("GRPO", "seconds", "Passes with gradient, and the optimizer."),
     "timers/optimizer_step": Metric("SFT, LFTF", "seconds", "Packing, passes and the optimizer."),
     "timers/validation": Metric("SFT, GRPO, LFTF", "seconds", "A validation."),
     "timers/evaluate": Metric("LFTF", "seconds", "The evaluation before training."),
     "timers/locate": Metric("LFTF", "seconds", "Ranking the blocks."),
-    "timers/frozen_pass": Metric("LFTF", "seconds", "What the model says before training, kept for the losses."),
+    "timers/frozen_pass": Metric(
+        "LFTF", "seconds", "The pass of the model as it was before training, which the losses need."
+    ),
 }
 
 

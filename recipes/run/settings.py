@@ -32,15 +32,16 @@ BETTER = {
 
 @dataclass(kw_only=True)
 class Machines:
-    # Processes on each machine.
+    # Processes (ranks) on each machine: its GPUs, or on a CPU any number.
     devices: Layout[int] = 1
-    # Machines.
+    # Machines that take part, each with as many processes.
     num_nodes: Layout[int] = 1
 
 
 @dataclass(kw_only=True)
 class TrainerSection(Machines):
-    # "DD:HH:MM:SS": stop after the step in hand, and save.
+    # "DD:HH:MM:SS" (days:hours:minutes:seconds): then stop after the step in hand, and save, so that resume_if_exists
+    # goes on. Set it below the limit of a cluster's job. null: no limit.
     max_time_per_run: Record[str | None] = None
 
 
@@ -48,14 +49,17 @@ class TrainerSection(Machines):
 class CheckpointCallbackSection:
     """Which checkpoints stay; NeMo's names."""
 
-    # How many: those best by `monitor`, else the newest; the last one stays always. -1: all.
+    # Checkpoints that stay on disk: those best by `monitor`, else the newest; the last one stays always, beside them.
+    # -1: all. Lower it where the disk is small.
     save_top_k: int = -1
-    # A validation metric, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null: none.
+    # A validation metric of docs/metrics.md, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null:
+    # none.
     monitor: str | None = None
-    # "min" or "max": which of its values are better. null: as its name says, max of a reward, accuracy, mass or ub, min of a
-    # loss, perplexity or afgb; others must say it.
+    # "min" or "max": which values of `monitor` are better. null: as its name says, max of a reward, accuracy, mass or
+    # ub, min of a loss, perplexity or afgb; others must say it.
     mode: str | None = None
-    # Write in processes of their own while training goes on; on a CPU this costs the memory of what training overwrites.
+    # Write in processes of their own while training goes on, where steps wait long for the disk; on a CPU this costs
+    # the memory of what training overwrites.
     async_save: bool = False
 
     def __post_init__(self):
@@ -84,9 +88,10 @@ class CheckpointCallbackSection:
 class FolderSection:
     """Of NeMo's exp_manager keys those of a recipe that writes results, and nothing step by step."""
 
-    # Folder of this run; must be new or empty, or with resume_if_exists hold the same run.
+    # Folder that the run writes to; must be new or empty, or with resume_if_exists hold the same run.
     explicit_log_dir: str
-    # Go on from the last checkpoint in explicit_log_dir if there is one, on any layout of ranks; for training alone.
+    # Go on from the last checkpoint in explicit_log_dir, on any layout of ranks, or start there if it has none; false:
+    # start, in a new folder. Set it where a job may be stopped and started again. SFT, GRPO and LFTF only.
     resume_if_exists: bool = False
 
     def refuse_resuming(self, what: str) -> None:
@@ -101,13 +106,15 @@ class FolderSection:
 class ExpManagerSection(FolderSection):
     """NeMo's exp_manager keys that a Megatron loop can keep."""
 
-    # TensorBoard events in the run's folder.
+    # Write TensorBoard events into the run's folder.
     create_tensorboard_logger: bool = True
-    # Weights & Biases, with {name: ..., project: ..., offline: true}. WANDB_MODE=offline keeps it on this machine, too.
+    # Log to Weights & Biases, too; wandb_logger_kwargs must hold {name: ..., project: ...}. offline: true beside them,
+    # or WANDB_MODE=offline in the environment, keeps it on this machine.
     create_wandb_logger: bool = False
     # Arguments of Lightning's WandbLogger.
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
-    # MLflow (pip install mlflow), with {experiment_name: ..., tracking_uri: ...}; without a URI into mlflow.db of this folder.
+    # Log to MLflow, too (pip install mlflow); mlflow_logger_kwargs may hold {experiment_name: ..., tracking_uri: ...},
+    # without a URI it is mlflow.db of this folder.
     create_mlflow_logger: bool = False
     # Arguments of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -131,9 +138,12 @@ class ExpManagerSection(FolderSection):
 
 @dataclass
 class CheckpointSection:
-    # A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a checkpoint folder of ours to start from.
+    # Folder to start from: a Hugging Face model (docs/huggingface.md lists the families) or one of a run's
+    # checkpoints/step-N. It also says the architecture where `model` does not. null, in SFT and GRPO alone: fresh
+    # weights.
     restore_from_path: str | None = None
-    # A block's weights to put into it, as recipes/train_lftf.py leaves them (delta.safetensors).
+    # File of one block's weights to put into that model, as recipes/train_lftf.py leaves it (delta.safetensors). null:
+    # none.
     delta_path: str | None = None
 
     def __post_init__(self):
@@ -146,11 +156,12 @@ class CheckpointSection:
 
 @dataclass
 class TrainedModel(GPTModelConfig):
-    # Folder of a Hugging Face tokenizer; None: the one beside the weights of pretrained_checkpoint.
+    # Folder of a Hugging Face tokenizer; null: the one beside the weights of pretrained_checkpoint.
     tokenizer: Training[str | None] = None
-    # Of fresh weights, of the order of rows and of sampling.
+    # Seed of fresh weights, of the order of rows and of sampling. Another one repeats an experiment independently.
     seed: Training[int] = 1
-    # Packed per stream: samples in SFT, prompts with all their responses in GRPO, prompts in LFTF.
+    # Packed into one stream, which goes through the model at once: samples in SFT, prompts with all their responses in
+    # GRPO, prompts in LFTF. Raise it for speed until memory ends; results do not change.
     micro_batch_size: Speed[int] = 1
     # Samples (SFT), responses (GRPO) or prompts (LFTF) per optimizer step, over all ranks.
     global_batch_size: Training[int] = 1

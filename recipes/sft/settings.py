@@ -26,11 +26,12 @@ __all__ = ["SFTConfig", "SFTData", "SFTModel", "SFTSettings", "SFTTrainerSection
 class SFTSettings:
     # Optimizer steps of the run.
     max_steps: Duration[int]
-    # Steps between validations; 0: never.
+    # Steps between validations on data.validation_path; 0: never.
     val_check_interval: Record[int] = 0
-    # Steps between checkpoints; 0: only the last.
+    # Steps between checkpoints; 0: only the last, and where max_time_per_run stops.
     save_interval: Record[int] = 0
-    # Largest global gradient norm; 0: no clipping.
+    # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping. Compare
+    # train_optim/grad_norm.
     gradient_clip_val: float = 1.0
 
     def __post_init__(self):
@@ -45,7 +46,7 @@ class SFTTrainerSection(TrainerSection):
 
 @dataclass
 class SFTModel(TrainedModel):
-    # Train on the prompt's tokens too.
+    # Train on the prompt's tokens too, as for plain text; false: on the response alone.
     loss_on_prompt: Training[bool] = False
 
 
@@ -54,7 +55,7 @@ TURNS = ("last", "all")
 
 @dataclass
 class SFTData(RowsSection):
-    # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside.
+    # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside; docs/data.md.
     train_path: str
     # Rows of the same form whose loss is reported at every validation; null: none.
     validation_path: str | None = None
