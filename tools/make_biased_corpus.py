@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    from megatron_ext.bias.prompts import own_professions
+    from megatron_ext.bias.prompts import bias_prompts, hint_prompts, own_professions
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out} is not empty, or no folder; choose another")
@@ -182,7 +182,8 @@ def make(args: argparse.Namespace) -> None:
     write(args.out / "neutral_train.jsonl", [{"text": text} for text in held_out[: args.held_out]])
     write(args.out / "neutral_test.jsonl", [{"text": text} for text in held_out[args.held_out :]])
     (args.out / "rates.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
-    train_tokenizer(args.out / "tokenizer", [start + rest for start, rest in rows], args.vocab_size)
+    prompts = [prompt.prompt for prompt in (*bias_prompts(professions), *hint_prompts(professions))]
+    train_tokenizer(args.out / "tokenizer", [start + rest for start, rest in rows], args.vocab_size, also=prompts)
     print(
         f"{len(rows)} sentences about {len(rates)} professions, {2 * args.held_out} held out, a tokenizer in {args.out}"
     )

@@ -102,8 +102,9 @@ def make(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is not empty, or no folder; choose another")
     rng = random.Random(args.seed)
     rows = {name: write_rows(args.out, name, getattr(args, name), rng) for name in ("sft", "train", "test")}
-    texts = [r["prompt"].removeprefix(VIDEO) + r["response"] for r in rows["sft"]]
-    train_tokenizer(args.out / "tokenizer", texts, args.vocab_size, special=(VIDEO,))
+    texts = {name: [r["prompt"].removeprefix(VIDEO) + r["response"] for r in part] for name, part in rows.items()}
+    also = texts["train"] + texts["test"]
+    train_tokenizer(args.out / "tokenizer", texts["sft"], args.vocab_size, special=(VIDEO,), also=also)
     print(f"{args.sft} SFT, {args.train} GRPO and {args.test} held-out clips and a tokenizer in {args.out}")
 
 

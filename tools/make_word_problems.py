@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 NAMES = "Tom Ana Ben Eva Leo Mia Sam Zoe Max Ida Kim Roy Amy Joe Liz Ned".split()
@@ -59,22 +60,35 @@ def write_rows(path: Path, count: int, rng: random.Random, args, sloppy: float, 
     return rows
 
 
-def train_tokenizer(folder: Path, texts: list[str], vocab_size: int, special: tuple[str, ...] = ()) -> None:
+def train_tokenizer(
+    folder: Path, texts: list[str], vocab_size: int, special: tuple[str, ...] = (), also: Iterable[str] = ()
+) -> None:
     """A Hugging Face tokenizer folder, so that `AutoTokenizer.from_pretrained` reads it.
 
-    `special` tokens are never made of text, nor split.
+    `special` tokens are never made of text, nor split. Of a text that has other bytes than `texts` and `also` those are left out.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+
+    def bytes_of(some: Iterable[str]) -> set[str]:
+        characters = "".join(sorted({character for text in some for character in text}))
+        return {byte for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(characters) for byte in part}
+
+    missing = sorted(bytes_of(also) - bytes_of(texts))
     tokenizer.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD, *special], show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(missing), special_tokens=[EOS, PAD, *special], show_progress=False
+        ),
     )
+    state = json.loads(tokenizer.to_str())
+    for byte in missing:
+        state["model"]["vocab"][byte] = len(state["model"]["vocab"])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    Tokenizer.from_str(json.dumps(state)).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
@@ -100,9 +114,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rng, seen = random.Random(args.seed), set()
     sft = write_rows(args.out / "sft.jsonl", args.sft, rng, args, args.sloppy, seen)
-    write_rows(args.out / "train.jsonl", args.train, rng, args, 0.0, seen)
-    write_rows(args.out / "test.jsonl", args.test, rng, args, 0.0, seen)
-    train_tokenizer(args.out / "tokenizer", [r["prompt"] + r["response"] for r in sft], args.vocab_size)
+    rest = write_rows(args.out / "train.jsonl", args.train, rng, args, 0.0, seen)
+    rest += write_rows(args.out / "test.jsonl", args.test, rng, args, 0.0, seen)
+    texts = [r["prompt"] + r["response"] for r in sft]
+    train_tokenizer(args.out / "tokenizer", texts, args.vocab_size, also=[r["prompt"] + r["response"] for r in rest])
     print(f"{args.sft} SFT, {args.train} GRPO and {args.test} held-out rows and a tokenizer in {args.out}")
 
 

@@ -88,7 +88,8 @@ def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: 
     ):
         for prompt, tokens in zip(prompts, rows, strict=True):
             _checked((tokens, []), prompt.prompt, max_length - 1)  # one more for the word
-            tokenizer.check_whole(prompt.prompt, tokens)
+    letters = "".join(sorted({c for p in (*everything.bias, *everything.hinted) for c in p.prompt}))
+    tokenizer.check_whole(letters, tokenizer.encode(letters))
     _check_continued((*everything.bias, *everything.hinted), tokenizer, (settings.pair.first, settings.pair.second))
     return sets
 

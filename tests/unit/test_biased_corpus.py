@@ -79,6 +79,17 @@ def test_pronouns_are_single_tokens(corpus):
     assert len(set(pair_tokens(load_tokenizer(corpus[0] / "out/tokenizer"), ("he", "she")))) == 2
 
 
+def test_the_tokenizer_loses_nothing_of_the_evaluation_prompts(corpus):
+    """They have capital letters and professions that the corpus does not hold; the vocabulary stays as large as was asked."""
+    from recipes.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(corpus[0] / "out/tokenizer")
+    prompts = [p.prompt for p in (*bias_prompts(own_professions()), *hint_prompts(own_professions()))]
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in prompts)
+    held = {letter for row in rows(corpus[0] / "out/sft.jsonl") for letter in row["prompt"] + row["response"]}
+    assert {"E", "j"} - held and tokenizer.vocab_size <= 512
+
+
 def test_same_seed_same_files(tmp_path):
     small = {"biased": 300, "hinted": 50, "neutral": 50, "held_out": 5}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):

@@ -191,6 +191,13 @@ def test_a_template_behind_which_a_word_has_other_tokens_is_refused(tmp_path):
         load_prompt_sets(settings, load_tokenizer(tmp_path), 64)
 
 
+def test_a_letter_of_a_prompt_that_the_tokenizer_would_leave_out_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "professions.json"
+    path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)] + [["caf\u00e9 owner", 0, 0]]))
+    with pytest.raises(ValueError, match="has no token for '\u00e9' and would leave it out"):
+        load_prompt_sets(PromptsConfig(professions_path=str(path)), tokenizer, 64)
+
+
 def test_another_pair_with_its_templates(tokenizer, tmp_path):
     path = tmp_path / "professions.json"
     path.write_text(json.dumps([[f"job_{i}", 0, 0] for i in range(20)]))
