@@ -30,6 +30,7 @@ PLACE = (
     f"give it a role that the template knows (most know {', '.join(KNOWN_ROLES)}), and a system message the first place"
 )
 TOOLS = "leave tools out, and write calls as content"
+NOTHING: tuple = ("", [], {})  # what a key holds that says nothing
 Render = Callable[[Conversation, bool], str]
 
 
@@ -78,7 +79,7 @@ class _Marked:
 
     def _message(self, place: int, message: dict[str, Any]) -> dict[str, Any]:
         name = f"messages[{place}]"
-        others = set(message) - {"role", "content", *LINKS}
+        others = {key for key, value in message.items() if value not in NOTHING} - {"role", "content", *LINKS}
         found: dict[str, Any] = {}
         for key, value in message.items():
             if key == "content" and (value.strip() or not others):

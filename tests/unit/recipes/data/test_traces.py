@@ -86,6 +86,13 @@ def test_a_key_of_a_message_that_the_template_does_not_read_is_refused(tmp_path,
     assert text_of(families["qwen2"], pair.response) == "it is 3<eos>"
 
 
+@pytest.mark.parametrize("nothing", ["", [], {}, None])
+def test_a_key_that_says_nothing_is_left_alone(tmp_path, families, nothing):
+    talk = [{**USER, "name": nothing}, {**ANSWER, "reasoning_content": nothing, "tool_calls": nothing or None}]
+    pair = one_pair(tmp_path, families["qwen2"], {"messages": talk})
+    assert text_of(families["qwen2"], pair.response) == "it is 3<eos>"
+
+
 def test_thinking_counts_where_it_was_said_and_may_be_dropped_later(tmp_path, families):
     """Qwen 3 writes it in the turn itself, and leaves it out once the user goes on."""
     thought, tokenizer = {**ANSWER, "reasoning_content": "1 + 2"}, families["qwen3"]
