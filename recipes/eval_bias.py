@@ -47,20 +47,20 @@ def evaluate_all(config, model, prompts, pair, texts, words) -> None:
     if questions:
         counts["winogender_questions"] = len(questions)
     asked = question_rows(questions, model.tokenizer, model.longest)
-    scorer = model.start()
     total = len(prompts.bias) + len(prompts.hinted) + len(texts) + len(asked) + sum(map(len, pairs.values()))
-    with model.progress(total) as bar:
-        result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update) | counts
-        for key, rows in pairs.items():
-            result[key] = pair_preference(scorer, rows, bar.update)
-        if questions:
-            result |= question_accuracy(scorer, questions, asked, bar.update)
-    if model.is_main:
-        model.log_dir.mkdir(parents=True, exist_ok=True)
-        name = config.pretrained_checkpoint.restore_from_path
-        write_report(model.log_dir, f"Gender bias of {name}", {"model": name, "split": data.split, **result}, words)
-        print("\n".join(f"  {title:<56} {value}" for title, value in summary_rows(result, words)))
-        print(f"report in {model.log_dir / 'bias.md'}")
+    with model.start() as scorer:
+        with model.progress(total) as bar:
+            result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update) | counts
+            for key, rows in pairs.items():
+                result[key] = pair_preference(scorer, rows, bar.update)
+            if questions:
+                result |= question_accuracy(scorer, questions, asked, bar.update)
+        model.check_folder()
+        if model.is_main:
+            name = config.pretrained_checkpoint.restore_from_path
+            write_report(model.log_dir, f"Gender bias of {name}", {"model": name, "split": data.split, **result}, words)
+            print("\n".join(f"  {title:<56} {value}" for title, value in summary_rows(result, words)))
+            print(f"report in {model.log_dir / 'bias.md'}")
 
 
 if __name__ == "__main__":

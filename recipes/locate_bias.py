@@ -32,8 +32,8 @@ def main(cfg: dict) -> None:
     with opened.session() as session, session.progress(len(settings.estimators), "locate", unit="estimator") as bar:
         for name in settings.estimators:
             ranking = rank_blocks(name, session.model, probe, settings.exclude_blocks)
+            session.check_folder()
             if session.is_main:
-                session.log_dir.mkdir(parents=True, exist_ok=True)
                 write_ranking(session.log_dir, ranking)
             session.say(f"{name}: block {ranking.best} first, then {', '.join(map(str, ranking.order[1:])) or 'none'}")
             bar.update()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf import is_hf_folder
@@ -14,8 +17,9 @@ from recipes.bias.settings import BiasEvalConfig, BiasEvalModel, LocateConfig
 from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
 from recipes.run.inputs import Inputs
+from recipes.run.lock import refuse_if_held
 from recipes.run.pretrained import Pretrained
-from recipes.run.run_folder import check_run_folder
+from recipes.run.run_folder import check_run_folder, held_run_folder
 from recipes.run.session import Session, progress_bar
 from recipes.run.settings import TrainedModel
 
@@ -46,13 +50,15 @@ class CheckpointModel:
         self.is_main = False  # until the ranks have started
 
     def session(self) -> Session:
-        """Start the ranks and load this one's stage."""
+        """Start the ranks, have the run folder for them alone and load this one's stage."""
         session = Session.start(self.inputs)
-        self.is_main = session.is_main
+        self.is_main, self.check_folder = session.is_main, session.check_folder
         return session
 
-    def start(self) -> Scorer:
-        return MegatronScorer(self.session().model)
+    @contextlib.contextmanager
+    def start(self) -> Iterator[Scorer]:
+        with self.session() as session:
+            yield MegatronScorer(session.model)
 
     def progress(self, rows: int):
         return progress_bar(rows, "rows", "row", shown=self.is_main)
@@ -69,14 +75,18 @@ class _HuggingFace:
                     f"model.{name}={getattr(model, name)} has no meaning for {self.path}, a Hugging Face folder, "
                     "which transformers runs in one process; set trainer.devices to 2 or more to run it on Megatron"
                 )
+        refuse_if_held(Path(config.exp_manager.explicit_log_dir))
         self.log_dir = check_run_folder(config.exp_manager.explicit_log_dir)
         self.tokenizer = load_tokenizer(model.tokenizer or self.path)
         self.device = local_device()
         self.scorer = HuggingFaceScorer(self.path, self.device, model.on(self.device.type).dtype)
         self.longest = getattr(self.scorer.model.config, "max_position_embeddings", None) or sys.maxsize
 
-    def start(self) -> Scorer:
-        return self.scorer
+    @contextlib.contextmanager
+    def start(self) -> Iterator[Scorer]:
+        with held_run_folder(str(self.log_dir)) as lock:
+            self.check_folder = lock.check
+            yield self.scorer
 
     def progress(self, rows: int):
         return progress_bar(rows, "rows", "row")

@@ -210,7 +210,7 @@ class LFTFTrainer(Trainer):
             sampler.load_state_dict(state["samplers"][kind])
         room = {name: torch.empty_like(value) for name, value in self._trained().items()}
         place = sharded_like_parameters(self.model, room, BEST)
-        self.best = load_tensors(self.session.inputs.resume_from, BEST, place)
+        self.best = load_tensors(self.session.resume_from, BEST, place)
         if self.progress.stopped is not None:
             self.session.say(
                 f"the run has ended: {self.progress.stopped}; to train on, start a new one from its checkpoint"

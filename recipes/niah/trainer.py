@@ -51,7 +51,6 @@ class NiahTrainer:
         self.config: NiahConfig = session.config
         self.settings = self.config.trainer.niah
         if session.is_main:
-            session.log_dir.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(session.inputs.resolved, sort_keys=False)
             write_whole(session.log_dir / "config.yaml", text)
 
@@ -72,6 +71,7 @@ class NiahTrainer:
                         "cells": self.test(model, scheme, seed),
                         "seconds": time.perf_counter() - start,
                     }
+                    session.check_folder()
                     if session.is_main:
                         path = session.log_dir / f"result-{scheme}-{seed}.json"
                         write_whole(path, json.dumps(result, indent=1) + "\n")

@@ -14,6 +14,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from megatron_ext.runtime.distributed import ParallelSizes, world_size
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
+from recipes.run.lock import refuse_if_held
 from recipes.run.pretrained import Pretrained, sections_of
 from recipes.run.run_folder import Checkpoints, check_run_folder
 from recipes.run.settings import ExpManagerSection, TrainedModel
@@ -30,7 +31,6 @@ class Inputs:
         sizes: the layout of ranks.
         log_dir: the run's folder, which may be written to.
         checkpoints: in it; None where nothing is trained that could be gone on with.
-        resume_from: the checkpoint to go on from.
         pretrained: the model to start from.
         tokenizer: None where a recipe brings its own model and data.
     """
@@ -40,7 +40,6 @@ class Inputs:
     sizes: ParallelSizes
     log_dir: Path
     checkpoints: Checkpoints | None = None
-    resume_from: Path | None = None
     pretrained: Pretrained | None = None
     tokenizer: Tokenizer | None = None
 
@@ -59,26 +58,28 @@ class Inputs:
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} is {asked}, but the "
                 f"launcher started {world_size()} processes"
             )
+        if trainer.num_nodes == 1:  # elsewhere rank 0 alone can say whether what holds it lives, and must not end alone
+            refuse_if_held(Path(manager.explicit_log_dir))
         log_dir = check_run_folder(
             manager.explicit_log_dir, type(config), resolved if manager.resume_if_exists else None
         )
-        checkpoints = resume_from = None
+        checkpoints = newest = None
         if isinstance(manager, ExpManagerSection):
             manager.check_installed()
             checkpoints = Checkpoints(log_dir, manager.checkpoint_callback_params)
-            resume_from = checkpoints.newest() if manager.resume_if_exists else None
+            newest = checkpoints.newest() if manager.resume_if_exists else None
         sizes, pretrained, tokenizer = ParallelSizes(), None, None
         if isinstance(model, TrainedModel):
             path = config.pretrained_checkpoint.restore_from_path
             pretrained = Pretrained.open(path) if path else None
             tokenizer = _tokenizer(model, pretrained)
-            if resume_from is not None and model.position_embedding.sections is None:
-                model.position_embedding.sections = sections_of(read_checkpoint_info(resume_from)["model"])
+            if newest is not None and model.position_embedding.sections is None:
+                model.position_embedding.sections = sections_of(read_checkpoint_info(newest)["model"])
             _fit(model, tokenizer, pretrained)
             sizes = ParallelSizes(
                 model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
             )
-        found = cls(config, resolved, sizes, log_dir, checkpoints, resume_from, pretrained, tokenizer)
+        found = cls(config, resolved, sizes, log_dir, checkpoints, pretrained, tokenizer)
         if hasattr(config, "check_data_parallel"):
             config.check_data_parallel(found.data_size)
         return found

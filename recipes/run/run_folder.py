@@ -5,6 +5,7 @@ Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,10 +22,13 @@ from megatron_ext.files import unfinished, write_whole
 from megatron_ext.kinds import FREE, Kind, kind_of, kinds
 from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
 from recipes.cli.config import build
+from recipes.run.lock import LOCK_FOLDER, FolderLock, refuse_if_held
 from recipes.run.pretrained import sections_of
 from recipes.run.settings import CheckpointCallbackSection
 
-__all__ = ["Checkpoints", "check_run_folder", "check_unchanged", "claim_run_folder", "cut_metrics"]
+__all__ = [
+    "Checkpoints", "check_run_folder", "check_unchanged", "claim_run_folder", "cut_metrics", "held_run_folder",
+]  # fmt: skip
 
 METRICS_FILE = "metrics.jsonl"
 # Whose folder it is: the resolved configuration, where NeMo's exp_manager, which moves files of the folder itself, leaves it.
@@ -43,24 +47,44 @@ def check_run_folder(path: str, cls: type | None = None, resolved: Mapping[str, 
     folder = Path(path)
     if folder.exists() and not _is_new(folder):
         if resolved is None or not folder.is_dir():
+            refuse_if_held(folder)  # the better reason
             hint = ", or go on with the same run by exp_manager.resume_if_exists=true" if folder.is_dir() else ""
             raise UserError(
                 f"exp_manager.explicit_log_dir={folder} holds another run or other files; nothing is overwritten, "
                 f"choose a new folder{hint}"
             )
         _check_same_run(folder, cls, resolved)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists() or parent.is_symlink())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"exp_manager.explicit_log_dir={folder} cannot be made: {existing} is no folder to write to")
     return folder
 
 
+@contextlib.contextmanager
+def held_run_folder(
+    path: str, cls: type | None = None, resolved: Mapping[str, Any] | None = None
+) -> Iterator[FolderLock]:
+    """Have the folder for this run alone. Arguments are those of `check_run_folder`.
+
+    Raises:
+        UserError: another run holds it, or has been in it since it was checked.
+    """
+    with FolderLock.take(Path(path)) as lock:
+        check_run_folder(path, cls, resolved)
+        yield lock
+
+
 def _is_new(folder: Path) -> bool:
     """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
-    folder = folder.absolute()
-    begun = {folder / RUN_FILE.parent, unfinished(folder / RUN_FILE)}
+    begun = folder / RUN_FILE.parent
+
+    def is_left(path: Path) -> bool:
+        if path == begun and path.is_dir():
+            return all(inner == unfinished(folder / RUN_FILE) for inner in path.absolute().iterdir())
+        return path.name == LOCK_FOLDER
+
     # The first other file decides: a whole home is not walked through.
-    return folder.is_dir() and all(path in begun for path in folder.rglob("*"))
+    return folder.is_dir() and all(map(is_left, folder.iterdir()))
 
 
 def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:

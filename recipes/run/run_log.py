@@ -15,8 +15,13 @@ from recipes.run.run_folder import claim_run_folder, cut_metrics
 __all__ = ["open_run_log"]
 
 
-def open_run_log(inputs: Inputs, loggers: LogProcess) -> MetricsLog:
-    """Make the run's folder and keep the resolved configuration in it. Call it when all inputs are known to be good."""
+def open_run_log(inputs: Inputs, loggers: LogProcess, last: int) -> MetricsLog:
+    """Fill the run's folder, which this process holds, and keep the resolved configuration in it. Call it when all inputs are
+    known to be good.
+
+    Args:
+        last: the step after which the run goes on; -1: it begins, where step 0 is the validation before the first.
+    """
     manager, folder = inputs.config.exp_manager, inputs.log_dir
     claim_run_folder(folder, inputs.resolved)
     keys = {
@@ -31,6 +36,6 @@ def open_run_log(inputs: Inputs, loggers: LogProcess) -> MetricsLog:
     place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').absolute()}"}
     loggers.open(keys, place | manager.mlflow_logger_kwargs if manager.create_mlflow_logger else None)
     remove_unfinished(inputs.checkpoints.folder)
-    cut_metrics(folder, int(inputs.resume_from.name.removeprefix("step-")) if inputs.resume_from else -1)
+    cut_metrics(folder, last)
     write_whole(folder / "config.yaml", yaml.safe_dump(inputs.resolved, sort_keys=False))
     return MetricsLog(folder, [loggers])

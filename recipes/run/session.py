@@ -1,14 +1,15 @@
 """One run of one recipe on this rank: ranks, model, run folder, metrics, checkpoints, clock.
 
     inputs = Inputs.check(config, resolved)      # and read the data: nothing has been started or written yet
-    with Session.start(inputs, loggers) as session:       # the ranks, the model with its weights, the run folder
+    with Session.start(inputs, loggers) as session:       # the ranks, the run folder's lock, the model with its weights, the log
         fit(session, ...)
 
-The run folder comes last, so that a bad input leaves nothing half-written.
+Nothing but the lock is written to the run folder before all else is there, so that a bad input leaves nothing half-written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -39,14 +40,18 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS, StopRequests
 from recipes.run.inputs import Inputs
+from recipes.run.lock import FolderLock
 from recipes.run.log_process import LogProcess
 from recipes.run.metrics import unknown_metrics
+from recipes.run.run_folder import held_run_folder
 from recipes.run.run_log import open_run_log
 from recipes.run.settings import TrainedModel
 
 __all__ = ["Session", "progress_bar"]
 
 logger = logging.getLogger(__name__)
+
+LOST = len(REASONS)  # the run folder is another run's
 
 
 class Session:
@@ -60,6 +65,7 @@ class Session:
         is_main: whether it is rank 0.
         model: the model of this pipeline stage, with the weights to start from; None where a recipe brings its own.
         timers: read and written once a step.
+        resume_from: the checkpoint to go on from, the same on every rank; None: the run begins.
     """
 
     def __init__(self, inputs: Inputs, loggers: LogProcess | None):
@@ -74,21 +80,43 @@ class Session:
         self.timers = Timers()
         self._saving: CheckpointSave | None = None
         self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
-        self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
+        self._lock: FolderLock | None = None  # rank 0's
+        self._open = contextlib.ExitStack()
+        with self._open as opened:  # what is open is closed again if the rest fails
+            self.resume_from = self._take_folder()
+            self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
+            self._metrics = MetricsLog(None)
+            with together():
+                if loggers and self.is_main:
+                    self._metrics = open_run_log(inputs, loggers, self.resumed[0] if self.resume_from else -1)
+            opened.callback(self._metrics.close)
+            self._open = opened.pop_all()
+
+    def _take_folder(self) -> Path | None:
+        """Have the run folder for this run alone, and see where it goes on. Rank 0 decides for all: others may see an older
+        state of a shared filesystem."""
+        manager, newest = self.config.exp_manager, None
         with together():
-            self._metrics = open_run_log(inputs, loggers) if loggers and self.is_main else MetricsLog(None)
+            if self.is_main:
+                resolved = self.inputs.resolved if manager.resume_if_exists else None
+                self._lock = self._open.enter_context(
+                    held_run_folder(manager.explicit_log_dir, type(self.config), resolved)
+                )
+                if resolved is not None and self.inputs.checkpoints is not None:
+                    newest = self.inputs.checkpoints.newest()
+        return broadcast_object(newest)
 
     @classmethod
     def start(cls, inputs: Inputs, loggers: LogProcess | None = None) -> Session:
-        """Start the ranks, build the model and make the run folder. Call it on every rank, when all inputs have been read and
-        found good.
+        """Start the ranks, have the run folder for them alone, build the model and open the log. Call it on every rank, when all
+        inputs have been read and found good.
 
         Args:
             loggers: for numbers step by step, in a folder that NeMo's exp_manager makes; None: the recipe writes its results
                 itself.
 
         Raises:
-            UserError: weights that cannot be loaded.
+            UserError: another run is in the folder, or weights cannot be loaded.
         """
         return cls(inputs, loggers)
 
@@ -96,7 +124,7 @@ class Session:
         return self
 
     def __exit__(self, *_) -> None:
-        self._metrics.close()
+        self._open.close()
 
     @property
     def log_dir(self) -> Path:
@@ -130,6 +158,7 @@ class Session:
             tensors: the trainer's own, see `save_checkpoint`.
         """
         self._finish_saving()
+        self.check_folder()
         folder = self.inputs.checkpoints.path(step)
         fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
         model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
@@ -167,14 +196,14 @@ class Session:
     @property
     def resumed(self) -> tuple[int, dict]:
         """Where the run goes on: (the last step taken, the trainer's state); (0, {}) for a new run."""
-        if self.inputs.resume_from is None:
+        if self.resume_from is None:
             return 0, {}
-        trainer = read_checkpoint_info(self.inputs.resume_from)["trainer"]
+        trainer = read_checkpoint_info(self.resume_from)["trainer"]
         return trainer["step"], trainer["state"]
 
     def restore(self, engine: Engine) -> tuple[int, dict]:
         """Put the model and its optimizer where `resumed` is, and return that."""
-        folder = self.inputs.resume_from
+        folder = self.resume_from
         if folder is not None:
             load_weights(folder, engine.module)
             load_optimizer(folder, engine.module, engine.optimizer)
@@ -221,11 +250,28 @@ class Session:
             self.say(f"checkpoint in {folder}")
 
     def must_stop(self) -> str:
-        """Why the run must save and stop now, or ""; all ranks agree. For the end of each step: looks after saving, too."""
+        """Why the run must save and stop now, or ""; all ranks agree. For the end of each step: looks after saving, too.
+
+        Raises:
+            UserError: see `check_folder`.
+        """
         self._finish_saving(wait=False)
-        reason = torch.tensor([self._stop_requests.now()], dtype=torch.int32, device=self.device)
+        lost = self._lock is not None and self._lock.taken_away
+        reason = torch.tensor([LOST if lost else self._stop_requests.now()], dtype=torch.int32, device=self.device)
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+        if int(reason.item()) == LOST:
+            self.check_folder()
         return REASONS[int(reason.item())]
+
+    def check_folder(self) -> None:
+        """Before results are written; every rank calls it.
+
+        Raises:
+            UserError: this run was taken for dead, and another has the folder.
+        """
+        with together():
+            if self._lock is not None:
+                self._lock.check()
 
     @staticmethod
     def agreed(value: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 
 from recipes.cli.stopping import STOP_FILE_VARIABLE
 from tests.gpt_cases import saved_weights
-from tests.recipe_runs import ROOT, metrics
+from tests.recipe_runs import ROOT, SMALL, metrics
 
 pytestmark = pytest.mark.functional
 
@@ -140,6 +141,36 @@ def test_a_run_that_is_killed_while_it_starts_can_be_started_again(task, tmp_pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in metrics(out)] == list(range(1, 11)) and (out / "checkpoints/final").is_dir()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task, tmp_path):
+    out, constant = tmp_path / "run", "model.optim.sched.name=constant"
+    command = [
+        sys.executable, "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
+        f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *SMALL, *KEEP, RESUME, constant,
+        "trainer.sft.save_interval=1", "model.global_batch_size=8", "trainer.sft.max_steps=1000000",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "checkpoints/step-3").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        done = task.sft(out, RESUME, "trainer.devices=2")
+        (line,) = done.error_lines
+        assert done.code == 2 and "Traceback" not in done.err
+        assert f"is held by another run: process {first.pid} on {socket.gethostname()} since 2" in line
+        known = len(metrics(out))
+        while len(metrics(out)) < known + 3:
+            assert first.poll() is None, "the first run is left alone"
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    last = int(os.readlink(out / "checkpoints/latest").removeprefix("step-"))
+    done = task.sft(out, *KEEP, RESUME, constant, f"trainer.sft.max_steps={last + 2}")
+    assert done.code == 0 and f"going on after step {last}" in done.out + done.err, done.err
+    assert [row["step"] for row in metrics(out)] == list(range(1, last + 3))
+    assert not (out / ".lock").exists()
 
 
 def test_a_monitor_that_is_no_metric_is_refused(task, tmp_path):

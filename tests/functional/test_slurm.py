@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ import yaml
 from launch import submit
 from megatron_ext.hf import make_hf_config
 from recipes.planning import read_config
+from recipes.run.holder import Holder
 from tests.gpt_cases import saved_weights
 from tests.harness import ROOT
 from tests.hf_models import write_hollow_weights
@@ -247,6 +248,24 @@ def test_jobs_of_one_run_wait_for_each_other(cluster, task, tmp_path):
     second.until(lambda: second.state != "PENDING")
     cluster.ask("scancel", second.number)
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_what_slurm_says_of_the_job_that_holds_a_folder(cluster, tmp_path, monkeypatch):
+    """Seen from no job at all, as when a run is started by hand: while the job runs the folder is its own."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.folder / "slurm.conf"))
+    number = cluster.ask("sbatch", "--parsable", f"--output={tmp_path}/log", "--wrap=sleep 600").strip()
+    job = Job(cluster, number, tmp_path / "run")
+    here = Holder.this_process()
+    there = replace(here, host="node1", boot="another", cluster="test", job=number)
+    job.until(lambda: job.state == "RUNNING")
+    assert not there.has_ended(here) and not replace(there, cluster="another", job="123456").has_ended(here)
+    assert replace(there, job="123456").has_ended(here), "forgotten"
+    job.until(lambda: (tmp_path / "log").exists())
+    cluster.ask("scontrol", "requeue", number)
+    job.until(lambda: job.state == "PENDING")
+    assert there.has_ended(here)
+    cluster.ask("scancel", number)
+    assert replace(there, restarts=1).has_ended(here)
 
 
 def test_the_canary_ends_a_job_and_names_its_nodes(cluster, tmp_path):
