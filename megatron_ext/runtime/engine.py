@@ -195,6 +195,16 @@ class Engine:
                 **({} if forward_only else self._pipeline),
             )
 
+    def update(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> dict[str, float]:
+        """One optimizer step over all microbatches of all data-parallel ranks. Returns the metrics' sums, and `step`'s.
+
+        Raises:
+            DivergedError: the gradient is not finite; no parameter has been changed.
+        """
+        self.zero_grad()
+        outputs = self.run(microbatches, loss_function)
+        return self.reduce_metrics(outputs) | self.step()
+
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
 

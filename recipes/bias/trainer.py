@@ -254,12 +254,9 @@ class LFTFTrainer(Trainer):
             return {}
 
     def run_training(self) -> dict[str, float]:
-        engine = self.engine
         with self.session.timers("optimizer_step"):
             microbatches = [m for kind in self.rows for m in self._microbatches(kind, self.samplers[kind].next())]
-            engine.zero_grad()
-            outputs = engine.run(microbatches, self._loss)
-            metrics = engine.reduce_metrics(outputs) | engine.step()
+            metrics = self.engine.update(microbatches, self._loss)
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:

@@ -113,9 +113,7 @@ class GRPOTrainer(Trainer):
 
     def run_training(self, microbatches: list[GRPOMicrobatch]) -> dict[str, float]:
         """One optimizer step."""
-        self.engine.zero_grad()
-        outputs = self.engine.run(microbatches, self._loss)
-        metrics = self.engine.reduce_metrics(outputs) | self.engine.step()
+        metrics = self.engine.update(microbatches, self._loss)
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:

@@ -113,12 +113,10 @@ class NiahTrainer:
                 frames = int(torch.randint(low, high + 1, (), generator=rng))
                 samples = [draw_sample(rng, frames, settings.height, settings.width) for _ in range(each)]
                 microbatches.append(self._microbatch(samples[self.session.data_rank :: self.session.data_size], scheme))
-            engine.zero_grad()
-            metrics = engine.reduce_metrics(engine.run(microbatches, self._loss)) | engine.step()
-            losses.append(metrics["loss"])
+            losses.append(engine.update(microbatches, self._loss)["loss"])
             bar.update()
             if step % 20 == 0:
-                bar.set_postfix_str(f"{scheme}, seed {seed}: loss {metrics['loss']:.3f}", refresh=False)
+                bar.set_postfix_str(f"{scheme}, seed {seed}: loss {losses[-1]:.3f}", refresh=False)
         tail = losses[-max(1, len(losses) // 10) :]
         return model, sum(tail) / len(tail)
 

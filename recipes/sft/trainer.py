@@ -39,9 +39,7 @@ class SFTTrainer(Trainer):
     def run_step(self, step: int) -> dict[str, float]:
         with self.session.timers("optimizer_step"):
             microbatches = self._microbatches([self.train[i] for i in self.sampler.next()])
-            self.engine.zero_grad()
-            outputs = self.engine.run(microbatches, negative_log_likelihood)
-            metrics = self.engine.reduce_metrics(outputs) | self.engine.step()
+            metrics = self.engine.update(microbatches, negative_log_likelihood)
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:

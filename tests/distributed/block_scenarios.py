@@ -71,9 +71,7 @@ def train(device, config, weights, case: BlockCase, block: int, name: str, first
     losses = []
     with tapped(model, watch):
         for _ in range(2):
-            engine.zero_grad()
-            outputs = engine.run(make_microbatches(case.rollout, case.cuts, counts(case.rollout)), grpo)
-            losses.append(engine.reduce_metrics(outputs) | engine.step())
+            losses.append(engine.update(make_microbatches(case.rollout, case.cuts, counts(case.rollout)), grpo))
     buffers = [*engine.model.buffers, *engine.model.expert_parallel_buffers]
     optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
     path = case.folder / f"{block}-{name}.safetensors"

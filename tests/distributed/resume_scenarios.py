@@ -67,9 +67,7 @@ def one(device: torch.device, case: ResumeCase) -> dict[str, Any]:
 
 def step(engine: Engine, case: ResumeCase) -> dict[str, float]:
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    engine.zero_grad()
-    outputs = engine.run(make_microbatches(case.rollout, case.cuts[rank::ranks], counts(case.rollout)), grpo)
-    return engine.reduce_metrics(outputs) | engine.step()
+    return engine.update(make_microbatches(case.rollout, case.cuts[rank::ranks], counts(case.rollout)), grpo)
 
 
 def refused(device: torch.device, folder: Path, hurt: int) -> list[str]:
