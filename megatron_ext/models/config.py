@@ -146,7 +146,28 @@ class GPTModelConfig(Placement):
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
         yield from super()._rules()
-        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        yield from self._head_rules()
+        yield from self._division_rules()
+        yield from self._attention_rules()
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            yield (
+                value > 0,
+                (
+                    f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
+                    "grouping and repeating would differ; set it to 0"
+                ),
+            )
+        yield (
+            self.activations_checkpoint_granularity not in (None, "selective", "full"),
+            (
+                "model.activations_checkpoint_granularity must be null, selective or full, got "
+                f"{self.activations_checkpoint_granularity!r}"
+            ),
+        )
+
+    def _head_rules(self) -> Iterator[tuple[bool, str]]:
+        """Of a head's channels, and how positions turn them."""
         yield (
             self.kv_channels is None,
             (
@@ -165,6 +186,10 @@ class GPTModelConfig(Placement):
             find_scheme(position.scheme).axes_of_pairs(pairs, position.sections)
         except UserError as error:
             yield True, f"model.position_embedding: {error}"
+
+    def _division_rules(self) -> Iterator[tuple[bool, str]]:
+        """What must divide by what: by ranks, and heads by key/value heads."""
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(self, name)
             yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
@@ -179,6 +204,16 @@ class GPTModelConfig(Placement):
             self.num_layers % pp,
             (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
         )
+        for name in ("num_attention_heads", "num_query_groups"):
+            value, both = getattr(self, name), tp * self.context_parallel_size
+            yield (
+                self.cp_comm_type == "a2a" and value % both,
+                f"model.{name}={value} does not divide by tensor_model_parallel_size x context_parallel_size={both}, "
+                "which model.cp_comm_type=a2a needs; use all_gather",
+            )
+
+    def _attention_rules(self) -> Iterator[tuple[bool, str]]:
+        """Of sliding windows and the scores' bound."""
         size = self.window_size
         yield (
             size is not None and (len(size) != 2 or size[0] < 0 or size[1] != 0),
@@ -203,29 +238,6 @@ class GPTModelConfig(Placement):
             self.attention_plan == "levels" and size is not None,
             "model.attention_plan=levels cannot run sliding windows (model.window_size); set it to auto",
         )
-        for name in ("num_attention_heads", "num_query_groups"):
-            value, both = getattr(self, name), tp * self.context_parallel_size
-            yield (
-                self.cp_comm_type == "a2a" and value % both,
-                f"model.{name}={value} does not divide by tensor_model_parallel_size x context_parallel_size={both}, "
-                "which model.cp_comm_type=a2a needs; use all_gather",
-            )
-        yield (
-            self.activations_checkpoint_granularity not in (None, "selective", "full"),
-            (
-                "model.activations_checkpoint_granularity must be null, selective or full, got "
-                f"{self.activations_checkpoint_granularity!r}"
-            ),
-        )
-        for name in ("attention_dropout", "hidden_dropout"):
-            value = getattr(self, name)
-            yield (
-                value > 0,
-                (
-                    f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
-                    "grouping and repeating would differ; set it to 0"
-                ),
-            )
 
     @property
     def _capped(self) -> bool:
