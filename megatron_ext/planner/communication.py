@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from megatron_ext.planner.hardware import Hardware
 from megatron_ext.planner.job import Job, MicrobatchShape
-from megatron_ext.planner.parameters import trained_parameters
+from megatron_ext.planner.parameters import trained_of_stage
 
 __all__ = ["Traffic", "data_traffic", "members_per_node", "neighbours", "pass_traffic", "ring"]
 
@@ -104,7 +104,7 @@ def data_traffic(job: Job, stage: int) -> list[Traffic]:
     config = job.model
     if job.data_parallel * config.context_parallel_size == 1:
         return []
-    count = sum(p.numel for p in trained_parameters(config, stage, job.block))
+    count = sum(p.numel for p in trained_of_stage(config, stage, job.block))
     # A reduce-scatter and a gather of parameters, or an all-reduce.
     sent = count * (FP32 + config.dtype.itemsize if job.distributed_optimizer else 2 * FP32)
     return [ring(job, "data", sent, 2)]

@@ -17,7 +17,7 @@ from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.planner.activations import StreamShape, on_gpu, stage_activations
 from megatron_ext.planner.buffers import StateBytes, state_bytes
 from megatron_ext.planner.job import Job, MicrobatchShape
-from megatron_ext.planner.parameters import layers_of_stage, stage_parameters, trained_parameters
+from megatron_ext.planner.parameters import layers_of_stage, stage_parameters, trained_of_stage
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
 
@@ -87,7 +87,7 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     if job.reference_copy:
         copies = item * sum(p.numel for p in parameters)
     if job.block:
-        copies += BLOCK_COPIES * item * sum(p.numel for p in trained_parameters(config, stage, block=True))
+        copies += BLOCK_COPIES * item * sum(p.numel for p in trained_of_stage(config, stage, block=True))
     if job.locates:
         locating = item * sum(p.numel for p in parameters if p.layer is not None)
     largest = job.largest()
@@ -109,7 +109,7 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
 
 def _state(job: Job, stage: int) -> StateBytes:
     config = job.model
-    trained = trained_parameters(config, stage, job.block)
+    trained = trained_of_stage(config, stage, job.block)
     names = {p.name for p in trained}
     frozen = [p for p in stage_parameters(config, stage) if p.name not in names]
     ranks = job.data_parallel * config.context_parallel_size

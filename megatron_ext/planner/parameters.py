@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.models.config import GPTModelConfig
 
-__all__ = ["ParameterTensor", "layers_of_stage", "model_parameters", "stage_parameters", "trained_parameters"]
+__all__ = ["ParameterTensor", "layers_of_stage", "model_parameters", "stage_parameters", "trained_of_stage"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def stage_parameters(config: GPTModelConfig, stage: int) -> list[ParameterTensor
     return found
 
 
-def trained_parameters(config: GPTModelConfig, stage: int, block: bool) -> list[ParameterTensor]:
+def trained_of_stage(config: GPTModelConfig, stage: int, block: bool) -> list[ParameterTensor]:
     """Those of a stage that train: all, or one block's, of which all have as many."""
     layer = layers_of_stage(config, stage)[0]
     return [p for p in stage_parameters(config, stage) if not block or p.layer == layer]

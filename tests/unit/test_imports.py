@@ -140,6 +140,16 @@ def test_what_tests_share_is_in_no_file_of_tests():
     assert not shared
 
 
+def test_no_two_classes_have_one_name():
+    """One word, one thing."""
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def test_runtime_imports_nothing_by_itself():
     """install_check lives there and must run before Megatron is imported."""
     assert not imported_modules(ROOT / "megatron_ext" / "runtime" / "__init__.py")
