@@ -1,12 +1,14 @@
 """Bad input: one clear line, exit code 2, no traceback, nothing written."""
 
 import json
+import shutil
 
 import pytest
 
 from recipes import train_grpo
 from recipes.cli.compose import compose
 from recipes.cli.errors import is_user_error
+from tests.harness import ROOT
 
 pytestmark = pytest.mark.functional
 
@@ -91,14 +93,8 @@ def test_grpo_refuses(task, tmp_path, name):
     assert not out.exists()
 
 
-REWARDS = """
-def gives_nan(responses, rows):
-    return [float("nan")] * len(responses)
-"""
-
-
 def test_a_reward_that_returns_nan_stops_all_ranks(task, tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    shutil.copy(ROOT / "tests/programs/own_rewards.py", tmp_path / "my_rewards.py")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = task.grpo(tmp_path / "run", "trainer.grpo.reward=my_rewards.gives_nan")
     assert done.code == 2, done.err

@@ -27,18 +27,6 @@ STATS = "occupation\tbergsma_pct_female\tbls_pct_female\tbls_year"
 CROWS = ("", "sent_more", "sent_less", "stereo_antistereo", "bias_type", "annotations")
 
 
-@pytest.fixture
-def file(tmp_path):
-    """Write a file of these lines; gives its path."""
-
-    def write(*lines: str, name: str = "file.txt") -> str:
-        path = tmp_path / name
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return str(path)
-
-    return write
-
-
 def test_winogender_templates(file):
     questions = read_winogender_templates(file(HEADER, *TEMPLATES))
     assert len(questions) == 18 and [q.gender for q in questions] == ["male", "female", "neutral"] * 6

@@ -95,53 +95,27 @@ def test_length_falls_linearly():
 # Your own
 
 
-OWN = """
-from dataclasses import dataclass
-
-def plain(responses, rows):
-    return [len(r) for r in responses]
-
-def scaled(responses, rows, alpha, beta=0):
-    return [alpha * len(r) + beta for r in responses]
-
-@dataclass
-class Typed:
-    alpha: float
-
-    def __call__(self, responses, rows):
-        return [self.alpha] * len(responses)
-
-class Untyped:
-    def __init__(self, alpha):
-        self.alpha = alpha / 2
-
-    def __call__(self, responses, rows):
-        return [self.alpha] * len(responses)
-
-constant = 3
-"""
+OWN = "tests.programs.own_rewards"
 
 
-def test_functions_and_classes_by_path(module):
-    name = module(OWN)
-    for path in (f"{name}.plain", f"{name}:plain"):
+def test_functions_and_classes_by_path():
+    for path in (f"{OWN}.plain", f"{OWN}:plain"):
         assert score(get_reward(path), ["a", "bcd"], [{}] * 2) == [1, 3]
-    assert score(get_reward({"name": f"{name}.scaled", "alpha": 2, "beta": 1}), ["a", "bcd"], [{}] * 2) == [3, 7]
-    assert score(get_reward({"name": f"{name}.Typed", "alpha": 2}), ["a"], [{}]) == [2]
-    assert score(get_reward({"name": f"{name}.Untyped", "alpha": 2}), ["a"], [{}]) == [1]
+    assert score(get_reward({"name": f"{OWN}.scaled", "alpha": 2, "beta": 1}), ["a", "bcd"], [{}] * 2) == [3, 7]
+    assert score(get_reward({"name": f"{OWN}.Typed", "alpha": 2}), ["a"], [{}]) == [2]
+    assert score(get_reward({"name": f"{OWN}.Untyped", "alpha": 2}), ["a"], [{}]) == [1]
 
 
-def test_bad_options_are_found_at_set_up(module):
-    name = module(OWN)
-    message = refused({"name": f"{name}.scaled", "alpah": 2})
+def test_bad_options_are_found_at_set_up():
+    message = refused({"name": f"{OWN}.scaled", "alpah": 2})
     assert message == "unknown key trainer.grpo.reward.alpah; did you mean trainer.grpo.reward.alpha?"
-    message = refused(f"{name}.scaled")
+    message = refused(f"{OWN}.scaled")
     assert "'alpha'" in message and "its options are alpha, beta" in message
-    assert "has no options" in refused({"name": f"{name}.plain", "alpha": 1})
-    assert "has alpha, beta" in refused({"name": f"{name}.scaled", "alpha": 1, "zzz": 2})
-    assert "alpha must be float" in refused({"name": f"{name}.Typed", "alpha": "x"})
-    assert "alpha" in refused(f"{name}.Untyped")
-    assert "TypeError" in refused({"name": f"{name}.Untyped", "alpha": "x"})
+    assert "has no options" in refused({"name": f"{OWN}.plain", "alpha": 1})
+    assert "has alpha, beta" in refused({"name": f"{OWN}.scaled", "alpha": 1, "zzz": 2})
+    assert "alpha must be float" in refused({"name": f"{OWN}.Typed", "alpha": "x"})
+    assert "alpha" in refused(f"{OWN}.Untyped")
+    assert "TypeError" in refused({"name": f"{OWN}.Untyped", "alpha": "x"})
 
 
 def test_arguments_the_other_way_round_are_refused(module):
@@ -165,11 +139,10 @@ def test_arguments_the_other_way_round_are_refused(module):
 
 
 def test_bad_paths(module):
-    name = module(OWN)
     assert "there is no module no_such_package" in refused("no_such_package.rewards.mine")
     assert "PYTHONPATH" in refused("no_such_package:mine")
-    assert "did you mean scaled?" in refused(f"{name}.scalde")
-    assert "not a function" in refused(f"{name}.constant")
+    assert "did you mean scaled?" in refused(f"{OWN}.scalde")
+    assert "not a function" in refused(f"{OWN}.constant")
     assert "package.module.function" in refused(".mine")
     broken = module("x = 1\nimport no_such_dependency\n")
     message = refused(f"{broken}.mine")
