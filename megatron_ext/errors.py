@@ -6,7 +6,7 @@ __all__ = ["AlreadyExistsError", "DivergedError", "UserError"]
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line, whatever it quotes: what, where and what to do."""
+    """What the user is told, bad input above all. The message is one line, whatever it quotes: what, where and what to do."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).splitlines()))

@@ -24,7 +24,7 @@ def main(cfg: dict) -> None:
     prompts, settings = config.data.prompts, config.trainer.locate
     try:
         check_excluded(settings.exclude_blocks, opened.num_layers)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"trainer.locate.exclude_blocks: {error}") from error
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
     train = load_prompt_sets(prompts, opened.tokenizer, opened.longest)["train"]

@@ -137,7 +137,7 @@ def apply_patch(base: str | Path, patch: str | Path, folder: str | Path) -> int:
                 writer.write(name, tensor)
             if error := writer.close():
                 raise error
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise described(error, folder) from error
     return description["block"]
 

@@ -56,7 +56,7 @@ def read_position(config: dict[str, Any], where: str) -> PositionEmbedding:
     factors = [number(rope, key, where) for key in LLAMA3]
     try:
         scaling = RopeScaling(*factors, length)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: rope_type='llama3' with {error}; fetch the file again") from error
     return PositionEmbedding(base=base, scaling=scaling, **media)
 

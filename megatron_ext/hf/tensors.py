@@ -116,7 +116,7 @@ class TensorWriter:
                 for chunk in group.split(step):
                     chunk = chunk.to("cpu", self.dtype or chunk.dtype).contiguous()
                     if not is_finite(chunk):
-                        self.error = ValueError(
+                        self.error = UserError(
                             f"{name} holds a number that is not finite in {chunk.dtype}: the model is broken, or needs a "
                             "type with a larger range"
                         )
@@ -138,7 +138,7 @@ class TensorWriter:
                 done += os.pwrite(file, data[begin + done : end], at + done)
 
     def close(self) -> Exception | None:
-        """Flush to the disk; returns what went wrong, if anything did: a ValueError or an OSError."""
+        """Flush to the disk; returns what went wrong, if anything did: a UserError or an OSError."""
         for name, file in self._files.items():
             try:
                 os.fsync(file)

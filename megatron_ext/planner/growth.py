@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ext.errors import UserError
 from megatron_ext.planner.estimates import Estimate, estimate
 from megatron_ext.planner.job import Job
 
@@ -55,7 +56,7 @@ def grow(start: Estimate, nodes: Sequence[int]) -> list[Growth]:
         weak = _estimated(start, dataclasses.replace(job, nodes=count, groups=job.local_groups * ranks))
         try:
             strong = _estimated(start, job.on(count))
-        except ValueError:  # fewer groups than ranks
+        except UserError:  # fewer groups than ranks
             strong = None
         found.append(
             Growth(

@@ -98,7 +98,7 @@ class Assumptions:
 
 
 def find_hardware(name: str) -> Hardware:
-    """Raises ValueError for a name that is not in the table."""
+    """Raises UserError for a name that is not in the table."""
     if name not in HARDWARE:
         raise UserError(f"hardware {name!r} is not known; there are: {', '.join(HARDWARE)}")
     return HARDWARE[name]

@@ -100,7 +100,7 @@ class Job:
 
     @property
     def data_parallel(self) -> int:
-        """Raises ValueError where the ranks do not divide by tensor x pipeline x context."""
+        """Raises UserError where the ranks do not divide by tensor x pipeline x context."""
         return self.sizes.data(self.world)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_ext.errors import UserError
 from megatron_ext.planner.estimates import Estimate, estimate
 from megatron_ext.planner.hardware import Assumptions, Hardware
 from megatron_ext.planner.job import Job
@@ -28,7 +29,7 @@ def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
                         continue
                     try:
                         yield job.laid_out(**changes)
-                    except ValueError:  # heads or batches that do not divide
+                    except UserError:  # heads or batches that do not divide
                         continue
 
 

@@ -61,8 +61,12 @@ class MetricsLog:
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
 
-    def close(self) -> None:
+    def close(self, status: str = "success") -> None:
+        """
+        Args:
+            status: "success" or "failed", for loggers that tell.
+        """
         if self.file is not None:
             self.file.close()
             for logger in self.loggers:
-                logger.finalize("success")
+                logger.finalize(status)

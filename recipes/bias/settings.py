@@ -71,7 +71,7 @@ class LFTFSettings:
             )
         try:
             self.weights  # noqa: B018  raises on unknown losses
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"trainer.lftf.loss: {error}") from error
         at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
         at_least("trainer.lftf", self, 2, "locate_prompts")
@@ -238,8 +238,8 @@ class BiasEvalConfig:
 
 
 def _explain(key: str, check: Callable[..., None], *arguments: Any) -> None:
-    """A check's ValueError with the key that it is about."""
+    """A check's UserError with the key that it is about."""
     try:
         check(*arguments)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{key}: {error}") from error

@@ -152,6 +152,7 @@ class LFTFTrainer(Trainer):
     def fit(self) -> None:
         session, settings = self.session, self.settings
         words = (self.config.data.prompts.pair.first, self.config.data.prompts.pair.second)
+        session.open_log()  # rankings are written to it
         _, state = session.resumed
         self.start = Start(**state["start"]) if state else self._start()
         block = self.start.block
@@ -167,19 +168,17 @@ class LFTFTrainer(Trainer):
         )  # fmt: skip
         if not fit(self, schedule):
             return
-        with session.timers("evaluate"):
-            after = self._evaluate()
         if block is not None:
             save_delta(session.log_dir / "delta.safetensors", self.model, block, self.start.base)
         before, history = self.start.before, dataclasses.asdict(self.progress)
         result = {
             "block": block, "loss": self.weights, **history, "ranking": self.start.ranking, "before": before,
-            "after": after,
+            "after": self.after,
         }  # fmt: skip
         if session.is_main:
             write_whole(session.log_dir / "result.json", json.dumps(result, indent=1) + "\n")
             write_lftf_report(session.log_dir, result, words)
-        rows = zip(summary_rows(before, words), summary_rows(after, words), strict=True)
+        rows = zip(summary_rows(before, words), summary_rows(self.after, words), strict=True)
         session.say("\n".join(f"  {name:<40} {old:>28} -> {new}" for (name, old), (_, new) in rows))
         session.say(f"report in {session.log_dir / 'report.md'}")
 
@@ -297,7 +296,7 @@ class LFTFTrainer(Trainer):
         return self.progress.stopped is not None
 
     def conclude(self) -> None:
-        """Put the best state into the model."""
+        """Put the best state into the model, and measure it."""
         done = self.progress
         if done.stopped is None:
             done.stopped = "max_steps reached"
@@ -305,6 +304,8 @@ class LFTFTrainer(Trainer):
             parameters = dict(self.model.named_parameters())
             for name, value in self.best.items():
                 parameters[name].copy_(value)
+        with self.session.timers("evaluate"):
+            self.after = self._evaluate()  # before the last checkpoint: a run that is killed here has not ended
         self.session.say(
             f"{done.stopped} after step {done.steps}; the state of step {done.best_step} is kept, dev AFGB {done.best_afgb:.4f}"
         )

@@ -45,7 +45,7 @@ def run(main: Callable[[dict], None], script: str) -> None:
     user's modules of these names; those of the working directory are found behind it.
 
     Args:
-        main: the recipe; receives the resolved YAML as plain data. Raises ValueError for bad input.
+        main: the recipe; receives the resolved YAML as plain data. Raises UserError for bad input.
         script: the entry script's path, started again for each rank; recipes.registry knows its default YAML.
     """
     sys.path.append(str(Path.cwd()))

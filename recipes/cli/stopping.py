@@ -6,13 +6,14 @@ recipe or any of its ranks.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 
 from megatron_ext.errors import UserError
 
-__all__ = ["REASONS", "STOP_FILE_VARIABLE", "StopRequests", "listen"]
+__all__ = ["REASONS", "STOP_FILE_VARIABLE", "StopRequests", "listen", "seconds_of"]
 
 STOP_FILE_VARIABLE = "MEGATRON_EXT_STOP_FILE"
 REASONS = ("", "max_time_per_run reached", "asked to stop")
@@ -40,7 +41,7 @@ class StopRequests:
     """
 
     def __init__(self, max_time: str | None, looks: bool):
-        self._deadline = _deadline(max_time)
+        self._deadline = time.monotonic() + seconds_of(max_time)
         self._file = os.environ.get(STOP_FILE_VARIABLE) if looks else None
 
     def now(self) -> int:
@@ -50,11 +51,16 @@ class StopRequests:
         return int(time.monotonic() > self._deadline)
 
 
-def _deadline(text: str | None) -> float:
+def seconds_of(text: str | None) -> float:
+    """Of "DD:HH:MM:SS"; infinite for None.
+
+    Raises:
+        UserError: a time of another form.
+    """
     if text is None:
-        return float("inf")
+        return math.inf
     try:
         days, hours, minutes, seconds = (int(part) for part in text.split(":"))
     except ValueError:
         raise UserError(f'trainer.max_time_per_run must be quoted and look like "DD:HH:MM:SS", got {text!r}') from None
-    return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -144,7 +144,7 @@ class GRPOSettings:
                 top_k=chosen.top_k,
                 top_p=chosen.top_p,
             )
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"trainer.grpo.sampling_params / length_params: {error}") from error
 
     @property

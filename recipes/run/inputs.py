@@ -6,6 +6,7 @@ A bad input so costs little and leaves nothing half-written.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from megatron_ext.runtime.distributed import ParallelSizes, world_size
+from recipes.cli.stopping import StopRequests
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
 from recipes.run.lock import refuse_if_held
 from recipes.run.pretrained import Pretrained, sections_of
@@ -28,6 +30,7 @@ class Inputs:
     Attributes:
         config: what a recipe's YAML says, e.g. an `SFTConfig`.
         resolved: the resolved YAML as plain data, kept beside the results.
+        stops: whether the run must stop; its time counts from here.
         sizes: the layout of ranks.
         log_dir: the run's folder, which may be written to.
         checkpoints: in it; None where nothing is trained that could be gone on with.
@@ -37,6 +40,7 @@ class Inputs:
 
     config: Any
     resolved: dict
+    stops: StopRequests
     sizes: ParallelSizes
     log_dir: Path
     checkpoints: Checkpoints | None = None
@@ -49,6 +53,7 @@ class Inputs:
         Raises:
             UserError: anything wrong with the configuration, the checkpoint or the run folder.
         """
+        stops = StopRequests(getattr(config.trainer, "max_time_per_run", None), os.environ.get("RANK", "0") == "0")
         if isinstance(config.model, TrainedModel):
             config = dataclasses.replace(config, model=config.model.here())
         model, trainer, manager = config.model, config.trainer, config.exp_manager
@@ -79,7 +84,7 @@ class Inputs:
             sizes = ParallelSizes(
                 model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
             )
-        found = cls(config, resolved, sizes, log_dir, checkpoints, pretrained, tokenizer)
+        found = cls(config, resolved, stops, sizes, log_dir, checkpoints, pretrained, tokenizer)
         if hasattr(config, "check_data_parallel"):
             config.check_data_parallel(found.data_size)
         return found

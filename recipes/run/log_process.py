@@ -1,7 +1,7 @@
 """NeMo's exp_manager and its loggers in a process of their own.
 
 Importing NeMo and Lightning takes as long as everything else that a short run needs, and on rank 0 alone it would make all ranks
-wait: here it happens beside the reading of data and the building of the model, and no logger holds up a step.
+wait: here it happens beside the reading of data and the building of the model, and numbers are written beside the next step.
 
 Only the standard library is imported by this module itself.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -26,6 +28,7 @@ __all__ = ["LogProcess"]
 logger = logging.getLogger(__name__)
 
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+PATIENCE_SECONDS = 120  # with loggers that send over a network, when the run is over
 
 
 class LogProcess:
@@ -80,13 +83,23 @@ class LogProcess:
             self._pipe = None
 
     def finalize(self, status: str) -> None:
-        """Write all that has been handed over, and end the process."""
+        """Write all that has been handed over, and end the process.
+
+        Args:
+            status: "success" or "failed", for loggers that tell.
+        """
         if self._process is None:
             return
         with contextlib.suppress(*GONE):
             if self._pipe is not None:
-                self._pipe.send(None)  # a process that was forked since may hold our end, too
-        self._process.join()
+                self._pipe.send(status)  # a process that was forked since may hold our end, too
+        self._process.join(PATIENCE_SECONDS)
+        if self._process.is_alive():
+            logger.warning(
+                "loggers have not written all within %d s and are left: see their own pages", PATIENCE_SECONDS
+            )
+            self._process.kill()
+            self._process.join()
         self._process = self._pipe = None
 
     def _code(self) -> int | None:
@@ -95,35 +108,64 @@ class LogProcess:
 
 
 def _serve(pipe: Connection, parents: Connection) -> None:
-    """The process: import, open, write until the other end closes."""
+    """The process: import, open, write until it is told how the run ended, or the run is gone."""
     parents.close()  # or its end would never be seen
     for number in (signal.SIGINT, signal.SIGUSR1):  # they go to all processes of a job; this one ends with its run
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")
+    # A run that is killed meanwhile must not leave this one with its terminal or pipe for the seconds that imports take.
+    opened = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(opened,), daemon=True).start()
     import lightning.pytorch  # noqa: F401
     import nemo.utils.exp_manager  # noqa: F401
 
-    loggers = []
+    loggers: list = []
+    status = "failed"  # of a run that is gone without a word
     try:
+        asked = pipe.recv()
+        if isinstance(asked, str):
+            return
+        opened.set()
         try:
-            if (asked := pipe.recv()) is None:
-                return
-            loggers = _loggers(*asked)
-        except GONE:
-            raise
+            loggers += _loggers(*asked)
         except Exception as error:  # noqa: BLE001  whatever a logger's library raises
             pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return
         pipe.send(None)
-        while (asked := pipe.recv()) is not None:
-            metrics, step = asked
-            for each in loggers:
-                each.log_metrics(metrics, step=step)
-    except GONE:  # the run was killed
+        while not isinstance(asked := pipe.recv(), str):
+            _write(loggers, *asked)
+        status = asked
+    except GONE:
         pass
-    for each in loggers:
-        each.finalize("success")
+    finally:
+        for each in loggers:
+            with contextlib.suppress(Exception):
+                each.finalize(status)
+        if wandb := sys.modules.get("wandb"):  # it finishes a run when Python exits, which a forked process does not
+            wandb.finish(exit_code=0 if status == "success" else 1)
+
+
+def _end_with_parent(opened: threading.Event) -> None:
+    """Until the run's folder is opened there is nothing to be lost."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    if not opened.is_set():
+        os._exit(1)
+
+
+def _write(loggers: list, metrics: dict[str, float], step: int) -> None:
+    """One that fails is left out from then on."""
+    for each in list(loggers):
+        try:
+            each.log_metrics(metrics, step=step)
+        except Exception as error:  # noqa: BLE001  whatever a logger's library raises
+            loggers.remove(each)
+            print(
+                f"{type(each).__name__} gets no more numbers after step {step}: {' '.join(str(error).split())[:300]}; "
+                "metrics.jsonl does",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _loggers(manager: dict[str, Any], mlflow: dict[str, Any] | None) -> list:

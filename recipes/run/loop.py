@@ -92,6 +92,7 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
         Whether training has ended; False if it was stopped before, to be gone on with.
     """
     session, engine = trainer.session, trainer.engine
+    session.open_log()
     step, state = session.restore(engine)
     if state:
         trainer.load_state_dict(state)

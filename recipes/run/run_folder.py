@@ -200,7 +200,7 @@ class Checkpoints:
             if number.isdecimal():
                 try:
                     found[int(number)] = read_checkpoint_info(path)
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(
                         f"{path} is no complete checkpoint: move it away, and the run goes on from the newest of the others"
                     ) from error

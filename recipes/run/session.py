@@ -1,10 +1,12 @@
 """One run of one recipe on this rank: ranks, model, run folder, metrics, checkpoints, clock.
 
     inputs = Inputs.check(config, resolved)      # and read the data: nothing has been started or written yet
-    with Session.start(inputs, loggers) as session:       # the ranks, the run folder's lock, the model with its weights, the log
-        fit(session, ...)
+    with Session.start(inputs, loggers) as session:       # the ranks, the run folder's lock, the model with its weights
+        trainer = ...                                     # its optimizer
+        session.open_log()                                # the run folder
 
-Nothing but the lock is written to the run folder before all else is there, so that a bad input leaves nothing half-written.
+Nothing but the lock is written to the run folder before all else is there, so that a bad input, or too little memory, leaves
+nothing half-written.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ from megatron_ext.runtime.collectives import broadcast_object, together
 from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
-from recipes.cli.stopping import REASONS, StopRequests
+from recipes.cli.stopping import REASONS
 from recipes.run.inputs import Inputs
 from recipes.run.lock import FolderLock
 from recipes.run.log_process import LogProcess
@@ -70,9 +71,6 @@ class Session:
 
     def __init__(self, inputs: Inputs, loggers: LogProcess | None):
         self.inputs, self.config = inputs, inputs.config
-        self._stop_requests = StopRequests(
-            getattr(self.config.trainer, "max_time_per_run", None), looks=os.environ.get("RANK", "0") == "0"
-        )
         self.device = initialize(inputs.sizes)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
@@ -81,15 +79,11 @@ class Session:
         self._saving: CheckpointSave | None = None
         self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
         self._lock: FolderLock | None = None  # rank 0's
+        self._loggers, self._metrics = loggers, MetricsLog(None)
         self._open = contextlib.ExitStack()
         with self._open as opened:  # what is open is closed again if the rest fails
             self.resume_from = self._take_folder()
             self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
-            self._metrics = MetricsLog(None)
-            with together():
-                if loggers and self.is_main:
-                    self._metrics = open_run_log(inputs, loggers, self.resumed[0] if self.resume_from else -1)
-            opened.callback(self._metrics.close)
             self._open = opened.pop_all()
 
     def _take_folder(self) -> Path | None:
@@ -108,12 +102,11 @@ class Session:
 
     @classmethod
     def start(cls, inputs: Inputs, loggers: LogProcess | None = None) -> Session:
-        """Start the ranks, have the run folder for them alone, build the model and open the log. Call it on every rank, when all
-        inputs have been read and found good.
+        """Start the ranks, have the run folder for them alone and build the model. Call it on every rank, when all inputs have
+        been read and found good.
 
         Args:
-            loggers: for numbers step by step, in a folder that NeMo's exp_manager makes; None: the recipe writes its results
-                itself.
+            loggers: for numbers step by step, see `open_log`; None: the recipe writes its results itself.
 
         Raises:
             UserError: another run is in the folder, or weights cannot be loaded.
@@ -123,8 +116,19 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._open.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            self._metrics.close("failed" if kind else "success")
+        finally:
+            self._open.close()
+
+    def open_log(self) -> None:
+        """Once: fill the run folder, with the log of numbers in it. Call it on every rank when model, optimizer and trainer are
+        there: nothing is left that bad input, or too little memory, could stop."""
+        with together():
+            if self.is_main and self._loggers is not None:
+                last = self.resumed[0] if self.resume_from else -1
+                self._metrics, self._loggers = open_run_log(self.inputs, self._loggers, last), None
 
     @property
     def log_dir(self) -> Path:
@@ -257,7 +261,7 @@ class Session:
         """
         self._finish_saving(wait=False)
         lost = self._lock is not None and self._lock.taken_away
-        reason = torch.tensor([LOST if lost else self._stop_requests.now()], dtype=torch.int32, device=self.device)
+        reason = torch.tensor([LOST if lost else self.inputs.stops.now()], dtype=torch.int32, device=self.device)
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         if int(reason.item()) == LOST:
             self.check_folder()

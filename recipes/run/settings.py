@@ -17,6 +17,7 @@ from megatron_ext.kinds import Layout, Record, Speed, Training
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.runtime.engine import OptimConfig
 from recipes.cli.config import at_least
+from recipes.cli.stopping import seconds_of
 from recipes.data.video import VideoSettings
 
 __all__ = [
@@ -43,6 +44,9 @@ class TrainerSection(Machines):
     # "DD:HH:MM:SS" (days:hours:minutes:seconds): then stop after the step in hand, and save, so that resume_if_exists
     # goes on. Set it below the limit of a cluster's job. null: no limit.
     max_time_per_run: Record[str | None] = None
+
+    def __post_init__(self):
+        seconds_of(self.max_time_per_run)  # raises on another form
 
 
 @dataclass

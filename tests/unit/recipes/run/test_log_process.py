@@ -59,6 +59,18 @@ def test_numbers_arrive_and_a_logger_that_cannot_start_is_one_line(tmp_path, cap
     killed.finalize("success")
 
 
+def test_weights_and_biases_has_all_numbers_when_the_run_is_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = LogProcess.start()
+    offline = {"name": "drawn", "project": "tests", "save_dir": str(tmp_path)}
+    log.open(keys(tmp_path / "run") | {"create_wandb_logger": True, "wandb_logger_kwargs": offline}, None)
+    for step in range(5):
+        log.log_metrics({"train_optim/loss": random.random()}, step)
+    log.finalize("success")
+    (file,) = tmp_path.rglob("*.wandb")
+    assert file.stat().st_size > 1000  # without the end of the run only its first bytes are there
+
+
 def test_other_ranks_have_none(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log = LogProcess.start()
