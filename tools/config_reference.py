@@ -30,7 +30,8 @@ METRICS_PAGE = """# Metrics
 
 Every number that a run logs, written by `tools/config_reference.py` from `recipes/run/metrics.py`: one JSON line for each step in
 `metrics.jsonl` of the run's folder, and the same names in TensorBoard, Weights & Biases and MLflow where they are on.
-Step 0 is the validation before the first step, in GRPO and LFTF. `exp_manager.checkpoint_callback_params.monitor` takes any of the `val` ones.
+Step 0 is the validation before the first step, in GRPO and LFTF.
+`exp_manager.checkpoint_callback_params.monitor` takes any of the `val` ones.
 
 | metric | written by | unit | meaning |
 |---|---|---|---|
