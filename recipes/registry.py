@@ -54,7 +54,7 @@ RECIPES = {
 def main(arguments: list[str]) -> int:
     asked, *names = arguments or [""]
     if asked != "resumes" or len(names) != 1:
-        print(f"error: {' '.join(arguments)}: give resumes and a recipe", file=sys.stderr)
+        print(f"error: {' '.join(arguments)}: give resumes and one of {', '.join(RECIPES)}", file=sys.stderr)
         return 2
     if names[0] not in RECIPES:
         print(f"error: there is no recipe {names[0]}; there are {', '.join(RECIPES)}", file=sys.stderr)
