@@ -17,9 +17,10 @@ def main(cfg: dict) -> None:
 
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
-    from recipes.grpo.rewards import check_rows, get_reward, row_keys
+    from recipes.grpo.rewards import check_rows, get_reward, reward_file, row_keys
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
+    from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
@@ -37,7 +38,9 @@ def main(cfg: dict) -> None:
     )
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
-    with Session.start(inputs, loggers) as session:
+    rows = {"data.train_path": train, "data.validation_path": validation}
+    contents = Contents(inputs, rows, code={"trainer.grpo.reward": reward_file(config.trainer.grpo.reward)})
+    with Session.start(inputs, loggers, contents) as session:
         GRPOTrainer(session, reward, train, validation).fit()
 
 

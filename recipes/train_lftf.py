@@ -18,6 +18,7 @@ def main(cfg: dict) -> None:
     from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
     from recipes.bias.settings import LFTFConfig
     from recipes.bias.trainer import LFTFTrainer
+    from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
@@ -30,7 +31,11 @@ def main(cfg: dict) -> None:
     texts = load_texts(data.text_path, inputs.tokenizer, limit) if data.text_path else []
     path = data.validation_text_path
     validation_texts = load_texts(path, inputs.tokenizer, limit) if path else []
-    with Session.start(inputs, loggers) as session:
+    rows = {
+        "data.prompts.professions_path": [row for name in ("train", "dev", "test") for row in prompts[name].content]
+    }
+    rows |= {"data.text_path": texts, "data.validation_text_path": validation_texts}
+    with Session.start(inputs, loggers, Contents(inputs, rows)) as session:
         LFTFTrainer(session, prompts, pair, texts, validation_texts).fit()
 
 

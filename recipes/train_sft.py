@@ -16,6 +16,7 @@ def main(cfg: dict) -> None:
 
     from recipes.data.rows import load_pairs
     from recipes.data.video import VideoReader
+    from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
@@ -33,7 +34,8 @@ def main(cfg: dict) -> None:
         for path in (config.data.train_path, config.data.validation_path)
     )
     check_validation(validation, config.data.validation_path, inputs.data_size)
-    with Session.start(inputs, loggers) as session:
+    contents = Contents(inputs, {"data.train_path": train, "data.validation_path": validation})
+    with Session.start(inputs, loggers, contents) as session:
         SFTTrainer(session, train, validation).fit()
 
 

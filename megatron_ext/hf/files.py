@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import AlreadyExistsError, UserError
@@ -23,11 +26,13 @@ from megatron_ext.hf.raw import read_json
 
 __all__ = [
     "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
-    "companions", "copy_files", "create_files", "described", "opened", "plan_files", "read_headers", "read_slots",
+    "companions", "copy_files", "create_files", "described", "hf_weights_digest", "opened", "plan_files", "read_headers",
+    "read_slots",
 ]  # fmt: skip
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+READERS, SAMPLES, SAMPLE_BYTES = 16, 4, 1024
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a language model calls its body, and what stands in one.
 BODY, BODY_PARTS = "model.", ("embed_tokens", "layers", "norm")
@@ -105,6 +110,28 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             start = begin + entry["data_offsets"][0]
             found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), start, stored)
     return found
+
+
+def hf_weights_digest(folder: str | Path) -> str:
+    """XXH3 of the names, types and shapes of all tensors of a model folder and of samples of their bytes: the first, the last and
+    two between them. Which file a tensor is in does not matter.
+
+    Raises:
+        UserError: see `read_headers`.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        samples = pool.map(_samples, *zip(*sorted(read_headers(Path(folder)).items()), strict=True))
+        return xxhash.xxh3_64_hexdigest(b"".join(samples))
+
+
+def _samples(name: str, tensor: Stored) -> bytes:
+    size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+    found = [json.dumps([name, tensor.dtype, tensor.shape]).encode()]
+    with open(tensor.file, "rb", buffering=0) as file:
+        for i in range(SAMPLES):
+            file.seek(tensor.start + max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))
+            found.append(file.read(min(size, SAMPLE_BYTES)))
+    return b"".join(found)
 
 
 def _weight_files(folder: Path) -> list[Path]:

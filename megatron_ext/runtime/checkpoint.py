@@ -41,7 +41,7 @@ from megatron_ext.runtime.rng import get_rng_state, set_rng_state
 
 __all__ = [
     "INFO_FILE", "CheckpointSave", "has_optimizer", "load_optimizer", "load_rng", "load_tensors", "load_weights",
-    "read_checkpoint_info", "remove_unfinished", "save_checkpoint",
+    "read_checkpoint_info", "remove_unfinished", "save_checkpoint", "weights_digest",
 ]  # fmt: skip
 
 INFO_FILE = "checkpoint.json"
@@ -245,6 +245,12 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
     if wrong:
         raise UserError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
+
+
+def weights_digest(folder: Path) -> str:
+    """XXH3 of the checksums of the weights' files."""
+    sums = read_checkpoint_info(folder)["files"]
+    return self_checksum({name: value for name, value in sums.items() if name.startswith(f"{WEIGHTS_FOLDER}/")})
 
 
 def _check_part(folder: Path, part: str) -> dict[str, Any]:

@@ -41,6 +41,12 @@ class PromptSet:
         """Hinted prompts that differ in their hint alone, as `hint_prompts` orders them."""
         return list(zip(self.hinted_tokens[::2], self.hinted_tokens[1::2], strict=True))
 
+    @property
+    def content(self) -> list[tuple]:
+        """What a run computes with, a row for each prompt."""
+        pairs = [*zip(self.bias, self.bias_tokens, strict=True), *zip(self.hinted, self.hinted_tokens, strict=True)]
+        return [(prompt.profession, prompt.hint, tokens) for prompt, tokens in pairs]
+
     def probe(self, pair: tuple[int, int], limit: int | None, seed: int) -> BiasProbe:
         """What the estimators ask: at most `limit` prompts of each kind, evenly spread."""
         pairs = None if limit is None else limit // 2

@@ -132,6 +132,9 @@ class LFTFConfig:
             _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
         _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)
 
+    # What compares with the weights that the run began with, so that it reads them also where it goes on.
+    reads_start = "trainer.lftf.loss compares with them"
+
     def check_data_parallel(self, ranks: int) -> None:
         """Refuse a batch that data-parallel ranks cannot share evenly."""
         check_batch_sizes("model.global_batch_size", self.model.global_batch_size, ranks)

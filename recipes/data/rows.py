@@ -7,7 +7,7 @@ Every complaint about a row names its file and line, and every key of a row is r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,16 @@ class Prompt:
     clip: Clip | None = None
     placeholder: int = -1
 
+    @property
+    def content(self) -> tuple:
+        """What a run computes with, the clip's own content apart; the reward reads the row."""
+        return self.tokens, self.shown, self.row
+
+    @property
+    def shown(self) -> tuple:
+        """How the clip stands among the tokens."""
+        return () if self.clip is None else (self.placeholder, astuple(self.clip.grid))
+
     def for_model(self) -> Sequence[int] | MediaPrompt:
         """The tokens, with the video's features beside them if there is one; it is read now."""
         if self.clip is None:
@@ -64,6 +74,19 @@ class Pair:
     @property
     def num_learnt(self) -> int:
         return len(self.response) if self.learnt is None else sum(self.learnt)
+
+    @property
+    def content(self) -> tuple:
+        """What a run computes with, the clip's own content apart."""
+        return self.prompt.tokens, self.prompt.shown, self.response, self.learnt
+
+    @property
+    def line(self) -> int:
+        return self.prompt.line
+
+    @property
+    def clip(self) -> Clip | None:
+        return self.prompt.clip
 
 
 def load_prompts(

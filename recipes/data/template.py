@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +47,11 @@ class ChatTemplate:
                 f"data.chat_template={choice}: no file that can be read ({getattr(error, 'strerror', None) or error}), and the "
                 f"templates of tokenizer {self.path} are: {names}"
             ) from error
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether it may write another text on another day."""
+        return "strftime_now" in json.dumps(self._tokenizer.chat_template)
 
     def variables(self, tools: Objects | None) -> set[str]:
         """What it reads beside what it makes itself.

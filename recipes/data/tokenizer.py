@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from recipes.data.errors import DataError
 from recipes.data.template import ChatTemplate
@@ -162,6 +165,28 @@ class Tokenizer:
             f"the chat template of {self.path} ends a response {said}, sampling stops at its eos_token {eos!r} alone, which such "
             f"responses never contain: {remedy} (or of a copy that model.tokenizer names)"
         )
+
+    def digests(self) -> dict[str, str]:
+        """Of all that makes one tokenizer another, by name; the same for a copy that `save` has written. Its rules, which another
+        version of the library may write otherwise, go by that version, too."""
+        known, backend = self._tokenizer.get_vocab(), self._tokenizer.backend_tokenizer
+        vocabulary = [""] * self.vocab_size
+        for token, number in known.items():
+            vocabulary[number] = max(vocabulary[number], token)
+        added = [(i, str(t), t.special, t.lstrip, t.rstrip, t.normalized, t.single_word)
+                 for i, t in sorted(self._tokenizer.added_tokens_decoder.items())]  # fmt: skip
+        steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+        found = {
+            "vocabulary": vocabulary,
+            "special tokens": [self.eos_id, self.pad_id, self.begin_id, added],
+            "chat template": self._tokenizer.chat_template,
+            f"rules (tokenizers {version('tokenizers')})": [
+                *(step and json.loads(step.__getstate__()) for step in steps),
+                xxhash.xxh3_64_hexdigest(backend.model.__getstate__()),  # large, and in an order of its own
+            ],
+        }
+        texts = {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
+        return {name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in texts.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` reads, wherever this one came from."""

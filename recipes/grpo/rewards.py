@@ -14,6 +14,7 @@ import importlib
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
@@ -28,7 +29,7 @@ from recipes.cli.config import ConfigError, build
 from recipes.data.rows import Prompt
 from recipes.grpo.exact_answer import ExactAnswer
 
-__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "row_keys", "score"]
+__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "reward_file", "row_keys", "score"]
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
@@ -115,6 +116,14 @@ def row_keys(reward: Reward) -> Collection[str] | None:
     if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
         raise ConfigError(f"{KEY}: {reward.name}.row_keys={keys!r} must be a list of keys")
     return keys
+
+
+def reward_file(spec: str | Mapping[str, Any]) -> Path | None:
+    """Where a reward of one's own is written, once it has been got; None for ours."""
+    name = _name(spec)
+    module = sys.modules.get(name.rpartition(":" if ":" in name else ".")[0])
+    written = None if name in _REGISTRY else getattr(module, "__file__", None)
+    return Path(written) if written else None
 
 
 def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:

@@ -245,6 +245,15 @@ class GRPOConfig:
         """Prompts of an optimizer step."""
         return self.model.global_batch_size // self.trainer.grpo.samples_per_prompt
 
+    @property
+    def reads_start(self) -> str | None:
+        """What compares with the weights that the run began with, so that it reads them also where it goes on."""
+        return (
+            "trainer.grpo.initial_policy_kl_penalty compares with them"
+            if self.trainer.grpo.initial_policy_kl_penalty
+            else None
+        )
+
     def check_data_parallel(self, ranks: int) -> None:
         """Refuse batches that data-parallel ranks cannot share evenly."""
         prompts = self.trainer.grpo.num_prompts_per_grpo_step

@@ -15,10 +15,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from megatron_ext.runtime.distributed import ParallelSizes, world_size
 from recipes.cli.stopping import StopRequests
-from recipes.data.tokenizer import Tokenizer, load_tokenizer
+from recipes.data.tokenizer import DataError, Tokenizer, load_tokenizer
+from recipes.run.checkpoints import Checkpoints
 from recipes.run.lock import refuse_if_held
-from recipes.run.pretrained import Pretrained, sections_of
-from recipes.run.run_folder import Checkpoints, check_run_folder
+from recipes.run.pretrained import Pretrained, sections_of, start_is_gone
+from recipes.run.run_folder import check_run_folder
 from recipes.run.settings import ExpManagerSection, TrainedModel
 
 __all__ = ["Inputs"]
@@ -35,6 +36,8 @@ class Inputs:
         log_dir: the run's folder, which may be written to.
         checkpoints: in it; None where nothing is trained that could be gone on with.
         pretrained: the model to start from.
+        start_is_gone: the model that the run began with is not there, or not named, any more: `pretrained` is the run's own
+            checkpoint.
         tokenizer: None where a recipe brings its own model and data.
     """
 
@@ -45,6 +48,7 @@ class Inputs:
     log_dir: Path
     checkpoints: Checkpoints | None = None
     pretrained: Pretrained | None = None
+    start_is_gone: bool = False
     tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -73,18 +77,24 @@ class Inputs:
             manager.check_installed()
             checkpoints = Checkpoints(log_dir, manager.checkpoint_callback_params)
             newest = checkpoints.newest() if manager.resume_if_exists else None
-        sizes, pretrained, tokenizer = ParallelSizes(), None, None
+        sizes, pretrained, gone, tokenizer = ParallelSizes(), None, False, None
         if isinstance(model, TrainedModel):
             path = config.pretrained_checkpoint.restore_from_path
-            pretrained = Pretrained.open(path) if path else None
-            tokenizer = _tokenizer(model, pretrained)
+            gone = newest is not None and start_is_gone(resolved)
+            if gone and config.reads_start:
+                raise UserError(
+                    f"pretrained_checkpoint.restore_from_path={path} is not there, and {config.reads_start}: put it back"
+                )
+            start = str(newest) if gone else path
+            pretrained = Pretrained.open(start) if start else None
+            tokenizer = _tokenizer(model, pretrained, newest)
             if newest is not None and model.position_embedding.sections is None:
                 model.position_embedding.sections = sections_of(read_checkpoint_info(newest)["model"])
             _fit(model, tokenizer, pretrained)
             sizes = ParallelSizes(
                 model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
             )
-        found = cls(config, resolved, stops, sizes, log_dir, checkpoints, pretrained, tokenizer)
+        found = cls(config, resolved, stops, sizes, log_dir, checkpoints, pretrained, gone, tokenizer)
         if hasattr(config, "check_data_parallel"):
             config.check_data_parallel(found.data_size)
         return found
@@ -95,7 +105,7 @@ class Inputs:
         return self.sizes.data(world_size())
 
 
-def _tokenizer(model: TrainedModel, pretrained: Pretrained | None) -> Tokenizer:
+def _tokenizer(model: TrainedModel, pretrained: Pretrained | None, checkpoint: Path | None) -> Tokenizer:
     path = model.tokenizer
     if path is None and pretrained is not None:
         path = pretrained.tokenizer
@@ -104,7 +114,15 @@ def _tokenizer(model: TrainedModel, pretrained: Pretrained | None) -> Tokenizer:
             "model.tokenizer is not set: name the folder of a Hugging Face tokenizer, or a model to start from in "
             "pretrained_checkpoint.restore_from_path"
         )
-    return load_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except DataError as error:
+        if checkpoint is None:
+            raise
+        copy = checkpoint / "tokenizer"
+        raise UserError(
+            f"{error}; {copy} is a copy of the one that the run began with: name it in model.tokenizer"
+        ) from error
 
 
 def _fit(model: TrainedModel, tokenizer: Tokenizer, pretrained: Pretrained | None) -> None:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ext.errors import UserError
-from megatron_ext.hf import is_hf_folder, load_hf_weights, read_checked_config
+from megatron_ext.hf import hf_weights_digest, is_hf_folder, load_hf_weights, read_checked_config
 from megatron_ext.hf.config import ANY_SCHEME
 from megatron_ext.kinds import Kind, names
 from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info
+from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info, weights_digest
 from recipes.cli.config import ABSENT, build
+from recipes.run.checkpoints import Checkpoints, read_run_file
+from recipes.run.settings import CheckpointCallbackSection
 
-__all__ = ["SOURCE_FOLDER", "Pretrained", "configure", "sections_of"]
+__all__ = ["SOURCE_FOLDER", "START_KEY", "Pretrained", "configure", "sections_of", "start_is_gone"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+START_KEY = "pretrained_checkpoint.restore_from_path"
 
 # Of a checkpoint whose weights came from Hugging Face: what an export writes beside the weights.
 SOURCE_FOLDER = "source"
@@ -35,18 +38,22 @@ class Pretrained:
     """
     Attributes:
         path: as the configuration names it.
+        folder: what that was when it was opened; a link to the latest checkpoint of a run that goes on is moved meanwhile.
         architecture: fields of `GPTModelConfig`, in plain data.
         hugging_face: whether it is a Hugging Face folder.
+        source: files that an export needs beside the weights, by name.
         precision: of a checkpoint of ours, as in `GPTModelConfig`.
     """
 
     path: str
+    folder: Path
     architecture: dict[str, Any]
     hugging_face: bool
+    source: dict[str, bytes]
     precision: str | None = None
 
     @classmethod
-    def open(cls, path: str, named_by: str = "pretrained_checkpoint.restore_from_path") -> Pretrained:
+    def open(cls, path: str, named_by: str = START_KEY) -> Pretrained:
         """
         Args:
             named_by: the setting that the path comes from.
@@ -55,11 +62,10 @@ class Pretrained:
             UserError: neither kind, damaged, a model that is not supported, or a config.json that the headers of the
                 weights contradict.
         """
-        path = str(Path(path).expanduser())
-        folder = Path(path)
+        folder = Path(path).expanduser().resolve()
         if not (folder / INFO_FILE).is_file():
             if is_hf_folder(folder):
-                return cls(path, read_checked_config(folder), True)
+                return cls(path, folder, read_checked_config(folder), True, _source(folder))
             raise UserError(
                 f"{path} is not a complete checkpoint of ours (it has no {INFO_FILE}) and no Hugging Face folder (it "
                 f"has no config.json with a model_type); check {named_by}"
@@ -69,11 +75,15 @@ class Pretrained:
             saved["position_embedding"] |= {"sections": sections_of(saved)}
         fields = names(GPTModelConfig, Kind.ARCHITECTURE, Kind.LIMIT)
         architecture = PLAIN | {name: saved[name] for name in fields if name in saved}
-        return cls(path, architecture, False, saved.get("precision"))
+        return cls(path, folder, architecture, False, _source(folder / SOURCE_FOLDER), saved.get("precision"))
 
     @property
     def tokenizer(self) -> str:
-        return self.path if self.hugging_face else str(Path(self.path) / "tokenizer")
+        return str(self.folder if self.hugging_face else self.folder / "tokenizer")
+
+    def digest(self) -> str:
+        """Of all weights in a checkpoint of ours, by its checksums; of samples of each tensor in a Hugging Face folder."""
+        return hf_weights_digest(self.folder) if self.hugging_face else weights_digest(self.folder)
 
     def check(self, model: GPTModelConfig) -> None:
         """
@@ -96,19 +106,21 @@ class Pretrained:
     def load(self, model: PrefixGroupedGPT) -> None:
         """Fill this rank's stage; every rank calls it."""
         if self.hugging_face:
-            load_hf_weights(self.path, model)
+            load_hf_weights(self.folder, model)
         else:
             if self.precision == "32" and model.model_config.precision != "32":
                 logger.info("%s was saved in fp32: its weights are rounded to bf16", self.path)
-            load_weights(Path(self.path), model)
+            load_weights(self.folder, model)
 
     def copy_source(self, checkpoint: Path) -> None:
         """Keep what an export needs in a new checkpoint's folder."""
-        source = Path(self.path) if self.hugging_face else Path(self.path) / SOURCE_FOLDER
-        for name in SOURCE_FILES:
-            if (source / name).is_file():
-                (checkpoint / SOURCE_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(source / name, checkpoint / SOURCE_FOLDER / name)
+        for name, content in self.source.items():
+            (checkpoint / SOURCE_FOLDER).mkdir(exist_ok=True)
+            (checkpoint / SOURCE_FOLDER / name).write_bytes(content)
+
+
+def _source(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in SOURCE_FILES if (folder / name).is_file()}
 
 
 def sections_of(model: Mapping[str, Any]) -> list[int] | None:
@@ -121,6 +133,30 @@ def sections_of(model: Mapping[str, Any]) -> list[int] | None:
     return [12, 10, 10] if (position["scheme"], rotated) == ("mrope_interleaved", 64) else None
 
 
+def start_is_gone(resolved: Mapping[str, Any]) -> bool:
+    """Whether a run that would go on began with a model that is not there, or not named, any more."""
+    return _begun(resolved) is not None
+
+
+def _start(resolved: Mapping[str, Any]) -> str | None:
+    section = resolved.get("pretrained_checkpoint")
+    path = section.get("restore_from_path") if isinstance(section, Mapping) else None
+    return path if isinstance(path, str) else None
+
+
+def _begun(resolved: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the run that goes on, if that is so."""
+    path, manager = _start(resolved), resolved.get("exp_manager")
+    there = path is not None and (path == ABSENT or Path(path).expanduser().exists())
+    if there or not isinstance(manager, Mapping) or not manager.get("resume_if_exists"):
+        return None
+    folder = Path(str(manager.get("explicit_log_dir")))
+    newest = Checkpoints(folder, CheckpointCallbackSection()).newest()
+    if newest is None or START_KEY not in read_checkpoint_info(newest).get("contents", {}):
+        return None
+    return read_run_file(folder)
+
+
 def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
     """A recipe's configuration. What `model` does not say of the architecture is that of the model it starts from.
 
@@ -131,10 +167,14 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, A
         UserError: see `build`; or there is no such model.
     """
     resolved = dict(resolved)
-    section, model = resolved.get("pretrained_checkpoint"), resolved.get("model") or {}
-    path = section.get("restore_from_path") if isinstance(section, Mapping) else None
-    if isinstance(path, str) and path != ABSENT and isinstance(model, Mapping):
+    path, model = _start(resolved), resolved.get("model") or {}
+    architecture = None
+    if begun := _begun(resolved):
+        fields = names(GPTModelConfig, Kind.ARCHITECTURE, Kind.LIMIT)
+        architecture = {name: begun["model"][name] for name in fields if name in begun["model"]}
+    elif path not in (ABSENT, None) and isinstance(model, Mapping):
         architecture = Pretrained.open(path).architecture
+    if architecture is not None and isinstance(model, Mapping):
         given = {key: value for key, value in model.items() if not (isinstance(value, str) and value == ABSENT)}
         position = given.get("position_embedding")
         if isinstance(position, Mapping):

@@ -1,17 +1,12 @@
-"""A run's folder: whether it may be written to, where to go on, and which of its checkpoints stay.
-
-Checkpoints are `checkpoints/step-<n>`; `latest`, `best` and, when the run has ended, `final` are links to one of them.
-"""
+"""A run's folder: whether it may be written to, and whether the run in it is the one that would go on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +15,16 @@ import yaml
 from megatron_ext.errors import UserError
 from megatron_ext.files import unfinished, write_whole
 from megatron_ext.kinds import FREE, Kind, kind_of, kinds
-from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
+from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from recipes.cli.config import build
+from recipes.run.checkpoints import RUN_FILE, Checkpoints, read_run_file
 from recipes.run.lock import LOCK_FOLDER, FolderLock, refuse_if_held
 from recipes.run.pretrained import sections_of
 from recipes.run.settings import CheckpointCallbackSection
 
-__all__ = [
-    "Checkpoints", "check_run_folder", "check_unchanged", "claim_run_folder", "cut_metrics", "held_run_folder",
-]  # fmt: skip
+__all__ = ["check_run_folder", "check_unchanged", "claim_run_folder", "cut_metrics", "held_run_folder"]
 
 METRICS_FILE = "metrics.jsonl"
-# Whose folder it is: the resolved configuration, where NeMo's exp_manager, which moves files of the folder itself, leaves it.
-RUN_FILE = Path("checkpoints", "run.yaml")
 
 
 def check_run_folder(path: str, cls: type | None = None, resolved: Mapping[str, Any] | None = None) -> Path:
@@ -94,11 +86,8 @@ def claim_run_folder(folder: Path, resolved: Mapping[str, Any]) -> None:
 
 
 def _check_same_run(folder: Path, cls: type, resolved: Mapping[str, Any]) -> None:
-    try:
-        before = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict):
+    before = read_run_file(folder)
+    if before is None:
         raise UserError(
             f"exp_manager.explicit_log_dir={folder} holds files, but no run of ours ({RUN_FILE} is missing or damaged): "
             "choose a new folder"
@@ -111,14 +100,19 @@ def _check_same_run(folder: Path, cls: type, resolved: Mapping[str, Any]) -> Non
         ) from error
     now = dataclasses.asdict(build(cls, resolved))
     _fill_sections(was, now, before)
-    check_unchanged(cls, was, now, folder)
+    newest = Checkpoints(folder, CheckpointCallbackSection()).newest()
+    contents = {} if newest is None else read_checkpoint_info(newest).get("contents", {})
+    check_unchanged(cls, was, now, folder, {key for key, digests in contents.items() if "code" not in digests})
 
 
-def check_unchanged(cls: type, was: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def check_unchanged(
+    cls: type, was: Mapping[str, Any], now: Mapping[str, Any], folder: Path, read: Set[str] = frozenset()
+) -> None:
     """
     Args:
         cls: the class of a recipe's configuration, whose keys say their kind.
         was, now: all keys of the run in the folder, and of the one that would go on in it.
+        read: keys of files whose content is compared when it has been read: what they are called does not matter.
 
     Raises:
         UserError: something differs that is not where, how fast or how long it runs.
@@ -126,7 +120,7 @@ def check_unchanged(cls: type, was: Mapping[str, Any], now: Mapping[str, Any], f
     known, old, new = kinds(cls), dict(_flat(was)), dict(_flat(now))
     schedule = now["model"]["optim"]["sched"]
     any_length = schedule["name"] == "constant" or schedule["decay_steps"] is not None
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() | new.keys()) - read):
         if old.get(key) == new.get(key) or (kind := kind_of(known, key)) in FREE:
             continue
         differs = f"holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}"
@@ -181,62 +175,3 @@ def cut_metrics(folder: Path, last: int) -> None:
         if row["step"] <= last:
             kept.append(line)
     write_whole(path, "".join(kept))
-
-
-class Checkpoints:
-    """The folder `checkpoints/` of a run. Only `path` and `newest` are for every rank; the rest is rank 0's."""
-
-    def __init__(self, run: Path, settings: CheckpointCallbackSection):
-        self.folder, self.settings = run / "checkpoints", settings
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step}"
-
-    def complete(self) -> dict[int, dict[str, Any]]:
-        """Descriptions of the complete checkpoints by step, oldest first."""
-        found = {}
-        for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
-            number = path.name.removeprefix("step-")
-            if number.isdecimal():
-                try:
-                    found[int(number)] = read_checkpoint_info(path)
-                except UserError as error:
-                    raise UserError(
-                        f"{path} is no complete checkpoint: move it away, and the run goes on from the newest of the others"
-                    ) from error
-        return dict(sorted(found.items()))
-
-    def newest(self) -> Path | None:
-        """Where to go on: the last checkpoint that has the optimizer's state."""
-        steps = [step for step in self.complete() if has_optimizer(self.path(step))]
-        return self.path(steps[-1]) if steps else None
-
-    def arrange(self, last: int, ended: bool) -> None:
-        """Set the links after step `last` has been saved, and remove what save_top_k does not keep."""
-        known = self.complete()
-        ranked, k = self._best_first(known), self.settings.save_top_k
-        kept = set(known) if k < 0 else set((ranked or sorted(known, reverse=True))[:k]) | {last}
-        self._link("latest", last)
-        self._link("best", next((step for step in ranked if step in kept), None))
-        self._link("final", last if ended else None)  # a run that is made longer has not ended any more
-        for step in known.keys() - kept:
-            # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
-            going = self.path(step).with_name(f"step-{step}.unfinished-removal")
-            self.path(step).rename(going)
-            shutil.rmtree(going)
-
-    def _best_first(self, known: dict[int, dict]) -> list[int]:
-        """Steps whose checkpoint knows the monitored metric, and a number for it; of equal ones the later first."""
-        name = self.settings.monitor
-        sign = 1 if self.settings.mode == "min" else -1
-        values = {s: info["trainer"]["metrics"].get(name, math.nan) for s, info in known.items() if "trainer" in info}
-        return sorted((s for s, v in values.items() if math.isfinite(v)), key=lambda s: (sign * values[s], -s))
-
-    def _link(self, name: str, step: int | None) -> None:
-        if step is None:
-            (self.folder / name).unlink(missing_ok=True)
-            return
-        beside = self.folder / f".{name}"
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(self.path(step).name, target_is_directory=True)
-        os.replace(beside, self.folder / name)

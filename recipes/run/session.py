@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
 from recipes.cli.stopping import REASONS
+from recipes.run.contents import Contents, is_first_here
 from recipes.run.inputs import Inputs
 from recipes.run.lock import FolderLock
 from recipes.run.log_process import LogProcess
@@ -69,8 +69,8 @@ class Session:
         resume_from: the checkpoint to go on from, the same on every rank; None: the run begins.
     """
 
-    def __init__(self, inputs: Inputs, loggers: LogProcess | None):
-        self.inputs, self.config = inputs, inputs.config
+    def __init__(self, inputs: Inputs, loggers: LogProcess | None, contents: Contents):
+        self.inputs, self.config, self._contents = inputs, inputs.config, contents
         self.device = initialize(inputs.sizes)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
@@ -83,6 +83,7 @@ class Session:
         self._open = contextlib.ExitStack()
         with self._open as opened:  # what is open is closed again if the rest fails
             self.resume_from = self._take_folder()
+            self._check_contents()
             self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
             self._open = opened.pop_all()
 
@@ -100,18 +101,32 @@ class Session:
                     newest = self.inputs.checkpoints.newest()
         return broadcast_object(newest)
 
+    def _check_contents(self) -> None:
+        """Whether all ranks have read the same, and what the run had read when it began."""
+        contents = self._contents
+        with together():
+            if is_first_here():
+                contents.complete()
+        contents.check_ranks()
+        with together():
+            if self.is_main and self.resume_from is not None:
+                contents.check(read_checkpoint_info(self.resume_from), self.resume_from)
+            elif self.is_main:
+                contents.warn()
+
     @classmethod
-    def start(cls, inputs: Inputs, loggers: LogProcess | None = None) -> Session:
+    def start(cls, inputs: Inputs, loggers: LogProcess | None = None, contents: Contents | None = None) -> Session:
         """Start the ranks, have the run folder for them alone and build the model. Call it on every rank, when all inputs have
         been read and found good.
 
         Args:
             loggers: for numbers step by step, see `open_log`; None: the recipe writes its results itself.
+            contents: of the data that the recipe has read; None: it has read none that could make it another run.
 
         Raises:
-            UserError: another run is in the folder, or weights cannot be loaded.
+            UserError: another run is in the folder, the run in it had read something else, or weights cannot be loaded.
         """
-        return cls(inputs, loggers)
+        return cls(inputs, loggers, contents or Contents(inputs))
 
     def __enter__(self) -> Session:
         return self
@@ -137,6 +152,8 @@ class Session:
     def _build_model(self) -> PrefixGroupedGPT:
         set_seed(self.config.model.seed)
         model = build_gpt(self.config.model, self.device)
+        if self.resume_from is not None and not self.config.reads_start:  # all of it is in the checkpoint
+            return model
         if self.inputs.pretrained is not None:
             self.inputs.pretrained.load(model)
         if delta := self.config.pretrained_checkpoint.delta_path:
@@ -167,7 +184,10 @@ class Session:
         fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
         model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
         trainer = {"step": step, "scheduler_steps": engine.scheduler.num_steps, "metrics": metrics, "state": state}
-        info = {"model": model, "trainer": trainer, "config": self.inputs.resolved, "versions": _versions()}
+        info = {
+            "model": model, "trainer": trainer, "config": self.inputs.resolved, "contents": self._contents.found,
+            "versions": self._contents.versions(),
+        }  # fmt: skip
         if not folder.exists():  # the last step of a run that is started again when it had ended
             in_background = self.config.exp_manager.checkpoint_callback_params.async_save and not ended
             self._saving = CheckpointSave(
@@ -294,7 +314,3 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = 
     return tqdm(
         total=total, desc=what, unit=unit, initial=done, disable=not shown, dynamic_ncols=True, mininterval=pause
     )
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("megatron-ext", "megatron-core", "torch")}

@@ -90,6 +90,9 @@ class SFTConfig:
                 "model.loss_on_prompt=true cannot learn to write videos: set it to false, or data.video to null"
             )
 
+    # What compares with the weights that the run began with, so that it reads them also where it goes on.
+    reads_start = None
+
     def check_data_parallel(self, ranks: int) -> None:
         """Refuse a batch that data-parallel ranks cannot share evenly."""
         check_batch_sizes("model.global_batch_size", self.model.global_batch_size, ranks)

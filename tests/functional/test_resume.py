@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -100,7 +101,7 @@ def test_on_another_layout(runs, task, world):
 def test_the_checkpoint_says_what_it_is(runs):
     _, folder = runs
     info = json.loads((folder / "stopped/checkpoints/final/checkpoint.json").read_text())
-    assert set(info["versions"]) == {"megatron-core", "megatron-ext", "torch"}
+    assert set(info["versions"]) == {"megatron-core", "megatron-ext", "tokenizers", "torch", "transformers"}
     assert info["config"]["exp_manager"]["resume_if_exists"] is True
     assert info["trainer"]["step"] == info["adam_step"] == 10
 
@@ -171,6 +172,51 @@ def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task
     assert done.code == 0 and f"going on after step {last}" in done.out + done.err, done.err
     assert [row["step"] for row in metrics(out)] == list(range(1, last + 3))
     assert not (out / ".lock").exists()
+
+
+def test_a_run_goes_on_by_what_it_holds_whatever_that_is_called(task, tmp_path):
+    """Its data moved, its tokenizer and the model that it began with gone; edited data is refused, and nothing is touched."""
+    out, data, start_from = tmp_path / "run", tmp_path / "data.jsonl", tmp_path / "start"
+    shutil.copy(task.data / "sft.jsonl", data)
+    shutil.copytree(task.checkpoint, start_from)
+    more = [
+        *KEEP, "model.tokenizer=null", f"pretrained_checkpoint.restore_from_path={start_from}",
+        "model.optim.sched.name=constant",
+    ]  # fmt: skip
+    done = task.sft(out, *more, f"data.train_path={data}", "trainer.sft.max_steps=2")
+    assert done.code == 0, done.err
+    moved = data.rename(tmp_path / "moved.jsonl")
+    shutil.rmtree(start_from)
+    more += [RESUME, f"data.train_path={moved}", "trainer.sft.max_steps=4"]
+    done = task.sft(out, *more)
+    assert done.code == 0 and "going on after step 2" in done.out + done.err, done.err
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    rows = [json.loads(line) for line in moved.read_text().splitlines()]
+    number = random.randrange(len(rows))
+    rows[number]["response"] += " "
+    moved.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = task.sft(out, *more, "trainer.sft.max_steps=6")
+    (line,) = done.error_lines
+    assert done.code == 2 and f"data.train_path={moved} holds other rows than when the run began" in line
+    assert f"row {number + 1} (line {number + 1}) is the first that differs" in line
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_from_before_checkpoints_had_digests_goes_on(tmp_path):
+    """See the fixture's README; losses agree with those of the run that was not stopped."""
+    folder = shutil.copytree(ROOT / "tests/fixtures/run_of_2026_11", tmp_path / "old")
+    expected = metrics(folder / "run")
+    script, *overrides = re.search(r"python (recipes/.*)", (folder / "README.md").read_text(), re.S)[1].split()
+    command = [sys.executable, ROOT / script, *(o for o in overrides if o != "\\"), RESUME]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "going on after step 2" in done.stdout + done.stderr, done.stderr
+    assert done.stderr.count("run/checkpoints/step-2 was saved before checkpoints said what their run had read") == 1
+    found = metrics(folder / "run")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    for row, other in zip(found, expected, strict=True):
+        assert row["train_optim/loss"] == pytest.approx(other["train_optim/loss"], rel=1e-5)
+    info = json.loads((folder / "run/checkpoints/final/checkpoint.json").read_text())
+    assert info["contents"].keys() == {"model.tokenizer", "data.train_path"}
 
 
 def test_a_monitor_that_is_no_metric_is_refused(task, tmp_path):

@@ -11,7 +11,7 @@ from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
 from megatron_ext.runtime.engine import Engine, OptimConfig
-from recipes.run.run_folder import Checkpoints
+from recipes.run.checkpoints import Checkpoints
 from recipes.run.settings import CheckpointCallbackSection
 from tests.gpt_cases import small_config
 from tests.programs.forking import fork_for_each_line, say

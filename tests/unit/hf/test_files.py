@@ -22,6 +22,7 @@ from megatron_ext.hf.files import (
     companions,
     copy_files,
     create_files,
+    hf_weights_digest,
     plan_files,
     read_headers,
     read_slots,
@@ -271,3 +272,32 @@ def test_what_goes_along(tmp_path):
         "tokenizers/more.jinja": "more",
     }  # fmt: skip
     assert not (tmp_path / "target" / "tokenizer_config.json").is_symlink() and not target.exists()
+
+
+def test_a_digest_of_weights_knows_every_tensor_and_no_file(tmp_path, rng):
+    """Other weights of the same model differ in samples of each tensor that was trained; where a tensor stands does not count."""
+    shapes = {"model.norm.weight": (5,), "model.embed_tokens.weight": (300, 40), "lm_head.weight": (1, 1)}
+    tensors = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+
+    def digest(files: dict[str, list[str]]) -> str:
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file, names in files.items():
+            save_file({name: tensors[name] for name in names}, folder / file)
+        if len(files) > 1:
+            places = {name: file for file, names in files.items() for name in names}
+            (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+        return hf_weights_digest(folder)
+
+    one = {"model.safetensors": list(shapes)}
+    before = digest(one)
+    assert digest({"a.safetensors": ["lm_head.weight"], "b.safetensors": list(shapes)[:2]}) == before
+    for name in shapes:
+        own = tensors[name]
+        tensors[name] = own + 0.01
+        assert digest(one) != before, name
+        tensors[name] = own.to(torch.bfloat16)
+        assert digest(one) != before, name
+        tensors[name] = own
+    assert digest(one) == before

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import read_checkpoint_info, remove_unfinished, save_checkpoint
-from recipes.run.run_folder import Checkpoints
+from recipes.run.checkpoints import Checkpoints
 from recipes.run.settings import CheckpointCallbackSection
 from tests.children import Children
 from tests.gpt_cases import small_config

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.errors import UserError
 from megatron_ext.kinds import FREE, Kind, kinds
 from megatron_ext.runtime.checkpoint_files import self_checksum
 from recipes.cli.compose import compose
 from recipes.cli.config import build
 from recipes.registry import RECIPES
-from recipes.run.run_folder import Checkpoints, check_run_folder, check_unchanged, claim_run_folder
+from recipes.run.checkpoints import Checkpoints
+from recipes.run.run_folder import check_run_folder, check_unchanged, claim_run_folder
 from recipes.run.settings import CheckpointCallbackSection
 from recipes.sft.settings import SFTConfig
 from tests.recipe_runs import filled
@@ -26,9 +28,9 @@ from tests.recipe_runs import filled
 SCHEDULES = {"constant": {"name": "constant"}, "cosine": {"name": "CosineAnnealing"}}
 
 
-def describe(folder: Path, step: int, **metrics: float) -> None:
+def describe(folder: Path, step: int, more: dict | None = None, **metrics: float) -> None:
     """A checkpoint, as far as its place is concerned."""
-    info = {"trainer": {"step": step, "metrics": metrics}, "files": {}}
+    info = {"trainer": {"step": step, "metrics": metrics}, "files": {}} | (more or {})
     (folder / "weights").mkdir(parents=True)
     (folder / "checkpoint.json").write_text(
         json.dumps(info | {"checksum": self_checksum(json.loads(json.dumps(info)))})
@@ -201,3 +203,20 @@ def values(node: dict, *path: str):
             yield from values(value, *path, name)
         elif type(value) in OTHER:
             yield (*path, name), value
+
+
+def test_what_a_run_has_read_may_be_called_otherwise(tmp_path):
+    """Where its last checkpoint tells what that was; a reward's name is no file's."""
+    claim_run_folder(tmp_path, config())
+    moved = config() | {"data": {"train_path": "y"}}
+    for step, contents in enumerate((None, {}, {"data.train_path": {"code": "f00"}}), 4):
+        if contents is not None:
+            describe(tmp_path / f"checkpoints/step-{step}", step, {"contents": contents})
+            (tmp_path / f"checkpoints/step-{step}/optimizer").mkdir()
+        with pytest.raises(UserError, match=r"data.train_path=x, this one has data.train_path=y"):
+            goes_on(tmp_path, moved)
+    describe(tmp_path / "checkpoints/step-9", 9, {"contents": {"data.train_path": {"rows": 1}}})
+    (tmp_path / "checkpoints/step-9/optimizer").mkdir()
+    assert goes_on(tmp_path, moved)
+    with pytest.raises(UserError, match=r"model.optim.lr"):
+        goes_on(tmp_path, moved | {"model": config(lr=0.5)["model"]})
