@@ -243,17 +243,26 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def same_vocabulary(source: Path, model: Pretrained, rows: list[list[int]]) -> None:
-    """
+def open_theirs(source: Path) -> Pretrained:
+    """What is compared with.
+
     Raises:
-        UserError: source is no Hugging Face folder, the vocabularies differ, or the tokenizer's is larger.
+        UserError: it is no Hugging Face folder.
     """
     from recipes.run.pretrained import Pretrained
 
     theirs = Pretrained.open(str(source), "HF_FOLDER")
     if not theirs.hugging_face:
         raise UserError(f"{source} is a checkpoint of ours: name the Hugging Face folder first, then the checkpoint")
-    size, here = theirs.architecture["vocab_size"], model.architecture["vocab_size"]
+    return theirs
+
+
+def same_vocabulary(theirs: Pretrained, model: Pretrained, rows: list[list[int]]) -> None:
+    """
+    Raises:
+        UserError: the vocabularies differ, or the tokenizer's is larger.
+    """
+    source, size, here = theirs.path, theirs.architecture["vocab_size"], model.architecture["vocab_size"]
     if size != here:
         raise UserError(
             f"the vocabularies differ: {here} rows in {model.path}, {size} in {source}; name the folder that was exported from it"
@@ -304,7 +313,7 @@ def run_verify(args: argparse.Namespace) -> str:
     from megatron_ext.runtime.collectives import together
     from recipes.data.tokenizer import load_tokenizer
 
-    texts = texts_of(args)
+    texts, theirs = texts_of(args), open_theirs(args.source)
     pretrained = open_source(args.model or args.source, args, "CHECKPOINT" if args.model else "HF_FOLDER")
     tokenizer = load_tokenizer(args.source)
     rows = [tokenizer.encode_prompt(text) for text in texts]
@@ -312,7 +321,7 @@ def run_verify(args: argparse.Namespace) -> str:
         raise UserError(
             f"the text {texts[rows.index([])]!r} is no token to the tokenizer of {args.source}; leave it out"
         )
-    same_vocabulary(args.source, pretrained, rows)
+    same_vocabulary(theirs, pretrained, rows)
     model = load(pretrained, args, args.precision)
     ours = [text_logits(model, row).cpu() for row in rows]
     said = ""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.runtime.checkpoint import INFO_FILE, WEIGHTS_FOLDER
+from megatron_ext.runtime.checkpoint_files import self_checksum
 from tests.data_cases import EOS, write_tokenizer
 from tests.hf_models import make_hf_model
 from tools.convert_hf import main, sized
@@ -59,6 +61,7 @@ def refused(monkeypatch, capsys, tmp_path):
         ("export {here} {out}", "no config.json with a model_type); check CHECKPOINT"),
         ("import {here} {out}", "no config.json with a model_type); check HF_FOLDER"),
         ("verify {model} {here} --text one", "no config.json with a model_type); check CHECKPOINT"),
+        ("verify {here}/ours {model} --text one", "ours is a checkpoint of ours: name the Hugging Face folder first, then the"),
         ("verify {model} --text-file {here}/bytes", "bytes is no UTF-8 text: 'utf-8' codec can't decode byte 0xff"),
         ("verify {model} --text \udcff", r"--text '\udcff' is no UTF-8 text"),
         ("verify {model} --text=", "the text '' is no token to the tokenizer of {model}; leave it out"),
@@ -77,6 +80,8 @@ def test_bad_arguments_are_one_line(command, words, model, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "astray").symlink_to(tmp_path / "nothing")
+    (tmp_path / "ours" / WEIGHTS_FOLDER).mkdir(parents=True)
+    (tmp_path / "ours" / INFO_FILE).write_text(json.dumps({"checksum": self_checksum({})}))
     names = {"model": model, "here": tmp_path, "out": tmp_path / "out"}
     assert words.format(**names) in refused(*command.format(**names).split(" "))
 
