@@ -49,7 +49,7 @@ def make_microbatches(
             masks = [p.learnt or [True] * len(p.response) for p in part]
         batch = pack_prompts(prompts, responses, model.position_embedding.scheme, stream_multiple(model), device)
         packed.append((batch, batch.loss_mask(masks)))
-        count += batch.groups.num_predicted_tokens if masks is None else sum(map(sum, masks))
+        count += batch.groups.num_predicted_tokens if masks is None else sum(p.num_learnt for p in part)
     (tokens,) = sum_over_data(count)
     return [SFTMicrobatch(batch, learnt=learnt, global_tokens=tokens) for batch, learnt in packed]
 
