@@ -202,9 +202,10 @@ def run_export(args: argparse.Namespace) -> str:
 
     check_target(args.target)
     pretrained = open_source(args.source, args, "CHECKPOINT")
-    kept = args.source / SOURCE_FOLDER
+    folder = pretrained.folder  # what the source was when it was opened: a link such as latest moves while its run goes on
+    kept = folder / SOURCE_FOLDER
     like = args.like or (args.source if pretrained.hugging_face else kept if (kept / CONFIG_FILE).is_file() else None)
-    tokenizer = args.source / "tokenizer"
+    tokenizer = folder / "tokenizer"
     dtype = args.dtype or (kept_dtype(like) if like else None)
     # In its own type: what the folder's type has no room for is rounded when it is written.
     precision = pretrained.precision or ("bf16" if dtype == "bfloat16" else "32")
@@ -213,13 +214,14 @@ def run_export(args: argparse.Namespace) -> str:
         precision = next(name for name, kind in PRECISIONS.items() if str(kind) == f"torch.{trained}")
     model = load(pretrained, args, precision)
     for part in () if pretrained.hugging_face else ("tokenizer", SOURCE_FOLDER):
-        check_files(args.source, part, read_checkpoint_info(args.source)["files"])
+        check_files(folder, part, read_checkpoint_info(folder)["files"])
     if args.delta:
         apply_delta(args.delta, model)
     where = tokenizer if tokenizer.is_dir() and not args.like else None
     args.target.absolute().parent.mkdir(parents=True, exist_ok=True)
     export_hf(model, args.target, like, where, getattr(torch, dtype) if dtype else None, args.max_shard_size)
-    described = f"config.json like {like}'s" if like else "config.json made for it"
+    shown = args.source / SOURCE_FOLDER if like == kept else like
+    described = f"config.json like {shown}'s" if like else "config.json made for it"
     return f"Hugging Face folder in {args.target}, {dtype or str(model.model_config.dtype).removeprefix('torch.')}, {described}"
 
 

@@ -142,6 +142,7 @@ class Session:
         there: nothing is left that bad input, or too little memory, could stop."""
         with together():
             if self.is_main and self._loggers is not None:
+                self._lock.check()
                 last = self.resumed[0] if self.resume_from else -1
                 self._metrics, self._loggers = open_run_log(self.inputs, self._loggers, last), None
 

@@ -1,4 +1,4 @@
-"""What a run that goes on is told of what is gone."""
+"""What a run starts from and goes on with: what is gone, and what moves while it is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint_files import self_checksum
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.inputs import Inputs
-from recipes.run.pretrained import START_KEY, configure
+from recipes.run.pretrained import START_KEY, Pretrained, configure
 from recipes.run.run_folder import claim_run_folder
 from recipes.sft.settings import SFTConfig
 
@@ -66,3 +66,27 @@ def test_a_reference_that_is_gone_is_refused(tmp_path):
     with pytest.raises(UserError) as refused:
         Inputs.check(config, complete)
     assert words in str(refused.value)
+
+
+def test_a_link_that_moves_is_followed_once(tmp_path):
+    """What is read of `latest` of a run that goes on is one checkpoint's: weights, tokenizer and what an export needs."""
+    for step in (3, 4):
+        folder = tmp_path / f"step-{step}"
+        for name in ("weights", "source"):
+            (folder / name).mkdir(parents=True)
+        (folder / "source/config.json").write_text(str(step))
+        info = {"files": {"weights/a": [1, str(step)]}}
+        (folder / "checkpoint.json").write_text(json.dumps(info | {"checksum": self_checksum(info)}))
+    latest = tmp_path / "latest"
+    latest.symlink_to("step-3")
+    opened = Pretrained.open(str(latest))
+    latest.unlink()
+    latest.symlink_to("step-4")
+    assert opened.folder == tmp_path / "step-3" and opened.tokenizer == str(tmp_path / "step-3/tokenizer")
+    assert (
+        opened.digest() == Pretrained.open(str(tmp_path / "step-3")).digest() != Pretrained.open(str(latest)).digest()
+    )
+    (tmp_path / "copy").mkdir()
+    opened.copy_source(tmp_path / "copy")
+    assert (tmp_path / "copy/source/config.json").read_text() == "3"
+    assert opened.path == str(latest), "messages name what was asked for"
