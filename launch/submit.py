@@ -11,6 +11,7 @@ start the job. Options of sbatch itself come by --sbatch, each in one piece:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import shlex
@@ -199,9 +200,9 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
             typed.model.on(device)
         check_run_folder(folder)
         return None
-    typed, complete = configure(cls, config)
+    typed = configure(cls, config)
     typed.model.on(device)
-    check_run_folder(folder, cls, complete)
+    check_run_folder(folder, cls, dataclasses.asdict(typed))
     if typed.pretrained_checkpoint.restore_from_path:
         checkpoint = Pretrained.open(typed.pretrained_checkpoint.restore_from_path)
         if typed.model.vocab_size is not None:

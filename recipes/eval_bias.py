@@ -17,7 +17,7 @@ def main(cfg: dict) -> None:
     from recipes.cli.config import build
 
     config = build(BiasEvalConfig, cfg)
-    model = open_model(config, cfg)
+    model = open_model(config)
     data, words = config.data, (config.data.prompts.pair.first, config.data.prompts.pair.second)
     pair = pair_tokens(model.tokenizer, words)
     prompts = load_prompt_sets(data.prompts, model.tokenizer, model.longest)[data.split]

@@ -20,7 +20,7 @@ def main(cfg: dict) -> None:
     from recipes.cli.config import build
 
     config = build(LocateConfig, cfg)
-    opened = CheckpointModel(config, cfg)
+    opened = CheckpointModel(config)
     prompts, settings = config.data.prompts, config.trainer.locate
     try:
         check_excluded(settings.exclude_blocks, opened.num_layers)

@@ -25,9 +25,9 @@ def main(cfg: dict) -> None:
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
 
-    config, cfg = configure(GRPOConfig, cfg)
+    config = configure(GRPOConfig, cfg)
     reward = get_reward(config.trainer.grpo.reward)
-    inputs = Inputs.check(config, cfg)
+    inputs = Inputs.check(config)
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)

@@ -23,8 +23,8 @@ def main(cfg: dict) -> None:
     from recipes.run.pretrained import configure
     from recipes.run.session import Session
 
-    config, cfg = configure(LFTFConfig, cfg)
-    inputs = Inputs.check(config, cfg)
+    config = configure(LFTFConfig, cfg)
+    inputs = Inputs.check(config)
     data, limit = config.data, config.model.encoder_seq_length
     pair = pair_tokens(inputs.tokenizer, (data.prompts.pair.first, data.prompts.pair.second))
     prompts = load_prompt_sets(data.prompts, inputs.tokenizer, limit)

@@ -23,8 +23,8 @@ def main(cfg: dict) -> None:
     from recipes.sft.settings import SFTConfig
     from recipes.sft.trainer import SFTTrainer, check_validation
 
-    config, cfg = configure(SFTConfig, cfg)
-    inputs = Inputs.check(config, cfg)
+    config = configure(SFTConfig, cfg)
+    inputs = Inputs.check(config)
     limit = config.model.encoder_seq_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)

@@ -17,7 +17,7 @@ def main(cfg: dict) -> None:
     from recipes.run.inputs import Inputs
     from recipes.run.session import Session
 
-    with Session.start(Inputs.check(build(NiahConfig, cfg), cfg)) as session:
+    with Session.start(Inputs.check(build(NiahConfig, cfg))) as session:
         NiahTrainer(session).fit()
 
 

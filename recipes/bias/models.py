@@ -26,7 +26,7 @@ from recipes.run.settings import TrainedModel
 __all__ = ["CheckpointModel", "open_model"]
 
 
-def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _HuggingFace:
+def open_model(config: BiasEvalConfig) -> CheckpointModel | _HuggingFace:
     """Hugging Face folders run in transformers, whatever their family, where one process is asked for and no delta, which
     is cut as our blocks are, and else as ours do. Nothing is started or written yet.
 
@@ -35,16 +35,16 @@ def open_model(config: BiasEvalConfig, resolved: dict) -> CheckpointModel | _Hug
     """
     source = config.pretrained_checkpoint
     alone = world_size() == 1 and source.delta_path is None and is_hf_folder(source.restore_from_path)
-    return (_HuggingFace if alone else CheckpointModel)(config, resolved)
+    return (_HuggingFace if alone else CheckpointModel)(config)
 
 
 class CheckpointModel:
     """A checkpoint of ours or a Hugging Face folder on Megatron's ranks; its architecture is read from it."""
 
-    def __init__(self, config: BiasEvalConfig | LocateConfig, resolved: dict):
+    def __init__(self, config: BiasEvalConfig | LocateConfig):
         architecture = Pretrained.open(config.pretrained_checkpoint.restore_from_path).architecture
         model = build(TrainedModel, architecture | dataclasses.asdict(config.model), "model")
-        self.inputs = Inputs.check(dataclasses.replace(config, model=model), resolved)
+        self.inputs = Inputs.check(dataclasses.replace(config, model=model))
         self.tokenizer, self.log_dir = self.inputs.tokenizer, self.inputs.log_dir
         self.longest, self.num_layers = model.encoder_seq_length, model.num_layers
         self.is_main = False  # until the ranks have started
@@ -67,7 +67,7 @@ class CheckpointModel:
 class _HuggingFace:
     is_main = True
 
-    def __init__(self, config: BiasEvalConfig, resolved: dict):
+    def __init__(self, config: BiasEvalConfig):
         self.path, model = config.pretrained_checkpoint.restore_from_path, config.model
         for name in names(BiasEvalModel, Kind.LAYOUT, Kind.SPEED):
             if getattr(model, name) != getattr(BiasEvalModel(), name):

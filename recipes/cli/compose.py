@@ -163,7 +163,10 @@ def _unknown_override(hydra: Hydra, name: str, overrides: Sequence[str], error: 
     bad = _bad_override(overrides, error)
     if bad is None:
         return ConfigError(one_line(error))
-    nearest = nearest_key(_key(bad), _known_keys(hydra, name, overrides, bad))
+    known = _known_keys(hydra, name, overrides, bad)
+    if _key(bad) in known:
+        return ConfigError(f"{bad} has a key that the YAML does not list; to set it all the same, write ++{bad}")
+    nearest = nearest_key(_key(bad), known)
     guess = f"; did you mean {nearest}? The" if nearest else ": the"
     return ConfigError(f"unknown key {_key(bad)}{guess} YAML does not list it; to set it all the same, write +{bad}")
 

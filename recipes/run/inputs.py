@@ -30,7 +30,7 @@ class Inputs:
     """
     Attributes:
         config: what a recipe's YAML says, e.g. an `SFTConfig`.
-        resolved: the resolved YAML as plain data, kept beside the results.
+        resolved: all of it as plain data, kept beside the results: defaults, too, which may change in time, and `auto`.
         stops: whether the run must stop; its time counts from here.
         sizes: the layout of ranks.
         log_dir: the run's folder, which may be written to.
@@ -52,12 +52,13 @@ class Inputs:
     tokenizer: Tokenizer | None = None
 
     @classmethod
-    def check(cls, config: Any, resolved: dict) -> Inputs:
+    def check(cls, config: Any) -> Inputs:
         """
         Raises:
             UserError: anything wrong with the configuration, the checkpoint or the run folder.
         """
         stops = StopRequests(getattr(config.trainer, "max_time_per_run", None), os.environ.get("RANK", "0") == "0")
+        resolved = dataclasses.asdict(config)
         if isinstance(config.model, TrainedModel):
             config = dataclasses.replace(config, model=config.model.here())
         model, trainer, manager = config.model, config.trainer, config.exp_manager

@@ -157,11 +157,8 @@ def _begun(resolved: Mapping[str, Any]) -> dict[str, Any] | None:
     return read_run_file(folder)
 
 
-def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
+def configure(cls: type[T], resolved: Mapping[str, Any]) -> T:
     """A recipe's configuration. What `model` does not say of the architecture is that of the model it starts from.
-
-    Returns:
-        `cls` filled, and all of it as plain data: what was filled in and defaults, too, which may change in time.
 
     Raises:
         UserError: see `build`; or there is no such model.
@@ -183,5 +180,4 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> tuple[T, dict[str, A
                 theirs = theirs | {"sections": None}
             given["position_embedding"] = theirs | position
         resolved["model"] = architecture | given
-    config = build(cls, resolved)
-    return config, dataclasses.asdict(config)
+    return build(cls, resolved)

@@ -1,6 +1,6 @@
 """One run of one recipe on this rank: ranks, model, run folder, metrics, checkpoints, clock.
 
-    inputs = Inputs.check(config, resolved)      # and read the data: nothing has been started or written yet
+    inputs = Inputs.check(config)                # and read the data: nothing has been started or written yet
     with Session.start(inputs, loggers) as session:       # the ranks, the run folder's lock, the model with its weights
         trainer = ...                                     # its optimizer
         session.open_log()                                # the run folder

@@ -88,7 +88,7 @@ def inputs(tmp_path, vocabulary: int | None) -> Inputs:
         "data": {"train_path": "x"},
         "exp_manager": {"explicit_log_dir": str(tmp_path / "run")},
     }  # fmt: skip
-    return Inputs.check(build(SFTConfig, node), node)
+    return Inputs.check(build(SFTConfig, node))
 
 
 def test_a_models_own_vocabulary_size_is_respected(tmp_path):

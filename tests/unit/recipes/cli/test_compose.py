@@ -47,6 +47,10 @@ REFUSED = {
     "two unknown keys": (["model.hiden_size=3", "data.sed=1"], ["did you mean model.hidden_size?"]),
     "unknown section": (["modle.hidden_size=3"], ["did you mean model.hidden_size?"]),
     "unknown, nothing near": (["data.zzz=3"], ["unknown key data.zzz", "+data.zzz=3"]),
+    "unknown key within": (
+        ["model={hiden_size: 3}"],
+        ["model={hiden_size: 3} has a key that the YAML does not list", "++model"],
+    ),
     "delete unknown": (["~data.zzz"], ["data.zzz"]),
     "value not set": ([], ["data.path is not set", "data.path=..."]),
     "bad override": (["data.path=a=b"], ["data.path=a=b", "quotes"]),

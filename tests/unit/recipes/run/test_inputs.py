@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def begun(folder: Path, trainer: dict, cls: type, data: dict) -> dict:
         "pretrained_checkpoint": {"restore_from_path": str(folder / "start")},
     }
     alone = resolved | {"pretrained_checkpoint": {"restore_from_path": None}}
-    _, complete = configure(cls, alone)
+    complete = dataclasses.asdict(configure(cls, alone))
     claim_run_folder(folder / "run", complete | {"pretrained_checkpoint": resolved["pretrained_checkpoint"]})
     checkpoint = folder / "run/checkpoints/step-3"
     for name in ("weights", "optimizer"):
@@ -48,10 +49,10 @@ def test_a_model_that_nothing_is_compared_with_may_be_gone(tmp_path, start):
     resolved["model"] = {name: value for name, value in resolved["model"].items() if name not in SHAPE}
     if start is None:
         resolved["pretrained_checkpoint"]["restore_from_path"] = None
-    config, complete = configure(SFTConfig, resolved)
+    config = configure(SFTConfig, resolved)
     assert {name: getattr(config.model, name) for name in SHAPE} == SHAPE
     with pytest.raises(UserError) as refused:
-        Inputs.check(config, complete)
+        Inputs.check(config)
     copy = tmp_path / "run/checkpoints/step-3/tokenizer"
     assert f"{copy} is a copy of the one that the run began with: name it in model.tokenizer" in str(refused.value)
 
@@ -59,12 +60,12 @@ def test_a_model_that_nothing_is_compared_with_may_be_gone(tmp_path, start):
 def test_a_reference_that_is_gone_is_refused(tmp_path):
     grpo = {"max_steps": 5, "reward": "exact_answer", "num_prompts_per_grpo_step": 1, "samples_per_prompt": 2}
     trainer = {"grpo": grpo | {"initial_policy_kl_penalty": 0.1}}
-    config, complete = configure(GRPOConfig, begun(tmp_path, trainer, GRPOConfig, {"max_prompt_length": 100}))
+    config = configure(GRPOConfig, begun(tmp_path, trainer, GRPOConfig, {"max_prompt_length": 100}))
     words = (
         f"{START_KEY}={tmp_path / 'start'} is not there, and trainer.grpo.initial_policy_kl_penalty compares with them"
     )
     with pytest.raises(UserError) as refused:
-        Inputs.check(config, complete)
+        Inputs.check(config)
     assert words in str(refused.value)
 
 

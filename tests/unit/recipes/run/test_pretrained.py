@@ -85,7 +85,7 @@ def test_a_checkpoint_from_before_there_were_sections_keeps_how_it_was_trained(t
     old = checkpoint(tmp_path / "old", head, PositionEmbedding(**position), old=True)
     new = checkpoint(tmp_path / "new", head, PositionEmbedding(**position))
     for folder, expected in ((old, sections), (new, None)):
-        config, _ = configure(Config, {"model": {}, "pretrained_checkpoint": {"restore_from_path": str(folder)}})
+        config = configure(Config, {"model": {}, "pretrained_checkpoint": {"restore_from_path": str(folder)}})
         assert config.model.position_embedding.sections == expected
         Pretrained.open(str(folder)).check(config.model)
 
@@ -100,5 +100,5 @@ def test_sections_go_with_the_scheme_that_they_belong_to(tmp_path):
         ({"scheme": "vrope"}, None),
         ({"scheme": "mrope", "sections": [0, 16, 16]}, [0, 16, 16]),
     ):
-        config, _ = configure(Config, start | {"model": {"position_embedding": given}})
+        config = configure(Config, start | {"model": {"position_embedding": given}})
         assert config.model.position_embedding.sections == expected, given

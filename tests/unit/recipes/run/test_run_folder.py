@@ -179,7 +179,7 @@ OTHER = {int: lambda v: v + 1, bool: lambda v: not v, str: lambda v: v + "x", fl
 def test_what_may_change_when_a_run_goes_on_is_what_its_kind_says(recipe):
     """Every key of every recipe that goes on, by another value of its type."""
     cls = RECIPES[recipe].config_class()
-    node = filled(compose(RECIPES[recipe].default, ["model.optim.sched={name: constant}"], may_be_unset=True))
+    node = filled(compose(RECIPES[recipe].default, ["++model.optim.sched={name: constant}"], may_be_unset=True))
     was = dataclasses.asdict(build(cls, node))
     found = Counter()
     for path, value in values(was):

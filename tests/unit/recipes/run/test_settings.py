@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from recipes.bias.settings import LFTFData
-from recipes.cli.compose import compose
+from recipes.cli.compose import compose, forced
 from recipes.cli.config import build
 from recipes.grpo.settings import GRPOConfig, GRPOData
 from recipes.run.settings import CheckpointCallbackSection
@@ -119,7 +119,7 @@ def test_what_is_trained_on_is_not_held_out(tmp_path, cls, trained, held_out):
 
 def build_grpo(*overrides: str) -> GRPOConfig:
     given = ["data.train_path=x", "pretrained_checkpoint.restore_from_path=z", *overrides]
-    return build(GRPOConfig, compose("grpo_tiny", given))
+    return build(GRPOConfig, compose("grpo_tiny", forced(given)))
 
 
 @pytest.mark.parametrize(
