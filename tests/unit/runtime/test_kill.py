@@ -62,7 +62,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed(world, tmp_path: Path, monkey
         (folder / "checkpoint.json").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recipes.run.run_folder.shutil.rmtree", killed)
+    monkeypatch.setattr("recipes.run.checkpoints.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.arrange(2, ended=False)
     monkeypatch.undo()
