@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AlreadyExistsError", "DivergedError", "UserError"]
+__all__ = ["AlreadyExistsError", "DivergedError", "UserError", "of_system"]
 
 
 class UserError(ValueError):
@@ -18,3 +18,8 @@ class AlreadyExistsError(UserError):
 
 class DivergedError(UserError):
     """A number that training cannot go on from: not finite."""
+
+
+def of_system(error: OSError) -> str:
+    """What the system says, and of which file, in one line."""
+    return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"

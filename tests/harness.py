@@ -6,8 +6,8 @@
 through the environment variables of torchrun. The parent holds the rendezvous store, as torchrun does, so no port is
 ever guessed. With `cuda=True` the same function runs on NCCL, one GPU per rank; otherwise on gloo.
 
-Ranks on the CPU are forked from a process that has imported Megatron and done nothing else: most of the time of a fresh
-process would be those imports. Ranks on GPUs are fresh ones: CUDA does not survive a fork.
+Ranks on the CPU are forked from a process that has done nothing but imports: most of the time of a fresh process would be those.
+Ranks on GPUs are fresh ones: CUDA does not survive a fork.
 
 A rank that raises, crashes or hangs ends the run with a `RankError` that carries its output, traceback included.
 """
@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib
 import multiprocessing
+import multiprocessing.context
 import os
 import shutil
 import signal
@@ -37,12 +38,12 @@ import torch.distributed as dist
 
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, shutdown
 
-__all__ = ["RankError", "cuda_devices", "hide_gpus", "run_ranks"]
+__all__ = ["RankError", "cuda_devices", "end", "forking", "hide_gpus", "run_ranks"]
 
 ROOT = Path(__file__).parents[1]
 KEPT_DEVICES = "TEST_CUDA_VISIBLE_DEVICES"  # what hide_gpus() hid, for the ranks that want GPUs
 ALL_DEVICES = "all"
-PRELOADED = ["tests.harness", "megatron_ext.models", "megatron_ext.runtime.engine", "megatron_ext.runtime.checkpoint"]
+PRELOADED = ["tests.preloaded"]
 OUTPUT_LIMIT = 6000
 GRACE_SECONDS = 3.0  # for the other ranks to say what they saw when one has failed
 
@@ -110,7 +111,7 @@ def run_ranks(
             _wait(processes, folder, timeout)
         finally:
             for process in processes:
-                _end(process)
+                end(process)
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -132,16 +133,21 @@ def _start(rank: int, ranks: int, port: int, folder: Path, cuda: bool) -> BasePr
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
     }
-    context = multiprocessing.get_context("spawn" if cuda else "forkserver")
-    if not cuda:
-        context.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("spawn") if cuda else forking()
     process = context.Process(target=_rank_main, args=(folder, rank, env))
     process.start()
     return process
 
 
-def _end(process: BaseProcess) -> None:
-    """End a rank that has not ended well, with the processes it started."""
+def forking() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that have imported what `tests.preloaded` imports, and share nothing else with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def end(process: BaseProcess) -> None:
+    """End a process that has not ended well, with the processes it started."""
     if process.exitcode != 0:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,13 +1,20 @@
 """Run recipes as a user runs them: a command line, real files, real processes."""
 
+from __future__ import annotations
+
 import json
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.harness import ROOT, end, forking
+
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"]
+STREAMS = ("out", "err")
 BIASED = ["model.num_layers=3", "model.hidden_size=64", "model.ffn_hidden_size=128"]
 
 
@@ -22,12 +29,86 @@ class Finished:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
-def run(*arguments: object, timeout: float = 240) -> Finished:
-    """Run a script of the repository with this interpreter."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+class Running:
+    """A script of the repository in a process of its own, forked from one that has imported what scripts import.
+
+    Args:
+        arguments: of the interpreter: a script, or -m and a module, and what follows.
+    """
+
+    def __init__(self, *arguments: object):
+        self.command = list(map(str, arguments))
+        self._folder = tempfile.TemporaryDirectory()
+        for stream in STREAMS:
+            Path(self._folder.name, stream).touch()
+        self._process = forking().Process(
+            target=_script, args=(self.command, dict(os.environ), Path(self._folder.name))
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Whatever it has started is ended, too."""
+        end(self._process)
+        self._folder.cleanup()
+
+    def said(self) -> tuple[str, str]:
+        """stdout and stderr as they are."""
+        return tuple((Path(self._folder.name) / stream).read_text(errors="replace") for stream in STREAMS)
+
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def wait(self, timeout: float) -> Finished:
+        """
+        Args:
+            timeout: seconds.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
+        self._process.join(timeout)
+        if not self.ended():
+            raise TimeoutError(f"{' '.join(self.command)} took more than {timeout} s: {self.said()[1][-3000:]}")
+        return Finished(self._process.exitcode, *self.said())
+
+
+def run(*arguments: object, imports: bool = False, timeout: float = 240) -> Finished:
+    """Run a script to its end, see `Running`.
+
+    Args:
+        imports: start a fresh interpreter instead, which imports all anew and hashes strings otherwise.
+        timeout: seconds.
+    """
+    if imports:
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        return Finished(done.returncode, done.stdout, done.stderr)
+    with Running(*arguments) as running:
+        return running.wait(timeout)
+
+
+def _script(arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    """What an interpreter does."""
+    os.setsid()
+    for number, stream in enumerate(STREAMS, start=1):
+        os.dup2(os.open(folder / stream, os.O_WRONLY), number)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[0:0] = [
+        str(Path(arguments[0]).absolute().parent),
+        *filter(None, environment.get("PYTHONPATH", "").split(":")),
+    ]
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def filled(node, key=""):
@@ -72,8 +153,9 @@ class Task:
             "trainer.grpo.reward={name:length,target:12}",
         ]  # fmt: skip
 
-    def grpo(self, out: Path, *overrides: str) -> Finished:
-        return run("recipes/train_grpo.py", "--config-name", "grpo_tiny", *self.grpo_overrides(out), *overrides)
+    def grpo(self, out: Path, *overrides: str, imports: bool = False) -> Finished:
+        command = ["recipes/train_grpo.py", "--config-name", "grpo_tiny", *self.grpo_overrides(out), *overrides]
+        return run(*command, imports=imports)
 
 
 @dataclass

@@ -202,7 +202,9 @@ def run_export(args: argparse.Namespace) -> str:
 
     check_target(args.target)
     pretrained = open_source(args.source, args, "CHECKPOINT")
-    folder = pretrained.folder  # what the source was when it was opened: a link such as latest moves while its run goes on
+    folder = (
+        pretrained.folder
+    )  # what the source was when it was opened: a link such as latest moves while its run goes on
     kept = folder / SOURCE_FOLDER
     like = args.like or (args.source if pretrained.hugging_face else kept if (kept / CONFIG_FILE).is_file() else None)
     tokenizer = folder / "tokenizer"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, of_system
 
 __all__ = ["broadcast", "broadcast_object", "from_last", "gather_objects", "together"]
 
@@ -43,7 +43,7 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def _as_user_error(error: UserError | OSError) -> UserError:
-    return error if isinstance(error, UserError) else UserError(str(error))
+    return error if isinstance(error, UserError) else UserError(of_system(error))
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -19,7 +19,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, of_system
 
 __all__ = ["is_user_error", "one_line", "user_errors"]
 
@@ -85,7 +85,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return of_system(error)
     # Hydra ends one message with an offer to sweep, which a recipe refuses.
     return _flat(str(error).split("\n3. To sweep")[0]) or type(error).__name__
 

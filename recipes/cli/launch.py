@@ -3,7 +3,7 @@
 A recipe is started in one of two ways, and runs the same code in both:
 
 - `python recipes/train_x.py trainer.devices=N ...`: this process reads the configuration, starts N ranks on this machine, waits
-  for them, and ends all of them when one fails;
+  for them, and ends all of them when one fails. Where there is no GPU it imports what they need, and forks them;
 - under torchrun: this process is one rank, and reads the configuration itself. SLURM starts one torchrun on each node.
 
 Bad input ends in one line on stderr and exit code 2, whichever rank found it; nothing else is printed for it. (Under
@@ -12,30 +12,32 @@ torchrun every rank that finds it prints the line, and torchrun adds its own rep
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.install_check import check_installation
 from recipes.cli.stopping import listen
 from recipes.registry import RECIPES
 
 __all__ = ["run"]
 
-# Set for the ranks that this module starts.
-CONFIG_VARIABLE, ERROR_VARIABLE = "MEGATRON_EXT_CONFIG", "MEGATRON_EXT_ERROR"
+ERROR_VARIABLE = "MEGATRON_EXT_ERROR"  # set for the ranks that this module starts
 GRACE_SECONDS = 10.0
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 def run(main: Callable[[dict], None], script: str) -> None:
@@ -46,17 +48,12 @@ def run(main: Callable[[dict], None], script: str) -> None:
 
     Args:
         main: the recipe; receives the resolved YAML as plain data. Raises UserError for bad input.
-        script: the entry script's path, started again for each rank; recipes.registry knows its default YAML.
+        script: the entry script's path; recipes.registry knows its default YAML.
     """
     sys.path.append(str(Path.cwd()))
     # Read when CUDA starts. Megatron overlaps tensor-parallel communication with products only in this order of launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
-    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
-    if CONFIG_VARIABLE in os.environ:
-        config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text(encoding="utf-8"))
-        _run_rank(main, config)
-        return
+    _quieten()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _fail(
             f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks of this script, and each would start its own ranks: "
@@ -72,11 +69,17 @@ def run(main: Callable[[dict], None], script: str) -> None:
             "script under torchrun on each of them"
         )
     else:
-        sys.exit(_run_ranks(script, config, ranks))
+        sys.exit(_run_ranks(main, config, ranks))
+
+
+def _quieten() -> None:
+    """Libraries' warnings that no user can act upon."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
 
 
 def _command_line(name: str) -> dict:
-    """The configuration that the command line asks for. Ranks that are handed theirs need no Hydra."""
+    """The configuration that the command line asks for."""
     from recipes.cli.compose import command_line, forced
     from recipes.cli.errors import user_errors
 
@@ -120,10 +123,7 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     _set_up_logging()
     listen()
     try:
-        check_installation()
-        from megatron_ext.runtime.cpu import import_megatron
-
-        import_megatron()
+        _import()
         main(config)
     except Exception as error:
         from recipes.cli.errors import is_user_error, one_line
@@ -138,6 +138,18 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     shutdown()
 
 
+def _import() -> None:
+    """What every rank needs.
+
+    Raises:
+        UserError: an installation that cannot work.
+    """
+    check_installation()
+    from megatron_ext.runtime.cpu import import_megatron
+
+    import_megatron()
+
+
 def _set_up_logging() -> None:
     """Our choices from rank 0, libraries' warnings from all."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
@@ -146,27 +158,35 @@ def _set_up_logging() -> None:
             logging.getLogger(package).setLevel(logging.INFO)
 
 
-def _run_ranks(script: str, config: dict, ranks: int) -> int:
+def _run_ranks(main: Callable[[dict], None], config: dict, ranks: int) -> int:
     """Start the ranks and wait. Returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))  # read when torch is imported
+    context = _context()
+    import torch.distributed as dist
+
+    # The ranks' rendezvous, as under torchrun: the system chooses the port, and it is taken from then on.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="megatron_ext_") as folder:
-        config_path, error_path = Path(folder, "config.json"), Path(folder, "error")
-        config_path.write_text(json.dumps(config), encoding="utf-8")
-        environment = {
-            **os.environ,
-            CONFIG_VARIABLE: str(config_path),
+        error_path = Path(folder, "error")
+        shared = {
             ERROR_VARIABLE: str(error_path),
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))
-        processes = []
-        signal.signal(signal.SIGUSR1, lambda *_: [p.send_signal(signal.SIGUSR1) for p in processes])
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        processes: list[BaseProcess] = []
+        # None is lost, and none is taken by a rank that has not chosen yet what to do about it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for rank in range(ranks):
-                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen([sys.executable, script], env=own))
+                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(context.Process(target=_rank, args=(main, config, own), name=f"rank {rank}"))
+                processes[-1].start()
+            signal.signal(signal.SIGUSR1, lambda *_: _ask_all(processes))
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             code = _wait(processes)
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
@@ -178,10 +198,38 @@ def _run_ranks(script: str, config: dict, ranks: int) -> int:
         return code
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
+def _context() -> multiprocessing.context.BaseContext:
+    """How ranks are made: CUDA survives no fork, and a fork has all that was imported."""
+    try:
+        _import()
+    except UserError as error:
+        _fail(error)
+    import torch
+
+    fork = sys.platform == "linux" and not torch.cuda.is_available()
+    return multiprocessing.get_context("fork" if fork else "spawn")
+
+
+def _rank(main: Callable[[dict], None], config: dict, own: dict[str, str]) -> None:
+    """What a started process does."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    os.environ.update(own)
+    _quieten()
+    _run_rank(main, config)
+
+
+def _ask_all(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+
+
+def _wait(processes: list[BaseProcess]) -> int:
     """Until all have ended well, or one has not."""
     while True:
-        codes = [p.poll() for p in processes]
+        codes = [p.exitcode for p in processes]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             rank, code = failed[0]
@@ -190,28 +238,20 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             return code if code > 0 else 128 - code
         if all(code == 0 for code in codes):
             return 0
-        time.sleep(0.05)
+        multiprocessing.connection.wait([p.sentinel for p, code in zip(processes, codes, strict=True) if code is None])
 
 
-def _stop(processes: list[subprocess.Popen]) -> None:
+def _stop(processes: list[BaseProcess]) -> None:
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode is None:
             process.kill()
-            process.wait()
+            process.join()
 
 
 def _usable_cores() -> int:
     """Cores this process may run on, which taskset, SLURM or a container may have cut down; macOS cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -142,8 +142,11 @@ def _serve(pipe: Connection, parents: Connection) -> None:
         for each in loggers:
             with contextlib.suppress(Exception):
                 each.finalize(status)
-        if wandb := sys.modules.get("wandb"):  # it finishes a run when Python exits, which a forked process does not
+        if wandb := sys.modules.get(
+            "wandb"
+        ):  # it finishes, and waits for its own process, when Python exits: a fork does not
             wandb.finish(exit_code=0 if status == "success" else 1)
+            wandb.teardown()
 
 
 def _end_with_parent(opened: threading.Event) -> None:

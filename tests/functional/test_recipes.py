@@ -52,7 +52,7 @@ def grouped(task, tmp_path_factory):
 
 
 def test_same_seed_same_run_bitwise(task, grouped, tmp_path):
-    done = task.grpo(tmp_path / "again", "trainer.grpo.max_steps=5")
+    done = task.grpo(tmp_path / "again", "trainer.grpo.max_steps=5", imports=True)
     assert done.code == 0, done.err
     first = [r for r in metrics(grouped) if "train_optim/loss" in r]
     second = metrics(tmp_path / "again")

@@ -18,7 +18,7 @@ import torch
 
 from recipes.cli.stopping import STOP_FILE_VARIABLE
 from tests.gpt_cases import saved_weights
-from tests.recipe_runs import ROOT, SMALL, metrics
+from tests.recipe_runs import ROOT, SMALL, Running, metrics, run
 
 pytestmark = pytest.mark.functional
 
@@ -125,36 +125,32 @@ def test_a_run_that_is_killed_while_it_starts_can_be_started_again(task, tmp_pat
     """From the moment that its folder is there, before anything is in it, to its first steps."""
     out = tmp_path / "run"
     command = [
-        sys.executable, "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
+        "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
         f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *RECIPES["sft"], *KEEP, RESUME,
     ]  # fmt: skip
-    for _ in range(2):
+    for _ in range(3):
         pause, known = random.random() ** 2, len(list(out.glob("**/*")))
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        while len(list(out.glob("**/*"))) == known:
-            assert process.poll() is None, process.stdout.read().decode()
-            time.sleep(0.001)
-        time.sleep(pause)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+        with Running(*command) as running:
+            while len(list(out.glob("**/*"))) == known:
+                assert not running.ended(), running.said()
+                time.sleep(0.001)
+            time.sleep(pause)
+            os.killpg(running.pid, signal.SIGKILL)
+    done = run(*command)
+    assert done.code == 0, done.err
     assert [r["step"] for r in metrics(out)] == list(range(1, 11)) and (out / "checkpoints/final").is_dir()
 
 
 def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task, tmp_path):
     out, constant = tmp_path / "run", "model.optim.sched.name=constant"
     command = [
-        sys.executable, "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
+        "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
         f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *SMALL, *KEEP, RESUME, constant,
         "trainer.sft.save_interval=1", "model.global_batch_size=8", "trainer.sft.max_steps=1000000",
     ]  # fmt: skip
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with Running(*command) as first:
         while not (out / "checkpoints/step-3").exists():
-            assert first.poll() is None
+            assert not first.ended()
             time.sleep(0.05)
         done = task.sft(out, RESUME, "trainer.devices=2")
         (line,) = done.error_lines
@@ -162,11 +158,9 @@ def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task
         assert f"is held by another run: process {first.pid} on {socket.gethostname()} since 2" in line
         known = len(metrics(out))
         while len(metrics(out)) < known + 3:
-            assert first.poll() is None, "the first run is left alone"
+            assert not first.ended(), "the first run is left alone"
             time.sleep(0.05)
-    finally:
-        first.kill()
-        first.wait()
+        os.kill(first.pid, signal.SIGKILL)
     last = int(os.readlink(out / "checkpoints/latest").removeprefix("step-"))
     done = task.sft(out, *KEEP, RESUME, constant, f"trainer.sft.max_steps={last + 2}")
     assert done.code == 0 and f"going on after step {last}" in done.out + done.err, done.err
