@@ -10,11 +10,7 @@ import sys
 from pathlib import Path
 
 
-def main(cfg: dict) -> None:
-    from recipes.run.log_process import LogProcess
-
-    loggers = LogProcess.start()  # their imports take seconds, beside all that follows
-
+def main(cfg: dict, loggers) -> None:
     from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
     from recipes.bias.settings import LFTFConfig
     from recipes.bias.trainer import LFTFTrainer
@@ -42,5 +38,6 @@ def main(cfg: dict) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
     from recipes.cli import launch
+    from recipes.run.log_process import LogProcess
 
-    launch.run(main, __file__)
+    launch.run(main, __file__, LogProcess.start)

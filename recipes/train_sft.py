@@ -9,11 +9,7 @@ import sys
 from pathlib import Path
 
 
-def main(cfg: dict) -> None:
-    from recipes.run.log_process import LogProcess
-
-    loggers = LogProcess.start()  # their imports take seconds, beside all that follows
-
+def main(cfg: dict, loggers) -> None:
     from recipes.data.rows import load_pairs
     from recipes.data.video import VideoReader
     from recipes.run.contents import Contents
@@ -42,5 +38,6 @@ def main(cfg: dict) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see launch.run
     from recipes.cli import launch
+    from recipes.run.log_process import LogProcess
 
-    launch.run(main, __file__)
+    launch.run(main, __file__, LogProcess.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -10,6 +11,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from tests.harness import ROOT, end, forking
 
@@ -34,16 +37,16 @@ class Running:
 
     Args:
         arguments: of the interpreter: a script, or -m and a module, and what follows.
+        environment: variables beside this process's own.
     """
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, **environment: object):
         self.command = list(map(str, arguments))
         self._folder = tempfile.TemporaryDirectory()
         for stream in STREAMS:
             Path(self._folder.name, stream).touch()
-        self._process = forking().Process(
-            target=_script, args=(self.command, dict(os.environ), Path(self._folder.name))
-        )
+        env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+        self._process = forking().Process(target=_script, args=(self.command, env, Path(self._folder.name)))
         self._process.start()
         self.pid = self._process.pid
 
@@ -89,6 +92,20 @@ def run(*arguments: object, imports: bool = False, timeout: float = 240) -> Fini
         return Finished(done.returncode, done.stdout, done.stderr)
     with Running(*arguments) as running:
         return running.wait(timeout)
+
+
+def run_on(ranks: int, *arguments: object) -> list[Finished]:
+    """Run a script on several ranks, with what torchrun would tell them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(Running(*arguments, RANK=rank, LOCAL_RANK=rank, **shared)) for rank in range(ranks)
+        ]
+        return [running.wait(240) for running in started]
 
 
 def _script(arguments: list[str], environment: dict[str, str], folder: Path) -> None:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch.utils._device import _device_constructors
 
-__all__ = ["adapt_megatron_to_cpu", "import_megatron"]
+__all__ = ["adapt_megatron_to_cpu", "import_megatron", "imports_without"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,29 @@ def import_megatron() -> None:
     """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
-    hidden = [name for name in ("triton", "wandb") if name not in sys.modules]
-    compile_ = torch.compile
+    with imports_without("triton", "wandb"):
+        import megatron.core  # noqa: F401
+
+
+@contextlib.contextmanager
+def imports_without(*names: str) -> Iterator[None]:
+    """What is imported inside, and can do without, finds none of these packages, as if they were not installed, and no compiler
+    behind torch.compile."""
+    hidden = {name for name in names if name not in sys.modules}
+    compile_, distribution = torch.compile, importlib.metadata.distribution
+
+    def installed(name):
+        if name in hidden:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
+
     sys.modules.update(dict.fromkeys(hidden))  # None: an import of it fails
     torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
+    importlib.metadata.distribution = installed
     try:
-        import megatron.core  # noqa: F401
+        yield
     finally:
-        torch.compile = compile_
+        torch.compile, importlib.metadata.distribution = compile_, distribution
         for name in hidden:
             del sys.modules[name]
 

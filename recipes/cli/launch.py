@@ -12,6 +12,7 @@ torchrun every rank that finds it prints the line, and torchrun adds its own rep
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -26,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.install_check import check_installation
@@ -40,8 +41,8 @@ GRACE_SECONDS = 10.0
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-def run(main: Callable[[dict], None], script: str) -> None:
-    """Run `main(resolved configuration)` on every rank, then exit.
+def run(main: Callable[..., None], script: str, beside: Callable[[], Any] | None = None) -> None:
+    """Run `main(resolved configuration)` on every rank, then exit, without the second that Python takes to undo its imports.
 
     A script puts the repository where Python has put the script's own folder, `recipes/`, whose `data` and `run` would hide a
     user's modules of these names; those of the working directory are found behind it.
@@ -49,6 +50,8 @@ def run(main: Callable[[dict], None], script: str) -> None:
     Args:
         main: the recipe; receives the resolved YAML as plain data. Raises UserError for bad input.
         script: the entry script's path; recipes.registry knows its default YAML.
+        beside: called on every rank as soon as torch is there, to begin what takes its time beside all else; what it returns is
+            the recipe's second argument.
     """
     sys.path.append(str(Path.cwd()))
     # Read when CUDA starts. Megatron overlaps tensor-parallel communication with products only in this order of launches.
@@ -62,14 +65,16 @@ def run(main: Callable[[dict], None], script: str) -> None:
     config = _command_line(Path(script).stem)
     ranks, nodes = _processes(config)
     if "RANK" in os.environ or ranks == nodes == 1:
-        _run_rank(main, config)
+        _run_rank(main, config, beside)
+        atexit._run_exitfuncs()
+        _end(0)
     elif nodes > 1:
         _fail(
             f"trainer.num_nodes={nodes} needs a launcher that starts the ranks on every node: run this "
             "script under torchrun on each of them"
         )
     else:
-        sys.exit(_run_ranks(main, config, ranks))
+        sys.exit(_run_ranks(main, config, ranks, beside))
 
 
 def _quieten() -> None:
@@ -107,24 +112,30 @@ def _fail(error: object) -> None:
                 file.write(line)
         except FileExistsError:
             pass
-    sys.stdout.flush()
-    sys.stderr.flush()
     _end(2)  # other threads and peers may be inside a collective that will never end
 
 
 def _end(code: int) -> NoReturn:
     """At once, without waiting for anybody."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     for process in multiprocessing.active_children():
         process.kill()
     os._exit(code)
 
 
-def _run_rank(main: Callable[[dict], None], config: dict) -> None:
+def _run_rank(main: Callable[..., None], config: dict, beside: Callable[[], Any] | None) -> None:
     _set_up_logging()
     listen()
     try:
-        _import()
-        main(config)
+        check_installation()
+        import torch  # noqa: F401
+
+        begun = () if beside is None else (beside(),)
+        from megatron_ext.runtime.cpu import import_megatron
+
+        import_megatron()
+        main(config, *begun)
     except Exception as error:
         from recipes.cli.errors import is_user_error, one_line
 
@@ -138,18 +149,6 @@ def _run_rank(main: Callable[[dict], None], config: dict) -> None:
     shutdown()
 
 
-def _import() -> None:
-    """What every rank needs.
-
-    Raises:
-        UserError: an installation that cannot work.
-    """
-    check_installation()
-    from megatron_ext.runtime.cpu import import_megatron
-
-    import_megatron()
-
-
 def _set_up_logging() -> None:
     """Our choices from rank 0, libraries' warnings from all."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
@@ -158,7 +157,7 @@ def _set_up_logging() -> None:
             logging.getLogger(package).setLevel(logging.INFO)
 
 
-def _run_ranks(main: Callable[[dict], None], config: dict, ranks: int) -> int:
+def _run_ranks(main: Callable[..., None], config: dict, ranks: int, beside: Callable[[], Any] | None) -> int:
     """Start the ranks and wait. Returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))  # read when torch is imported
     context = _context()
@@ -182,7 +181,7 @@ def _run_ranks(main: Callable[[dict], None], config: dict, ranks: int) -> int:
         try:
             for rank in range(ranks):
                 own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(context.Process(target=_rank, args=(main, config, own), name=f"rank {rank}"))
+                processes.append(context.Process(target=_rank, args=(main, config, beside, own), name=f"rank {rank}"))
                 processes[-1].start()
             signal.signal(signal.SIGUSR1, lambda *_: _ask_all(processes))
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -201,23 +200,26 @@ def _run_ranks(main: Callable[[dict], None], config: dict, ranks: int) -> int:
 def _context() -> multiprocessing.context.BaseContext:
     """How ranks are made: CUDA survives no fork, and a fork has all that was imported."""
     try:
-        _import()
+        check_installation()
     except UserError as error:
         _fail(error)
     import torch
 
+    from megatron_ext.runtime.cpu import import_megatron
+
+    import_megatron()
     fork = sys.platform == "linux" and not torch.cuda.is_available()
     return multiprocessing.get_context("fork" if fork else "spawn")
 
 
-def _rank(main: Callable[[dict], None], config: dict, own: dict[str, str]) -> None:
+def _rank(main: Callable[..., None], config: dict, beside: Callable[[], Any] | None, own: dict[str, str]) -> None:
     """What a started process does."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ.update(own)
     _quieten()
-    _run_rank(main, config)
+    _run_rank(main, config, beside)
 
 
 def _ask_all(processes: list[BaseProcess]) -> None:

@@ -39,8 +39,8 @@ class LogProcess:
 
     @classmethod
     def start(cls) -> LogProcess:
-        """Begin to import what loggers need, on rank 0; other ranks get one that does nothing. Call it early, before CUDA is
-        used."""
+        """Begin to import what loggers need, on rank 0; other ranks get one that does nothing. Call it early: after torch is
+        imported, which a fork then has, before Megatron, which it need not have, and before CUDA is used."""
         if os.environ.get("RANK", "0") != "0":
             return cls()
         # A fork has torch already; where there is none, or it is not safe, a new process imports it, too.
@@ -117,8 +117,11 @@ def _serve(pipe: Connection, parents: Connection) -> None:
     # A run that is killed meanwhile must not leave this one with its terminal or pipe for the seconds that imports take.
     opened = threading.Event()
     threading.Thread(target=_end_with_parent, args=(opened,), daemon=True).start()
-    import lightning.pytorch  # noqa: F401
-    import nemo.utils.exp_manager  # noqa: F401
+    from megatron_ext.runtime.cpu import imports_without
+
+    with imports_without("triton", "wandb", "megatron", "scipy"):  # uses that are not ours
+        import lightning.pytorch  # noqa: F401
+        import nemo.utils.exp_manager  # noqa: F401
 
     loggers: list = []
     status = "failed"  # of a run that is gone without a word

@@ -21,8 +21,8 @@ def test_what_fails_on_one_rank_fails_on_all_and_none_waits():
     # Its own where a rank has one, else that of the first that has, of the same class.
     assert raised["bad input"] == [("AlreadyExistsError", "it is there")] * 2 + [("DivergedError", "later")]
     assert raised["first"] == [("UserError", "no room")] * 3
-    full = "[Errno 28] No space left on device: '/full'"
-    assert raised["system"] == [("UserError", full), ("OSError", full), ("UserError", full)]
+    full = ("UserError", "/full: No space left on device")
+    assert raised["system"] == [full, ("OSError", "[Errno 28] No space left on device: '/full'"), full]
     told = ("RuntimeError", "rank 2 failed: KeyError: 'x'")
     assert raised["bug"] == [told, told, ("KeyError", "'x'")]
 

@@ -8,6 +8,7 @@ import pytest
 from recipes import train_grpo
 from recipes.cli.compose import compose
 from recipes.cli.errors import is_user_error
+from recipes.run.log_process import LogProcess
 from tests.harness import ROOT
 
 pytestmark = pytest.mark.functional
@@ -85,7 +86,7 @@ def test_grpo_refuses(task, tmp_path, name):
     arguments = [*task.grpo_overrides(out), "trainer.devices=1", *settings]
     cfg = compose("grpo_tiny", [f"++{a}" for a in arguments], may_be_unset=True)
     with pytest.raises(ValueError) as caught:
-        train_grpo.main(cfg)
+        train_grpo.main(cfg, LogProcess())
     message = str(caught.value)
     assert is_user_error(caught.value) and "\n" not in message
     for word in words:

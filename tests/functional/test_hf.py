@@ -19,7 +19,7 @@ from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
 from tests.conftest import fresh_generator
 from tests.hf_models import make_hf_model
-from tests.recipe_runs import Finished, metrics, run
+from tests.recipe_runs import Finished, metrics, run, run_on
 
 pytestmark = pytest.mark.functional
 
@@ -128,10 +128,11 @@ def same(folder, other) -> bool:
 
 def convert(*arguments: object, ranks: int = 1) -> None:
     """It must end well; prints one line, whatever the number of ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = run(*launcher, "tools/convert_hf.py", *arguments)
-    assert done.code == 0, done.err
-    assert len([line for line in done.out.splitlines() if not line.startswith("  ")]) == 1, done.out
+    command = ["tools/convert_hf.py", *arguments]
+    ended = run_on(ranks, *command) if ranks > 1 else [run(*command)]
+    assert not any(done.code for done in ended), ended
+    said = [line for done in ended for line in done.out.splitlines() if not line.startswith("  ")]
+    assert len(said) == 1, said
 
 
 def test_in_and_out_on_two_ranks(start, tmp_path):

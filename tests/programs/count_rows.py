@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_ext.attention.core import PrefixGroupedCoreAttention
 from megatron_ext.grouping import PrefixGroups
 from recipes import train_grpo
+from recipes.run.log_process import LogProcess
 
 rows: list[int] = []
 forward = PrefixGroupedCoreAttention.forward
@@ -25,5 +26,5 @@ def counted(self, query, *args, packed_seq_params=None, **kwargs):
 
 if __name__ == "__main__":
     PrefixGroupedCoreAttention.forward = counted
-    train_grpo.main(json.loads(Path(sys.argv[1]).read_text()))
+    train_grpo.main(json.loads(Path(sys.argv[1]).read_text()), LogProcess.start())
     Path(sys.argv[2]).write_text(json.dumps(rows))

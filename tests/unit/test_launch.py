@@ -21,6 +21,7 @@ from megatron_ext.planner import estimate
 from recipes.cli import stopping
 from recipes.planning import job_of, read_config
 from tests.hf_models import write_hollow_weights
+from tests.recipe_runs import run
 
 ROOT = Path(__file__).parents[2]
 # Files that are there; nothing looks inside.
@@ -100,17 +101,18 @@ def test_the_canary_looks_at_this_machine(tmp_path):
 
 
 def submit(*arguments: object, recipe: str = "train_sft", overrides: tuple[str, ...] = (TRAIN,)):
-    command = [sys.executable, "launch/submit.py", "--recipe", recipe, "--config", "sft_tiny", "--dry-run",
-               "--gpus-per-node", "0", "--processes", "2", *map(str, arguments), "--", *overrides]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run(
+        "launch/submit.py", "--recipe", recipe, "--config", "sft_tiny", "--dry-run", "--gpus-per-node", 0, "--processes", 2,
+        *arguments, "--", *overrides,
+    )  # fmt: skip
 
 
 def test_a_dry_run_shows_what_would_be_submitted(tmp_path):
     (tmp_path / """it's "a" $HOME.jsonl""").touch()
     value = f"""data.train_path='{tmp_path}/it\\'s "a" $HOME.jsonl'"""
     done = submit("--nodes", 4, "--run-dir", tmp_path / "my run", "--sbatch=--account=me", overrides=(value,))
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout.replace("\\\n", " "))
+    assert done.code == 0, done.err
+    words = shlex.split(done.out.replace("\\\n", " "))
     assert words[-1] == value and words[-2] == "--" and "--account=me" in words and "--nodes=4" in words
     assert f"RUN_DIR={tmp_path}/my run" in words and "GPUS=2" in words and "CANARY_GPUS=0" in words
     assert len(list(tmp_path.iterdir())) == 1 and "--signal=B:USR1@180" in words and "--export=ALL" in words
@@ -122,8 +124,8 @@ def test_the_environment_does_not_change_what_was_checked(tmp_path, monkeypatch)
     monkeypatch.setenv("SBATCH_EXPORT", "NONE")
     monkeypatch.setenv("PYTHON", "/opt/my python")
     done = submit("--run-dir", tmp_path / "50% of it")
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout.replace("\\\n", " "))
+    assert done.code == 0, done.err
+    words = shlex.split(done.out.replace("\\\n", " "))
     assert "PYTHON=/opt/my python" in words and "--export=ALL" in words and not any("CONTAINER" in w for w in words)
     assert f"--output={tmp_path}/50%% of it.slurm/%j.log" in words
 
@@ -264,19 +266,25 @@ def test_what_cannot_fit_is_refused(tmp_path):
 
     def asked(nodes: int):
         """In a process of its own, which has imported no reward by chance."""
-        command = [sys.executable, "launch/submit.py", "--recipe", "train_grpo", "--config", "grpo", "--dry-run", "--nodes",
-                   nodes, "--run-dir", "/tmp/r", "--", *overrides]  # fmt: skip
-        return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+        command = [
+            "launch/submit.py",
+            "--recipe",
+            "train_grpo",
+            "--config",
+            "grpo",
+            "--dry-run",
+            "--nodes",
+            nodes,
+            "--run-dir",
+            "/tmp/r",
+        ]
+        return run(*command, "--", *overrides, imports=True)
 
     refused = asked(2)
-    assert (
-        refused.returncode == 2
-        and "--config grpo does not fit: " in refused.stderr
-        and "GiB per rank" in refused.stderr
-    )
+    assert refused.code == 2 and "--config grpo does not fit: " in refused.err and "GiB per rank" in refused.err
     taken = asked(8)
-    assert taken.returncode == 0, taken.stderr
-    assert "planned: fits: " in taken.stderr and "--gpus-per-node=8" in taken.stdout
+    assert taken.code == 0, taken.err
+    assert "planned: fits: " in taken.err and "--gpus-per-node=8" in taken.out
 
 
 def test_what_the_ranks_would_refuse_is_refused(tmp_path, refused, monkeypatch, capsys):
