@@ -4,21 +4,20 @@
     python tools/bench_start.py --runs 5 --against ../another-checkout
 
 A one-step SFT of the tiny model on one rank. With --against the same command runs in another checkout, in turns with this one and
-with the same interpreter. Prints [least, median, most] wall-clock and CPU seconds of all its processes. Nothing else should run.
+with the same interpreter. Nothing else should run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "recipes/train_sft.py"
@@ -40,9 +39,12 @@ def measure(checkout: Path, data: Path, folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    from tools.bench_common import print_table, record, write_json
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/start_cpu.json")
     args = parser.parse_args()
     checkouts = [ROOT, *([args.against.resolve()] if args.against else [])]
     found: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in checkouts}
@@ -55,15 +57,21 @@ def main() -> None:
                 figures = measure(checkout, folder / "data", folder / f"run-{index}-{number}")
                 if number:
                     found[checkout].append(figures)
-    for checkout, figures in found.items():
-        wall, cpu = ([f[i] for f in figures] for i in (0, 1))
-        row = {
-            "checkout": str(checkout), "runs": args.runs,
-            "wall_seconds": [round(f(wall), 2) for f in (min, statistics.median, max)],
-            "cpu_seconds": [round(f(cpu), 2) for f in (min, statistics.median, max)],
-        }  # fmt: skip
-        print(json.dumps(row))
+    result = record(runs=args.runs) | {"seconds": {}}
+    rows = []
+    for name, checkout in zip(("this", "other"), checkouts, strict=False):
+        wall, cpu = ([round(figures[i], 2) for figures in found[checkout]] for i in (0, 1))
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True
+        )
+        result["seconds"][name] = {"commit": commit.stdout.strip(), "wall": wall, "cpu": cpu}
+        rows.append([f"{name}, {commit.stdout.strip()}", *(f"{median(x)} [{min(x)}, {max(x)}]" for x in (wall, cpu))])
+    print_table(
+        "A one-step run as a whole process, medians [least, most]", ["checkout", "seconds", "CPU seconds"], rows
+    )
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main()
