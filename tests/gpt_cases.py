@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens, PrefixGroups, pack
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
-from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
-from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
-from recipes.cli.config import build
+from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT
 from tests.layouts import Lengths, randn
 
 __all__ = [
@@ -24,7 +21,6 @@ __all__ = [
     "pack_rollout",
     "randomize",
     "run",
-    "saved_weights",
     "small_config",
 ]
 
@@ -143,13 +139,8 @@ def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
-def pack_rollout(rollout: Rollout, share_prefix: bool = True, pad: int = 16) -> PackedTokens:
-    min_shared = rollout.min_shared if share_prefix else None
-    return pack(rollout.prompts, rollout.responses, pad, share_prefix=share_prefix, min_shared=min_shared)
-
-
-def saved_weights(folder: Path, world: torch.device) -> dict[str, Tensor]:
-    """The parameters of a checkpoint's model, on one rank."""
-    model = build_gpt(build(GPTModelConfig, read_checkpoint_info(folder)["model"]), world)
-    load_weights(folder, model)
-    return {name: p.detach() for name, p in model.named_parameters()}
+def pack_rollout(
+    rollout: Rollout, share_prefix: bool = True, pad: int = 16, device: torch.device | str = "cpu"
+) -> PackedTokens:
+    shared = {"share_prefix": share_prefix, "min_shared": rollout.min_shared if share_prefix else None}
+    return pack(rollout.prompts, rollout.responses, pad, device=device, **shared)

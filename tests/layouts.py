@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS", "Lengths", "documents", "error", "lengths_strategy", "nested_strategy", "plain_attention",
-    "plain_tree_attention", "random_lengths", "random_nested", "randn", "spans",
+    "LAYOUTS", "Lengths", "documents", "error", "plain_attention", "plain_tree_attention", "random_lengths", "random_nested",
+    "randn", "spans",
 ]  # fmt: skip
 
 Lengths = list[tuple[int, list[int]]]
@@ -35,27 +34,6 @@ LAYOUTS: dict[str, tuple[Lengths, int]] = {
     "pad longer than a segment": ([(3, [2, 2])], 64),
     "longer than a kernel block": ([(301, [37, 150, 37]), (65, [129, 3])], 16),
 }
-
-# Any lengths with at least one token.
-lengths_strategy = st.lists(
-    st.tuples(st.integers(0, 7), st.lists(st.integers(0, 5), max_size=4)), min_size=1, max_size=4
-).filter(lambda lengths: sum(p + sum(s) for p, s in lengths) > 0)
-
-
-# Any trees of up to four levels below the prompt.
-nested_strategy = st.lists(
-    st.tuples(
-        st.integers(0, 6),
-        st.lists(
-            st.recursive(
-                st.integers(0, 4), lambda inner: st.tuples(st.integers(0, 4), st.lists(inner, max_size=3)), max_leaves=5
-            ),
-            max_size=3,
-        ),
-    ),
-    min_size=1,
-    max_size=3,
-).filter(lambda forest: bool(sum(len(d) for d, _ in documents(forest))))
 
 
 def documents(forest: list) -> list[tuple[list[int], bool]]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.attention.context import ContextShard
-from megatron_ext.grouping import PackedTokens, pack
+from megatron_ext.grouping import pack
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.planner import Job
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from tests.gpt_cases import small_config
+from tests.held_bytes import engine_storages, optimizer_tensors, saved_bytes, storages
 from tests.layouts import Lengths
 from tests.pretend import be_alone, pretend
 
@@ -32,7 +33,6 @@ __all__ = [
     "planned_job",
     "pretended",
     "random_tokens",
-    "saved_bytes",
     "states",
 ]
 
@@ -151,62 +151,20 @@ def _state(device: torch.device, case: StateCase) -> Held:
         for parameter in trained:
             parameter.main_grad.fill_(0.1)
         engine.step()
-    kinds = {
-        "parameters": _storages(model.parameters()),
-        "gradients": _storages(b.grad_data for b in engine.model.buffers),
-    }
-    known = {key for found in kinds.values() for key in found}
-    tensors = list(_optimizer_tensors(engine.optimizer))
-    held.optimizer_tensors = sum(1 for name, _ in tensors if name == "exp_avg")
-    kinds["optimizer"] = {k: v for k, v in _storages(t for _, t in tensors).items() if k not in known}
+    kinds = engine_storages(engine)
+    held.optimizer_tensors = sum(1 for name, _ in optimizer_tensors(engine.optimizer) if name == "exp_avg")
     held.bytes = {kind: sum(found.values()) for kind, found in kinds.items()}
     gc.collect()
-    alive = _storages(o for o in gc.get_objects() if isinstance(o, Tensor))
-    known |= set(kinds["optimizer"])
+    alive = storages(o for o in gc.get_objects() if isinstance(o, Tensor))
+    known = {key for found in kinds.values() for key in found}
     held.other_bytes = sum(size for key, size in alive.items() if key not in known)
     return held
-
-
-def _storages(tensors) -> dict[int, int]:
-    """Bytes of every storage once, by its address."""
-    found = {}
-    for tensor in tensors:
-        if tensor.device.type != "meta" and (storage := tensor.untyped_storage()).nbytes():
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-def _optimizer_tensors(optimizer):
-    """(name, tensor) of the weights it updates and of Adam's moments, of all optimizers in a chain."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is None:  # nothing trains here
-            continue
-        for group in part.optimizer.param_groups:
-            yield from (("main", p) for p in group["params"])
-        for state in part.optimizer.state.values():
-            yield from ((name, value) for name, value in state.items() if name != "step")
 
 
 def random_tokens(lengths: Lengths) -> tuple[list, list]:
     """Prompts and responses of these lengths."""
     draw = lambda n: torch.randint(61, (n,)).tolist()  # noqa: E731
     return [draw(p) for p, _ in lengths], [[draw(n) for n in sizes] for _, sizes in lengths]
-
-
-def saved_bytes(model: torch.nn.Module, batch: PackedTokens) -> int:
-    """What autograd saves in one forward pass, every storage once, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.tokens, batch.position_ids, batch.groups, labels=batch.labels, media=batch.media)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def activations(device: torch.device, cases: list[ActivationCase]) -> list[dict[str, int]]:

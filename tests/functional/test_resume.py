@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from recipes.cli.stopping import STOP_FILE_VARIABLE
-from tests.gpt_cases import saved_weights
 from tests.recipe_runs import ROOT, SMALL, Running, metrics, run
+from tests.saved_weights import saved_weights
 
 pytestmark = pytest.mark.functional
 

@@ -21,10 +21,10 @@ from launch import submit
 from megatron_ext.hf import make_hf_config
 from recipes.planning import read_config
 from recipes.run.holder import Holder
-from tests.gpt_cases import saved_weights
 from tests.harness import ROOT
 from tests.hf_models import write_hollow_weights
 from tests.recipe_runs import metrics, run
+from tests.saved_weights import saved_weights
 
 pytestmark = pytest.mark.functional
 

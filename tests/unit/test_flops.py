@@ -25,7 +25,7 @@ from megatron_ext.flops import (
 )
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
-from tests.layouts import lengths_strategy
+from tests.strategies import lengths_strategy
 
 ROOT = Path(__file__).parents[2]
 # A published 4B model: 36 layers, 32 query and 8 key/value heads of 128.

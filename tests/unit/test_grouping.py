@@ -10,7 +10,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.grouping import PackedTokens, PrefixGroups, pack, unpack
 from megatron_ext.prefix_tree import PrefixTree
-from tests.layouts import Lengths, lengths_strategy, spans
+from tests.layouts import Lengths, spans
+from tests.strategies import lengths_strategy
 
 pads = st.sampled_from([1, 2, 8, 16])
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_ext.grouping import PrefixGroups, pack, unpack
 from megatron_ext.prefix_tree import PrefixTree
-from tests.layouts import documents, nested_strategy
+from tests.layouts import documents
+from tests.strategies import nested_strategy
 
 # Few tokens and a small vocabulary: responses often share a beginning, or end where another goes on.
 responses_strategy = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=7)

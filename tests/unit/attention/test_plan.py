@@ -11,7 +11,8 @@ from megatron_ext.attention.kernels import KERNELS
 from megatron_ext.attention.plan import Rectangle, plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import Lengths, lengths_strategy, spans
+from tests.layouts import Lengths, spans
+from tests.strategies import lengths_strategy
 from tests.unit.attention.comparison import scores_of_plan
 
 pads = st.sampled_from([1, 8, 16])

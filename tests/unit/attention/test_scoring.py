@@ -14,7 +14,8 @@ from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import documents, nested_strategy, plain_tree_attention, random_nested
+from tests.layouts import documents, plain_tree_attention, random_nested
+from tests.strategies import nested_strategy
 from tests.unit.attention.comparison import assert_close, draw, outputs_and_grads, scores_of_plan
 from tests.varlen import VarlenKernel
 

@@ -14,7 +14,8 @@ from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.attention.sharding import shard_layout
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import nested_strategy, plain_tree_attention
+from tests.layouts import plain_tree_attention
+from tests.strategies import nested_strategy
 from tests.unit.attention.comparison import assert_close, draw, outputs_and_grads, scores_of_plan
 from tests.varlen import VarlenKernel
 

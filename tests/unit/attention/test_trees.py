@@ -12,7 +12,8 @@ from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs, num_predicted, num_tokens
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import documents, error, nested_strategy, plain_tree_attention, randn, random_nested
+from tests.layouts import documents, error, plain_tree_attention, randn, random_nested
+from tests.strategies import nested_strategy
 from tests.unit.attention.comparison import assert_close, outputs_and_grads, scores_of_plan
 
 BOUND = 1e-10

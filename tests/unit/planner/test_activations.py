@@ -12,8 +12,8 @@ from megatron_ext.models.config import PositionEmbedding, VisionConfig
 from megatron_ext.models.media import MediaPrompt, pack_prompts
 from megatron_ext.planner.activations import EAGER, FUSED, Implementation, StreamShape, on_gpu, stage_activations
 from megatron_ext.rotary import Text, Video
-from tests.distributed.planner_scenarios import saved_bytes
 from tests.gpt_cases import small_config
+from tests.held_bytes import saved_bytes
 from tests.layouts import randn
 
 

@@ -1,0 +1,60 @@
+"""Bytes that a model, its engine and autograd hold, every storage once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_ext.grouping import PackedTokens
+from megatron_ext.runtime.engine import Engine
+
+__all__ = ["engine_storages", "optimizer_tensors", "saved_bytes", "storages"]
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of every storage once, by its address."""
+    found = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and (storage := tensor.untyped_storage()).nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def optimizer_tensors(optimizer) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the weights it updates and of Adam's moments, of all optimizers in a chain."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:  # nothing trains here
+            continue
+        for group in part.optimizer.param_groups:
+            yield from (("main", p) for p in group["params"])
+        for state in part.optimizer.state.values():
+            yield from ((name, value) for name, value in state.items() if name != "step")
+
+
+def engine_storages(engine: Engine) -> dict[str, dict[int, int]]:
+    """Storages of parameters, gradients and, once it has stepped, what the optimizer holds beside them."""
+    kinds = {
+        "parameters": storages(engine.module.parameters()),
+        "gradients": storages(b.grad_data for b in engine.model.buffers),
+    }
+    known = {key for found in kinds.values() for key in found}
+    state = storages(t for _, t in optimizer_tensors(engine.optimizer))
+    return kinds | {"optimizer": {k: v for k, v in state.items() if k not in known}}
+
+
+def saved_bytes(model: torch.nn.Module, batch: PackedTokens) -> int:
+    """What autograd saves in one forward pass, every storage once, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch.tokens, batch.position_ids, batch.groups, labels=batch.labels, media=batch.media)
+    return sum(storage.nbytes() for storage in kept.values())
