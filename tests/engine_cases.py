@@ -50,8 +50,11 @@ def make_microbatches(
 
 def grpo(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor, terms: GrpoTerms = TERMS):
     """The engine's loss function, as a recipe has it."""
-    m, ids = microbatch, microbatch.batch.groups.response_ids
-    return grpo_loss(logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, ids)
+    m, groups = microbatch, microbatch.batch.groups
+    return grpo_loss(
+        logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, groups.response_ids,
+        groups.num_responses,
+    )  # fmt: skip
 
 
 def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:

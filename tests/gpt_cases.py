@@ -129,7 +129,9 @@ def objective(rollout: Rollout, groups: PrefixGroups, logprobs: Tensor, entropy:
     mask = torch.ones(len(logprobs), dtype=torch.bool)
     weights = token_weights(groups.response_ids, mask, groups.num_responses, len(logprobs), 1, "token")
     old, reference = (torch.cat(x).to(logprobs.dtype) for x in (rollout.old, rollout.reference))
-    return grpo_loss(logprobs, old, advantages, weights, terms, reference, entropy, groups.response_ids)[0]
+    return grpo_loss(
+        logprobs, old, advantages, weights, terms, reference, entropy, groups.response_ids, groups.num_responses
+    )[0]
 
 
 def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from megatron_ext.attention.kernels import Kernel, Scoring, select_kernel
 from megatron_ext.attention.merge import select_merge, wide_dtype
 from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.reference import reference_attention
+from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
@@ -61,7 +62,8 @@ def prefix_grouped_attention(
     if attention_kernel == "flex":
         return flex_attention(query, key, value, groups, scoring)
     kernel = select_kernel(attention_kernel, query.device, scoring)
-    plan = choose_plan(groups, scoring.window, query.size(1), key.size(1), query.device.type, attention_plan)
+    kind = device_type(query.device)
+    plan = choose_plan(groups, scoring.window, query.size(1), key.size(1), kind, attention_plan)
     return _PlannedAttention.apply(query, key, value, plan, kernel, scoring)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megatron_ext.attention.pieces import PackedPiece, StridedPiece, packed_pieces, strided_pieces
 from megatron_ext.attention.plan import Call
+from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 
 __all__ = ["KERNELS", "Kernel", "Piece", "Scoring", "check_kernel", "select_kernel"]
@@ -354,15 +355,15 @@ def select_kernel(attention_kernel: str, device: torch.device, scoring: Scoring)
     Raises:
         UserError: an unknown kernel, or one that cannot run here, on this device or with a soft cap.
     """
-    softcap = scoring.softcap is not None
+    softcap, kind = scoring.softcap is not None, device_type(device)
     if attention_kernel == "auto":
-        for name in _PREFERRED.get(device.type, ()):
+        for name in _PREFERRED.get(kind, ()):
             kernel = KERNELS[name]
             if not kernel.missing() and (kernel.softcap or not softcap):
-                _log_choice(name, device.type, softcap)
+                _log_choice(name, kind, softcap)
                 return kernel
-        raise UserError(f"no attention kernel runs on {device.type} tensors; there are {', '.join(KERNELS)}")
-    check_kernel(attention_kernel, softcap, device.type)
+        raise UserError(f"no attention kernel runs on {kind} tensors; there are {', '.join(KERNELS)}")
+    check_kernel(attention_kernel, softcap, kind)
     if lacking := KERNELS[attention_kernel].missing():
         raise UserError(f"attention_kernel={attention_kernel!r} needs {lacking}; use 'auto'")
     return KERNELS[attention_kernel]

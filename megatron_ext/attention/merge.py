@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.attention.pieces import PackedPiece
+from megatron_ext.devices import device_type
 
 __all__ = ["merge_partials", "select_merge", "wide_dtype"]
 
@@ -53,7 +54,7 @@ def _merge_with_triton(piece, out: Tensor, lse: Tensor, part: Tensor, part_lse: 
 @cache
 def select_merge(device: torch.device) -> Callable[..., None]:
     """The way that fits the device; logged once."""
-    if device.type == "cuda":
+    if device_type(device) == "cuda":
         fused = importlib.util.find_spec("triton") is not None
         logger.info("partial results of attention are merged by %s", "a Triton kernel" if fused else "torch")
         return _merge_with_triton if fused else _merge_with_torch

@@ -156,6 +156,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     response_ids: Tensor | None = None,
+    num_responses: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, already normalised by `weights`.
 
@@ -167,6 +168,7 @@ def grpo_loss(
         ref_logprobs: [r], needed where `terms.kl_penalty` is not 0.
         entropy: [r], needed where `terms.entropy_bonus` is not 0.
         response_ids: int64 [r], needed for sequence-level ratios.
+        num_responses: k, needed for them, too: on a GPU the host would have to wait for the largest id.
 
     Returns:
         (scalar loss, metrics). Metrics are weighted sums, so they add up over microbatches and ranks as the loss does. "kl"
@@ -177,7 +179,9 @@ def grpo_loss(
     """
     token_log_ratio = log_ratio = logprobs - old_logprobs
     if terms.sequence_level_ratios:
-        log_ratio = _sequence_log_ratio(log_ratio, weights, response_ids)
+        if response_ids is None or num_responses is None:
+            raise UserError("sequence_level_importance_ratios=true needs response_ids and num_responses")
+        log_ratio = _sequence_log_ratio(log_ratio, weights, response_ids, num_responses)
     if terms.kl_penalty and ref_logprobs is None:
         raise UserError(f"initial_policy_kl_penalty={terms.kl_penalty} needs the reference policy's log-probabilities")
     if terms.entropy_bonus and entropy is None:
@@ -205,15 +209,14 @@ def grpo_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _sequence_log_ratio(log_ratio: Tensor, weights: Tensor, response_ids: Tensor) -> Tensor:
+def _sequence_log_ratio(log_ratio: Tensor, weights: Tensor, response_ids: Tensor, num_responses: int) -> Tensor:
     """Every token of a response gets the response's mean log ratio, and its own gradient.
 
     This is GSPO-token (section 4.3): where a response's tokens have one advantage and one weight it is GSPO, gradient
     included, and it stays well defined where the penalty in the reward gives each token an advantage of its own.
     """
     counts, values = (weights > 0).to(log_ratio), log_ratio.detach()
-    num = int(response_ids.max()) + 1 if response_ids.numel() else 0
-    total, count = (_sum_by_response(x, response_ids, num) for x in (values * counts, counts))
+    total, count = (_sum_by_response(x, response_ids, num_responses) for x in (values * counts, counts))
     return (total / count.clamp(min=1))[response_ids] + (log_ratio - values)
 
 

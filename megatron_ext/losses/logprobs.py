@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 
 __all__ = ["default_chunk_size", "vocab_parallel_logprobs"]
@@ -19,9 +20,9 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 MIN_CHUNK_ROWS = 16
 
 
-def default_chunk_size(vocab_shard: int, device_type: str) -> int:
+def default_chunk_size(vocab_shard: int, on: str) -> int:
     """Rows per chunk that keep fp32 logits of `vocab_shard` columns within the device's budget."""
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES[device_type] // (4 * vocab_shard))
+    return max(MIN_CHUNK_ROWS, CHUNK_BYTES[on] // (4 * vocab_shard))
 
 
 def vocab_parallel_logprobs(
@@ -54,7 +55,7 @@ def vocab_parallel_logprobs(
     if temperature <= 0:
         raise UserError(f"temperature must be positive, got {temperature}")
     if chunk_size is None:
-        chunk_size = default_chunk_size(weight.size(0), hidden.device.type)
+        chunk_size = default_chunk_size(weight.size(0), device_type(hidden.device))
     return _VocabParallelLogprobs.apply(hidden, weight, targets, tp_group, temperature, chunk_size, num_valid)
 
 

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_ext.attention.context import ContextShard, gather_predictions
+from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 from megatron_ext.flops import ModelShape
 from megatron_ext.grouping import PrefixGroups, StreamMedia
@@ -40,8 +41,9 @@ class PrefixGroupedGPT(GPTModel):
     prefix-grouped one, and only the rows that are asked for reach the vocabulary projection."""
 
     def __init__(self, config: GPTModelConfig, pre_process: bool, post_process: bool, device: torch.device):
-        config = config.on(device.type)
-        transformer = config.transformer_config(device.type)
+        kind = device_type(device)
+        config = config.on(kind)
+        transformer = config.transformer_config(kind)
         stage_layers = config.num_layers // config.pipeline_model_parallel_size
         super().__init__(
             config=transformer,

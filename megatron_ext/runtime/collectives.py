@@ -76,7 +76,11 @@ def from_last(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Values that the group's last rank has, such as those of the last pipeline stage, on every rank; None elsewhere."""
-    values = torch.empty(shape, dtype=dtype, device=device) if values is None else values.contiguous()
+    if values is None:
+        values = torch.empty(shape, dtype=dtype, device=device)
+    # The other ranks have made room for just this.
+    assert (values.shape, values.dtype) == (shape, dtype), f"{values.dtype} {tuple(values.shape)}, not {dtype} {shape}"
+    values = values.contiguous()
     return broadcast(values, -1, group)
 
 

@@ -2,7 +2,7 @@
 
 Megatron-Core addresses its device as "cuda" throughout. This file, and only this file, makes those addresses mean the
 CPU: it replaces a short list of torch functions, once, in this process, and only when torch sees no CUDA device.
-Nothing of Megatron is changed. Collectives run on gloo.
+Nothing of Megatron is changed. Collectives run on gloo. `cuda_means` lets them mean another device for a while.
 
 What is replaced:
 - `torch.cuda.current_device`, `synchronize`, `empty_cache`, the RNG functions and streams: the CPU's, or nothing to do;
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils._device import _device_constructors
 
-__all__ = ["adapt_megatron_to_cpu", "import_megatron", "imports_without"]
+__all__ = ["adapt_megatron_to_cpu", "cuda_means", "import_megatron", "imports_without"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "rand
              "zeros_like", "ones_like", "as_tensor")  # fmt: skip
 CPU = torch.device("cpu")
 _adapted = False
+_stand_in = CPU
 
 
 def import_megatron() -> None:
@@ -82,6 +83,19 @@ def adapt_megatron_to_cpu() -> None:
     logger.info("no CUDA device: Megatron-Core runs on the CPU with gloo")
 
 
+@contextlib.contextmanager
+def cuda_means(device: torch.device) -> Iterator[None]:
+    """Inside, "cuda" means this device and not the CPU. On "meta" nothing is computed: steps are tried as a GPU would run them,
+    see tests/dry_run.py. Megatron must have been adapted to the CPU before."""
+    global _stand_in
+    assert _adapted, "call adapt_megatron_to_cpu first"
+    before, _stand_in = _stand_in, device
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
 def _is_cuda(device) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
@@ -90,7 +104,7 @@ def _on_cpu(factory):
     @functools.wraps(factory)
     def wrapper(*args, **kwargs):
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs["device"] = CPU
+            kwargs["device"] = _stand_in
         return factory(*args, **kwargs)
 
     return wrapper
@@ -101,19 +115,20 @@ def _adapt_tensor_methods() -> None:
 
     def to(self, *args, **kwargs):
         if args and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
+            args = (_stand_in, *args[1:])
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = _stand_in
         return tensor_to(self, *args, **kwargs)
 
     def type_(self, *args, **kwargs):
         if args or kwargs:
             return tensor_type(self, *args, **kwargs)
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        name = f"torch.{tensor_type(self).rpartition('.')[2]}"  # without "meta."
+        return name.replace("torch.", "torch.cuda.", 1) if _stand_in in (CPU, self.device) else name
 
     torch.Tensor.to = to
     torch.Tensor.type = type_
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self if _stand_in == CPU else tensor_to(self, _stand_in)
 
 
 class _NoStream:
@@ -130,7 +145,7 @@ class _NoStream:
 
 def _adapt_cuda_module() -> None:
     cuda = torch.cuda
-    cuda.current_device = lambda: CPU
+    cuda.current_device = lambda: _stand_in
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.Stream = cuda.Event = _NoStream

@@ -133,6 +133,7 @@ class GRPOTrainer(Trainer):
             ref_logprobs=microbatch.ref_logprobs,
             entropy=entropy,
             response_ids=microbatch.batch.groups.response_ids,
+            num_responses=microbatch.batch.groups.num_responses,
         )
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:

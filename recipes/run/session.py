@@ -284,9 +284,9 @@ class Session:
         lost = self._lock is not None and self._lock.taken_away
         reason = torch.tensor([LOST if lost else self.inputs.stops.now()], dtype=torch.int32, device=self.device)
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
-        if int(reason.item()) == LOST:
+        if (found := int(reason.item())) == LOST:
             self.check_folder()
-        return REASONS[int(reason.item())]
+        return REASONS[found]
 
     def check_folder(self) -> None:
         """Before results are written; every rank calls it.

@@ -115,7 +115,7 @@ def test_sequence_level_ratios_by_hand():
     advantages = tensor(1, 1, -1, -1, -1, 1)
     terms = GrpoTerms(ratio_clip_min=0.5, ratio_clip_max=0.5, sequence_level_ratios=True)
     logprobs = log(1.44, 1.0, 0.81, 99.0, 1.0, 2.0)
-    loss, metrics, grad = loss_and_grad(logprobs, old, advantages, weights, terms, response_ids=ids)
+    loss, metrics, grad = loss_and_grad(logprobs, old, advantages, weights, terms, response_ids=ids, num_responses=5)
     # Means: sqrt(1.44 * 1) = 1.2, sqrt(0.81 * 1) = 0.9, and 2, which is clipped to 1.5.
     assert close(loss, -0.3 * 1.2 + 0.7 * 0.9 - 0.5 * 1.5)
     assert close(metrics["ratio"], 0.3 * 1.2 + 0.7 * 0.9 + 0.5 * 2)
@@ -134,7 +134,7 @@ def test_sequence_level_ratios_are_gspo_where_a_response_has_one_advantage(level
     old, advantages = randn(rng, r), randn(rng, 4)
     logprobs = old + 0.2 * randn(rng, r)
     terms = GrpoTerms(sequence_level_ratios=True)
-    loss, _, grad = loss_and_grad(logprobs, old, advantages[ids], weights, terms, response_ids=ids)
+    loss, _, grad = loss_and_grad(logprobs, old, advantages[ids], weights, terms, response_ids=ids, num_responses=4)
     leaf = logprobs.clone().requires_grad_()
     expected = tensor(0).squeeze()
     for i in range(4):
@@ -287,9 +287,8 @@ def test_losses_and_metrics_of_microbatches_add_up(level, sequence_ratios, rng):
         rows = (ids >= first) & (ids < last)
         local = ids[rows] - first
         weights = token_weights(local, mask[rows], last - first, int(mask.sum()), responses, level)
-        return loss_and_grad(
-            logprobs[rows], old[rows], advantages[rows], weights.double(), terms, ref[rows], entropy[rows], local
-        )
+        parts = (x[rows] for x in (logprobs, old, advantages))
+        return loss_and_grad(*parts, weights.double(), terms, ref[rows], entropy[rows], local, last - first)
 
     whole_loss, whole_metrics, whole_grad = part(0, 5)
     for cuts in ([0, 2, 5], [0, 1, 3, 5], [0, 1, 2, 3, 4, 5]):
@@ -325,6 +324,8 @@ def test_refuses_terms_without_what_they_are_made_of_and_an_unknown_level():
         grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(kl_penalty=0.1))
     with pytest.raises(ValueError, match="entropy_bonus=0.1 needs the entropies"):
         grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(entropy_bonus=0.1))
+    with pytest.raises(ValueError, match="needs response_ids and num_responses"):
+        grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(sequence_level_ratios=True), response_ids=IDS[:1])
     with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'batch'"):
         token_weights(IDS, MASK, 4, 1, 1, "batch")
 

@@ -224,7 +224,7 @@ def test_sequence_level_ratios_take_the_penalty_of_each_token(rng):
     expected = {"k1 in the reward": ratio * (old - ref), "weighted k3": own * (logprobs - ref).detach()}
     for form, closed in expected.items():
         terms = GrpoTerms(kl_penalty=beta, sequence_level_ratios=True, **FORMS[form])
-        loss = grpo_loss(logprobs, old, torch.zeros(r), weights, terms, ref, response_ids=ids)[0]
+        loss = grpo_loss(logprobs, old, torch.zeros(r), weights, terms, ref, response_ids=ids, num_responses=4)[0]
         (found,) = torch.autograd.grad(loss, logprobs)
         assert torch.allclose(found, beta * weights * closed, rtol=1e-12, atol=1e-14)
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+from megatron_ext.runtime.cpu import adapt_megatron_to_cpu, cuda_means
 from tests.harness import ROOT
 
 
@@ -24,6 +24,23 @@ def test_cuda_addresses_mean_the_cpu(world):
     ]
     assert all(x.device.type == "cpu" for x in made)
     assert made[-1].dtype == torch.float64
+
+
+def test_cuda_addresses_may_mean_a_device_without_memory(world):
+    """And the CPU's own tensors are then told from them, as on a GPU."""
+    on_host = torch.zeros(2)
+    with cuda_means(torch.device("meta")):
+        made = [
+            torch.zeros(2, device="cuda"),
+            torch.empty(2, device=torch.cuda.current_device()),
+            on_host.cuda(),
+            on_host.to("cuda"),
+            on_host.to(device=torch.device("cuda", 0)),
+        ]
+        assert all(x.is_meta and x.type() == "torch.cuda.FloatTensor" for x in made)
+        assert torch.empty(1, dtype=torch.bfloat16, device="cuda").type() == "torch.cuda.BFloat16Tensor"
+        assert torch.zeros(2).device.type == "cpu" and on_host.type() == "torch.FloatTensor"
+    assert torch.zeros(2, device="cuda").device.type == "cpu" and on_host.type() == "torch.cuda.FloatTensor"
 
 
 def test_other_calls_are_untouched(world):

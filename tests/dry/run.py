@@ -1,0 +1,232 @@
+"""Code for CUDA, run on tensors without memory: what the host reads, what lies on the wrong side, what has the wrong type.
+
+    with pretended_gpu() as device, DryRun() as run:
+        ...                      # raises Fault where a GPU would wait, be handed a tensor of the host, or compute in fp64
+    assert run.reads == {...}    # values that the host must have: `NECESSARY` says which may be read at all
+
+Shapes and types follow PyTorch's own rules for such tensors; flash attention and collectives are held to what theirs leave out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.dry.flash_attn import check_backward, check_forward
+
+__all__ = ["NECESSARY", "DryRun", "Fault"]
+
+ROOT = Path(__file__).parents[2]
+CODE = ("megatron_ext/", "recipes/", "megatron/core/", "tests/")
+OWN = ("tests/dry/run.py", "tests/dry/machine.py", "tests/dry/flash_attn.py", "megatron_ext/runtime/cpu.py")
+GENERATE, METRICS, NORM, OWN_NORM = (
+    "megatron_ext/models/generation.py:generate",
+    "megatron_ext/runtime/engine.py:Engine.reduce_metrics",
+    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32",
+    "megatron/core/utils.py:local_multi_tensor_l2_norm",
+)
+
+# Where the host must know a value of the device, how it gets it ("value": one number; "copy": a tensor), and why. How often in
+# which step stands beside the steps (tests/unit/dry). Whatever is not here fails, and so does what is here and is read no more.
+NECESSARY: dict[tuple[str, str], str] = {
+    (NORM, "value"): "the optimizer scales gradients by a number, and a step that is not finite must not be taken",
+    (
+        OWN_NORM,
+        "value",
+    ): "Megatron's own norm, where neither Transformer Engine nor Apex is installed: of every parameter",
+    (METRICS, "copy"): "numbers for the log, all at once",
+    (GENERATE, "value"): "sampling ends when every response has",
+    (GENERATE, "copy"): "responses become text, all at once",
+}
+# Where sums or shares need more digits than fp32 has.
+WIDE: dict[str, str] = {
+    "megatron_ext/models/generation.py:choose_tokens": "the cumulative distribution of a large vocabulary",
+    METRICS: "sums over microbatches and ranks",
+}
+# Their shape is known when the device has computed them: the host waits.
+SHAPED_BY_VALUES = {
+    "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    "aten::bincount", "aten::equal", "aten::is_nonzero", "aten::histc",
+}  # fmt: skip
+# Collectives that PyTorch knows no form of without memory: the fake process group is given empty tensors of the host.
+WITHOUT_META = ("c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_")
+NUMBERS = {
+    getattr(Tensor, name)
+    for name in (
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+    )
+}
+COPIES = ("aten::_to_copy", "aten::copy_")
+INNER = ".<locals>.<"  # an expression with a loop counts as the function that it stands in
+OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object")
+
+
+class Fault(AssertionError):
+    """What would be wrong, or slow, on a GPU."""
+
+
+class _Numbers(TorchFunctionMode):
+    """Where Python asks a tensor of the device for its number: below this PyTorch refuses, without asking anybody."""
+
+    def __init__(self, told: Callable[[str, Tensor], Tensor]):
+        super().__init__()
+        self._told = told
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in NUMBERS and args[0].is_meta:
+            return function(self._told("copy" if function is Tensor.tolist else "value", args[0]), *args[1:])
+        if getattr(function, "__name__", None) in ("tensor", "as_tensor"):  # of a list with tensors: each is read
+            args = tree_map_only(Tensor, lambda x: self._told("value", x) if x.is_meta else x, args)
+        return function(*args, **(kwargs or {}))
+
+
+class DryRun(TorchDispatchMode):
+    """
+    Attributes:
+        reads: how often the host has read what of `NECESSARY`.
+        operations: how often each operation has run on the device.
+        places: functions in which one has, and their callers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.reads: Counter[tuple[str, str]] = Counter()
+        self.operations: Counter[str] = Counter()
+        self._seen: dict[int, CodeType] = {}
+        self._numbers = _Numbers(self._told)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        here = [x for x in tensors if x.is_meta]
+        if name.startswith("c10d::"):
+            self._check_collective(name, tensors)
+            if name in WITHOUT_META:
+                return function(*tree_map_only(Tensor, lambda x: torch.empty(0, dtype=x.dtype), args))
+        elif here:
+            self.operations[name] += 1
+            frame, seen = sys._getframe(1), self._seen
+            while frame is not None:
+                seen[id(frame.f_code)] = frame.f_code
+                frame = frame.f_back
+            given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
+            if (read := self._read(name, function, given, here)) is not None:
+                return read
+            self._check_sides(name, tensors)
+            self._check_attention(name, given)
+        out = function(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_meta and x.dtype == torch.float64 for x in tree_leaves(out)):
+            if (where := place()) not in WIDE:
+                raise Fault(f"{where}: {name} gives fp64 on the device, which `WIDE` does not know")
+        return out
+
+    def __enter__(self) -> DryRun:
+        self._numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        self._numbers.__exit__(*exception)
+
+    @property
+    def places(self) -> set[str]:
+        return {where for code in self._seen.values() if (where := _place(code))}
+
+    def _read(self, name: str, function, given: dict, here: list[Tensor]):
+        """What the host is told where it may read; None: it does not."""
+        if name == "aten::_to_copy" and _is_host(given.get("device")):
+            told = self._told("copy", here[0])
+            return told if given.get("dtype") is None else told.to(given["dtype"])
+        if name == "aten::copy_" and not given["self"].is_meta:
+            return given["self"].copy_(self._told("copy", given["src"]))
+        counted = name == "aten::repeat_interleave" and given.get("output_size") is None
+        # x[mask] = number is filled without counting.
+        number = "values" in given and not given["values"].dim()
+        masked = name in ("aten::index", "aten::index_put_", "aten::index_put") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) and not number for x in given["indices"]
+        )
+        if counted or masked or name in SHAPED_BY_VALUES:
+            raise Fault(f"{place()}: {name} waits for the device, because its result's shape depends on values")
+        return None
+
+    def _told(self, how: str, x: Tensor) -> Tensor:
+        where = place()
+        if (where, how) not in NECESSARY:
+            raise Fault(
+                f"{where}: the host reads a {how} {tuple(x.shape)} of the device, which `NECESSARY` does not know"
+            )
+        self.reads[where, how] += 1
+        # 1: a gradient norm that is clipped. 0: a token, and "not finished".
+        return torch.full(x.shape, 1 if x.is_floating_point() else 0, dtype=x.dtype, device="cpu")
+
+    @staticmethod
+    def _check_sides(name: str, tensors: list[Tensor]) -> None:
+        """A number on the host goes along with a launch; a tensor does not."""
+        if name not in COPIES and (stray := [x for x in tensors if not x.is_meta and x.dim()]):
+            raise Fault(f"{place()}: {name} is given a tensor of the host, {stray[0].dtype} {tuple(stray[0].shape)}")
+
+    @staticmethod
+    def _check_collective(name: str, tensors: list[Tensor]) -> None:
+        """NCCL has the device's tensors only, and contiguous ones. Objects are moved by PyTorch, to the device if need be."""
+        if any(frame.f_code.co_name in OBJECTS for frame in _frames()):
+            return
+        for x in tensors:
+            if not x.is_meta or not x.is_contiguous():
+                raise Fault(
+                    f"{place()}: {name} of {x.device.type} {tuple(x.shape)} {x.stride()}: not contiguous on the device"
+                )
+
+    @staticmethod
+    def _check_attention(name: str, given: dict) -> None:
+        """PyTorch's own flash attention: its rules for tensors without memory look at nothing."""
+        if name not in ("aten::_flash_attention_forward", "aten::_flash_attention_backward"):
+            return
+        q, k, v = (given[x] for x in ("query", "key", "value"))
+        try:
+            check_forward(q, k, v, given["cum_seq_q"], given["cum_seq_k"], (given["max_q"], given["max_k"]))
+            if name.endswith("backward"):
+                check_backward(given["grad_out"], q, given["out"], given["logsumexp"])
+        except AssertionError as error:
+            raise Fault(f"{place()}: {name}: {error}") from error
+
+
+def _is_host(device) -> bool:
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _frames() -> Iterator:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def place() -> str:
+    """The innermost line of ours or Megatron's: "folder/file.py:Class.function"."""
+    return next((where for frame in _frames() if (where := _place(frame.f_code))), "nowhere")
+
+
+def _place(code: CodeType) -> str | None:
+    for start in CODE:
+        _, found, rest = code.co_filename.rpartition(f"/{start}")
+        if found:
+            return None if (file := start + rest).startswith(OWN) else f"{file}:{code.co_qualname.partition(INNER)[0]}"
+    return None

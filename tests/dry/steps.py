@@ -1,0 +1,199 @@
+"""Whole steps as a GPU would take them, by one process that is any rank of a layout.
+
+Each is a step of the training engine or of the sampler on a small bf16 model. Give them to `run_ranks(steps, 1, names)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.blocks.blocks import train_only_block
+from megatron_ext.blocks.pairs import pack_pairs, split_pairs
+from megatron_ext.grouping import PackedTokens
+from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses.lftf import LOSSES, kept_text_loss, pair_loss
+from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.models.media import pack_prompts
+from megatron_ext.runtime.distributed import ParallelSizes
+from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from recipes.grpo.batches import GRPOMicrobatch
+from recipes.grpo.trainer import reference_weights
+from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
+from tests.dry.machine import pretended_gpu
+from tests.dry.run import GENERATE, METRICS, NORM, OWN_NORM, DryRun
+from tests.gpt_cases import small_config
+from tests.pretend import be_alone, pretend
+
+__all__ = ["STEPS", "Step", "steps", "take"]
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5]]
+RESPONSES = [[[1, 2, 3], [1, 2, 4, 5], [9]], [[7, 7], [7, 7, 8]]]
+NEW_TOKENS = 3
+PARAMETERS = 20  # of the small model
+UPDATE = {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
+SAMPLE = {(GENERATE, "value"): NEW_TOKENS - 1, (GENERATE, "copy"): 1}
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    Attributes:
+        take: on a model and its device; what it does is watched.
+        reads: what the host reads in it, see `NECESSARY`.
+        fields: changes to `small_config`.
+        fused: whether Transformer Engine or Apex is installed.
+        world, rank, sizes: who this process is.
+    """
+
+    take: Callable[[PrefixGroupedGPT, torch.device], None]
+    reads: dict[tuple[str, str], int]
+    fields: dict[str, Any] = field(default_factory=dict)
+    fused: bool = True
+    world: int = 1
+    rank: int = 0
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
+
+    @property
+    def config(self) -> GPTModelConfig:
+        spread = {
+            "tensor_model_parallel_size": self.sizes.tensor, "pipeline_model_parallel_size": self.sizes.pipeline,
+            "context_parallel_size": self.sizes.context,
+        }  # fmt: skip
+        return small_config(**({"logprob_chunk_size": None, "precision": "auto"} | spread | self.fields))
+
+
+def stream(model: PrefixGroupedGPT, device: torch.device, min_shared: int | None = None) -> PackedTokens:
+    config = model.model_config
+    return pack_prompts(
+        PROMPTS, RESPONSES, config.position_embedding.scheme, stream_multiple(config), device, min_shared=min_shared
+    )
+
+
+def sft(model: PrefixGroupedGPT, device: torch.device) -> None:
+    batches = [stream(model, device) for _ in range(2)]
+    engine = Engine(model, OptimConfig())
+    microbatches = [SFTMicrobatch(b, learnt=b.loss_mask(), global_tokens=26.0) for b in batches]
+    engine.update(microbatches, negative_log_likelihood)
+
+
+def grpo(terms: GrpoTerms, level: str = "token", min_shared: int | None = None) -> Callable:
+    """Old, reference and actor pass, and the update."""
+
+    def step(model: PrefixGroupedGPT, device: torch.device) -> None:
+        engine = Engine(model, OptimConfig())
+        initial = [p.detach().clone() for p in model.parameters()]
+        batch = stream(model, device, min_shared)
+        ids, count = batch.groups.response_ids, batch.groups.num_responses
+        weights = token_weights(ids, batch.loss_mask(), count, 13.0, 5.0, level)
+        advantages = torch.linspace(-1, 1, count, device=device)[ids]
+        drawn = GRPOMicrobatch(batch, 0.9, advantages=advantages, weights=weights)
+        (old,) = engine.score([drawn])
+        with reference_weights(model, initial):
+            (reference,) = engine.score([drawn])
+
+        def loss(m: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
+            return grpo_loss(
+                logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, ids, count,
+            )  # fmt: skip
+
+        engine.update([replace(drawn, old_logprobs=old, ref_logprobs=reference)], loss)
+
+    return step
+
+
+def lftf(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """One block, all losses of pairs, and that of text."""
+    train_only_block(model, 1)
+    config, batch = model.model_config, stream(model, device)
+    engine = Engine(model, OptimConfig())
+    pairs = pack_pairs(PROMPTS, (3, 4), config, device)
+
+    def loss(microbatch: Microbatch, logprobs: Tensor, entropy: Tensor):
+        if microbatch.batch is batch:
+            value = kept_text_loss(logprobs, torch.zeros_like(logprobs)).sum()
+        else:
+            frozen = torch.full((len(PROMPTS), 2), 0.1, device=device)
+            names = [name for name in LOSSES if name != "kl"]
+            value = sum(pair_loss(name, *split_pairs(logprobs), frozen).sum() for name in names)
+        return value, {"loss": value.detach()}
+
+    engine.update([Microbatch(pairs), Microbatch(batch)], loss)
+
+
+def sample(model: PrefixGroupedGPT, device: torch.device) -> None:
+    params = SamplingParams(NEW_TOKENS, stop_token_id=2, temperature=0.8, top_k=5, top_p=0.9)
+    found = generate(model, PROMPTS, 3, params, UniformDraws(1))
+    assert [len(r) for group in found for r in group] == [NEW_TOKENS] * 6  # nothing ends: 0 is no stop token
+
+
+def greedy(model: PrefixGroupedGPT, device: torch.device) -> None:
+    generate(model, PROMPTS, 1, SamplingParams(NEW_TOKENS, stop_token_id=2, use_greedy=True), UniformDraws(1))
+
+
+PLAIN = GrpoTerms(kl_penalty=0.05, entropy_bonus=0.01)
+WINDOW = {"window_size": [6, 0], "window_attn_skip_freq": 2}
+CP = {"world": 2, "sizes": ParallelSizes(context=2)}
+TP = {"world": 2, "sizes": ParallelSizes(tensor=2)}
+KERNELS = ("torch_flash", "flash_attn_2", "flash_attn_3", "blockwise")
+
+STEPS: dict[str, Step] = {
+    "sft": Step(sft, UPDATE),
+    "sft, selective recompute": Step(sft, UPDATE, {"activations_checkpoint_granularity": "selective"}),
+    "sft, full recompute": Step(sft, UPDATE, {"activations_checkpoint_granularity": "full"}),
+    "sft, without a fused norm": Step(sft, UPDATE | {(OWN_NORM, "value"): 2 * PARAMETERS}, fused=False),
+    "sft, one call": Step(sft, UPDATE, {"attention_plan": "one_call"}),
+    "sft, windows": Step(sft, UPDATE, WINDOW),
+    "sft, softcap": Step(sft, UPDATE, {"attn_logit_softcapping": 30.0}),
+    **{f"grpo, {name}": Step(grpo(PLAIN), UPDATE, {"attention_kernel": name}) for name in KERNELS},
+    "grpo, full recompute": Step(grpo(PLAIN), UPDATE, {"activations_checkpoint_granularity": "full"}),
+    "grpo, tree": Step(grpo(PLAIN, "sequence", min_shared=1), UPDATE),
+    "grpo, k2": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k2")), UPDATE),
+    "grpo, k1 in reward": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k1", kl_in_reward=True)), UPDATE),
+    "grpo, weighted k3": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_weighted=True)), UPDATE),
+    "gspo": Step(grpo(GrpoTerms(kl_penalty=0.05, sequence_level_ratios=True), "sequence"), UPDATE),
+    "lftf": Step(lftf, UPDATE),
+    "sample": Step(sample, SAMPLE),
+    "sample, windows": Step(sample, SAMPLE, WINDOW),
+    "greedy": Step(greedy, SAMPLE),
+    **{f"sample, {name}": Step(sample, SAMPLE, {"attention_kernel": name}) for name in KERNELS},
+    **{
+        f"grpo, cp {comm}, rank {rank}": Step(grpo(PLAIN), UPDATE, {"cp_comm_type": comm}, rank=rank, **CP)
+        for comm in ("all_gather", "a2a")
+        for rank in (0, 1)
+    },
+    "grpo, cp, windows": Step(grpo(PLAIN), UPDATE, WINDOW, rank=1, **CP),
+    "grpo, tp": Step(grpo(PLAIN), UPDATE, {"sequence_parallel": True}, rank=1, **TP),
+    "sample, tp": Step(sample, SAMPLE, {"sequence_parallel": True}, rank=1, **TP),
+}
+
+
+def take(step: Step) -> DryRun:
+    """Take the step, and say what was seen.
+
+    Raises:
+        Fault: what a GPU would not like.
+    """
+    with pretended_gpu(step.fused) as device:
+        pretend(step.rank, step.world, step.sizes)
+        model = build_gpt(step.config, device)
+        assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+        with DryRun() as run:
+            step.take(model, device)
+    return run
+
+
+def steps(device: torch.device, names: list[str]) -> list[dict[str, Any]]:
+    """Of each step of these names what the host read, which operations ran, and in which functions."""
+    found = []
+    for name in names:
+        run = take(STEPS[name])
+        found.append({"reads": dict(run.reads), "operations": dict(run.operations), "places": run.places})
+    be_alone()
+    return found
