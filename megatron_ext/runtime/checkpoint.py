@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -240,11 +241,18 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         UserError: no checkpoint of ours, one with damaged files, or one of another model.
     """
     _check_part(folder, WEIGHTS_FOLDER)
-    state = dist_checkpointing.load(model.sharded_state_dict(), str(Path(folder) / WEIGHTS_FOLDER))
+    path = str(Path(folder) / WEIGHTS_FOLDER)
+    state = dist_checkpointing.load(_without_missing_objects(model.sharded_state_dict(), path), path)
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
     if wrong:
         raise UserError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
+
+
+def _without_missing_objects(state: dict[str, Any], path: str) -> dict[str, Any]:
+    """Transformer Engine's norms keep something beside their weights, nothing without FP8, and the local ones keep none."""
+    there = load_sharded_metadata(path)
+    return {k: v for k, v in state.items() if not isinstance(v, ShardedObject) or v.unique_key in there}
 
 
 def weights_digest(folder: Path) -> str:
