@@ -48,7 +48,7 @@ docs: env ## the documentation as a site in build/site, every link checked
 bench: test ## tests first, then the benchmarks
 	@$(PY) -c 'import prefix_grouper' 2>/dev/null || $(PIP) -e '.[bench]'
 	@set -e; for script in tools/bench_attention.py tools/bench_attention_forms.py tools/bench_attention_growth.py \
-	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py \
+	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py tools/bench_offload.py \
 	    tools/bench_convert.py; do $(PY) $$script $(BENCH_ARGS); done
 
 # The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after

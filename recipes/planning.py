@@ -118,6 +118,8 @@ def job_of(
         block=block,
         locates=block and trainer.lftf.block == "gradient",
         distributed_optimizer=model.optim.name == "distributed_fused_adam",
+        optimizer_on_host=model.optim.optimizer_cpu_offload,
+        overlap_grad_reduce=model.optim.overlap_grad_reduce,
         media_tokens=length if model.vision is not None else 0,
     )
 
@@ -145,9 +147,12 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         stream_tokens=model.micro_batch_tokens,
         scoring_passes=1 + bool(grpo.initial_policy_kl_penalty),
         reference_copy=bool(grpo.initial_policy_kl_penalty),
+        reference_on_host=grpo.offload_reference_policy,
         rollout=True,
         rollout_prompts=grpo.rollout_micro_batch_size,
         distributed_optimizer=model.optim.name == "distributed_fused_adam",
+        optimizer_on_host=model.optim.optimizer_cpu_offload,
+        overlap_grad_reduce=model.optim.overlap_grad_reduce,
         # Where videos are seen, all of a prompt may be one.
         media_tokens=prompt if model.vision is not None else 0,
     )

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.host_optimizer import HostAdamW
+from megatron_ext.runtime.optimizer_state import single_optimizers
 
 __all__ = ["engine_storages", "optimizer_tensors", "saved_bytes", "storages"]
 
@@ -24,7 +26,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def optimizer_tensors(optimizer) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights it updates and of Adam's moments, of all optimizers in a chain."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in single_optimizers(optimizer):
         if part.optimizer is None:  # nothing trains here
             continue
         for group in part.optimizer.param_groups:
@@ -34,13 +36,18 @@ def optimizer_tensors(optimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def engine_storages(engine: Engine) -> dict[str, dict[int, int]]:
-    """Storages of parameters, gradients and, once it has stepped, what the optimizer holds beside them."""
+    """Storages of parameters, gradients and, once it has stepped, what the optimizer holds beside them, also on the host."""
     kinds = {
         "parameters": storages(engine.module.parameters()),
-        "gradients": storages(b.grad_data for b in engine.model.buffers),
+        "gradients": storages(b.grad_data for piece in engine.pieces for b in piece.buffers),
     }
     known = {key for found in kinds.values() for key in found}
-    state = storages(t for _, t in optimizer_tensors(engine.optimizer))
+    tensors = list(optimizer_tensors(engine.optimizer))
+    on_host = any(isinstance(part.optimizer, HostAdamW) for part in single_optimizers(engine.optimizer))
+    if on_host:
+        kinds["host"] = storages(t for name, t in tensors if name != "main")
+        tensors = [pair for pair in tensors if pair[0] == "main"]
+    state = storages(t for _, t in tensors)
     return kinds | {"optimizer": {k: v for k, v in state.items() if k not in known}}
 
 

@@ -123,12 +123,18 @@ def open_source(path: Path, args: argparse.Namespace, metavar: str) -> Pretraine
             f"them with torchrun --nproc-per-node {needed}, or a multiple of it"
         )
     for option, size, names in (
-        ("--tensor", args.tensor, ("num_attention_heads", "num_query_groups", "ffn_hidden_size")),
+        ("--tensor", args.tensor, ("num_attention_heads", "ffn_hidden_size")),
         ("--pipeline", args.pipeline, ("num_layers",)),
     ):
         for name in names:
             if (value := pretrained.architecture[name]) % size:
                 raise UserError(f"{option} {size} does not divide {name}={value} of {path}; choose another")
+    groups = pretrained.architecture["num_query_groups"]
+    if groups % args.tensor and args.tensor % groups:
+        raise UserError(
+            f"--tensor {args.tensor} is neither a divisor nor a multiple of num_query_groups={groups} of {path}; choose "
+            "another"
+        )
     return pretrained
 
 

@@ -85,10 +85,16 @@ def describe(estimated: Estimate) -> str:
 def print_memory(estimated: Estimate) -> None:
     names = ("parameters", "gradients", "optimizer", "copies", "activations", "working", "locating", "cache")
     print_table(
-        "GiB on the fullest rank of each pipeline stage (cache, of sampling, and activations are not there together)",
-        ("stage", *names, "peak"),
+        "GiB on the fullest rank of each pipeline stage (cache, of sampling, and activations are not there together; host is not "
+        "in the peak)",
+        ("stage", *names, "peak", "host"),
         [
-            (str(stage.stage), *(f"{getattr(stage, name) / GIB:.2f}" for name in names), f"{stage.total / GIB:.2f}")
+            (
+                str(stage.stage),
+                *(f"{getattr(stage, name) / GIB:.2f}" for name in names),
+                f"{stage.total / GIB:.2f}",
+                f"{stage.host / GIB:.2f}",
+            )
             for stage in estimated.stages
         ],
     )

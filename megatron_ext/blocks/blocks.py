@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.optimizer_state import trained_parameters
+from megatron_ext.runtime.pieces import layers_of
 
 __all__ = ["block_prefix", "blocks_here", "check_block", "tapped", "train_only", "train_only_block"]
 
@@ -24,7 +25,7 @@ Tap = Callable[[int, Tensor, Tensor], Tensor | None]
 
 def blocks_here(model: PrefixGroupedGPT) -> dict[int, torch.nn.Module]:
     """The blocks of this pipeline stage by number."""
-    return {layer.layer_number - 1: layer for layer in model.decoder.layers}
+    return {layer.layer_number - 1: layer for layer in layers_of(model)}
 
 
 def block_prefix(block: int) -> str:

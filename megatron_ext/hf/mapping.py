@@ -15,6 +15,7 @@ import torch
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.runtime.pieces import pieces_of
 
 __all__ = ["Architecture", "Entry", "TensorSlice", "entries", "hf_shapes", "placed_parameters"]
 
@@ -63,7 +64,8 @@ class Entry:
         theirs: the tensors that it holds, with their dimensions.
         cut: what a tensor-parallel rank holds: "whole" all of it; "vocabulary" its rows, with zeros behind the last;
             "columns"; "groups" for one key/value head after the other its rows of each tensor; "ranks" its rows of
-            each tensor, one tensor after the other.
+            each tensor, one tensor after the other. Of fewer key/value heads than ranks a rank holds an equal stretch of
+            the rows of "groups", wherever it begins and ends.
         when: whether a model has it.
         copy: it repeats what another entry holds.
     """
@@ -91,6 +93,9 @@ class Entry:
         tensors, tp = self.tensors(layer, config), config.tensor_model_parallel_size
         total = config.num_query_groups if self.cut == "groups" else tp
         together = sum(shape[0] for shape in tensors.values()) // total  # rows of one group, or of one rank
+        if total < tp:
+            yield from self._stretch(tensors, total, together, (rank, tp))
+            return
         first = 0
         for name, (size, *rest) in tensors.items():
             if self.cut == "whole":
@@ -108,9 +113,27 @@ class Entry:
                 yield TensorSlice(name, (index,), (here, together, *rest), (slice(None), slice(first, first + height)))
                 first += height
 
+    @staticmethod
+    def _stretch(
+        tensors: dict[str, tuple[int, ...]], groups: int, together: int, part: tuple[int, int]
+    ) -> Iterator[TensorSlice]:
+        """What lies in one of equal parts, (number, of how many), of all groups' rows, in the order of `tensors` in each."""
+        number, parts = part
+        rows = groups * together // parts
+        start = 0  # of this group's rows of this tensor among all
+        for group in range(groups):
+            for name, (size, *rest) in tensors.items():
+                height = size // groups
+                low, high = max(start, number * rows), min(start + height, (number + 1) * rows)
+                if low < high:
+                    index = slice(group * height + low - start, group * height + high - start)
+                    place = slice(low - number * rows, high - number * rows)
+                    yield TensorSlice(name, (index,), (rows, *rest), (place,))
+                start += height
+
     def parameter_shape(self, hf_slice: TensorSlice) -> tuple[int, ...]:
         """Of the parameter that the slice is put into."""
-        if self.cut in ("groups", "ranks"):
+        if len(hf_slice.place) == 2:  # groups, and rows in each
             return hf_slice.view[0] * hf_slice.view[1], *hf_slice.view[2:]
         return hf_slice.view
 
@@ -176,8 +199,9 @@ def placed_parameters(model: PrefixGroupedGPT) -> Iterator[tuple[str, torch.nn.P
     """(name, parameter, its entry, layer counted from the first stage) of this rank; no entry for what Hugging Face's
     model has not, such as a projector of media."""
     known = entries(model.model_config)
-    for name, parameter in model.named_parameters():
-        layer, pattern = 0, name
-        if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            layer, pattern = model.decoder.layers[int(found[1])].layer_number - 1, OURS + found[2]
-        yield name, parameter, known.get(pattern), layer
+    for piece in pieces_of(model):
+        for name, parameter in piece.named_parameters():
+            layer, pattern = 0, name
+            if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+                layer, pattern = piece.decoder.layers[int(found[1])].layer_number - 1, OURS + found[2]
+            yield name, parameter, known.get(pattern), layer

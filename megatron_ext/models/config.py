@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,15 +16,18 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, names
 from megatron_ext.models.placement import Placement
+from megatron_ext.models.stages import PipelineSplit
 from megatron_ext.rotary import RopeScaling, find_scheme
 
 __all__ = ["ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
 
 # What PyTorch's CUDA flash attention takes.
 CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
+FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
 POSITIVE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
     "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "virtual_pipeline_model_parallel_size",
 )  # fmt: skip
 
 
@@ -126,6 +130,9 @@ class GPTModelConfig(Placement):
     window_attn_skip_freq: Architecture[int | list[int] | None] = None
     # c bounds attention scores to (-c, c) by c tanh(score / c), Gemma 2's key; null: no bound.
     attn_logit_softcapping: Architecture[float | None] = None
+    # The kernel that computes a weight's gradient adds it to the fp32 buffer, instead of one more. It needs a GPU and apex built
+    # with its extension fused_weight_gradient_mlp_cuda, and an optimizer for all weights. Not yet run.
+    gradient_accumulation_fusion: Speed[bool] = False
     # Tokens whose logits are held at a time; null: by a memory budget. Lower it where logits of a large vocabulary do
     # not fit.
     logprob_chunk_size: Speed[int | None] = None
@@ -189,10 +196,23 @@ class GPTModelConfig(Placement):
 
     def _division_rules(self) -> Iterator[tuple[bool, str]]:
         """What must divide by what: by ranks, and heads by key/value heads."""
-        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        tp = self.tensor_model_parallel_size
+        for name in ("num_attention_heads", "ffn_hidden_size"):
             value = getattr(self, name)
             yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
+        groups = self.num_query_groups
+        yield (
+            groups % tp and tp % groups,
+            f"model.num_query_groups={groups} is neither a multiple nor a divisor of model.tensor_model_parallel_size={tp}: "
+            "ranks hold equally many key/value heads, or equally many share one",
+        )
+        rows = (self.num_attention_heads + 2 * groups) * self.kv_channels
+        yield (
+            rows % tp,
+            f"model.tensor_model_parallel_size={tp} does not divide the {rows} rows of queries, keys and values "
+            f"((model.num_attention_heads={self.num_attention_heads} + 2 x model.num_query_groups={groups}) x "
+            f"model.kv_channels={self.kv_channels})",
+        )
         yield (
             self.num_attention_heads % self.num_query_groups,
             (
@@ -200,10 +220,7 @@ class GPTModelConfig(Placement):
                 f"model.num_query_groups={self.num_query_groups}"
             ),
         )
-        yield (
-            self.num_layers % pp,
-            (f"model.num_layers={self.num_layers} is not divisible by model.pipeline_model_parallel_size={pp}"),
-        )
+        yield from self.pipeline_split.rules()
         for name in ("num_attention_heads", "num_query_groups"):
             value, both = getattr(self, name), tp * self.context_parallel_size
             yield (
@@ -250,6 +267,10 @@ class GPTModelConfig(Placement):
             UserError: what no such device runs.
         """
         found = super().on(device_type)
+        if self.gradient_accumulation_fusion and device_type != "cuda":
+            raise UserError(
+                f"model.gradient_accumulation_fusion=true is a kernel for GPUs, and cannot run on {device_type}; set it to false"
+            )
         if device_type == "cuda" and self.attention_kernel != "blockwise":
             if found.precision == "32":
                 raise UserError(
@@ -261,6 +282,43 @@ class GPTModelConfig(Placement):
                     f"{CUDA_HEAD_MULTIPLE} up to {CUDA_LARGEST_HEAD}"
                 )
         return found
+
+    def here(self) -> Self:
+        """`on` this rank's device.
+
+        Raises:
+            UserError: also for what needs a library that is not installed here, and for more ranks than GPUs.
+        """
+        found = super().here()
+        if self.gradient_accumulation_fusion and importlib.util.find_spec(FUSED_GRADIENT) is None:
+            raise UserError(
+                f"model.gradient_accumulation_fusion=true needs {FUSED_GRADIENT}, apex built with its CUDA extensions, which is "
+                "not installed here; set it to false"
+            )
+        return found
+
+    @property
+    def pipeline_split(self) -> PipelineSplit:
+        """Which layers each pipeline stage runs."""
+        return PipelineSplit(
+            self.num_layers,
+            self.pipeline_model_parallel_size,
+            self.num_layers_in_first_pipeline_stage,
+            self.num_layers_in_last_pipeline_stage,
+            self.virtual_pipeline_model_parallel_size or 1,
+        )
+
+    @property
+    def heads_per_rank(self) -> tuple[int, int]:
+        """Query and key/value heads that a tensor-parallel rank attends with; of fewer key/value heads than ranks it has one,
+        and others have the same."""
+        tp = self.tensor_model_parallel_size
+        return self.num_attention_heads // tp, max(1, self.num_query_groups // tp)
+
+    @property
+    def shares_key_value_heads(self) -> bool:
+        """Whether there are fewer key/value heads than tensor-parallel ranks, which then gather what they have projected."""
+        return self.num_query_groups < self.tensor_model_parallel_size
 
     @property
     def layer_windows(self) -> list[int | None]:
@@ -282,6 +340,7 @@ class GPTModelConfig(Placement):
         on_cpu = device_type != "cuda"
         granularity = self.activations_checkpoint_granularity
         full = granularity == "full"
+        interleaved = self.pipeline_split.pieces > 1
         return TransformerConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -301,6 +360,9 @@ class GPTModelConfig(Placement):
             hidden_dropout=self.hidden_dropout,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_layers_in_first_pipeline_stage=self.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=self.num_layers_in_last_pipeline_stage,
+            virtual_pipeline_model_parallel_size=self.pipeline_split.pieces if interleaved else None,
             context_parallel_size=self.context_parallel_size,
             cp_comm_type=self.cp_comm_type,
             sequence_parallel=self.sequence_parallel,
@@ -323,11 +385,15 @@ class GPTModelConfig(Placement):
             apply_rope_fusion=False,
             rotary_interleaved=self.position_embedding.interleaved,
             use_cpu_initialization=on_cpu,
-            gradient_accumulation_fusion=False,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
             bias_dropout_fusion=not on_cpu,
             masked_softmax_fusion=not on_cpu,
             bias_activation_fusion=not on_cpu,
-            deallocate_pipeline_outputs=True,
+            # Of two stages each sends to the other twice at a time: batched, the messages would be mixed up. Overlapped,
+            # Megatron-Core 0.16 would free an output that is still being sent.
+            overlap_p2p_comm=interleaved,
+            batch_p2p_comm=not interleaved,
+            deallocate_pipeline_outputs=not interleaved,
         )
 
 

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.attention.context import ContextShard, gather_predictions
@@ -30,6 +31,7 @@ from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.models.media import MediaProjector
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
+from megatron_ext.runtime.pieces import ModelPieces
 
 __all__ = ["PrefixGroupedGPT", "build_gpt"]
 
@@ -40,15 +42,14 @@ class PrefixGroupedGPT(GPTModel):
     """GPTModel with three differences: position ids drive the rotary embedding, every attention layer is the
     prefix-grouped one, and only the rows that are asked for reach the vocabulary projection."""
 
-    def __init__(self, config: GPTModelConfig, pre_process: bool, post_process: bool, device: torch.device):
-        kind = device_type(device)
-        config = config.on(kind)
-        transformer = config.transformer_config(kind)
-        stage_layers = config.num_layers // config.pipeline_model_parallel_size
+    def __init__(self, config: GPTModelConfig, transformer: TransformerConfig, device: torch.device, piece: int = 0):
+        split, stage = config.pipeline_split, parallel_state.get_pipeline_model_parallel_rank()
+        pre_process = stage == piece == 0
+        post_process = (stage, piece) == (split.stages - 1, split.pieces - 1)
         super().__init__(
             config=transformer,
             transformer_layer_spec=block_spec(
-                stage_layers,
+                len(split.stage(stage)[piece]),
                 config.qk_layernorm,
                 config.transformer_impl,
                 config.attn_logit_softcapping,
@@ -62,6 +63,7 @@ class PrefixGroupedGPT(GPTModel):
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
             position_embedding_type="mrope",
             scatter_embedding_sequence_parallel=config.vision is None,  # else media go in before the rows are split
+            vp_stage=piece if split.pieces > 1 else None,
         )
         self.model_config = config
         position = config.position_embedding
@@ -222,16 +224,15 @@ def _row_tables(record: PrefixGroups | ContextShard, tp: int, rank: int, device:
     return local.to(device), place[inverse].to(device)
 
 
-def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT:
-    """Build this rank's pipeline stage on its device, in training mode."""
+def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT | ModelPieces:
+    """Build this rank's pipeline stage on its device, in training mode; in pieces where the configuration says so."""
     if config.vocab_size is None:
         raise UserError("model.vocab_size is not set: take it from the tokenizer")
-    model = PrefixGroupedGPT(
-        config,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        device=device,
-    ).to(device)
+    kind = device_type(device)
+    config = config.on(kind)
+    transformer = config.transformer_config(kind)  # one for all pieces: the schedule and the engine write to it
+    pieces = [PrefixGroupedGPT(config, transformer, device, piece) for piece in range(config.pipeline_split.pieces)]
+    model = (ModelPieces(pieces) if len(pieces) > 1 else pieces[0]).to(device)
     count = sum(p.numel() for p in model.parameters())
     logger.info("built a GPT with %d parameters on this rank, precision %s", count, model.model_config.precision)
     if config.padded_vocab_size > config.vocab_size:

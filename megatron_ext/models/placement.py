@@ -31,9 +31,20 @@ class Placement:
     precision: Training[str] = "auto"
     # Ranks that share every matrix. Raise it, within a machine, until the weights fit.
     tensor_model_parallel_size: Layout[int] = 1
-    # Ranks that share the layers, a stage of equally many each. Raise it where tensor parallelism has reached the
+    # Ranks that share the layers, a stage for each. Raise it where tensor parallelism has reached the
     # machine's edge and weights still do not fit; stages idle unless a step has several streams.
     pipeline_model_parallel_size: Layout[int] = 1
+    # Layers of the first stage; null: as many as of the others. Set it, the next key or both where the number of layers does
+    # not divide by the stages: what they leave must divide by the stages between. Fewer in the first and the last make room
+    # for the embedding and the vocabulary.
+    num_layers_in_first_pipeline_stage: Layout[int | None] = None
+    # Layers of the last stage; null: as many as of the others.
+    num_layers_in_last_pipeline_stage: Layout[int | None] = None
+    # Pieces of a stage, Megatron's interleaved schedule: with 2, stage 0 of 4 runs the layers of the first and the fifth
+    # eighth. Stages idle so many times less, and send so many times more; null: one piece. It must divide the layers of every
+    # stage; a step should have at least as many streams as there are stages, and more streams are in memory at a time. What
+    # trains one block alone cannot have it.
+    virtual_pipeline_model_parallel_size: Layout[int | None] = None
     # Ranks that share each stream: prefixes are cut, responses stay whole where they can. Raise it where long prompts
     # do not fit.
     context_parallel_size: Layout[int] = 1

@@ -23,6 +23,7 @@ from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, pack_prompts
 from megatron_ext.runtime.collectives import from_last
+from megatron_ext.runtime.pieces import ModelPieces, pieces_of
 
 __all__ = [
     "PromptStream", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams", "run_stage",
@@ -132,26 +133,31 @@ def check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | Med
 
 
 def run_stage(
-    model: PrefixGroupedGPT,
+    model: PrefixGroupedGPT | ModelPieces,
     tokens: Tensor,
     positions: Tensor,
     record: PackedSeqParams,
     rows: Tensor,
     media: StreamMedia | None = None,
 ) -> Tensor | None:
-    """One forward pass through the pipeline: logits on the last stage, None on the others."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+    """One forward pass through the pipeline: logits on the last stage, None on the others.
+
+    In pieces the stream goes round the stages once for each.
+    """
+    group, config = parallel_state.get_pipeline_model_parallel_group(), model.config
     stage, stages = group.rank(), group.size()
-    if stage > 0:
-        config = model.config
-        length = len(tokens) // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-        hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
-        dist.recv(hidden, src=dist.get_global_rank(group, stage - 1), group=group)
-        model.set_input_tensor(hidden)
-    out = model(tokens, positions, record, rows=rows, media=media)
-    if stage == stages - 1:
-        return out
-    dist.send(out.contiguous(), dst=dist.get_global_rank(group, stage + 1), group=group)
+    before, behind = (dist.get_global_rank(group, (stage + step) % stages) for step in (-1, 1))
+    pieces = pieces_of(model)
+    for number, piece in enumerate(pieces):
+        if stage > 0 or number > 0:
+            length = len(tokens) // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+            hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
+            dist.recv(hidden, src=before, group=group)
+            piece.set_input_tensor(hidden)
+        out = piece(tokens, positions, record, rows=rows, media=media)
+        if stage == stages - 1 and piece is pieces[-1]:
+            return out
+        dist.send(out.contiguous(), dst=behind, group=group)
     return None
 
 

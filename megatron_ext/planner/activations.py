@@ -18,7 +18,9 @@ import torch
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import layers_of_stage
 
-__all__ = ["EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "on_gpu", "stage_activations"]
+__all__ = [
+    "EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "on_gpu", "projected_width", "stage_activations",
+]  # fmt: skip
 
 INDEX, FP32, MASK_TYPE = 8, 4, 4
 
@@ -120,8 +122,13 @@ def _rotated(config: GPTModelConfig) -> int:
 
 
 def _heads(config: GPTModelConfig) -> tuple[int, int, int]:
-    tp = config.tensor_model_parallel_size
-    return config.num_attention_heads // tp, config.num_query_groups // tp, config.kv_channels
+    return *config.heads_per_rank, config.kv_channels
+
+
+def projected_width(config: GPTModelConfig) -> int:
+    """Of the queries, keys and values that core attention gets views of: all ranks', where these share key/value heads."""
+    ranks = 1 if config.shares_key_value_heads else config.tensor_model_parallel_size
+    return (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // ranks
 
 
 def _norm(rows: int, width: int, e: int, implementation: Implementation) -> int:
@@ -141,7 +148,7 @@ def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementatio
     h, e = config.hidden_size, config.dtype.itemsize
     n, m, d = _heads(config)
     f = config.ffn_hidden_size // config.tensor_model_parallel_size
-    projected = t * (n + 2 * m) * d * e
+    projected = t * projected_width(config) * e
     total = 2 * (_norm(s, h, e, implementation) + s * h * e)  # both norms, and what their linears keep of their output
     total += 4 * t * _rotated(config) * e  # cosines and sines of queries and of keys
     selective = granularity == "selective"

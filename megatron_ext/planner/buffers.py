@@ -4,7 +4,10 @@ With the distributed optimizer, parameters and gradients live in one padded buff
 data-parallel rank (context-parallel ones count) owns an equal stretch of each bucket, and holds optimizer state for the
 parameters, or parts of them, that lie there. Without it nothing is padded, and every rank holds all of the state.
 
-The engine's settings stand behind this: gradients in fp32, one bucket but for shared embeddings (no overlap).
+A stage in pieces has such buffers for each piece, and one optimizer.
+
+The engine's settings stand behind this: gradients in fp32; one bucket but for shared embeddings, and for the
+first piece of the first stage where gradients are summed while backward runs: buckets of a size then (`overlap_bucket`).
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from dataclasses import dataclass
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import ParameterTensor
 
-__all__ = ["BufferLayout", "StateBytes", "lay_out", "state_bytes"]
+__all__ = ["BufferLayout", "StateBytes", "lay_out", "overlap_bucket", "state_bytes"]
 
 # Megatron-Core 0.16: where a parameter starts, and what a bucket's length divides by, beside the ranks.
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 FP32 = 4
 MOMENTS = 2  # Adam's, in fp32
+# Numbers in a bucket at least, and for each data-parallel rank at least.
+BUCKET_NUMEL, BUCKET_NUMEL_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class BufferLayout:
             found += [min(b, high) - max(a, low) for a, b in self.places if min(b, high) > max(a, low)]
         return found
 
-    def fullest(self, ranks: int) -> int:
-        """The rank that owns most elements."""
+    def held(self, ranks: int) -> list[int]:
+        """Elements that each rank owns."""
         held = [0] * ranks
         for first, last in self.buckets:
             size = (last - first) // ranks
@@ -60,11 +65,20 @@ class BufferLayout:
                     edge = first + (rank + 1) * size
                     held[rank] += min(end, edge) - start
                     start, rank = edge, rank + 1
-        return max(range(ranks), key=held.__getitem__)
+        return held
 
 
-def lay_out(parameters: Sequence[ParameterTensor], ranks: int) -> BufferLayout:
-    """The distributed optimizer's buffer over `ranks` data-parallel ranks: parameters in reverse order."""
+def overlap_bucket(data_ranks: int) -> int:
+    """At how many numbers a bucket is closed, where gradients are summed while backward runs."""
+    return max(BUCKET_NUMEL, BUCKET_NUMEL_PER_RANK * data_ranks)
+
+
+def lay_out(parameters: Sequence[ParameterTensor], ranks: int, bucket: int | None = None) -> BufferLayout:
+    """The distributed optimizer's buffer over `ranks` data-parallel ranks: parameters in reverse order.
+
+    Args:
+        bucket: numbers at which a bucket is closed; None: at the end.
+    """
     places: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     bucket_start = end = 0
@@ -82,7 +96,7 @@ def lay_out(parameters: Sequence[ParameterTensor], ranks: int) -> BufferLayout:
             start = close(start)
         end = start + parameter.numel
         places.append((start, end))
-        if parameter.shared_embedding:
+        if parameter.shared_embedding or (bucket is not None and end - bucket_start >= bucket):
             end = close(end)
     if end > bucket_start:
         end = close(end)
@@ -98,6 +112,8 @@ class StateBytes:
     optimizer: int
     # Tensors with optimizer state on this rank.
     optimizer_tensors: int
+    # In the host's memory.
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -111,6 +127,8 @@ def state_bytes(
     ranks: int,
     rank: int | None = 0,
     distributed: bool = True,
+    moments_on_host: bool = False,
+    bucket: int | None = None,
 ) -> StateBytes:
     """What an engine with an optimizer holds on one rank of a stage.
 
@@ -119,16 +137,26 @@ def state_bytes(
         ranks: data-parallel times context-parallel size.
         rank: among those; None: the fullest.
         distributed: whether the optimizer's state is sharded over them.
+        moments_on_host: Adam's, see `HostAdamW`.
+        bucket: of the first piece, see `lay_out`.
     """
     item = config.dtype.itemsize
-    per_element = FP32 * (MOMENTS + (item < FP32))  # half precision has an fp32 copy of the weights
+    moments = FP32 * MOMENTS
+    near, far = (0, moments) if moments_on_host else (moments, 0)
+    near += FP32 * (item < FP32)  # half precision has an fp32 copy of the weights
     still = item * sum(p.numel for p in frozen)
     if not distributed:
         count = sum(p.numel for p in trained)
-        return StateBytes(still + item * count, FP32 * count, per_element * count, len(trained))
-    layout = lay_out(trained, ranks)
-    owned = layout.owned(ranks, layout.fullest(ranks) if rank is None else rank)
-    return StateBytes(still + item * layout.numel, FP32 * layout.numel, per_element * sum(owned), len(owned))
+        return StateBytes(still + item * count, FP32 * count, near * count, len(trained), far * count)
+    pieces = sorted({p.piece for p in trained})
+    layouts = [lay_out([p for p in trained if p.piece == piece], ranks, None if piece else bucket) for piece in pieces]
+    if rank is None:
+        held = [sum(of_pieces) for of_pieces in zip(*(layout.held(ranks) for layout in layouts), strict=True)]
+        rank = max(range(ranks), key=held.__getitem__) if held else 0
+    owned = [numel for layout in layouts for numel in layout.owned(ranks, rank)]
+    total = sum(layout.numel for layout in layouts)
+    count = sum(owned)
+    return StateBytes(still + item * total, FP32 * total, near * count, len(owned), far * count)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -5,7 +5,8 @@ r ranks, an all-gather or reduce-scatter sends x (r - 1) / r from each rank, an 
 by node, and every GPU has a NIC of its own. A group with k members in each of its nodes has k rings, each of which
 carries its part and crosses a node's border through another member's NIC: together they are as fast as k NICs.
 
-Symbols: t rows of the stream on this context-parallel rank, h hidden size, L layers of the stage, e bytes of a number.
+Symbols: t rows of the stream on this context-parallel rank, h hidden size, L layers of the stage with
+most, e bytes of a number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_ext.planner.activations import projected_width
 from megatron_ext.planner.hardware import Hardware
 from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.parameters import trained_of_stage
@@ -61,7 +63,7 @@ def pass_traffic(job: Job, microbatch: MicrobatchShape, backward: bool) -> list[
     config = job.model
     tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
     t, h, e = microbatch.shape.tokens, config.hidden_size, config.dtype.itemsize
-    layers = config.num_layers // pp
+    layers = max(config.pipeline_split.counts())
     again = backward and config.activations_checkpoint_granularity == "full"
     forwards = 1 + again
     found = []
@@ -75,20 +77,24 @@ def pass_traffic(job: Job, microbatch: MicrobatchShape, backward: bool) -> list[
         if backward and not config.sequence_parallel:
             ends += 2 * microbatch.shape.predicted
         sent = (count * layers * t + ends) * h * e
+        if config.shares_key_value_heads:  # gathers of the projections, and scatters of their gradients
+            count = forwards + backward
+            sent += count * layers * t * projected_width(config) * e
+            calls += count
         found.append(ring(job, "tensor", sent, calls * layers + 4))
     if cp > 1:
         found.append(_context(job, microbatch, layers, forwards, backward))
     if pp > 1:
         rows = t // tp if config.sequence_parallel else t
-        count = 1 + backward
+        count = (1 + backward) * config.pipeline_split.pieces
         found.append(neighbours(job, count * rows * h * e, count))
     return found
 
 
 def _context(job: Job, microbatch: MicrobatchShape, layers: int, forwards: int, backward: bool) -> Traffic:
     config = job.model
-    tp, d, e = config.tensor_model_parallel_size, config.kv_channels, config.dtype.itemsize
-    n, m = config.num_attention_heads // tp, config.num_query_groups // tp
+    d, e = config.kv_channels, config.dtype.itemsize
+    n, m = config.heads_per_rank
     if config.cp_comm_type == "a2a":
         passes = forwards + backward
         sent = passes * microbatch.shape.tokens * (2 * n + 2 * m) * d * e

@@ -13,6 +13,12 @@ from megatron_ext.planner.time import StepTime, step_time
 
 __all__ = ["Estimate", "Grouping", "estimate", "grouping_gain"]
 
+# Of a `Job`, what puts it into the host's memory.
+OFFLOADING = {
+    "reference_on_host": "trainer.grpo.offload_reference_policy=true",
+    "optimizer_on_host": "model.optim.optimizer_cpu_offload=true",
+}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -57,9 +63,24 @@ class Estimate:
             return f"fits: {numbers}"
         parts = self.fullest.parts()
         most = max(parts, key=parts.get)
+        helps = self._offloading_that_helps()
         return (
             f"does not fit: {numbers}; {parts[most] / GIB:.1f} GiB of it are {most}; use more nodes or another layout"
+            + (f", or {helps}, with which it fits" if helps else "")
         )
+
+    def _offloading_that_helps(self) -> str | None:
+        """What to put into the host's memory for the job to fit, no more than is needed; None: nothing helps."""
+        job, room = self.job, self.hardware.memory - self.assumptions.reserve
+        reference = job.reference_copy and not job.reference_on_host
+        optimizer = not job.optimizer_on_host
+        choices = [["reference_on_host"]] * reference + [["optimizer_on_host"]] * optimizer
+        choices += [["reference_on_host", "optimizer_on_host"]] * (reference and optimizer)
+        for choice in choices:
+            moved = dataclasses.replace(job, **dict.fromkeys(choice, True))
+            if all(stage_memory(moved, stage.stage).total <= room for stage in self.stages):
+                return " and ".join(OFFLOADING[name] for name in choice)
+        return None
 
 
 def estimate(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None) -> Estimate:

@@ -24,6 +24,7 @@ class Hardware:
         flops: dense bf16 operations per second.
         memory_bandwidth: bytes per second.
         node_link, network_link: bytes per second that one GPU sends, within a node and out of it.
+        host_link: bytes per second from the host's memory.
         source: where the numbers are from.
     """
 
@@ -33,16 +34,21 @@ class Hardware:
     memory_bandwidth: float
     node_link: float
     network_link: float
+    host_link: float
     source: str
 
 
 HARDWARE = {
     h.name: h
     for h in (
-        Hardware("A100", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, "A100 80GB SXM data sheet; DGX A100, HDR 200 Gb/s"),
-        Hardware("H100", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, "H100 SXM5 data sheet; DGX H100, NDR 400 Gb/s"),
-        Hardware("H200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200, NDR 400 Gb/s"),
-        Hardware("B200", 178.0 * GIB, 2250e12, 8.0e12, 900e9, 50e9, "DGX B200 data sheet; NDR 400 Gb/s"),
+        Hardware(
+            "A100", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, 32e9, "A100 80GB SXM data sheet; DGX A100, HDR 200 Gb/s"
+        ),
+        Hardware(
+            "H100", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, 64e9, "H100 SXM5 data sheet; DGX H100, NDR 400 Gb/s"
+        ),
+        Hardware("H200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, 64e9, "H200 SXM data sheet; DGX H200, NDR 400 Gb/s"),
+        Hardware("B200", 178.0 * GIB, 2250e12, 8.0e12, 900e9, 50e9, 64e9, "DGX B200 data sheet; NDR 400 Gb/s"),
     )
 }
 
@@ -63,6 +69,8 @@ class Assumptions:
     # Sampling runs one token at a time, without CUDA graphs: kernels of a layer, and seconds to launch one.
     decode_kernels: int = 40
     kernel_launch: float = 5e-6
+    # Numbers that the host updates in a second for one rank, where Adam's moments lie in its memory.
+    host_updates: float = 1e9
     # Bytes that CUDA, NCCL and the allocator's gaps take.
     reserve: float = 5 * GIB
     # Growth only. How far the work of a step differs between data-parallel ranks (a standard deviation, relative): all
@@ -82,6 +90,7 @@ class Assumptions:
             "rank of its ring; nothing overlaps with computation",
             "rings are laid node by node, and every GPU has a NIC: a group with k members in a node leaves it through k NICs",
             f"decoding a token launches {self.decode_kernels} kernels per layer, {1e6 * self.kernel_launch:.0f} us each",
+            f"the host updates {self.host_updates:.0e} numbers a second for each rank, where optimizer_cpu_offload is on",
             f"{self.reserve / GIB:.0f} GiB of every GPU go to CUDA, NCCL and gaps between allocations",
             "model.transformer_impl=auto is Transformer Engine: norms keep their input and one number per row, SwiGLU its input",
             "all prompts and responses are of the given length, and all ranks equally busy",

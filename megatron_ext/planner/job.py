@@ -45,11 +45,14 @@ class Job:
         groups_per_stream, stream_tokens: how streams are filled; one of them is None.
         scoring_passes: forward passes over the batch before it is trained on.
         reference_copy: a second set of weights is kept, for the KL divergence.
+        reference_on_host: and where: in the host's memory, and in the gradient buffers while it is used.
         rollout: the responses are sampled by the model.
         rollout_prompts: prompts sampled together on a data-parallel rank; None: all.
         block: one block trains and all else is frozen (LFTF); the worst one is planned for.
         locates: the gradients of all blocks are held once, before anything trains.
         distributed_optimizer: its state is sharded over data-parallel ranks.
+        optimizer_on_host: Adam's moments lie in the host's memory.
+        overlap_grad_reduce: gradients are summed while backward runs, in buckets.
         media_tokens: tokens of a prompt that hold a medium.
     """
 
@@ -66,11 +69,14 @@ class Job:
     stream_tokens: int | None = None
     scoring_passes: int = 0
     reference_copy: bool = False
+    reference_on_host: bool = False
     rollout: bool = False
     rollout_prompts: int | None = None
     block: bool = False
     locates: bool = False
     distributed_optimizer: bool = True
+    optimizer_on_host: bool = False
+    overlap_grad_reduce: bool = False
     media_tokens: int = 0
 
     def __post_init__(self):

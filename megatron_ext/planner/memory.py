@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 
 from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
-from megatron_ext.planner.activations import StreamShape, on_gpu, stage_activations
-from megatron_ext.planner.buffers import StateBytes, state_bytes
+from megatron_ext.planner.activations import Activations, StreamShape, on_gpu, projected_width, stage_activations
+from megatron_ext.planner.buffers import StateBytes, overlap_bucket, state_bytes
 from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.parameters import layers_of_stage, stage_parameters, trained_of_stage
+from megatron_ext.runtime.pieces import streams_per_turn
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
 
@@ -37,6 +38,7 @@ class StageMemory:
         working: what the backward pass of one layer, or one chunk of logits, holds for a moment.
         locating: gradients of all blocks, before there is an optimizer.
         cache: keys and values of sampling, and what a decoding step adds.
+        host: in the host's memory: not in `total`.
     """
 
     stage: int
@@ -48,6 +50,7 @@ class StageMemory:
     working: int = 0
     locating: int = 0
     cache: int = 0
+    host: int = 0
 
     @property
     def resident(self) -> int:
@@ -67,7 +70,7 @@ class StageMemory:
 
     def parts(self) -> dict[str, int]:
         """Name -> bytes, of what is there at the peak."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stage"}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stage", "host")}
         if self.total == self.training:
             unused = {"cache", "locating"}
         elif self.total == self.sampling:
@@ -83,16 +86,16 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     parameters = stage_parameters(config, stage)
     state = _state(job, stage)
     item = config.dtype.itemsize
-    copies = locating = 0
+    copies = locating = host = 0
     if job.reference_copy:
-        copies = item * sum(p.numel for p in parameters)
+        reference = item * sum(p.numel for p in parameters)
+        copies, host = (0, reference) if job.reference_on_host else (reference, 0)
     if job.block:
         copies += BLOCK_COPIES * item * sum(p.numel for p in trained_of_stage(config, stage, block=True))
     if job.locates:
         locating = item * sum(p.numel for p in parameters if p.layer is not None)
     largest = job.largest()
     stream = largest.shape
-    in_flight = min(len(job.microbatches), config.pipeline_model_parallel_size - stage)
     found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl))
     return StageMemory(
         stage,
@@ -100,11 +103,27 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
         state.gradients,
         state.optimizer,
         copies,
-        in_flight * found.kept,
+        _in_flight(job, stage, found),
         found.recomputed + max(_layer_working(config, largest), _output_working(config, stage, stream)),
         locating,
         _cache(job, stage) if job.rollout else 0,
+        host + state.host,
     )
+
+
+def _in_flight(job: Job, stage: int, found: Activations) -> int:
+    """Activations of all streams that wait for their backward pass. Of a stage in pieces more do, as Megatron's interleaved
+    schedule has it, and what each piece has sent on is not freed."""
+    split, streams = job.model.pipeline_split, len(job.microbatches)
+    if split.pieces == 1:
+        return min(streams, split.stages - stage) * found.kept
+    streams = max(streams, split.stages)
+    ahead = 2 * (split.stages - stage - 1) + (split.pieces - 1) * streams_per_turn(streams, split.stages) + 1
+    passes = min(ahead, split.pieces * streams)
+    rows = job.largest().shape.tokens // (job.model.tensor_model_parallel_size if job.model.sequence_parallel else 1)
+    sent = rows * job.model.hidden_size * job.model.dtype.itemsize
+    each = found.layer * (found.layers // split.pieces) + found.shared + sent
+    return passes * each + min(passes, streams) * (found.input + found.output)
 
 
 def _state(job: Job, stage: int) -> StateBytes:
@@ -113,7 +132,9 @@ def _state(job: Job, stage: int) -> StateBytes:
     names = {p.name for p in trained}
     frozen = [p for p in stage_parameters(config, stage) if p.name not in names]
     ranks = job.data_parallel * config.context_parallel_size
-    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer)
+    # Later stages have time for theirs while the first still runs.
+    bucket = overlap_bucket(job.data_parallel) if job.overlap_grad_reduce and stage == 0 else None
+    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer, job.optimizer_on_host, bucket)
 
 
 def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
@@ -128,14 +149,16 @@ def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
 def _attention_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
     """Of backward: while a kernel runs or, where context-parallel ranks sum gradients then, whichever is more."""
     t, d, e = microbatch.shape.tokens, config.kv_channels, config.dtype.itemsize
-    tp = config.tensor_model_parallel_size
-    n, m = config.num_attention_heads // tp, config.num_query_groups // tp
+    n, m = config.heads_per_rank
     # Flash attention makes dk and dv of every query head and sums them afterwards; its own dq is in fp32.
     every_head = 2 * n * d * e if n > m else 0
     # The output's gradient; copies of it, of queries and of the output; dq as a call gives it, the kernel's, and ours. Of each
     # row, a copy of the log-sum-exp, and the sum of gradient x output.
     queries = n * (d * (5 * e + 2 * FP32) + 2 * FP32)
     kernel = t * (queries + 2 * m * d * (2 * e + FP32) + every_head)  # copies, gradients of a call, and ours
+    if config.shares_key_value_heads:
+        # The gradient of all ranks' projections, in their order, cut for the ranks, and this one's share of the sum.
+        kernel = max(kernel, 4 * t * projected_width(config) * e)
     if config.context_parallel_size == 1 or config.cp_comm_type == "a2a":
         return kernel
     # Keys and values are gathered again, and their gradients are fp32. A call reads a prefix at most twice: for what this
@@ -178,8 +201,7 @@ def _cache(job: Job, stage: int) -> int:
 
 def keys_and_values(config: GPTModelConfig, stage: int, prompt_rows: int, response_rows: int) -> int:
     """Bytes of sampling's cache on one rank: a prompt's once for all its responses, a pad included."""
-    heads = config.num_query_groups // config.tensor_model_parallel_size
-    per_token = 2 * heads * config.kv_channels * config.dtype.itemsize
+    per_token = 2 * config.heads_per_rank[1] * config.kv_channels * config.dtype.itemsize
     return len(layers_of_stage(config, stage)) * per_token * (prompt_rows + response_rows)
 
 

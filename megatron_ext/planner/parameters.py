@@ -7,6 +7,7 @@ Symbols: h hidden size, n query and m key/value heads, d head size, f width of t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class ParameterTensor:
         sharded: cut over the tensor-parallel ranks; else each of them has all of it.
         shared_embedding: the word embedding of the first or last of several stages that share it.
         layer: the number of its layer in the whole model, from 0; None outside of layers.
+        piece: of the stage's.
     """
 
     name: str
@@ -30,29 +32,40 @@ class ParameterTensor:
     sharded: bool = False
     shared_embedding: bool = False
     layer: int | None = None
+    piece: int = 0
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-def layers_of_stage(config: GPTModelConfig, stage: int) -> range:
-    """Numbers of its layers, from 0."""
-    count = config.num_layers // config.pipeline_model_parallel_size
-    return range(stage * count, (stage + 1) * count)
+def layers_of_stage(config: GPTModelConfig, stage: int) -> list[int]:
+    """Numbers of its layers, from 0, of all its pieces."""
+    return [layer for piece in config.pipeline_split.stage(stage) for layer in piece]
 
 
 def stage_parameters(config: GPTModelConfig, stage: int) -> list[ParameterTensor]:
-    """All parameters of a stage in `named_parameters` order; layers are numbered within the stage, as there."""
-    h, tp = config.hidden_size, config.tensor_model_parallel_size
-    stages = config.pipeline_model_parallel_size
-    first, last = stage == 0, stage == stages - 1
-    tied, vocabulary = config.share_embeddings_and_output_weights, (config.padded_vocab_size // tp, h)
+    """All parameters of a stage in `named_parameters` order; layers are numbered within the stage, or its piece, as there."""
+    split = config.pipeline_split
+    if split.pieces == 1:
+        return _piece(config, stage, 0)
+    return [
+        dataclasses.replace(parameter, name=f"{piece}.{parameter.name}", piece=piece)
+        for piece in range(split.pieces)
+        for parameter in _piece(config, stage, piece)
+    ]
+
+
+def _piece(config: GPTModelConfig, stage: int, piece: int) -> list[ParameterTensor]:
+    h, split = config.hidden_size, config.pipeline_split
+    first, last = stage == piece == 0, (stage, piece) == (split.stages - 1, split.pieces - 1)
+    tied = config.share_embeddings_and_output_weights
+    vocabulary = (config.padded_vocab_size // config.tensor_model_parallel_size, h)
     found = []
     if first:
-        shared = tied and stages > 1
+        shared = tied and split.stages > 1
         found.append(ParameterTensor("embedding.word_embeddings.weight", vocabulary, True, shared))
-    for number, layer in enumerate(layers_of_stage(config, stage)):
+    for number, layer in enumerate(split.stage(stage)[piece]):
         found += _layer(config, f"decoder.layers.{number}.", layer)
     if last:
         found.append(ParameterTensor("decoder.final_layernorm.weight", (h,)))
@@ -72,7 +85,7 @@ def trained_of_stage(config: GPTModelConfig, stage: int, block: bool) -> list[Pa
 def _layer(config: GPTModelConfig, prefix: str, layer: int) -> list[ParameterTensor]:
     h, tp, d = config.hidden_size, config.tensor_model_parallel_size, config.kv_channels
     heads = config.num_attention_heads // tp
-    qkv = (heads + 2 * config.num_query_groups // tp) * d
+    qkv = (config.num_attention_heads + 2 * config.num_query_groups) * d // tp
     f = config.ffn_hidden_size // tp
     rows = [
         ("input_layernorm.weight", (h,), False, True),

@@ -11,11 +11,18 @@ from megatron_ext.planner.job import Job
 
 __all__ = ["best_layouts", "layouts"]
 
+SPLIT = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "virtual_pipeline_model_parallel_size",
+)  # fmt: skip
+
 
 def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
     """The job in every layout that the model's rules and the batch allow; a tensor-parallel group stays in its node."""
     for tensor in _divisors(job.devices):
-        for pipeline in _divisors(job.model.num_layers):
+        for pipeline in sorted({*_divisors(job.model.num_layers), job.model.pipeline_model_parallel_size}):
+            # The job's own numbers of layers are for as many stages as it has.
+            same = pipeline == job.model.pipeline_model_parallel_size
+            split = {} if same else dict.fromkeys(SPLIT)
             for context in _powers(largest_context):
                 for granularity in (None, "full"):
                     changes = {
@@ -24,6 +31,7 @@ def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
                         "context_parallel_size": context,
                         "sequence_parallel": tensor > 1,
                         "activations_checkpoint_granularity": granularity,
+                        **split,
                     }
                     if job.world % (tensor * pipeline * context) or (job.block and granularity):
                         continue

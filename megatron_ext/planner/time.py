@@ -2,7 +2,8 @@
 
     step = sampling + scoring passes + updates x (forward and backward + gradients summed + optimizer)
 
-A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble. A
+A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble, with v
+pieces of each stage (p - 1) / v. A
 scoring pass is one run, over the microbatches of all updates; training is one for each update.
 Sampling goes through the stages one after the other, token by token.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ext.flops import Flops, model_flops, num_tokens
+from megatron_ext.planner.activations import projected_width
 from megatron_ext.planner.communication import Traffic, data_traffic, neighbours, pass_traffic, ring
 from megatron_ext.planner.hardware import Assumptions, Hardware
 from megatron_ext.planner.job import Job, MicrobatchShape
@@ -62,7 +64,9 @@ def step_time(job: Job, hardware: Hardware, assumptions: Assumptions) -> StepTim
     batch, updates, stages = job.microbatches, job.updates, job.model.pipeline_model_parallel_size
     forward, both = ([clock.microbatch(m, backward) for m in batch] for backward in (False, True))
     passes = job.scoring_passes * updates  # of an update's microbatches
-    bubble = (stages - 1) * (job.scoring_passes * max(forward) + updates * max(both))
+    # Of a stage in pieces it waits for one piece at a time.
+    waits = (stages - 1) / job.model.pipeline_split.pieces
+    bubble = waits * (job.scoring_passes * max(forward) + updates * max(both))
     summed = [data_traffic(job, stage) for stage in range(stages)]
     sent: dict[str, float] = {}
     for microbatch in batch:
@@ -78,7 +82,7 @@ def step_time(job: Job, hardware: Hardware, assumptions: Assumptions) -> StepTim
     flops = updates * sum(f.total for f in counted) + passes * sum(f.total for f in scored)
     return StepTime(
         sampling=clock.sampling() if job.rollout else 0.0,
-        scoring=passes * sum(forward),
+        scoring=passes * sum(forward) + updates * clock.reference(),
         training=updates * sum(both),
         bubble=bubble,
         data=updates * max(sum(clock.link(t) for t in found) for found in summed),
@@ -114,7 +118,7 @@ class _Clock:
         key = (id(microbatch), backward)
         if key not in self._known:
             job = self.job
-            share = 1 / job.model.pipeline_model_parallel_size
+            share = max(job.model.pipeline_split.counts()) / job.model.num_layers
             flops = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward)
             if backward and job.model.activations_checkpoint_granularity == "full":
                 again = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward=False)
@@ -128,6 +132,15 @@ class _Clock:
             self._known[key] = self.compute(flops, share) + sent
         return self._known[key]
 
+    def reference(self) -> float:
+        """The copy of the reference policy's weights from the host, of the stage that has most."""
+        job = self.job
+        if not (job.reference_copy and job.reference_on_host):
+            return 0.0
+        stages = range(job.model.pipeline_model_parallel_size)
+        count = max(sum(p.numel for p in stage_parameters(job.model, stage)) for stage in stages)
+        return count * job.model.dtype.itemsize / (self.hardware.host_link * self.assumed.link_efficiency)
+
     def optimizer(self) -> float:
         """State is read and written once, by the rank that holds it: two moments, weights, gradient, parameter."""
         job = self.job
@@ -139,6 +152,9 @@ class _Clock:
             count = sum(p.numel for p in stage_parameters(job.model, 0) if p.layer == 0)
         if job.distributed_optimizer:
             count /= job.data_parallel * job.model.context_parallel_size
+        if job.optimizer_on_host:  # gradient and weight to the host, the weight back
+            moved = 3 * FP32 * count / (self.hardware.host_link * self.assumed.link_efficiency)
+            return moved + count / self.assumed.host_updates
         return self.read(count * (6 * FP32 + FP32 + job.model.dtype.itemsize))
 
     def sampling(self) -> float:
@@ -152,7 +168,7 @@ class _Clock:
         prompts = [(job.prompt, [])] * together
         prefill = self.compute(model_flops(job.shape, prompts, True, backward=False), 1) * config.context_parallel_size
         weights = sum(p.numel for s in range(stages) for p in stage_parameters(config, s)) * e
-        per_token = 2 * (config.num_query_groups // tp) * config.kv_channels * e * config.num_layers
+        per_token = 2 * config.heads_per_rank[1] * config.kv_channels * e * config.num_layers
         # A prompt's keys are read once for all its responses; a response's are copied by the kernel: read thrice.
         held = per_token * (together * job.prompt + 3 * rows * job.response / 2)
         flops = 2 * rows * weights / e
@@ -163,7 +179,12 @@ class _Clock:
         if tp > 1:
             calls = 2 * config.num_layers  # all-reduces, one after attention and one after the MLP
             told += self.link(ring(job, "tensor", calls * 2 * rows * config.hidden_size * e, calls))
+        if config.shares_key_value_heads:
+            calls = config.num_layers
+            told += self.link(ring(job, "tensor", calls * rows * projected_width(config) * e, calls))
         if stages > 1:
-            told += (stages - 1) * self.link(neighbours(job, rows * config.hidden_size * e, 1))
+            told += (stages * config.pipeline_split.pieces - 1) * self.link(
+                neighbours(job, rows * config.hidden_size * e, 1)
+            )
         # Kernels are launched ahead of the GPU: the slower of the two counts.
         return batches * (prefill + job.response * (max(busy, launch) + logits + told))

@@ -21,7 +21,10 @@ from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.kinds import Speed
 from megatron_ext.runtime.collectives import broadcast_object, from_last
-from megatron_ext.runtime.trimmed import TrimmedPipeline, first_trained_stage, process_groups
+from megatron_ext.runtime.host_optimizer import HostAdamW
+from megatron_ext.runtime.optimizer_state import single_optimizers
+from megatron_ext.runtime.pieces import pieces_of, streams_per_turn
+from megatron_ext.runtime.trimmed import TrimmedPipeline, check_all_train, first_trained_stage, process_groups
 
 __all__ = ["Engine", "Microbatch", "OptimConfig", "SchedConfig"]
 
@@ -61,6 +64,12 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     # Added to Adam's denominator, the root of the second moment.
     eps: float = 1e-8
+    # Keep Adam's two moments, 8 bytes for each number, in the host's memory, and take the step there: slower, and the answer
+    # where a GPU has no room for them. fp32 copies of bf16 weights stay on the GPU.
+    optimizer_cpu_offload: Speed[bool] = False
+    # Sum gradients over data-parallel ranks while the last stream's backward pass still runs, in buckets of 40 million numbers
+    # or more, instead of after it.
+    overlap_grad_reduce: Speed[bool] = False
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self):
@@ -94,10 +103,13 @@ class Engine:
     parameter that trains runs a backward: neither layers nor whole pipeline stages.
 
     Args:
-        model: this rank's pipeline stage, with `requires_grad` as it shall be.
+        model: this rank's pipeline stage, with `requires_grad` as it shall be; perhaps in pieces.
         optim: None for a model that is only run forward, or whose bare `.grad` is wanted.
         total_steps: optimizer steps of the run, for the schedule.
         clip_grad: largest global gradient norm, 0 for none.
+
+    Raises:
+        UserError: a model in pieces of which some train nothing.
     """
 
     def __init__(
@@ -106,11 +118,13 @@ class Engine:
         self.module = model
         self.config = model.config
         self.optimizer = self.scheduler = None
-        self.model: torch.nn.Module = model
+        self.pieces = pieces_of(model)  # with an optimizer, each in its DDP
         self._pipeline: dict[str, Any] = {}  # for the schedule, where lower stages train nothing
         self._detach_input = False
         group = parallel_state.get_pipeline_model_parallel_group()
-        if first := first_trained_stage(model, group):
+        if len(self.pieces) > 1:
+            check_all_train(self.pieces, group)
+        elif first := first_trained_stage(model, group):
             self._pipeline = {
                 "p2p_communicator": TrimmedPipeline(group, self.config, first),
                 "pg_collection": process_groups(),
@@ -120,10 +134,14 @@ class Engine:
             return
         sharded = optim.name == "distributed_fused_adam"
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=False
+            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=optim.overlap_grad_reduce
         )
-        self.model = DistributedDataParallel(self.config, ddp, model)
-        self.model.broadcast_params()
+        self.pieces = [
+            DistributedDataParallel(self.config, ddp, piece, disable_bucketing=number > 0)  # as Megatron has it
+            for number, piece in enumerate(self.pieces)
+        ]
+        for piece in self.pieces:
+            piece.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -138,14 +156,19 @@ class Engine:
                 use_distributed_optimizer=sharded,
                 clip_grad=clip_grad,
             ),
-            [self.model],
+            self.pieces,
         )
+        if optim.optimizer_cpu_offload:
+            for single in single_optimizers(self.optimizer):
+                if single.optimizer is not None:  # nothing trains here
+                    single.optimizer = HostAdamW(single.optimizer)
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
         # Megatron would divide by the token counts that the loss function returns; ours arrive normalised.
         self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
         )
-        self.config.no_sync_func = self.model.no_sync
+        no_syncs = [piece.no_sync for piece in self.pieces]
+        self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
     def run(
         self, microbatches: Sequence[Microbatch], loss_function: LossFunction, forward_only: bool = False
@@ -160,8 +183,16 @@ class Engine:
             The metrics of each microbatch on the last stage, an empty list elsewhere.
         """
 
+        streams = [(microbatch, True) for microbatch in microbatches]
+        stages, pieces = parallel_state.get_pipeline_model_parallel_world_size(), len(self.pieces)
+        if pieces > 1:
+            # The interleaved schedule takes no fewer streams than stages: the smallest once more, for nothing.
+            smallest = min(microbatches, key=lambda m: m.batch.groups.num_tokens)
+            streams += [(smallest, False)] * (stages - len(streams))
+            self.config.microbatch_group_size_per_vp_stage = streams_per_turn(len(streams), stages)
+
         def forward_step(iterator, model):
-            microbatch: Microbatch = next(iterator)
+            microbatch, counts = next(iterator)
             batch = microbatch.batch
             if self._detach_input and not forward_only:
                 decoder = self.module.decoder
@@ -177,23 +208,25 @@ class Engine:
             )
 
             def reduce(output):
-                loss, metrics = loss_function(microbatch, *output)
+                loss, metrics = loss_function(microbatch, *output) if counts else (0 * output[0].sum(), {})
                 # Megatron accumulates the middle value (a token count) and ours is not used.
                 return loss, torch.ones((), dtype=torch.int, device=loss.device), metrics
 
             return output, reduce
 
+        iterators = [iter(streams) for _ in self.pieces]
         with torch.set_grad_enabled(not forward_only):
-            return get_forward_backward_func()(
+            outputs = get_forward_backward_func(stages, pieces if pieces > 1 else None)(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
-                model=[self.model],
-                num_microbatches=len(microbatches),
+                data_iterator=iterators if pieces > 1 else iterators[0],
+                model=self.pieces,
+                num_microbatches=len(streams),
                 seq_length=max(m.batch.groups.num_tokens for m in microbatches),
                 micro_batch_size=1,
                 forward_only=forward_only,
                 **({} if forward_only else self._pipeline),
             )
+        return outputs[: len(microbatches)]
 
     def update(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> dict[str, float]:
         """One optimizer step over all microbatches of all data-parallel ranks. Returns the metrics' sums, and `step`'s.
@@ -231,7 +264,8 @@ class Engine:
         return broadcast_object(totals, -1, parallel_state.get_pipeline_model_parallel_group())
 
     def zero_grad(self) -> None:
-        self.model.zero_grad_buffer()
+        for piece in self.pieces:
+            piece.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> dict[str, float]:

@@ -18,8 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_ext.runtime.pieces import layers_of
+
 __all__ = [
-    "adam_step", "load_optimizer_tensors", "sharded_like_parameters", "sharded_optimizer_state", "trained_parameters",
+    "adam_step", "load_optimizer_tensors", "sharded_like_parameters", "sharded_optimizer_state", "single_optimizers",
+    "trained_parameters",
 ]  # fmt: skip
 
 MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "master"
@@ -50,7 +53,7 @@ def sharded_optimizer_state(model: torch.nn.Module, optimizer, empty: bool = Fal
 def sharded_like_parameters(model: torch.nn.Module, values: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     """Sharded tensors of values that have the shapes of parameters, by the parameters' names; `prefix` begins their keys."""
     # Layer by layer: Megatron's own stack of all layers has holes where some are frozen, and cannot be saved.
-    states = [layer.sharded_state_dict(f"decoder.layers.{layer.layer_number - 1}.") for layer in model.decoder.layers]
+    states = [layer.sharded_state_dict(f"decoder.layers.{layer.layer_number - 1}.") for layer in layers_of(model)]
     places = {id(s.data): s for state in (model.sharded_state_dict(), *states) for s in _sharded(state)}
     parameters, found = dict(model.named_parameters()), {}
     for name, value in values.items():
@@ -74,12 +77,13 @@ def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str,
                 state = shard.inner.state[shard.main]
                 for moment in MOMENTS:
                     value = tensors[f"{moment}/{name}"].flatten()[shard.rows].view_as(shard.main)
-                    state[moment] = value.to(shard.main.device, torch.float32, copy=True)
+                    device = getattr(shard.inner, "state_device", shard.main.device)
+                    state[moment] = value.to(device, torch.float32, copy=True)
                 if _is_torch_adam(shard.inner):
                     state["step"] = torch.tensor(float(step))
                 if f"{MASTER}/{name}" in tensors:
                     shard.main.copy_(tensors[f"{MASTER}/{name}"].flatten()[shard.rows].view_as(shard.main))
-        for single in _singles(optimizer):
+        for single in single_optimizers(optimizer):
             if not _is_torch_adam(single.optimizer):
                 for group in single.optimizer.param_groups:
                     group["step"] = step
@@ -88,7 +92,7 @@ def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str,
 def adam_step(optimizer) -> int:
     """Steps taken, the same on every rank, also where this one holds no parameter."""
     steps = [0.0]
-    for single in _singles(optimizer):
+    for single in single_optimizers(optimizer):
         steps += [float(s["step"]) for s in single.optimizer.state.values() if "step" in s]
         steps += [float(g["step"]) for g in single.optimizer.param_groups if "step" in g and g["params"]]
     largest = torch.tensor([max(steps)], dtype=torch.float64)
@@ -104,7 +108,8 @@ class _Shard:
         self.inner, self.main, self.rows = inner, main, rows
 
 
-def _singles(optimizer) -> list:
+def single_optimizers(optimizer) -> list:
+    """Those that Megatron's is a chain of; the `optimizer` of each is torch's or a fused one, None where nothing trains."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
@@ -113,7 +118,7 @@ def _is_torch_adam(inner) -> bool:
 
 
 def _shards(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Shard]:
-    for single in _singles(optimizer):
+    for single in single_optimizers(optimizer):
         if not isinstance(single, DistributedOptimizer):
             yield _Shard(single.optimizer, getattr(parameter, "main_param", parameter), slice(None))
         elif parameter in single.model_param_group_index_map:
@@ -125,9 +130,10 @@ def _shards(optimizer, parameter: torch.nn.Parameter) -> Iterator[_Shard]:
 
 
 def _whole(optimizer, parameter: torch.nn.Parameter, empty: bool) -> dict[str, Tensor]:
-    """The parameter's state in its own shape, fp32, gathered from the data-parallel ranks that share it."""
+    """The parameter's state in its own shape, fp32, on the host, gathered from the data-parallel ranks that share it."""
     states = [*MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])]
-    whole = {state: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for state in states}
+    device = "cpu" if empty else parameter.device
+    whole = {state: torch.zeros(parameter.shape, dtype=torch.float32, device=device) for state in states}
     if empty:
         return whole
     for shard in _shards(optimizer, parameter):
@@ -135,11 +141,11 @@ def _whole(optimizer, parameter: torch.nn.Parameter, empty: bool) -> dict[str, T
         for state in states:
             if state in values:  # no moments before the first step
                 whole[state].view(-1)[shard.rows] = values[state].detach().reshape(-1)
-    if any(isinstance(single, DistributedOptimizer) for single in _singles(optimizer)):
+    if any(isinstance(single, DistributedOptimizer) for single in single_optimizers(optimizer)):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for value in whole.values():  # each number lies on one rank, the others add 0
             dist.all_reduce(value, group=group)
-    return whole
+    return {state: value.cpu() for state, value in whole.items()}  # a GPU has no room for all parameters'
 
 
 def _sharded(node) -> Iterator[ShardedTensor | ShardedTensorFactory]:

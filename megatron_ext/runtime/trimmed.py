@@ -6,14 +6,17 @@ run their forward passes one after the other and wait for nobody.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.collectives import gather_objects
 
-__all__ = ["TrimmedPipeline", "first_trained_stage", "process_groups"]
+__all__ = ["TrimmedPipeline", "check_all_train", "first_trained_stage", "process_groups"]
 
 GROUPS = ["tp", "pp", "embd", "pos_embd", "cp", "dp_cp"]
 
@@ -22,6 +25,20 @@ def first_trained_stage(model: torch.nn.Module, pp_group: dist.ProcessGroup) -> 
     """The lowest pipeline stage with a parameter that trains, 0 if none does; every rank of the group calls it."""
     trains = gather_objects(any(p.requires_grad for p in model.parameters()), pp_group)
     return trains.index(True) if True in trains else 0
+
+
+def check_all_train(pieces: Sequence[torch.nn.Module], pp_group: dist.ProcessGroup) -> None:
+    """Megatron's interleaved schedule runs a backward pass through every piece; every rank of the group calls it.
+
+    Raises:
+        UserError: nothing trains in some.
+    """
+    trains = [any(p.requires_grad for p in piece.parameters()) for piece in pieces]
+    if not all(all(found) for found in gather_objects(trains, pp_group)):
+        raise UserError(
+            f"model.virtual_pipeline_model_parallel_size={len(pieces)} needs weights that train in every piece of every stage; "
+            "set it to null where one block trains alone"
+        )
 
 
 def process_groups() -> ProcessGroupCollection:

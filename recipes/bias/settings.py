@@ -128,6 +128,16 @@ class LFTFConfig:
                 "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
                 "selective or null (below the block nothing is kept anyway)"
             )
+        if self.model.gradient_accumulation_fusion:
+            raise UserError(
+                "model.gradient_accumulation_fusion=true adds to the gradient buffers of all weights, and here there are none "
+                "while blocks are located, and one block's while it trains: set it to false"
+            )
+        if self.model.pipeline_split.pieces > 1 and lftf.block != "all":
+            raise UserError(
+                f"model.virtual_pipeline_model_parallel_size={self.model.pipeline_split.pieces} needs weights that train in "
+                "every piece of every stage, and here one block does: set it to null"
+            )
         if isinstance(lftf.block, int):
             _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
         _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)

@@ -77,6 +77,9 @@ class GRPOSettings:
     # beta, the weight of the KL divergence to the initial policy: raise it where the model strays too far. 0: none, and
     # neither the pass of the initial policy nor a copy of its weights.
     initial_policy_kl_penalty: float = 0.0
+    # Keep the initial policy's weights in the host's memory. For its pass they are copied into the gradient buffers, which are
+    # idle then: no memory of the GPU, and one copy of the weights for each update. Set it where GPU memory is short.
+    offload_reference_policy: Speed[bool] = False
     # k2 or k3: an estimate of the KL divergence in the loss; k1: in the reward, with use_kl_in_reward.
     # docs/objective.md compares.
     reference_policy_kl_type: str = "k3"
@@ -125,6 +128,11 @@ class GRPOSettings:
             raise UserError(
                 "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
                 "nothing; set it to false (validation is greedy anyway)"
+            )
+        if self.offload_reference_policy and not self.initial_policy_kl_penalty:
+            raise UserError(
+                "trainer.grpo.offload_reference_policy=true, but trainer.grpo.initial_policy_kl_penalty=0 has no reference "
+                "policy: set one of them otherwise"
             )
         try:
             self.terms  # noqa: B018  raises on bad coefficients

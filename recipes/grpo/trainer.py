@@ -7,14 +7,13 @@ the policy. Sampling, the old-policy pass, the reference pass and the actor pass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from megatron_ext.losses.grpo import groups_with_signal, grpo_loss
 from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
@@ -24,7 +23,7 @@ from recipes.grpo.settings import GRPOConfig
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
 
-__all__ = ["GRPOTrainer", "reference_weights"]
+__all__ = ["GRPOTrainer"]
 
 
 class GRPOTrainer(Trainer):
@@ -52,7 +51,9 @@ class GRPOTrainer(Trainer):
             session.data_rank,
             session.data_size,
         )
-        self.initial_weights = _copy_weights(self.engine.module) if settings.initial_policy_kl_penalty else None
+        self.reference = None
+        if settings.initial_policy_kl_penalty:
+            self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
 
     def fit(self) -> None:
         settings = self.settings
@@ -73,7 +74,7 @@ class GRPOTrainer(Trainer):
                 steps = [self.run_training(microbatches) for microbatches in updates]
             metrics |= {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
             groups = [m.batch.groups for microbatches in updates for m in microbatches]
-            passes = 2 if self.initial_weights is None else 3  # of the sampling, the initial and the trained policy
+            passes = 2 if self.reference is None else 3  # of the sampling, the initial and the trained policy
             executed = passes * sum(g.num_tokens for g in groups)
             repeated = passes * sum(g.num_repeated_tokens for g in groups)
         executed, repeated = self.session.sum_over_data(executed, repeated)
@@ -103,8 +104,8 @@ class GRPOTrainer(Trainer):
         """With the log-probabilities of the sampling policy and, with a KL penalty, of the initial one."""
         old = self.engine.score(microbatches)
         reference: Sequence[Tensor | None] = [None] * len(microbatches)
-        if self.initial_weights is not None:
-            with reference_weights(self.engine.module, self.initial_weights):
+        if self.reference is not None:
+            with self.reference.used():
                 reference = self.engine.score(microbatches)
         return [
             replace(microbatch, old_logprobs=o, ref_logprobs=r)
@@ -149,21 +150,3 @@ class GRPOTrainer(Trainer):
             "train_rollouts/truncated": cut / responses,
             "train_rollouts/groups_with_signal": useful / prompts,
         }
-
-
-def _copy_weights(model: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-@contextmanager
-def reference_weights(model: torch.nn.Module, weights: list[Tensor]):
-    """Run the model with other weights, and put its own back whatever happens. For forward passes only."""
-    parameters = list(model.parameters())
-    own = [p.data for p in parameters]
-    for p, w in zip(parameters, weights, strict=True):
-        p.data = w
-    try:
-        yield
-    finally:
-        for p, w in zip(parameters, own, strict=True):
-            p.data = w

@@ -72,7 +72,8 @@ def train(device, config, weights, case: BlockCase, block: int, name: str, first
     with tapped(model, watch):
         for _ in range(2):
             losses.append(engine.update(make_microbatches(case.rollout, case.cuts, counts(case.rollout)), grpo))
-    buffers = [*engine.model.buffers, *engine.model.expert_parallel_buffers]
+    (piece,) = engine.pieces
+    buffers = [*piece.buffers, *piece.expert_parallel_buffers]
     optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
     path = case.folder / f"{block}-{name}.safetensors"
     if first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, randomize, small_config
 
 __all__ = [
-    "ContextCase", "DataCase", "LayoutCase", "MediaCase", "VocabCase", "context_attention", "data_parallel", "gradients",
-    "layouts", "media", "optim",
+    "OPTIMIZERS", "ContextCase", "DataCase", "LayoutCase", "MediaCase", "VocabCase", "context_attention", "data_parallel",
+    "gradients", "layouts", "media", "optim",
 ]  # fmt: skip
 
 NEW_TOKENS, SAMPLES = 8, 3
@@ -39,6 +39,14 @@ CLIP = 0.3  # below the gradient's norm
 def optim(name: str = "adam") -> OptimConfig:
     """A large eps: Adam divides by |g| + eps, so rounding of a gradient near zero must not become a step of full size."""
     return OptimConfig(name=name, lr=1e-2, eps=1e-3)
+
+
+OPTIMIZERS = {
+    "adam": optim("adam"),
+    "distributed_fused_adam": optim("distributed_fused_adam"),
+    "overlapped": replace(optim("distributed_fused_adam"), overlap_grad_reduce=True),
+    "on the host": replace(optim("distributed_fused_adam"), optimizer_cpu_offload=True),
+}
 
 
 @dataclass
@@ -106,6 +114,9 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     microbatches = make_microbatches(case.rollout, case.cuts, counts(case.rollout), pad=stream_multiple(config))
     result["tokens"] = [m.batch.groups.num_tokens for m in microbatches]
     result["scores"] = engine.score(microbatches)
+    engine.zero_grad()
+    result["alone metrics"] = engine.reduce_metrics(engine.run(microbatches[:1], grpo))
+    result["alone"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
     engine.zero_grad()
     result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
     result["gradients"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
@@ -284,9 +295,7 @@ def data_parallel(device: torch.device, case: DataCase) -> dict[str, Any]:
     return {
         "rank": rank,
         "gradients": {level: _data_run(device, case, level, "adam", step=False) for level in ("token", "sequence")},
-        "steps": {
-            name: _data_run(device, case, "token", name, step=True) for name in ("adam", "distributed_fused_adam")
-        },
+        "steps": {name: _data_run(device, case, "token", name, step=True) for name in OPTIMIZERS},
     }
 
 
@@ -298,7 +307,7 @@ def _data_run(device: torch.device, case: DataCase, level: str, optimizer: str, 
     randomize(model, torch.Generator().manual_seed(number))
     if number == 0:
         load_full(model, case.weights)
-    engine = Engine(model, optim(optimizer), clip_grad=CLIP)
+    engine = Engine(model, OPTIMIZERS[optimizer], clip_grad=CLIP)
     started = copies(model)
     cuts = case.spread[number]
     mine = case.rollout.pick([g for numbers in cuts for g in numbers])

@@ -12,7 +12,7 @@ import torch
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.scenarios import CLIP, DataCase, data_parallel
+from tests.distributed.scenarios import CLIP, OPTIMIZERS, DataCase, data_parallel
 from tests.distributed.sharding import shard
 from tests.engine_cases import counts, gradient_floor, relative_error
 from tests.gpt_cases import make_rollout, randomize, small_config
@@ -115,7 +115,7 @@ def test_loss_and_metrics_are_those_of_the_whole_batch(level, spread: Spread, ba
         assert found == pytest.approx(expected, rel=BOUND, abs=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "distributed_fused_adam"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_step_gives_the_parameters_of_one_rank(optimizer, spread: Spread, batch: Batch):
     """With the optimizer's state on every rank, and sharded over the data-parallel ranks."""
     for result in spread.results:
@@ -128,7 +128,7 @@ def test_one_step_gives_the_parameters_of_one_rank(optimizer, spread: Spread, ba
     assert min(error(steps[name], w) for name, w in batch.weights.items()) > 50 * BOUND
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "distributed_fused_adam"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(optimizer, spread: Spread):
     for result in spread.results:
         run = result["steps"][optimizer]

@@ -21,6 +21,14 @@ LAYOUTS = {
     "one rank": (ParallelSizes(), 1, {}),
     "tp2": (ParallelSizes(tensor=2), 2, {"tensor_model_parallel_size": 2}),
     "pp2": (ParallelSizes(pipeline=2), 2, {"pipeline_model_parallel_size": 2}),
+    "pp2 in pieces": (
+        ParallelSizes(pipeline=2), 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "pp2 uneven": (
+        ParallelSizes(pipeline=2), 2, {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
+    ),
+    # More ranks than most of the models have key/value heads.
+    "tp4": (ParallelSizes(tensor=4), 4, {"tensor_model_parallel_size": 4}),
     "tp2 pp2 sp": (
         ParallelSizes(tensor=2, pipeline=2), 4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},

@@ -28,18 +28,34 @@ pytestmark = pytest.mark.distributed
 
 BOUND = 1e-5
 MODEL = {"num_layers": 4, "num_attention_heads": 16, "num_query_groups": 4}
-TIED, UNTIED = ({"share_embeddings_and_output_weights": tied} for tied in (True, False))
+# One rank runs each of these; a layout takes one of them and says how it is run. Of two key/value heads, four ranks have one
+# by twos.
+MODELS = {
+    "tied": MODEL,
+    "untied": MODEL | {"share_embeddings_and_output_weights": False},
+    "few heads": MODEL | {"num_attention_heads": 12, "num_query_groups": 2},
+    "one head": MODEL
+    | {"num_attention_heads": 12, "num_query_groups": 1, "share_embeddings_and_output_weights": False},
+    "five layers": MODEL | {"num_layers": 5},
+}
+TIED, UNTIED, FEW_HEADS, ONE_HEAD, FIVE_LAYERS = ({"model": name} for name in MODELS)
 LENGTHS = [(7, [3, 5]), (4, [6]), (5, [2, 2, 2]), (3, [9, 1]), (5, [4, 0, 14])]
 CUTS = [[0, 1], [2], [3, 4]]  # streams of 32, 16 and 48 tokens
 PROMPTS = [9, 1, 22]
 SEQUENCE = {"sequence_parallel": True}
 ALL_TO_ALL = {"cp_comm_type": "a2a"}
+PIECES = {"virtual_pipeline_model_parallel_size": 2}
 LAYOUTS = {
     "tp2": (ParallelSizes(tensor=2), [TIED, UNTIED, TIED | SEQUENCE, UNTIED | SEQUENCE]),
-    "pp2": (ParallelSizes(pipeline=2), [TIED, UNTIED]),
+    "pp2": (ParallelSizes(pipeline=2), [TIED, UNTIED, FIVE_LAYERS | {"num_layers_in_last_pipeline_stage": 2}]),
+    "pp2 in pieces": (ParallelSizes(pipeline=2), [TIED | PIECES, UNTIED | PIECES]),
     "tp2 pp2": (
         ParallelSizes(tensor=2, pipeline=2),
         [UNTIED, TIED | SEQUENCE | {"activations_checkpoint_granularity": "full"}],
+    ),
+    "tp4": (
+        ParallelSizes(tensor=4),
+        [FEW_HEADS | SEQUENCE, ONE_HEAD | {"activations_checkpoint_granularity": "full"}],
     ),
     "cp2": (ParallelSizes(context=2), [TIED, UNTIED, UNTIED | ALL_TO_ALL]),
     "cp2 tp2": (ParallelSizes(tensor=2, context=2), [UNTIED | SEQUENCE, TIED | ALL_TO_ALL]),
@@ -61,35 +77,34 @@ def make_vocab_cases(rng: torch.Generator) -> list[VocabCase]:
 
 
 class Reference:
-    """The inputs of all layouts, and what one rank makes of them. Keyed by whether the embeddings are tied."""
+    """The inputs of all layouts, and what one rank makes of them. Keyed by the name of the model."""
 
     def __init__(self, folder: Path):
         rng = fresh_generator()
         self.folder, self.cases, self.results = folder, {}, {}
         self.vocab = make_vocab_cases(rng)
         prompts = [torch.randint(61, (n,), generator=rng).tolist() for n in PROMPTS]
-        for tied in (True, False):
-            fields = MODEL | {"share_embeddings_and_output_weights": tied}
+        for number, (name, fields) in enumerate(MODELS.items()):
             seed = int(torch.randint(2**31, (), generator=rng))
-            rollout = make_rollout(rng, LENGTHS, 61, common=0 if tied else 3)  # groups, and trees
-            self.cases[tied] = LayoutCase(fields, seed, rollout, CUTS, prompts, save=self.checkpoint(tied))
+            rollout = make_rollout(rng, LENGTHS, 61, common=3 * (number % 2))  # groups, and trees
+            self.cases[name] = LayoutCase(fields, seed, rollout, CUTS, prompts, save=self.checkpoint(name))
         (result,) = run_ranks(layouts, 1, list(self.cases.values()), [])
-        for tied, case_result in zip(self.cases, result["cases"], strict=True):
-            self.results[tied] = case_result
-            self.cases[tied].weights = case_result["weights"]
+        for name, case_result in zip(self.cases, result["cases"], strict=True):
+            self.results[name] = case_result
+            self.cases[name].weights = case_result["weights"]
 
-    def checkpoint(self, tied: bool) -> Path:
-        return self.folder / f"tied-{tied}"
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / f"of one rank, {name}"
 
-    def expected_greedy(self, tied: bool, stop: int | None = None) -> list[list[int]]:
+    def expected_greedy(self, name: str, stop: int | None = None) -> list[list[int]]:
         """By the plain GPT, in fp64."""
-        case = self.cases[tied]
-        weights = {name: w.double() for name, w in case.weights.items()}
+        case = self.cases[name]
+        weights = {key: w.double() for key, w in case.weights.items()}
         return [greedy(weights, small_config(**case.fields), p, NEW_TOKENS, stop) for p in case.prompts]
 
-    def stop(self, tied: bool) -> int:
+    def stop(self, name: str) -> int:
         """A token that ends the first response early, and not all of them at once."""
-        return self.expected_greedy(tied)[0][2]
+        return self.expected_greedy(name)[0][2]
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +113,16 @@ def reference(tmp_path_factory) -> Reference:
 
 
 class Layout:
-    """One layout's results: (configuration, tied, [result of every rank]) for each of its cases."""
+    """One layout's results: (configuration, its model, [result of every rank]) for each of its cases."""
 
     def __init__(self, name: str, reference: Reference):
         sizes, changes = LAYOUTS[name]
         self.sizes, self.cases, self.saved = sizes, [], []
         cases = []
         for number, change in enumerate(changes):
-            tied = change["share_embeddings_and_output_weights"]
-            source = reference.cases[tied]
-            fields = MODEL | change | {
+            model, options = change["model"], {key: value for key, value in change.items() if key != "model"}
+            source = reference.cases[model]
+            fields = source.fields | options | {
                 "tensor_model_parallel_size": sizes.tensor,
                 "pipeline_model_parallel_size": sizes.pipeline,
                 "context_parallel_size": sizes.context,
@@ -116,28 +131,26 @@ class Layout:
             cases.append(
                 LayoutCase(
                     fields, source.weights, source.rollout, CUTS, source.prompts,
-                    reference.stop(tied), reference.checkpoint(tied), self.saved[-1],
+                    reference.stop(model), reference.checkpoint(model), self.saved[-1],
                 )
             )  # fmt: skip
         self.ranks = run_ranks(
             layouts, sizes.tensor * sizes.pipeline * sizes.context, cases, reference.vocab, sizes=sizes
         )
-        for number, case in enumerate(cases):
-            config = small_config(**case.fields)
-            tied = config.share_embeddings_and_output_weights
-            self.cases.append((config, tied, [r["cases"][number] for r in self.ranks]))
+        for number, (case, change) in enumerate(zip(cases, changes, strict=True)):
+            self.cases.append((small_config(**case.fields), change["model"], [r["cases"][number] for r in self.ranks]))
 
     def tensors(self, kind: str, reference: Reference):
-        """(tied, where, this layout's tensor, the same part of one rank's) for every parameter of every rank."""
-        for number, (config, tied, results) in enumerate(self.cases):
+        """(model, where, this layout's tensor, the same part of one rank's) for every parameter of every rank."""
+        for number, (config, model, results) in enumerate(self.cases):
             seen = set()
             for place, result in zip(self.ranks, results, strict=True):
                 for name, value in result[kind].items():
                     whole = full_name(name, config, place["stage"])
                     seen.add(whole)
-                    expected = shard(name, reference.results[tied][kind][whole], config, place["rank"])
-                    yield tied, f"case {number}, rank {place['rank']}, stage {place['stage']}, {name}", value, expected
-            assert seen == set(reference.results[tied][kind])  # no parameter of the full model is missing
+                    expected = shard(name, reference.results[model][kind][whole], config, place["rank"])
+                    yield model, f"case {number}, rank {place['rank']}, stage {place['stage']}, {name}", value, expected
+            assert seen == set(reference.results[model][kind])  # no parameter of the full model is missing
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -147,19 +160,25 @@ def layout(request, reference) -> Layout:
 
 def test_every_gradient_equals_one_ranks(layout: Layout, reference: Reference):
     """After finalisation; tied embeddings under pipeline parallelism on both stages that hold them."""
-    floors = {tied: gradient_floor(result["gradients"]) for tied, result in reference.results.items()}
-    for tied, where, found, expected in layout.tensors("gradients", reference):
+    floors = {name: gradient_floor(result["gradients"]) for name, result in reference.results.items()}
+    for name, where, found, expected in layout.tensors("gradients", reference):
         assert torch.count_nonzero(expected)
-        assert relative_error(found, expected, floors[tied]) <= BOUND, where
+        assert relative_error(found, expected, floors[name]) <= BOUND, where
+
+
+def gradient(result: dict, end: str) -> torch.Tensor | None:
+    """Of the parameter whose name ends so, in whichever piece it is."""
+    return next((value for name, value in result["gradients"].items() if name.endswith(end)), None)
 
 
 def test_a_tied_embedding_has_one_gradient_wherever_it_is_held(layout: Layout):
     """Under pipeline parallelism the first and the last stage hold a copy each, with bitwise the same gradient."""
-    for config, tied, results in layout.cases:
+    for config, _, results in layout.cases:
+        tied = config.share_embeddings_and_output_weights
         tp = config.tensor_model_parallel_size
         for first, last in zip(results[:tp], results[-tp:], strict=True):
-            embedding = first["gradients"]["embedding.word_embeddings.weight"]
-            output = last["gradients"].get("output_layer.weight")
+            embedding = gradient(first, "embedding.word_embeddings.weight")
+            output = gradient(last, "output_layer.weight")
             if layout.sizes.pipeline > 1:
                 assert torch.equal(embedding, output) == tied
             else:
@@ -168,25 +187,38 @@ def test_a_tied_embedding_has_one_gradient_wherever_it_is_held(layout: Layout):
 
 def test_loss_and_metrics_equal_one_ranks(layout: Layout, reference: Reference):
     """And every rank knows them, those of other stages included."""
-    for _, tied, results in layout.cases:
-        expected = reference.results[tied]["metrics"]
+    for _, name, results in layout.cases:
+        expected = reference.results[name]["metrics"]
         assert set(expected) == {"loss", "ratio", "clip_fraction", "kl", "entropy"}
         for result in results:
             assert result["metrics"] == pytest.approx(expected, rel=BOUND, abs=1e-6)
 
 
+def test_one_stream_alone_has_the_gradient_of_one_rank(layout: Layout, reference: Reference):
+    """Fewer streams than stages."""
+    floors = {name: gradient_floor(result["alone"]) for name, result in reference.results.items()}
+    for name, where, found, expected in layout.tensors("alone", reference):
+        assert relative_error(found, expected, floors[name]) <= BOUND, where
+    for _, name, results in layout.cases:
+        for result in results:
+            assert len(result["alone metrics"]) == 5
+            assert result["alone metrics"] == pytest.approx(
+                reference.results[name]["alone metrics"], rel=BOUND, abs=1e-6
+            )
+
+
 def test_scores_equal_one_ranks_on_every_stage(layout: Layout, reference: Reference):
-    for _, tied, results in layout.cases:
+    for _, name, results in layout.cases:
         for result in results:
             assert result["tokens"] == [32, 16, 48]
-            for found, expected in zip(result["scores"], reference.results[tied]["scores"], strict=True):
+            for found, expected in zip(result["scores"], reference.results[name]["scores"], strict=True):
                 assert relative_error(found, expected) <= BOUND
 
 
 def test_a_step_equals_one_ranks(layout: Layout, reference: Reference):
     """Clipped by the norm of the WHOLE gradient, which every rank reports."""
-    for _, tied, results in layout.cases:
-        expected = reference.results[tied]["report"]
+    for _, name, results in layout.cases:
+        expected = reference.results[name]["report"]
         assert expected["grad_norm"] > CLIP  # the clipping matters
         for result in results:
             assert result["report"] == pytest.approx(expected, rel=BOUND)
@@ -205,24 +237,24 @@ def test_no_rank_takes_a_step_that_is_not_finite(layout: Layout):
 
 def test_greedy_equals_the_full_forward_token_by_token(layout: Layout, reference: Reference):
     """With a stop token that ends some responses before others."""
-    for _, tied, results in layout.cases:
-        expected = reference.expected_greedy(tied, reference.stop(tied))
-        assert len(expected[0]) == expected[0].index(reference.stop(tied)) + 1 <= 3
+    for _, name, results in layout.cases:
+        expected = reference.expected_greedy(name, reference.stop(name))
+        assert len(expected[0]) == expected[0].index(reference.stop(name)) + 1 <= 3
         for result in results:
             assert result["greedy"] == [[response] * SAMPLES for response in expected]
 
 
 def test_sampled_tokens_equal_one_ranks_under_the_same_draws(layout: Layout, reference: Reference):
-    for _, tied, results in layout.cases:
-        expected = reference.results[tied]["sampled"]
+    for _, name, results in layout.cases:
+        expected = reference.results[name]["sampled"]
         assert len({tuple(r) for rs in expected for r in rs}) > 3
         assert all(result["sampled"] == expected for result in results)
 
 
 def test_next_token_probabilities_equal_one_ranks(layout: Layout, reference: Reference):
-    for _, tied, results in layout.cases:
+    for _, name, results in layout.cases:
         for result in results:
-            assert relative_error(result["next"], reference.results[tied]["next"]) <= BOUND
+            assert relative_error(result["next"], reference.results[name]["next"]) <= BOUND
 
 
 def test_weights_saved_by_one_rank_load_here_bitwise(layout: Layout, reference: Reference):
@@ -235,8 +267,8 @@ def test_weights_saved_by_one_rank_load_here_bitwise(layout: Layout, reference: 
 
 
 def test_weights_saved_here_load_on_one_rank_bitwise(layout: Layout, reference: Reference, world):
-    for folder, (_, tied, _) in zip(layout.saved, layout.cases, strict=True):
-        case = reference.cases[tied]
+    for folder, (_, name, _) in zip(layout.saved, layout.cases, strict=True):
+        case = reference.cases[name]
         model = build_gpt(small_config(**case.fields), world)
         load_weights(folder, model)
         assert all(torch.equal(p, case.weights[name]) for name, p in model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -33,12 +34,19 @@ pytestmark = pytest.mark.distributed
 LAYOUTS = {
     "dp3": Layout(3, ParallelSizes()),
     "pp2 dp2": Layout(4, ParallelSizes(pipeline=2)),
+    # More ranks than key/value heads.
+    "tp4 dp2": Layout(8, ParallelSizes(tensor=4), [2, 7]),
     "cp3 dp2": Layout(6, ParallelSizes(context=3), [0, 5]),
     "tp2 pp4 cp2 dp3": Layout(48, ParallelSizes(tensor=2, pipeline=4, context=2), [0, 13, 47]),
 }
+# Stages of other layers than an even share: these fields beside a case's.
+SPLITS = {
+    "pp2 dp3 uneven": (Layout(6, ParallelSizes(pipeline=2), [0, 5]), {"num_layers_in_first_pipeline_stage": 3}),
+    "pp2 dp2 in pieces": (Layout(4, ParallelSizes(pipeline=2)), {"virtual_pipeline_model_parallel_size": 2}),
+}
 REAL = "tp2 cp2, on gloo"
 OPTIMIZERS = ("adam", "distributed_fused_adam")
-# Rotary tables (48 bytes) and numbers such as a gradient norm.
+# Rotary tables (48 bytes, of each piece of a stage) and numbers such as a gradient norm.
 SMALL = 64
 
 
@@ -48,7 +56,7 @@ def state_cases() -> list[StateCase]:
     fields = {
         "num_layers": 4,
         "hidden_size": draw.randrange(16, 40, 2),
-        "ffn_hidden_size": draw.randrange(2, 60, 2),
+        "ffn_hidden_size": draw.randrange(4, 60, 4),
         "vocab_size": draw.randrange(20, 90),
     }
     print(fields)
@@ -58,12 +66,15 @@ def state_cases() -> list[StateCase]:
         {"precision": "bf16", "share_embeddings_and_output_weights": False, "add_qkv_bias": False},
         {"precision": "bf16", "qk_layernorm": False, "vision": VisionConfig(7)},
     ]
-    return [
+    cases = [
         StateCase(fields | more, optimizer, block)
         for more in varied
         for optimizer in OPTIMIZERS
         for block in (None, 1)
         if block is None or more == varied[1]
+    ]
+    return cases + [
+        StateCase(fields | more, optimizer, on_host=True) for more, optimizer in zip(varied, OPTIMIZERS, strict=False)
     ]
 
 
@@ -77,15 +88,24 @@ class Pretended:
             (activations, list(ACTIVATION_LAYOUTS.values()), self.activations),
             (traffic, list(TRAFFIC_LAYOUTS.values()), self.traffic),
         ]
+        whole = [case for case in self.states if case.block is None]  # one block alone does not train in pieces
+        self.split = {
+            name: [replace(case, fields=case.fields | fields) for case in whole] for name, (_, fields) in SPLITS.items()
+        }
+        questions += [(states, [SPLITS[name][0]], cases) for name, cases in self.split.items()]
         (answers,) = run_ranks(pretended, 1, questions)
         names = (LAYOUTS, ACTIVATION_LAYOUTS, TRAFFIC_LAYOUTS)
-        self.held, self.saved, self.sent = (dict(zip(n, a, strict=True)) for n, a in zip(names, answers, strict=True))
+        self.held, self.saved, self.sent = (
+            dict(zip(n, a, strict=True)) for n, a in zip(names, answers[:3], strict=True)
+        )
+        self.held |= {name: answer[0] for name, answer in zip(SPLITS, answers[3:], strict=True)}
         # One layout is not pretended.
         self.held[REAL] = run_ranks(states, 4, self.states, sizes=ParallelSizes(tensor=2, context=2))
 
     def states_of(self, name: str) -> list[tuple[StateCase, Held]]:
         """Every case on the ranks of a layout."""
-        return [pair for rank in self.held[name] for pair in zip(self.states, rank, strict=True)]
+        cases = self.split.get(name, self.states)
+        return [pair for rank in self.held[name] for pair in zip(cases, rank, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +113,7 @@ def found() -> Pretended:
     return Pretended()
 
 
-@pytest.fixture(params=[*LAYOUTS, REAL])
+@pytest.fixture(params=[*LAYOUTS, *SPLITS, REAL])
 def held(request, found) -> list[tuple[StateCase, Held]]:
     return found.states_of(request.param)
 
@@ -118,16 +138,18 @@ def test_state_bytes_are_exact(held):
             real.data_ranks,
             real.data_rank,
             case.optimizer != "adam",
+            case.on_host,
         )
         found = {name: getattr(planned, name) for name in real.bytes}
         assert found == real.bytes, (case, real.stage, real.data_rank)
         assert planned.optimizer_tensors == real.optimizer_tensors
-        assert real.other_bytes <= 4 * planned.optimizer_tensors + SMALL
+        small = SMALL * real.config.pipeline_split.pieces
+        assert real.other_bytes <= 4 * planned.optimizer_tensors + small
         if case.block is None:
             assert sum(real.bytes.values()) > 1000  # it is not about nothing
 
 
-@pytest.mark.parametrize("name", ["dp3", "pp2 dp2", REAL])
+@pytest.mark.parametrize("name", ["dp3", "pp2 dp2", "pp2 dp2 in pieces", REAL])
 def test_the_fullest_rank_is_found(name, found):
     """Layouts of which every rank was looked at."""
     by_stage: dict = {}
@@ -138,14 +160,17 @@ def test_the_fullest_rank_is_found(name, found):
         parameters = stage_parameters(real.config, real.stage)
         trained = [p for p in parameters if case.block is None or p.layer == case.block]
         frozen = [p for p in parameters if p not in trained]
-        fullest = state_bytes(real.config, trained, frozen, real.data_ranks, None, case.optimizer != "adam")
-        assert fullest.optimizer == max(r.bytes["optimizer"] for _, r in ranks)
+        sharded = case.optimizer != "adam"
+        fullest = state_bytes(real.config, trained, frozen, real.data_ranks, None, sharded, case.on_host)
+        for kind in ("optimizer", "host"):
+            assert getattr(fullest, kind) == max(r.bytes.get(kind, 0) for _, r in ranks)
 
 
 ACTIVATION_LAYOUTS = {
     "one": Layout(1, ParallelSizes()),
     "tp2": Layout(2, ParallelSizes(tensor=2)),
     "tp2 pp2": Layout(4, ParallelSizes(tensor=2, pipeline=2)),
+    "tp4": Layout(4, ParallelSizes(tensor=4), [1]),
     "cp2": Layout(2, ParallelSizes(context=2)),
 }
 
@@ -213,6 +238,7 @@ def traffic_cases() -> list[ActivationCase]:
             ({}, group),
             ({"sequence_parallel": False}, group),
             (full, group),
+            ({"num_query_groups": 2} | full, group),
             (a2a, longer),
             (a2a | full, longer),
         )

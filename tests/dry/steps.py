@@ -23,8 +23,8 @@ from megatron_ext.models.generation import SamplingParams, UniformDraws, generat
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.grpo.batches import GRPOMicrobatch
-from recipes.grpo.trainer import reference_weights
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
 from tests.dry.run import GENERATE, METRICS, NORM, OWN_NORM, DryRun
@@ -88,14 +88,14 @@ def grpo(terms: GrpoTerms, level: str = "token", min_shared: int | None = None) 
 
     def step(model: PrefixGroupedGPT, device: torch.device) -> None:
         engine = Engine(model, OptimConfig())
-        initial = [p.detach().clone() for p in model.parameters()]
+        initial = ReferenceWeights(engine)
         batch = stream(model, device, min_shared)
         ids, count = batch.groups.response_ids, batch.groups.num_responses
         weights = token_weights(ids, batch.loss_mask(), count, 13.0, 5.0, level)
         advantages = torch.linspace(-1, 1, count, device=device)[ids]
         drawn = GRPOMicrobatch(batch, 0.9, advantages=advantages, weights=weights)
         (old,) = engine.score([drawn])
-        with reference_weights(model, initial):
+        with initial.used():
             (reference,) = engine.score([drawn])
 
         def loss(m: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):

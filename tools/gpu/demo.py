@@ -112,7 +112,7 @@ def _compare(findings: Findings, engine: Engine, grouped: Sampled, repeated: Sam
     for microbatch in (grouped, repeated):
         engine.zero_grad()
         engine.run([microbatch], _loss)
-        gradients.append(torch.cat([b.grad_data.flatten().double() for b in engine.model.buffers]))
+        gradients.append(torch.cat([b.grad_data.flatten().double() for piece in engine.pieces for b in piece.buffers]))
     allowed = 32 * torch.finfo(engine.config.params_dtype).eps
     old = (grouped.old_logprobs - repeated.old_logprobs).double().norm() / repeated.old_logprobs.double().norm()
     findings.check("log-probabilities of the sampling policy: grouped and repeated differ by", old, allowed)

@@ -20,7 +20,14 @@ from tests.gpt_cases import small_config
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0.*at least 1"),
         ({"hidden_size": 33, "kv_channels": None}, "hidden_size=33 is not divisible.*set model.kv_channels"),
         ({"num_attention_heads": 8, "tensor_model_parallel_size": 3}, "num_attention_heads=8 is not divisible"),
-        ({"tensor_model_parallel_size": 4}, "num_query_groups=2 is not divisible by.*tensor_model_parallel_size=4"),
+        (
+            {"num_attention_heads": 12, "num_query_groups": 6, "tensor_model_parallel_size": 4},
+            "num_query_groups=6 is neither a multiple nor a divisor of model.tensor_model_parallel_size=4",
+        ),
+        (
+            {"num_query_groups": 1, "kv_channels": 2, "tensor_model_parallel_size": 8},
+            r"tensor_model_parallel_size=8 does not divide the 20 rows of queries, keys and values \(\(.*=8 \+ 2 x .*=1\) x",
+        ),
         ({"ffn_hidden_size": 49, "tensor_model_parallel_size": 2}, "ffn_hidden_size=49"),
         ({"num_query_groups": 3}, "num_attention_heads=8 is not divisible by model.num_query_groups=3"),
         ({"pipeline_model_parallel_size": 4}, "num_layers=2 is not divisible by"),
@@ -39,6 +46,15 @@ from tests.gpt_cases import small_config
 def test_refuses_settings_that_cannot_be(changes, words):
     with pytest.raises(ValueError, match=words):
         small_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("tp", "heads", "shared"), [(1, (12, 2), False), (2, (6, 1), False), (4, (3, 1), True), (12, (1, 1), True)]
+)
+def test_ranks_beyond_the_key_value_heads_share_one(tp, heads, shared):
+    """Qwen2.5-1.5B's heads."""
+    config = small_config(num_attention_heads=12, num_query_groups=2, kv_channels=12, tensor_model_parallel_size=tp)
+    assert (config.heads_per_rank, config.shares_key_value_heads) == (heads, shared)
 
 
 def test_derived_fields():
@@ -136,6 +152,7 @@ def test_layers_slide_as_megatron_has_it():
         ("cuda", {"precision": "32"}, "model.precision=32: the fast attention kernels of a GPU take bf16 only"),
         ("cuda", {"kv_channels": 4}, "model.kv_channels=4: .*multiples of 8 up to 256"),
         ("cuda", {"kv_channels": 264}, "model.kv_channels=264: .*multiples of 8 up to 256"),
+        ("cpu", {"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion=true .* cannot run on cpu"),
     ],
 )
 def test_what_a_device_does_not_run_is_refused_for_it_alone(device, changes, words):

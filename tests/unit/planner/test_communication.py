@@ -15,7 +15,7 @@ from tests.unit.planner.cases import job
 
 GB = 1e9
 # 1000 GB/s within a node and 100 out of it.
-ROUND = Hardware("round", 80e9, 1e15, 1e12, 1000 * GB, 100 * GB, "made up")
+ROUND = Hardware("round", 80e9, 1e15, 1e12, 1000 * GB, 100 * GB, 10 * GB, "made up")
 
 
 def test_volumes_by_hand():

@@ -12,7 +12,7 @@ from megatron_ext.planner import Assumptions, Hardware, estimate
 from tests.unit.planner.cases import job
 
 # 1 PFLOP/s, 1 TB/s of memory and within a node, 100 GB/s out of it.
-ROUND = Hardware("round", 1e15, 1e15, 1e12, 1e12, 1e11, "made up")
+ROUND = Hardware("round", 1e15, 1e15, 1e12, 1e12, 1e11, 1e10, "made up")
 PERFECT = Assumptions(
     linear_efficiency=1.0,
     attention_efficiency=1.0,

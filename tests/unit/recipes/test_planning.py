@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_ext.planner import estimate
 from recipes.cli.config import ConfigError, build
 from recipes.planning import job_of, read_config
 from recipes.run.inputs import Inputs
@@ -99,3 +100,18 @@ def test_a_models_own_vocabulary_size_is_respected(tmp_path):
         assert inputs(tmp_path, rows).config.model.vocab_size == rows
     with pytest.raises(ValueError, match=f"model.vocab_size={tokens - 1} is less than the {tokens} tokens of"):
         inputs(tmp_path, tokens - 1)
+
+
+def test_grpo_of_70_billion_parameters_fits_two_nodes_with_the_host():
+    """What the planner says is missing, and that it then fits."""
+    two = ["model=llama3_1_70b", "cluster=2x8"]
+    plain = estimate(job_of(read_config("grpo", two)))
+    assert not plain.fits
+    _, said = plain.reason.removesuffix(", with which it fits").split(", or ")
+    moved = estimate(job_of(read_config("grpo", [*two, *said.split(" and ")])))
+    assert moved.fits and moved.fullest.host > 0
+    both = ["trainer.grpo.offload_reference_policy=true", "model.optim.optimizer_cpu_offload=true"]
+    job = job_of(read_config("grpo", [*two, *both, "model.optim.overlap_grad_reduce=true"]))
+    assert job.reference_on_host and job.optimizer_on_host and job.overlap_grad_reduce and estimate(job).fits
+    sft = estimate(job_of(read_config("sft", [*two, "model.optim.optimizer_cpu_offload=true"])))
+    assert sft.fits

@@ -92,6 +92,14 @@ def test_defaults():
         ({"lftf": {"min_pronoun_mass": 1.5}}, "min_pronoun_mass=1.5 is a share: at most 1"),
         ({"lftf": {"max_steps": 0}}, "trainer.lftf.max_steps=0 must be at least 1"),
         ({"model": {"activations_checkpoint_granularity": "full"}}, "gives a block above frozen ones no gradient"),
+        (
+            {"model": {"gradient_accumulation_fusion": True}},
+            "gradient_accumulation_fusion=true adds to the gradient buffers of all weights.*set it to false",
+        ),
+        (
+            {"model": {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
+            "virtual_pipeline_model_parallel_size=2 needs weights that train in every piece .* here one block does",
+        ),
         ({"checkpoint": {"restore_from_path": None}}, "name the checkpoint to fine-tune"),
     ],
 )

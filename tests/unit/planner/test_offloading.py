@@ -1,0 +1,78 @@
+"""What lies on the host is not on the GPU, and what would help a job that does not fit is said; buckets are Megatron's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from megatron_ext.models import build_gpt
+from megatron_ext.planner import HARDWARE, Assumptions, estimate
+from megatron_ext.planner.buffers import lay_out, overlap_bucket
+from megatron_ext.planner.parameters import stage_parameters
+from tests.gpt_cases import small_config
+from tests.unit.planner.cases import job
+
+
+def test_what_is_moved_to_the_host_is_all_that_changes():
+    """Of 1.2 billion parameters on one GPU: 2 bytes each of the reference, 8 of Adam's moments."""
+    start = job(devices=1, groups=8, rollout_prompts=1)
+    (plain,) = estimate(start).stages
+    for moved, near in (("reference_on_host", "copies"), ("optimizer_on_host", "optimizer")):
+        (found,) = estimate(dataclasses.replace(start, **{moved: True})).stages
+        gone = getattr(plain, near) - getattr(found, near)
+        assert gone == found.host - plain.host == 1_235_814_400 * {"copies": 2, "optimizer": 8}[near]
+        assert found.total == plain.total - gone and sum(found.parts().values()) == found.total
+        for other in ("parameters", "gradients", "activations", "working", "cache"):
+            assert getattr(found, other) == getattr(plain, other)
+
+
+def test_moving_costs_time():
+    start = job(devices=1, groups=8, rollout_prompts=1)
+    plain = estimate(start).step
+    reference = estimate(dataclasses.replace(start, reference_on_host=True)).step
+    assert reference.scoring - plain.scoring == pytest.approx(1_235_814_400 * 2 / (64e9 * 0.75))
+    optimizer = estimate(dataclasses.replace(start, optimizer_on_host=True)).step
+    assert optimizer.optimizer == pytest.approx(1_235_814_400 * (12 / (64e9 * 0.75) + 1e-9))
+
+
+def test_the_least_that_helps_is_named():
+    start, none = job(devices=1, groups=8, rollout_prompts=1), Assumptions(reserve=0)
+    moves = [
+        {"reference_on_host": True},
+        {"optimizer_on_host": True},
+        {"reference_on_host": True, "optimizer_on_host": True},
+    ]
+    least = [estimate(dataclasses.replace(start, **move)).bytes_per_rank for move in moves]
+    words = [
+        "or trainer.grpo.offload_reference_policy=true, with which it fits",
+        "or model.optim.optimizer_cpu_offload=true, with which it fits",
+        "or trainer.grpo.offload_reference_policy=true and model.optim.optimizer_cpu_offload=true, with which it fits",
+    ]
+    for memory, said in zip(least, words, strict=True):
+        found = estimate(start, dataclasses.replace(HARDWARE["H100"], memory=memory), none)
+        assert not found.fits and found.reason.endswith(said)
+        short = estimate(start, dataclasses.replace(HARDWARE["H100"], memory=memory - 1), none)
+        assert not short.reason.endswith(said)
+    assert "with which it fits" not in short.reason
+
+
+@pytest.mark.parametrize("size", [1, 500, 4000, 10**9])
+@pytest.mark.parametrize("tied", [True, False])
+def test_buckets_of_a_size_are_megatrons(size, tied, world):
+    config = small_config(num_layers=3, share_embeddings_and_output_weights=tied)
+    model = build_gpt(config, world)
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=size
+    )
+    (buffer,) = DistributedDataParallel(model.config, options, model).buffers
+    planned = lay_out(stage_parameters(config.on("cpu"), 0), 1, size)
+    assert planned.numel == buffer.numel
+    assert list(planned.buckets) == [(b.offset, b.offset + b.grad_data.numel()) for b in buffer.buckets]
+
+
+def test_the_size_of_buckets_is_megatrons(world):
+    options = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    DistributedDataParallel((model := build_gpt(small_config(), world)).config, options, model)
+    assert options.bucket_size == overlap_bucket(1) == 40_000_000 and overlap_bucket(64) == 64_000_000
