@@ -27,28 +27,37 @@ from tools.gpu.worlds import device_of, world
 __all__ = ["run"]
 
 TINY = ("unequal responses", "no prefix", "empty responses", "several groups, pad")
-SECONDS = 5  # that a variant may take: what it compiles included
+SECONDS, COMPILING = 5, 30  # that a variant may take, and one that torch compiles
 
 
 def run(findings: Findings) -> None:
     device = device_of(findings)
     rng = torch.Generator().manual_seed(findings.settings.seed)
     names = TINY if findings.tiny else tuple(CASES)
-    for name, dtype in list(DTYPES.items())[: 1 if findings.tiny else None]:
-        _variants(findings, device, rng, names, name, dtype)
+    dtypes = dict(list(DTYPES.items())[: 1 if findings.tiny else None])
+    cases = {name: [make_case(rng, layout, dtype) for layout in names] for name, dtype in dtypes.items()}
+    compiled = [variant for variant in kernel_variants(device.type) if variant.startswith("flex")]
+    others = [variant for variant in kernel_variants(device.type) if variant not in compiled]
+    for name in dtypes:
+        _variants(findings, device, names, name, cases[name], others, SECONDS)
     _no_waiting(findings, rng, names)
     if not findings.tiny:
         _merge(findings, device, rng)
+    for name in dtypes:  # last: compiling takes long
+        _variants(findings, device, names, name, cases[name], compiled, COMPILING)
 
 
-def _variants(findings: Findings, device: torch.device, rng, names, dtype_name: str, dtype: torch.dtype) -> None:
-    cases = [make_case(rng, name, dtype) for name in names]
+def _variants(
+    findings: Findings, device: torch.device, names, dtype_name: str, cases, variants, seconds: float
+) -> None:
+    dtype = DTYPES[dtype_name]
     truths: dict = {}  # one for each rule of scoring
-    for variant, (scoring, how) in kernel_variants(device.type).items():
+    for variant in variants:
+        scoring, how = kernel_variants(device.type)[variant]
         if needed := lacking(variant, device.type):
             findings.row("left out", variant=variant, dtype=dtype_name, needs=needed)
             continue
-        if not findings.enough_time(SECONDS, f"{variant} in {dtype_name}"):
+        if not findings.enough_time(seconds, f"{variant} in {dtype_name}"):
             continue
         with findings.attempt(f"{variant}, {dtype_name}"):
             asked = [dataclasses.replace(case, scoring=scoring, how=how) for case in cases]

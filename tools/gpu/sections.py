@@ -11,10 +11,10 @@ SECTIONS = {
     plan.name: plan
     for plan in (
         Plan("environment", "tools.gpu.environment", 60),
-        Plan("kernels", "tools.gpu.kernels", 120),
-        Plan("model", "tools.gpu.model", 60),
+        Plan("kernels", "tools.gpu.kernels", 110),
+        Plan("model", "tools.gpu.model", 80),
         Plan("memory", "tools.gpu.memory", 60),
-        Plan("attention", "tools.gpu.attention", 90),
+        Plan("attention", "tools.gpu.attention", 80),
         Plan("steps", "tools.gpu.steps", 70),
         Plan("demo", "tools.gpu.demo", 50),
         Plan("te", "tools.gpu.te", 30),
