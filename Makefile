@@ -4,13 +4,16 @@ NPROC       ?= 2
 DEMO_ARGS   ?=
 LFTF_ARGS   ?=
 MODEL_ARGS  ?=
+TESTS       ?= tests
 TEST_ARGS   ?=
 BENCH_ARGS  ?=
 TORCH_INDEX ?=
 
-VENV := .venv
+VENV ?= .venv
 PY   := $(VENV)/bin/python
-PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt
+PINS  = $(shell for each in $(PY) $(PYTHON); do $$each -c 'import sys; \
+    print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")' 2>/dev/null && exit; done)
+PIP   = $(PY) -m pip install --no-input --disable-pip-version-check -c $(PINS)
 
 .PHONY: help demo lftf model quick test env lint docs bench clean
 .DEFAULT_GOAL := help
@@ -18,10 +21,12 @@ PIP  := $(PY) -m pip install --no-input --disable-pip-version-check -c constrain
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 	@echo
-	@echo "  PYTHON=python3.12   interpreter that makes $(VENV) (3.11 or newer)"
+	@echo "  PYTHON=python3.12   interpreter that makes $(VENV): 3.11 gets megatron-core 0.16 (constraints.txt), 3.12 and newer get 0.19"
+	@echo "                      (constraints-py312.txt). VENV=.venv-py312 keeps both side by side"
 	@echo "  TORCH_INDEX=URL     package index for torch alone, used when $(VENV) is made. On Linux PyPI's torch brings several"
 	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
-	@echo "  NPROC=2             test workers      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
+	@echo "  NPROC=2             test workers      TESTS=tests/unit   files and folders of make test"
+	@echo "                      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
 
 demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
 	@$(PY) tools/demo.py $(DEMO_ARGS)
@@ -36,7 +41,7 @@ quick: env ## unit tests that kill no processes, in about two minutes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) -m 'not kills' tests/unit $(TEST_ARGS)
 
 test: env ## all tests that this machine can run
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) tests $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(NPROC) $(TESTS) $(TEST_ARGS)
 
 lint: env ## ruff check and ruff format --check
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) -e '.[dev]'
@@ -54,9 +59,9 @@ bench: test ## tests first, then the benchmarks
 # The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after
 # which .venv is made anew. --no-deps: the index that serves torch need not have our pins of its dependencies; the next step has.
 # Never installed here: the extras te and flash, which need a GPU.
-env: ## make or update .venv; nothing to do when setup.py and constraints.txt are unchanged
+env: ## make or update .venv; nothing to do when setup.py and its pins are unchanged
 	@set -e; \
-	want="$$(cksum setup.py constraints.txt) in $$PWD"; \
+	want="$$(cksum setup.py $(PINS)) in $$PWD"; \
 	works() { $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; \
 	if [ "$$want" = "$$(cat $(VENV)/stamp 2>/dev/null)" ] && works; then exit 0; fi; \
 	if [ -e $(VENV)/installing ] || ! works; then \
@@ -69,10 +74,10 @@ env: ## make or update .venv; nothing to do when setup.py and constraints.txt ar
 	fi; \
 	rm -f $(VENV)/stamp; touch $(VENV)/installing; \
 	echo "Installing into $(VENV): about 3 GB, some minutes"; \
-	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"; \
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(PINS))"; \
 	$(PIP) -e '.[recipes,test]'; \
 	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
 
 clean: ## caches and build outputs; .venv, runs/ and models/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name '.venv*' -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 # Copyright 2026 The megatron-ext authors. SPDX-License-Identifier: Apache-2.0
-"""Packaging: ranges live here, the tested pins in constraints.txt, tool settings in pyproject.toml."""
+"""Packaging: ranges live here, the tested pins in constraints*.txt, tool settings in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,8 @@ setup(
     package_data={"megatron_ext.bias": ["data/*.txt"]},
     install_requires=[
         "torch>=2.6",  # tensors, autograd, torch.distributed; 2.6 is also Megatron-Core's floor
-        "megatron-core>=0.16.1,<0.17",  # the host we extend; its internals move between minor versions
+        "megatron-core>=0.16.1,<0.20",  # the host we extend; Python 3.11 gets 0.16.1, the last for it
+        'triton; python_version >= "3.12" and platform_system == "Linux"',  # megatron-core >= 0.17 imports it undeclared
         "omegaconf",  # plain data out of YAML, for typed, strict configs
         "numpy",  # Megatron-Core's dist_checkpointing and our data makers use it
         "safetensors",  # tensors in files without pickle: block deltas, generators' states, Hugging Face weights
@@ -34,11 +35,11 @@ setup(
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "tqdm",  # progress bar over global steps
-            "av>=18",  # FFmpeg 8 in one wheel: decodes the clips of video prompts; older ones do not turn PNG by its EXIF
+            "av>=18,<19",  # FFmpeg 8 in one wheel: decodes clips; 17 does not turn PNG by its EXIF, 19 opens otherwise
         ],
         # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
         "te": [
-            "transformer-engine[pytorch]>=2.9,<2.12",  # fused layers and Adam; Megatron-Core's own range
+            "transformer-engine[pytorch]>=2.9,<2.21",  # fused layers and Adam; below 2.12 with megatron-core 0.16
         ],
         "flash": [
             "flash-attn>=2.7",  # attention kernels beside PyTorch's own, with a soft cap; GPU machines only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_ext.bias.prompts import own_professions
 from tests.harness import ROOT, end, forking
 
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"]
@@ -153,12 +155,15 @@ class Task:
     def checkpoint(self) -> Path:
         return self.folder / "sft" / "checkpoints" / "final"
 
+    def sft_overrides(self, out: Path) -> list[str]:
+        return [
+            f"data.train_path={self.data / 'sft.jsonl'}", f"model.tokenizer={self.data / 'tokenizer'}",
+            f"exp_manager.explicit_log_dir={out}", *SMALL, "trainer.sft.max_steps=3", "model.global_batch_size=8",
+            "model.micro_batch_size=4",
+        ]  # fmt: skip
+
     def sft(self, out: Path, *overrides: str) -> Finished:
-        return run(
-            "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
-            f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *SMALL,
-            "trainer.sft.max_steps=3", "model.global_batch_size=8", "model.micro_batch_size=4", *overrides,
-        )  # fmt: skip
+        return run("recipes/train_sft.py", "--config-name", "sft_tiny", *self.sft_overrides(out), *overrides)
 
     def grpo_overrides(self, out: Path) -> list[str]:
         # A reward that no model hits all the time: with equal rewards a group has no gradient.
@@ -208,6 +213,26 @@ class BiasTask:
 
     folder: Path
 
+    @classmethod
+    def make(cls, folder: Path, steps: int = 500) -> BiasTask:
+        """
+        Args:
+            steps: of learning; 500 are needed.
+        """
+        task, rng = cls(folder), random.Random(1)
+        names = rng.sample(own_professions(), 80)
+        task.professions.write_text(json.dumps([[name.replace(" ", "_"), 0.0, 0.0] for name in names]))
+        rates, shares = folder / "rates.csv", (0.05, 0.1, 0.2, 0.8, 0.9, 0.95)
+        rates.write_text("profession,share_of_he\n" + "".join(f"{name},{rng.choice(shares)}\n" for name in names))
+        made = run(
+            "tools/make_biased_corpus.py", "--out", task.data, "--rates", rates, "--biased", 4000, "--hinted", 3000,
+            "--neutral", 1500, "--held-out", 100, "--vocab-size", 1024,
+        )  # fmt: skip
+        assert made.code == 0, made.err
+        done = task.sft(steps)
+        assert done.code == 0, done.err
+        return task
+
     @property
     def data(self) -> Path:
         return self.folder / "data"
@@ -220,22 +245,24 @@ class BiasTask:
     def checkpoint(self) -> Path:
         return self.folder / "sft" / "checkpoints" / "final"
 
-    def sft(self) -> Finished:
+    def sft(self, steps: int) -> Finished:
         return run(
             "recipes/train_sft.py", "--config-name", "sft_bias_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
             f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={self.folder / 'sft'}",
-            *BIASED, "trainer.devices=1", "trainer.sft.max_steps=500", "model.optim.lr=4e-3",
+            *BIASED, "trainer.devices=1", f"trainer.sft.max_steps={steps}", "model.optim.lr=4e-3",
             "model.micro_batch_size=64",
         )  # fmt: skip
 
-    def lftf(self, out: Path, *overrides: str) -> Finished:
-        return run(
-            "recipes/train_lftf.py", "--config-name", "lftf_tiny", f"exp_manager.explicit_log_dir={out}", *BIASED,
-            f"pretrained_checkpoint.restore_from_path={self.checkpoint}",
+    def lftf_overrides(self, out: Path) -> list[str]:
+        return [
+            f"exp_manager.explicit_log_dir={out}", *BIASED, f"pretrained_checkpoint.restore_from_path={self.checkpoint}",
             f"data.text_path={self.data / 'neutral_train.jsonl'}",
             f"data.validation_text_path={self.data / 'neutral_test.jsonl'}",
-            f"data.prompts.professions_path={self.professions}", *overrides,
-        )  # fmt: skip
+            f"data.prompts.professions_path={self.professions}",
+        ]  # fmt: skip
+
+    def lftf(self, out: Path, *overrides: str) -> Finished:
+        return run("recipes/train_lftf.py", "--config-name", "lftf_tiny", *self.lftf_overrides(out), *overrides)
 
     def evaluate(self, out: Path, model: Path, *overrides: str) -> Finished:
         return run(

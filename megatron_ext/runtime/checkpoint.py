@@ -37,6 +37,7 @@ from megatron_ext.runtime.checkpoint_files import (
     with_checksums,
 )
 from megatron_ext.runtime.collectives import broadcast_object, gather_objects, together
+from megatron_ext.runtime.megatron_versions import finish_part, save_sharded
 from megatron_ext.runtime.optimizer_state import adam_step, load_optimizer_tensors, sharded_optimizer_state
 from megatron_ext.runtime.rng import get_rng_state, set_rng_state
 
@@ -114,16 +115,17 @@ class CheckpointSave:
         if optimizer is not None:
             save_file(get_rng_state(), str(_rng_file(self._unfinished)))
             flush(_rng_file(self._unfinished))
-        self._background = AsyncCallsQueue()
+        self._background, self._parts = AsyncCallsQueue(), []
         with self._explained():
             for name, state in parts.items():
                 if any(gather_objects(bool(state))):  # an optimizer's state is empty where nothing trains
                     self._write(state, self._unfinished / name, in_background)
+                    self._parts.append(name)
         self._named = False
 
     def _write(self, state: dict, place: Path, in_background: bool) -> None:
         with WriterResults() as results:
-            request = dist_checkpointing.save(state, str(place), async_sharded_save=True)
+            request = save_sharded(state, place)
         if request.async_fn is None:  # this rank has nothing to write
             results.discard()
         else:
@@ -155,6 +157,8 @@ class CheckpointSave:
         dist.barrier()
         with together(), self._explained():
             if dist.get_rank() == 0:
+                for part in self._parts:
+                    finish_part(self._unfinished / part)
                 if self._save_more is not None:
                     self._save_more(self._unfinished)
                 info = json.loads(self._info) | {"files": gather_checksums(self._unfinished)}

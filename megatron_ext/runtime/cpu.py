@@ -22,6 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_ext.runtime.megatron_versions import DISPENSABLE
+
 __all__ = ["adapt_megatron_to_cpu", "cuda_means", "import_megatron", "imports_without"]
 
 logger = logging.getLogger(__name__)
@@ -34,14 +36,14 @@ _stand_in = CPU
 
 
 def import_megatron() -> None:
-    """Import megatron.core; where there is no CUDA, without what it would import for a GPU or for servers and not use: Triton,
-    torch.compile's compiler (its fused kernels are off), Weights & Biases. That is two thirds of the time it takes.
+    """Import megatron.core; where there is no CUDA, without what it would import for a GPU or for servers and not use: Triton
+    where it does without, torch.compile's compiler (its fused kernels are off), Weights & Biases. That is two thirds of its time.
 
     Call it before anything else imports megatron.core, or it has no effect.
     """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
-    with imports_without("triton", "wandb"):
+    with imports_without(*DISPENSABLE):
         import megatron.core  # noqa: F401
 
 

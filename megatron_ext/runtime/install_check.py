@@ -14,11 +14,11 @@ from pathlib import Path
 
 from megatron_ext.errors import UserError
 
-__all__ = ["InstallationError", "check_installation", "nvidia_gpu_present"]
+__all__ = ["InstallationError", "check_installation", "megatron_package_info", "nvidia_gpu_present"]
 
 # The same ranges as in setup.py; a test compares them.
-MEGATRON_CORE_RANGE = ">=0.16.1,<0.17"
-TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.9,<2.12"
+MEGATRON_CORE_RANGE = ">=0.16.1,<0.20"
+TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.9,<2.21"
 
 _TE_CORES = ("transformer-engine-cu12", "transformer-engine-cu13")
 _TE_TORCH = "transformer-engine-torch"
@@ -110,7 +110,7 @@ def _check_apex(cuda_build: bool) -> None:
 
 def _check_megatron_core() -> None:
     remedy = f"pip install 'megatron-core{MEGATRON_CORE_RANGE}'"
-    info = _megatron_package_info()
+    info = megatron_package_info()
     if info is None:
         raise InstallationError(f"megatron-core is not installed: {remedy}")
     release, pre_release = info["VERSION"][:3], info["VERSION"][3]
@@ -123,7 +123,7 @@ def _check_megatron_core() -> None:
         )
 
 
-def _megatron_package_info() -> dict | None:
+def megatron_package_info() -> dict | None:
     """The constants of the megatron/core/package_info.py that `import megatron.core` would load, or None.
 
     Not pip's metadata: a Megatron-LM checkout on the Python path has none, and hides an installed one.

@@ -214,7 +214,7 @@ def test_refuses_missing_megatron_core(site: Site):
 
 
 @pytest.mark.parametrize(
-    "version", [(0, 16, 0, ""), (0, 16, 1, "rc0"), (0, 17, 0, ""), (0, 17, 0, "rc0"), (1, 0, 0, "")]
+    "version", [(0, 16, 0, ""), (0, 16, 1, "rc0"), (0, 20, 0, ""), (0, 20, 0, "rc0"), (1, 0, 0, "")]
 )
 def test_refuses_megatron_core_outside_the_range(site: Site, version):
     site.torch(None)
@@ -224,7 +224,9 @@ def test_refuses_megatron_core_outside_the_range(site: Site, version):
     )
 
 
-@pytest.mark.parametrize("version", [(0, 16, 1, ""), (0, 16, 2, "rc1"), (0, 16, 11, "")])
+@pytest.mark.parametrize(
+    "version", [(0, 16, 1, ""), (0, 16, 2, "rc1"), (0, 16, 11, ""), (0, 17, 0, "rc0"), (0, 19, 2, "")]
+)
 def test_accepts_megatron_core_inside_the_range(site: Site, version):
     site.torch(None)
     site.megatron_core(version)

@@ -117,9 +117,10 @@ def test_a_folder_of_ones_own_goes_instead_or_behind(folder, tmp_path, monkeypat
 
 @pytest.fixture
 def logging_as_before(monkeypatch):
-    """Hydra sets up logging to say some of it."""
+    """Hydra sets up logging to say some of it, and closes all handlers that there are; absl's would close pytest's own files."""
     level = logging.root.level
     monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging, "_handlerList", [])
     yield
     logging.root.setLevel(level)
 

@@ -1,0 +1,41 @@
+"""What differs between the versions of Megatron-Core that this package runs on, 0.16.1 to 0.19. Nothing else asks for it.
+
+| what | 0.16 | 0.17 and newer |
+|---|---|---|
+| Python | 3.10 and newer | 3.12 and newer |
+| Triton | is done without | must be importable |
+| writers of `dist_checkpointing.save` | its own | its own for `async_strategy="mcore"`, else nvidia-resiliency-ext |
+| what is no tensor in a checkpoint | in `common.pt`, which must be there | among the tensors, or in `common.pt` |
+
+To know the version nothing of Megatron is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.runtime.install_check import megatron_package_info
+
+__all__ = ["DISPENSABLE", "VERSION", "finish_part", "save_sharded"]
+
+VERSION: tuple[int, int] = tuple((megatron_package_info() or {"VERSION": (0, 0)})["VERSION"][:2])
+# What `import megatron.core` would load for a GPU or a server, and does without.
+DISPENSABLE = ("triton", "wandb") if VERSION < (0, 17) else ("wandb",)
+COMMON_FILE = "common.pt"
+
+
+def save_sharded(state: dict[str, Any], place: Path):
+    """Megatron's request to write a folder of sharded tensors with its own writers; every rank calls it."""
+    from megatron.core import dist_checkpointing
+
+    own = {} if VERSION < (0, 17) else {"async_strategy": "mcore"}
+    return dist_checkpointing.save(state, str(place), async_sharded_save=True, **own)
+
+
+def finish_part(place: Path) -> None:
+    """Make a written folder one that every version loads: ours hold nothing but tensors. One rank calls it."""
+    import torch
+
+    if not (place / COMMON_FILE).exists():
+        torch.save({}, place / COMMON_FILE)
