@@ -7,6 +7,7 @@ is. Variants are timed in turns, after a round that is not counted; medians and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
@@ -54,18 +55,17 @@ def _shape(findings: Findings, text: str, sizes: SimpleNamespace, device: torch.
     outputs = {}
     variants = variants_of(x)
     for variant in variants:
-        try:
+        with (
+            findings.attempt(f"{variant.name} at P,G,S={text}") if variant.shared else _their_limits(findings, variant)
+        ):
             run = variant.make()
             out = run()[0]
-        except RuntimeError as error:
-            if variant.shared:
-                raise
-            findings.note(f"{variant.name} cannot: {' '.join(str(error).split())[:200]}")  # a library's limit, not ours
-            continue
-        outputs[variant.name] = out if variant.shared else _rows_of_stream(x, out)
-        runs[variant.name] = run
-    _agree(findings, text, runs, outputs)
+            outputs[variant.name] = out if variant.shared else _rows_of_stream(x, out)
+            runs[variant.name] = run
+    runs = {name: runs[name] for name in _agreeing(findings, text, outputs)}
     del outputs
+    if not runs:
+        return
     times = interleave(runs, TINY_ROUNDS if findings.tiny else ROUNDS, device)
     medians = {name: spread(seconds) for name, seconds in times.items()}
     shared = {variant.name: variant.shared for variant in variants}
@@ -82,6 +82,15 @@ def _shape(findings: Findings, text: str, sizes: SimpleNamespace, device: torch.
             TFLOPs=operations / found.median / 1e12,
             faster_than_plain=None if plain is None else plain / found.median,
         )
+
+
+@contextlib.contextmanager
+def _their_limits(findings: Findings, variant: Variant) -> Iterator[None]:
+    """What a library cannot do is a note: it is no fault of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        findings.note(f"{variant.name} cannot: {' '.join(str(error).split())[:200]}")
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,11 @@ def _rows_of_stream(x: Inputs, out: torch.Tensor) -> torch.Tensor:
     return torch.cat((out[0, :p], out[:, p:].flatten(0, 1)))
 
 
-def _agree(findings: Findings, text: str, runs: dict[str, Run], outputs: dict[str, torch.Tensor]) -> None:
-    """Every output is that of the first variant; no time is told of what is wrong. Gradients are the section kernels' matter."""
-    first = next(iter(outputs.values())).detach().float()
+def _agreeing(findings: Findings, text: str, outputs: dict[str, torch.Tensor]) -> Iterator[str]:
+    """Whose output is that of the first variant: no time is told of what is wrong. Gradients are the section kernels' matter."""
+    first = next((out.detach().float() for out in outputs.values()), None)
     for name, out in outputs.items():
         difference = (out.detach().float() - first).norm() / first.norm()
         findings.check(f"{name} at P,G,S={text}: differs from the first", difference, PLAUSIBLE)
-        if not difference <= PLAUSIBLE:
-            del runs[name]
+        if difference <= PLAUSIBLE:
+            yield name
