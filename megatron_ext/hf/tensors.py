@@ -44,7 +44,8 @@ def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
     row = math.prod(rest) * dtype.itemsize
     step = max(1, CHUNK_BYTES // row)
     columns = (slice(None), *index[1:])
-    direct = dtype == target.dtype and target.device.type == "cpu" and len(columns) == 1
+    on_host = target.device.type == "cpu"
+    direct = dtype == target.dtype and on_host and len(columns) == 1
     buffer = None
     place = stored.start + index[0].start * row
     try:
@@ -57,8 +58,12 @@ def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
                         if buffer is None:
                             buffer = torch.empty(step, *rest, dtype=dtype)
                         _read(file.fileno(), buffer[: len(chunk)], place)
-                        chunk.copy_(buffer[: len(chunk)][columns])
-                    if not is_finite(chunk):
+                        read = buffer[: len(chunk)][columns]
+                        if not on_host:
+                            read = read.to(target.dtype)
+                        chunk.copy_(read)
+                    # Of what goes to a GPU the host's copy is looked at: it would wait for each chunk to come back.
+                    if not is_finite(chunk if on_host else read):
                         raise UserError(
                             f"{stored.file} is damaged: {name} holds a number that is not finite in {target.dtype}; fetch it "
                             "again"

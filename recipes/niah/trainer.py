@@ -158,8 +158,8 @@ class NiahTrainer:
 
     def _right(self, model: PrefixGroupedGPT, samples: list[Sample], scheme: str) -> Tensor:
         """bool [v, kinds]: whether the answer is the most likely token."""
-        microbatch = self._microbatch(samples, scheme)
-        batch, answers = microbatch.batch, microbatch.answers
+        batch = self._microbatch(samples, scheme).batch
+        answers = answer_places(len(samples)).nonzero().squeeze(1).to(batch.tokens.device)
         rows = batch.groups.predict_index[answers]
         logits = model(batch.tokens, batch.position_ids, batch.groups, rows=rows, media=batch.media)
         return (logits.argmax(-1) == batch.labels[answers]).view(-1, len(KINDS)).cpu()

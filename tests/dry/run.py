@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from types import CodeType
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tests.dry.flash_attn import check_backward, check_forward
 
@@ -28,15 +29,19 @@ __all__ = ["NECESSARY", "DryRun", "Fault"]
 ROOT = Path(__file__).parents[2]
 CODE = ("megatron_ext/", "recipes/", "megatron/core/", "tests/")
 OWN = ("tests/dry/run.py", "tests/dry/machine.py", "tests/dry/flash_attn.py", "megatron_ext/runtime/cpu.py")
-GENERATE, METRICS, NORM, OWN_NORM = (
-    "megatron_ext/models/generation.py:generate",
-    "megatron_ext/runtime/engine.py:Engine.reduce_metrics",
-    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32",
-    "megatron/core/utils.py:local_multi_tensor_l2_norm",
-)
-
 # Where the host must know a value of the device, how it gets it ("value": one number; "copy": a tensor), and why. How often in
-# which step stands beside the steps (tests/unit/dry). Whatever is not here fails, and so does what is here and is read no more.
+# which step stands beside the steps (tests/dry/steps.py, recipes.py). Whatever is not here fails, and so does what is here and is
+# read no more.
+GENERATE, METRICS = "megatron_ext/models/generation.py:generate", "megatron_ext/runtime/engine.py:Engine.reduce_metrics"
+NORM = "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32"
+OWN_NORM = "megatron/core/utils.py:local_multi_tensor_l2_norm"
+SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session.py:Session.must_stop"
+REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
+PAIRS, TEXTS, SHARED = (
+    f"recipes/bias/scorers.py:MegatronScorer.{x}" for x in ("pair_probabilities", "token_logprobs", "_over_data")
+)
+IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
+NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
 NECESSARY: dict[tuple[str, str], str] = {
     (NORM, "value"): "the optimizer scales gradients by a number, and a step that is not finite must not be taken",
     (
@@ -46,11 +51,29 @@ NECESSARY: dict[tuple[str, str], str] = {
     (METRICS, "copy"): "numbers for the log, all at once",
     (GENERATE, "value"): "sampling ends when every response has",
     (GENERATE, "copy"): "responses become text, all at once",
+    (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
+    (STOP, "value"): "whether any rank has been asked to stop, once a step",
+    (f"{REWARDS}._rollout_metrics", "value"): "the mean reward, and how many groups learn anything, for the log",
+    (f"{REWARDS}.run_validation", "value"): "the mean reward, for the log",
+    (PAIRS, "copy"): "an evaluation's answers, a stream at a time",
+    (SHARED, "copy"): "those of all data-parallel ranks",
+    (TEXTS, "copy"): "log-probabilities of texts, a stream at a time",
+    **{
+        (f"{IMPORTANCE}:{x}", "copy"): "scores of all blocks, once, before training"
+        for x in ("similarity", "gradient", "intervention")
+    },
+    (BLOCK, "copy"): "the weights of the block that trains, for its digest, once",
+    (NEEDLES, "copy"): "which answers were right, a stream at a time",
 }
 # Where sums or shares need more digits than fp32 has.
 WIDE: dict[str, str] = {
     "megatron_ext/models/generation.py:choose_tokens": "the cumulative distribution of a large vocabulary",
     METRICS: "sums over microbatches and ranks",
+    **{f"recipes/grpo/rollouts.py:RolloutSampler.{x}": "rewards of any size" for x in ("_rewards", "greedy_rewards")},
+    **{
+        f"{IMPORTANCE}:{x}": "differences of blocks that hardly differ"
+        for x in ("_difference", "_gradient_squares", "_zeros", "similarity.<locals>.measure")
+    },
 }
 # Their shape is known when the device has computed them: the host waits.
 SHAPED_BY_VALUES = {
@@ -115,7 +138,7 @@ class DryRun(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         here = [x for x in tensors if x.is_meta]
         if name.startswith("c10d::"):
             self._check_collective(name, tensors)
@@ -123,17 +146,14 @@ class DryRun(TorchDispatchMode):
                 return function(*tree_map_only(Tensor, lambda x: torch.empty(0, dtype=x.dtype), args))
         elif here:
             self.operations[name] += 1
-            frame, seen = sys._getframe(1), self._seen
-            while frame is not None:
-                seen[id(frame.f_code)] = frame.f_code
-                frame = frame.f_back
+            self._look()
             given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
             if (read := self._read(name, function, given, here)) is not None:
                 return read
             self._check_sides(name, tensors)
             self._check_attention(name, given)
         out = function(*args, **kwargs)
-        if any(isinstance(x, Tensor) and x.is_meta and x.dtype == torch.float64 for x in tree_leaves(out)):
+        if _wide(_tensors((out,))) and not _wide(here):
             if (where := place()) not in WIDE:
                 raise Fault(f"{where}: {name} gives fp64 on the device, which `WIDE` does not know")
         return out
@@ -149,6 +169,17 @@ class DryRun(TorchDispatchMode):
     @property
     def places(self) -> set[str]:
         return {where for code in self._seen.values() if (where := _place(code))}
+
+    def _look(self) -> None:
+        """Who is at work; a function that has been seen has been so with its callers."""
+        frame = sys._getframe(2)
+        while frame is not None and not _place(frame.f_code):
+            frame = frame.f_back
+        if frame is None or id(frame.f_code) in self._seen:
+            return
+        while frame is not None:
+            self._seen[id(frame.f_code)] = frame.f_code
+            frame = frame.f_back
 
     def _read(self, name: str, function, given: dict, here: list[Tensor]):
         """What the host is told where it may read; None: it does not."""
@@ -174,8 +205,9 @@ class DryRun(TorchDispatchMode):
                 f"{where}: the host reads a {how} {tuple(x.shape)} of the device, which `NECESSARY` does not know"
             )
         self.reads[where, how] += 1
-        # 1: a gradient norm that is clipped. 0: a token, and "not finished".
-        return torch.full(x.shape, 1 if x.is_floating_point() else 0, dtype=x.dtype, device="cpu")
+        # 1: a gradient norm that is clipped. 0.25: a probability. 0: a token, and "not finished".
+        answer = (1 if how == "value" else 0.25) if x.is_floating_point() else 0
+        return torch.full(x.shape, answer, dtype=x.dtype, device="cpu")
 
     @staticmethod
     def _check_sides(name: str, tensors: list[Tensor]) -> None:
@@ -208,6 +240,19 @@ class DryRun(TorchDispatchMode):
             raise Fault(f"{place()}: {name}: {error}") from error
 
 
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    """In arguments or results, which may be lists of them."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _wide(tensors: Iterable[Tensor]) -> bool:
+    return any(x.is_meta and x.dtype == torch.float64 for x in tensors)
+
+
 def _is_host(device) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
@@ -224,6 +269,7 @@ def place() -> str:
     return next((where for frame in _frames() if (where := _place(frame.f_code))), "nowhere")
 
 
+@cache
 def _place(code: CodeType) -> str | None:
     for start in CODE:
         _, found, rest = code.co_filename.rpartition(f"/{start}")

@@ -1,10 +1,17 @@
-"""Whole steps as a GPU would take them: nothing but the listed reads makes the host wait, and what is planted is found."""
+"""Steps, and every recipe from its YAML to its end, as a GPU would run them: nothing but the listed reads makes the host wait."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 
-from tests.dry.mutations import MUTATIONS, mutations
+import megatron_ext.losses
+from recipes.registry import RECIPES
+from tests.dry.recipes import CASES, recipes
+from tests.dry.run import NECESSARY
 from tests.dry.steps import STEPS, steps
 from tests.harness import run_ranks
 
@@ -16,8 +23,8 @@ def taken() -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def planted() -> dict[str, str | None]:
-    (found,) = run_ranks(mutations, 1)
+def ran(tmp_path_factory) -> dict[str, dict]:
+    (found,) = run_ranks(recipes, 1, tmp_path_factory.mktemp("dry"), list(CASES))
     return found
 
 
@@ -26,16 +33,28 @@ def test_the_host_reads_what_it_must_and_no_more(name, taken):
     assert taken[name]["reads"] == STEPS[name].reads
 
 
-# What is said of each planted fault, by what it is.
-WORDS = {
-    "read": "the host reads a value ()", "tensor of the host": "a tensor of the host", "keys of the host": "a tensor of the host",
-    "mask": "waits for the device", "int64 lengths": "cu_seqlens torch.int64", "strided lse": "softmax_lse torch.float32",
-    "fp64": "gives fp64 on the device", "fp64 lse": "gives fp64 on the device", "fp32 query": "q torch.float32",
-    "bf16 lse": "of the part torch.bfloat16", "int32 tokens": "torch.int32 (6,), not torch.int64",
-    "one read more": "'copy'): 2", "one read less": "reads {",
-}  # fmt: skip
+def test_every_recipe_has_a_dry_run():
+    assert set(CASES) == set(RECIPES)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_is_found(name, planted):
-    assert WORDS[name.partition(", ")[2]] in planted[name]
+@pytest.mark.parametrize("name", CASES)
+def test_a_recipe_reads_what_it_must_and_no_more(name, ran):
+    assert ran[name]["reads"] == CASES[name].reads
+    assert f"recipes/{name}.py:main" in ran[name]["places"]
+
+
+def test_every_objective_has_a_dry_run(taken, ran):
+    """Every public function of tensors in megatron_ext.losses has been run on the device, by a step or a recipe."""
+    reached = set().union(*(run["places"] for run in (*taken.values(), *ran.values())))
+    for module in pkgutil.iter_modules(megatron_ext.losses.__path__):
+        found = importlib.import_module(f"megatron_ext.losses.{module.name}")
+        for name in found.__all__:
+            function = getattr(found, name)
+            if inspect.isfunction(function) and "Tensor" in map(str, inspect.get_annotations(function).values()):
+                assert f"megatron_ext/losses/{module.name}.py:{name}" in reached, f"{name} has no dry run"
+
+
+def test_every_listed_read_happens(taken, ran):
+    """The list says what is, not what was."""
+    happened = set().union(*(run["reads"] for run in (*taken.values(), *ran.values())))
+    assert happened == set(NECESSARY)
