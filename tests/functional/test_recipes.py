@@ -109,8 +109,9 @@ def test_overlong_responses_can_be_left_out(task, tmp_path):
         ["model.pipeline_model_parallel_size=2"],
         ["model.context_parallel_size=2"],
         ["model.micro_batch_tokens=300"],
+        ["trainer.grpo.offload_reference_policy=true", "model.optim.optimizer_cpu_offload=true"],
     ],
-    ids=["tp2-sp", "pp2", "cp2", "token-budget"],
+    ids=["tp2-sp", "pp2", "cp2", "token-budget", "host"],
 )
 def test_the_first_step_is_the_same_however_it_is_run(task, grouped, tmp_path, layout):
     """It sees the same weights and samples under every layout and packing, so its numbers agree."""
