@@ -102,6 +102,15 @@ def test_a_layout_that_the_model_has_not(option, value, words, model, refused, t
     assert f"{words} of {model}; choose another" in refused("export", model, tmp_path / "out", option, value)
 
 
+def test_key_value_heads_that_ranks_can_neither_share_out_nor_share(refused, module_rng, tmp_path, monkeypatch):
+    """3 of them, for 2 ranks."""
+    folder = tmp_path / "six heads"
+    make_hf_model(folder, "mistral", module_rng, num_attention_heads=6, num_key_value_heads=3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = f"--tensor 2 is neither a divisor nor a multiple of num_query_groups=3 of {folder}; choose another"
+    assert words in refused("export", folder, tmp_path / "out", "--tensor", 2)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -28,6 +28,10 @@ from tests.gpt_cases import small_config
             {"num_query_groups": 1, "kv_channels": 2, "tensor_model_parallel_size": 8},
             r"tensor_model_parallel_size=8 does not divide the 20 rows of queries, keys and values \(\(.*=8 \+ 2 x .*=1\) x",
         ),
+        (
+            {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "cp_comm_type": "a2a"},
+            "num_query_groups=2 does not divide by tensor_model_parallel_size x context_parallel_size=8",
+        ),
         ({"ffn_hidden_size": 49, "tensor_model_parallel_size": 2}, "ffn_hidden_size=49"),
         ({"num_query_groups": 3}, "num_attention_heads=8 is not divisible by model.num_query_groups=3"),
         ({"pipeline_model_parallel_size": 4}, "num_layers=2 is not divisible by"),

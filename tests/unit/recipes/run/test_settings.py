@@ -166,3 +166,12 @@ def test_turns_variables_and_ignored_keys_are_read():
     data = build(SFTConfig, compose("sft_tiny", given)).data
     assert (data.train_on_turns, data.chat_template_kwargs) == ("all", {"enable_thinking": False})
     assert data.ignored_keys == ["name", "messages.name"]
+
+
+def test_a_reference_on_the_host_needs_a_reference():
+    host = "++trainer.grpo.offload_reference_policy=true"
+    assert build_grpo(host).trainer.grpo.offload_reference_policy
+    with pytest.raises(
+        ValueError, match="offload_reference_policy=true, but .*initial_policy_kl_penalty=0 has no reference"
+    ):
+        build_grpo(host, "trainer.grpo.initial_policy_kl_penalty=0")
