@@ -20,7 +20,6 @@ BOUND = 1e-4
 LAYOUTS = {
     "one rank": (ParallelSizes(), 1, {}),
     "tp2": (ParallelSizes(tensor=2), 2, {"tensor_model_parallel_size": 2}),
-    "pp2": (ParallelSizes(pipeline=2), 2, {"pipeline_model_parallel_size": 2}),
     "pp2 in pieces": (
         ParallelSizes(pipeline=2), 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     ),
