@@ -13,13 +13,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ext.runtime.distributed import ParallelSizes, set_seed, shutdown
 
-__all__ = ["be_alone", "pretend"]
+__all__ = ["BACKENDS", "be_alone", "pretend"]
+
+BACKENDS = "cpu:fake,cuda:fake,meta:fake"  # also for tensors without memory, see tests/dry
 
 
 def pretend(rank: int, world: int, sizes: ParallelSizes) -> None:
     """Be this rank from now on."""
     shutdown()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    dist.init_process_group(BACKENDS, store=FakeStore(), rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_ext.devices import device_type
+
 __all__ = ["HostAdamW"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,7 +54,7 @@ class HostAdamW(torch.optim.AdamW):
             for moment in MOMENTS:
                 state[moment] = torch.zeros(parameter.shape, dtype=torch.float32, device=self.state_device)
         weight, gradient = self._on_host("weight", parameter), self._on_host("gradient", parameter.grad)
-        if parameter.is_cuda:
+        if _is_cuda(parameter):
             torch.cuda.current_stream().synchronize()
         beta1, beta2 = group["betas"]
         adamw(
@@ -65,9 +67,13 @@ class HostAdamW(torch.optim.AdamW):
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor itself where it is on the host, else a copy in page-locked room that all of them share."""
-        if not tensor.is_cuda:
+        if not _is_cuda(tensor):
             return tensor
         room = self._room.get(name)
         if room is None or room.numel() < tensor.numel():
             room = self._room[name] = torch.empty(tensor.numel(), dtype=torch.float32, pin_memory=True)
         return room[: tensor.numel()].view(tensor.shape).copy_(tensor, non_blocking=True)
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return device_type(tensor.device) == "cuda"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_ext.devices import device_type
 from megatron_ext.runtime.engine import Engine
 
 __all__ = ["ReferenceWeights"]
@@ -34,7 +35,9 @@ class ReferenceWeights:
     def _kept(self, weight: Tensor) -> Tensor:
         if not self.on_host:
             return weight.clone()
-        room = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda)
+        room = torch.empty(
+            weight.shape, dtype=weight.dtype, device="cpu", pin_memory=device_type(weight.device) == "cuda"
+        )
         return room.copy_(weight)
 
     @property

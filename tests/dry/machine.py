@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -59,6 +60,11 @@ def fused_norm(chunk_size, noop, tensors, per_tensor, *args):
     return torch.stack(torch._foreach_norm(tensors[0])).norm().view(1), None
 
 
+def pageable(empty: Callable) -> Callable:
+    """Page-locked memory is a driver's: where there is none, the host's usual one."""
+    return functools.wraps(empty)(lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+
+
 @contextlib.contextmanager
 def pretended_gpu(fused: bool = True) -> Iterator[torch.device]:
     """Inside, "cuda" is a device whose tensors have no memory, and both flash-attn libraries are installed.
@@ -76,6 +82,7 @@ def pretended_gpu(fused: bool = True) -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+        patch.setattr(torch, "empty", pageable(torch.empty))
         for name, module in MODULES.items():
             patch.setitem(sys.modules, name, module)
         if importlib.util.find_spec("triton") is not None:

@@ -41,7 +41,7 @@ from tests.dry.run import (
     DryRun,
 )  # fmt: skip
 from tests.hf_models import make_hf_model
-from tests.pretend import be_alone
+from tests.pretend import BACKENDS, be_alone
 
 __all__ = ["CASES", "Case", "recipes"]
 
@@ -164,8 +164,7 @@ def recipes(device: torch.device, folder: Path, names: list[str]) -> dict[str, d
         run = DryRun()
         with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
             shutdown()
-            backends = ",".join(f"{kind}:fake" for kind in ("cpu", "cuda", "meta"))
-            dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(BACKENDS, store=dist.HashStore(), rank=0, world_size=1)
             patch.setattr(Session, "save", lambda *args, **kwargs: folder)
             patch.setattr("recipes.bias.trainer.save_delta", lambda *args: None)
             # The host's own arithmetic, a thousand times over.

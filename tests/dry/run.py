@@ -40,6 +40,10 @@ REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
 PAIRS, TEXTS, SHARED = (
     f"recipes/bias/scorers.py:MegatronScorer.{x}" for x in ("pair_probabilities", "token_logprobs", "_over_data")
 )
+SHAPES = "megatron/core/pipeline_parallel/p2p_communication.py:P2PCommunicator._communicate_shapes"
+HOST_STEP, KEPT = (
+    f"megatron_ext/runtime/{x}" for x in ("host_optimizer.py:HostAdamW._on_host", "reference.py:ReferenceWeights._kept")
+)
 IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
 NECESSARY: dict[tuple[str, str], str] = {
@@ -51,6 +55,9 @@ NECESSARY: dict[tuple[str, str], str] = {
     (METRICS, "copy"): "numbers for the log, all at once",
     (GENERATE, "value"): "sampling ends when every response has",
     (GENERATE, "copy"): "responses become text, all at once",
+    (SHAPES, "copy"): "how long a neighbouring stage's stream is: they are of different lengths",
+    (HOST_STEP, "copy"): "optimizer_cpu_offload: weights and gradients to where Adam's moments are",
+    (KEPT, "copy"): "offload_reference_policy: the reference's weights, once, before the first step",
     (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
     (STOP, "value"): "whether any rank has been asked to stop, once a step",
     (f"{REWARDS}._rollout_metrics", "value"): "the mean reward, and how many groups learn anything, for the log",
@@ -81,7 +88,9 @@ SHAPED_BY_VALUES = {
     "aten::bincount", "aten::equal", "aten::is_nonzero", "aten::histc",
 }  # fmt: skip
 # Collectives that PyTorch knows no form of without memory: the fake process group is given empty tensors of the host.
-WITHOUT_META = ("c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_")
+WITHOUT_META = tuple(
+    f"c10d::{name}_coalesced_" for name in ("reduce_scatter_tensor", "allgather_into_tensor", "allreduce")
+)
 NUMBERS = {
     getattr(Tensor, name)
     for name in (
@@ -122,14 +131,18 @@ class _Numbers(TorchFunctionMode):
 
 class DryRun(TorchDispatchMode):
     """
+    Args:
+        shapes: what a neighbouring pipeline stage says of the tensor that it sends.
+
     Attributes:
         reads: how often the host has read what of `NECESSARY`.
         operations: how often each operation has run on the device.
         places: functions in which one has, and their callers.
     """
 
-    def __init__(self):
+    def __init__(self, shapes: tuple[int, ...] = ()):
         super().__init__()
+        self._shapes = shapes
         self.reads: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self._seen: dict[int, CodeType] = {}
@@ -205,6 +218,8 @@ class DryRun(TorchDispatchMode):
                 f"{where}: the host reads a {how} {tuple(x.shape)} of the device, which `NECESSARY` does not know"
             )
         self.reads[where, how] += 1
+        if where == SHAPES:
+            return torch.tensor(self._shapes)
         # 1: a gradient norm that is clipped. 0.25: a probability. 0: a token, and "not finished".
         answer = (1 if how == "value" else 0.25) if x.is_floating_point() else 0
         return torch.full(x.shape, answer, dtype=x.dtype, device="cpu")

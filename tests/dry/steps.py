@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ from megatron_ext.grouping import PackedTokens
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
 from megatron_ext.losses.lftf import LOSSES, kept_text_loss, pair_loss
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
-from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.config import PositionEmbedding, VisionConfig, stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.grpo.batches import GRPOMicrobatch
+from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import GENERATE, METRICS, NORM, OWN_NORM, DryRun
+from tests.dry.run import GENERATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -37,7 +39,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5]]
 RESPONSES = [[[1, 2, 3], [1, 2, 4, 5], [9]], [[7, 7], [7, 7, 8]]]
 NEW_TOKENS = 3
 PARAMETERS = 20  # of the small model
+STREAM_SHAPE = 32, 1, 32  # of its hidden states, for the prompts and responses above
 UPDATE = {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
+STAGE = {(NORM, "value"): 2, (SHAPES, "copy"): 2}
+PIECES = {(NORM, "value"): 2, (SHAPES, "copy"): 6}
 SAMPLE = {(GENERATE, "value"): NEW_TOKENS - 1, (GENERATE, "copy"): 1}
 
 
@@ -76,19 +81,40 @@ def stream(model: PrefixGroupedGPT, device: torch.device, min_shared: int | None
     )
 
 
-def sft(model: PrefixGroupedGPT, device: torch.device) -> None:
+def sft(model: PrefixGroupedGPT, device: torch.device, **optim: Any) -> None:
+    engine = Engine(model, OptimConfig(**optim))
+    engine.update(sft_streams(model, device), negative_log_likelihood)
+
+
+def sft_streams(model: PrefixGroupedGPT, device: torch.device) -> list[SFTMicrobatch]:
     batches = [stream(model, device) for _ in range(2)]
+    return [SFTMicrobatch(b, learnt=b.loss_mask(), global_tokens=26.0) for b in batches]
+
+
+def films(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """Clips that questions share."""
+    config, rng = model.model_config, torch.Generator().manual_seed(1)
+    samples = [draw_sample(rng, frames, 2, 2) for frames in (2, 3)]
+    prompts, questions = [s.prompt for s in samples], [s.questions for s in samples]
+    batch = pack_prompts(prompts, questions, config.position_embedding.scheme, stream_multiple(config), device)
     engine = Engine(model, OptimConfig())
-    microbatches = [SFTMicrobatch(b, learnt=b.loss_mask(), global_tokens=26.0) for b in batches]
-    engine.update(microbatches, negative_log_likelihood)
+    engine.update([SFTMicrobatch(batch, learnt=batch.loss_mask(), global_tokens=16.0)], negative_log_likelihood)
 
 
-def grpo(terms: GrpoTerms, level: str = "token", min_shared: int | None = None) -> Callable:
+def sft_stage(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """Of a pipeline: an update without its metrics, which one process cannot be told by the last stage."""
+    engine = Engine(model, OptimConfig())
+    engine.zero_grad()
+    engine.run(sft_streams(model, device), negative_log_likelihood)
+    engine.step()
+
+
+def grpo(terms: GrpoTerms, level: str = "token", min_shared: int | None = None, on_host: bool = False) -> Callable:
     """Old, reference and actor pass, and the update."""
 
     def step(model: PrefixGroupedGPT, device: torch.device) -> None:
         engine = Engine(model, OptimConfig())
-        initial = ReferenceWeights(engine)
+        initial = ReferenceWeights(engine, on_host)
         batch = stream(model, device, min_shared)
         ids, count = batch.groups.response_ids, batch.groups.num_responses
         weights = token_weights(ids, batch.loss_mask(), count, 13.0, 5.0, level)
@@ -138,6 +164,9 @@ def greedy(model: PrefixGroupedGPT, device: torch.device) -> None:
 
 
 PLAIN = GrpoTerms(kl_penalty=0.05, entropy_bonus=0.01)
+FILMS = {
+    "vision": VisionConfig(FEATURES), "vocab_size": VOCABULARY, "position_embedding": PositionEmbedding("vrope"),
+}  # fmt: skip
 WINDOW = {"window_size": [6, 0], "window_attn_skip_freq": 2}
 CP = {"world": 2, "sizes": ParallelSizes(context=2)}
 TP = {"world": 2, "sizes": ParallelSizes(tensor=2)}
@@ -159,6 +188,35 @@ STEPS: dict[str, Step] = {
     "grpo, weighted k3": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_weighted=True)), UPDATE),
     "gspo": Step(grpo(GrpoTerms(kl_penalty=0.05, sequence_level_ratios=True), "sequence"), UPDATE),
     "lftf": Step(lftf, UPDATE),
+    "sft, unsharded Adam": Step(partial(sft, name="adam"), UPDATE),
+    "sft, data-parallel": Step(sft, UPDATE, rank=1, world=2),
+    "films": Step(films, UPDATE, FILMS),
+    "films, cp": Step(films, UPDATE, FILMS, rank=1, **CP),
+    "films, tp": Step(films, UPDATE, FILMS | {"sequence_parallel": True}, rank=1, **TP),
+    **{
+        f"sample, stage {rank}": Step(sample, SAMPLE, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))
+        for rank in (0, 1)
+    },
+    "sft, moments on the host": Step(
+        partial(sft, optimizer_cpu_offload=True), UPDATE | {(HOST_STEP, "copy"): 2 * PARAMETERS}
+    ),
+    "sft, gradients summed meanwhile": Step(partial(sft, overlap_grad_reduce=True), UPDATE),
+    "grpo, reference on the host": Step(grpo(PLAIN, on_host=True), UPDATE | {(KEPT, "copy"): PARAMETERS}),
+    **{
+        f"sft, stage {rank}": Step(sft_stage, STAGE, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))
+        for rank in (0, 1)
+    },
+    **{
+        f"sft, stage {rank} in pieces": Step(
+            sft_stage,
+            PIECES,
+            {"num_layers": 4, "virtual_pipeline_model_parallel_size": 2},
+            rank=rank,
+            world=2,
+            sizes=ParallelSizes(pipeline=2),
+        )
+        for rank in (0, 1)
+    },
     "sample": Step(sample, SAMPLE),
     "sample, windows": Step(sample, SAMPLE, WINDOW),
     "greedy": Step(greedy, SAMPLE),
@@ -184,7 +242,7 @@ def take(step: Step) -> DryRun:
         pretend(step.rank, step.world, step.sizes)
         model = build_gpt(step.config, device)
         assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
-        with DryRun() as run:
+        with DryRun(STREAM_SHAPE) as run:
             step.take(model, device)
     return run
 

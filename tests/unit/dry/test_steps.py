@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,17 @@ def test_every_listed_read_happens(taken, ran):
     """The list says what is, not what was."""
     happened = set().union(*(run["reads"] for run in (*taken.values(), *ran.values())))
     assert happened == set(NECESSARY)
+
+
+# Where it is the machine that is asked, and not which way a tensor's work goes.
+MACHINE = {"runtime/cpu.py", "runtime/distributed.py", "attention/flex.py", "devices.py"}
+
+
+def test_what_depends_on_the_device_asks_in_one_place():
+    """`devices.device_type`: what looks at a tensor's device itself takes another way on "meta" than on a GPU."""
+    asks = re.compile(r"\.is_cuda\b|device\.type [!=]= \"cuda\"")
+    package = Path(megatron_ext.losses.__file__).parents[1]
+    found = {
+        p.relative_to(package).as_posix() for p in package.rglob("*.py") if asks.search(p.read_text(encoding="utf-8"))
+    }
+    assert found <= MACHINE
