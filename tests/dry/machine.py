@@ -82,6 +82,9 @@ def pretended_gpu(fused: bool = True) -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            if hasattr(torch.optim.Optimizer, name):  # in a CUDA build it asks the driver
+                patch.setattr(torch.optim.Optimizer, name, lambda self: None)
         patch.setattr(torch, "empty", pageable(torch.empty))
         for name, module in MODULES.items():
             patch.setitem(sys.modules, name, module)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import CodeType
 
 import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,11 @@ HOST_STEP, KEPT = (
 )
 IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
+# Megatron-Core from 0.19 on has norms of groups of parameters, and asks once, with the first step, whether there are any.
+GROUPS = "megatron/core/optimizer/optimizer.py:MegatronOptimizer.has_grad_norm_group"
+FIRST_UPDATE = {(GROUPS, "value"): 1} if hasattr(MegatronOptimizer, "has_grad_norm_group") else {}
 NECESSARY: dict[tuple[str, str], str] = {
+    **dict.fromkeys(FIRST_UPDATE, "whether a group of parameters has a norm of its own, once"),
     (NORM, "value"): "the optimizer scales gradients by a number, and a step that is not finite must not be taken",
     (
         OWN_NORM,

@@ -29,7 +29,7 @@ from recipes.grpo.batches import GRPOMicrobatch
 from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import GENERATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
+from tests.dry.run import FIRST_UPDATE, GENERATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -40,9 +40,9 @@ RESPONSES = [[[1, 2, 3], [1, 2, 4, 5], [9]], [[7, 7], [7, 7, 8]]]
 NEW_TOKENS = 3
 PARAMETERS = 20  # of the small model
 STREAM_SHAPE = 32, 1, 32  # of its hidden states, for the prompts and responses above
-UPDATE = {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
-STAGE = {(NORM, "value"): 2, (SHAPES, "copy"): 2}
-PIECES = {(NORM, "value"): 2, (SHAPES, "copy"): 6}
+UPDATE = FIRST_UPDATE | {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
+STAGE = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 2}
+PIECES = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 6}
 SAMPLE = {(GENERATE, "value"): NEW_TOKENS - 1, (GENERATE, "copy"): 1}
 
 
