@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from bench_common import print_table, record, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "recipes/train_sft.py"
 
@@ -39,8 +41,6 @@ def measure(checkout: Path, data: Path, folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    from tools.bench_common import print_table, record, write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
@@ -73,5 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -6,6 +6,7 @@ tokens of the stream, r of its responses (see `megatron_ext.grouping`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
@@ -31,6 +32,7 @@ from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.models.media import MediaProjector
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
+from megatron_ext.runtime.cpu import cuda_means
 from megatron_ext.runtime.pieces import ModelPieces
 
 __all__ = ["PrefixGroupedGPT", "build_gpt"]
@@ -225,13 +227,16 @@ def _row_tables(record: PrefixGroups | ContextShard, tp: int, rank: int, device:
 
 
 def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT | ModelPieces:
-    """Build this rank's pipeline stage on its device, in training mode; in pieces where the configuration says so."""
+    """Build this rank's pipeline stage on its device, in training mode; in pieces where the configuration says so. On "meta"
+    it is what a GPU would hold, and takes no memory."""
     if config.vocab_size is None:
         raise UserError("model.vocab_size is not set: take it from the tokenizer")
     kind = device_type(device)
     config = config.on(kind)
     transformer = config.transformer_config(kind)  # one for all pieces: the schedule and the engine write to it
-    pieces = [PrefixGroupedGPT(config, transformer, device, piece) for piece in range(config.pipeline_split.pieces)]
+    # Megatron makes its weights on "cuda", whatever torch's default device is.
+    with cuda_means(device) if device.type == "meta" else contextlib.nullcontext():
+        pieces = [PrefixGroupedGPT(config, transformer, device, piece) for piece in range(config.pipeline_split.pieces)]
     model = (ModelPieces(pieces) if len(pieces) > 1 else pieces[0]).to(device)
     count = sum(p.numel() for p in model.parameters())
     logger.info("built a GPT with %d parameters on this rank, precision %s", count, model.model_config.precision)

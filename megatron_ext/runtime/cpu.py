@@ -88,9 +88,9 @@ def adapt_megatron_to_cpu() -> None:
 @contextlib.contextmanager
 def cuda_means(device: torch.device) -> Iterator[None]:
     """Inside, "cuda" means this device and not the CPU. On "meta" nothing is computed: steps are tried as a GPU would run them,
-    see tests/dry_run.py. Megatron must have been adapted to the CPU before."""
+    see tests/dry/. Only where there is no GPU, once Megatron has been adapted to the CPU."""
     global _stand_in
-    assert _adapted, "call adapt_megatron_to_cpu first"
+    assert _adapted, '"cuda" can mean another device only after adapt_megatron_to_cpu, on a machine without a GPU'
     before, _stand_in = _stand_in, device
     try:
         yield
