@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.errors import UserError
@@ -334,67 +332,6 @@ class GPTModelConfig(Placement):
         """Rows of the embedding: the vocabulary padded so that every tensor-parallel rank holds as many."""
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
-
-    def transformer_config(self, device_type: str) -> TransformerConfig:
-        """Megatron's configuration on this type of device. The fused paths are CUDA's."""
-        on_cpu = device_type != "cuda"
-        granularity = self.activations_checkpoint_granularity
-        full = granularity == "full"
-        interleaved = self.pipeline_split.pieces > 1
-        return TransformerConfig(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.kv_channels,
-            ffn_hidden_size=self.ffn_hidden_size,
-            normalization="RMSNorm",
-            activation_func=F.silu,
-            gated_linear_unit=True,
-            add_bias_linear=False,
-            add_qkv_bias=self.add_qkv_bias,
-            qk_layernorm=self.qk_layernorm,
-            layernorm_epsilon=self.layernorm_epsilon,
-            init_method_std=self.init_method_std,
-            attention_dropout=self.attention_dropout,
-            hidden_dropout=self.hidden_dropout,
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            num_layers_in_first_pipeline_stage=self.num_layers_in_first_pipeline_stage,
-            num_layers_in_last_pipeline_stage=self.num_layers_in_last_pipeline_stage,
-            virtual_pipeline_model_parallel_size=self.pipeline_split.pieces if interleaved else None,
-            context_parallel_size=self.context_parallel_size,
-            cp_comm_type=self.cp_comm_type,
-            sequence_parallel=self.sequence_parallel,
-            window_size=None if self.window_size is None else tuple(self.window_size),
-            window_attn_skip_freq=self.window_attn_skip_freq,
-            params_dtype=self.dtype,
-            pipeline_dtype=self.dtype,
-            bf16=self.precision == "bf16",
-            # Streams of different length follow each other through the pipeline; Megatron then demands this
-            # dispatcher even without experts.
-            variable_seq_lengths=True,
-            moe_token_dispatcher_type="alltoall",
-            # Losses arrive normalised by global counts, see megatron_ext.losses.grpo.
-            calculate_per_token_loss=True,
-            recompute_granularity=granularity,
-            recompute_method="uniform" if full else None,
-            recompute_num_layers=1 if full else None,
-            # GPTModel hands position ids to the rotary module in 'mrope' mode only.
-            mrope_section=[self.kv_channels // 2, 0, 0],
-            apply_rope_fusion=False,
-            rotary_interleaved=self.position_embedding.interleaved,
-            use_cpu_initialization=on_cpu,
-            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-            bias_dropout_fusion=not on_cpu,
-            masked_softmax_fusion=not on_cpu,
-            bias_activation_fusion=not on_cpu,
-            # Of two stages each sends to the other twice at a time: batched, the messages would be mixed up. Overlapped,
-            # Megatron-Core 0.16 would free an output that is still being sent.
-            overlap_p2p_comm=interleaved,
-            batch_p2p_comm=not interleaved,
-            deallocate_pipeline_outputs=not interleaved,
-        )
 
 
 ARCHITECTURE = names(GPTModelConfig, Kind.ARCHITECTURE)

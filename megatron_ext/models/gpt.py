@@ -30,6 +30,7 @@ from megatron_ext.grouping import PrefixGroups, StreamMedia
 from megatron_ext.losses.logprobs import vocab_parallel_logprobs
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.models.media import MediaProjector
+from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
 from megatron_ext.runtime.cpu import cuda_means
@@ -233,7 +234,7 @@ def build_gpt(config: GPTModelConfig, device: torch.device) -> PrefixGroupedGPT 
         raise UserError("model.vocab_size is not set: take it from the tokenizer")
     kind = device_type(device)
     config = config.on(kind)
-    transformer = config.transformer_config(kind)  # one for all pieces: the schedule and the engine write to it
+    transformer = megatron_config(config, kind)  # one for all pieces: the schedule and the engine write to it
     # Megatron makes its weights on "cuda", whatever torch's default device is.
     with cuda_means(device) if device.type == "meta" else contextlib.nullcontext():
         pieces = [PrefixGroupedGPT(config, transformer, device, piece) for piece in range(config.pipeline_split.pieces)]

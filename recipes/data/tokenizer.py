@@ -44,9 +44,8 @@ class Tokenizer:
         self.begin_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.template = ChatTemplate(tokenizer, path)
         self.end_checked = False
-        tokenizer(
-            "a", truncation=False, padding=False, split_special_tokens=False
-        )  # what tokenizer.json carries is undone
+        # What tokenizer.json carries is undone, for all calls of the backend that follow.
+        tokenizer("a", truncation=False, padding=False, split_special_tokens=False)
         self._adds_tokens = self._ids("a", True) != self._ids("a", False)
         # Ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))

@@ -145,9 +145,8 @@ def _serve(pipe: Connection, parents: Connection) -> None:
         for each in loggers:
             with contextlib.suppress(Exception):
                 each.finalize(status)
-        if wandb := sys.modules.get(
-            "wandb"
-        ):  # it finishes, and waits for its own process, when Python exits: a fork does not
+        # It finishes, and waits for a process of its own, when Python exits: a fork does not.
+        if wandb := sys.modules.get("wandb"):
             wandb.finish(exit_code=0 if status == "success" else 1)
             wandb.teardown()
 

@@ -11,6 +11,7 @@ from megatron_ext.attention import PrefixGroupedCoreAttention, Scoring, prefix_g
 from megatron_ext.attention.merge import merge_partials
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.megatron_config import megatron_config
 from tests.layouts import plain_tree_attention
 
 __all__ = ["AttentionCase", "MergeCase", "attention", "layer_without_sync", "merge"]
@@ -70,8 +71,8 @@ def layer_without_sync(device: torch.device, case: AttentionCase) -> list[bool]:
         ffn_hidden_size=64,
         precision="bf16",
         window_size=None if window is None else [window, 0],
-    ).transformer_config(device.type)
-    layer = PrefixGroupedCoreAttention(config, 1, AttnMaskType.causal, "self", **case.how)
+    )
+    layer = PrefixGroupedCoreAttention(megatron_config(config, device.type), 1, AttnMaskType.causal, "self", **case.how)
     groups = PrefixGroups.from_lengths(case.forest, case.pad, device)
     grad = torch.ones(q.size(0), 1, heads * head_dim, dtype=q.dtype, device=device)
 

@@ -14,13 +14,14 @@ from megatron_ext.attention import PrefixGroupedCoreAttention, Scoring, kernels,
 from megatron_ext.attention.kernels import KERNELS, select_kernel
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.megatron_config import megatron_config
 from tests.layouts import error, plain_attention, randn
 
 
 def transformer_config(**changes):
     """A valid Megatron configuration with single fields changed afterwards, past the checks of GPTModelConfig."""
     model = GPTModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48)
-    return dataclasses.replace(model.on("cpu").transformer_config("cpu"), **changes)
+    return dataclasses.replace(megatron_config(model.on("cpu"), "cpu"), **changes)
 
 
 def core_attention(mask: AttnMaskType = AttnMaskType.causal, kind: str = "self", scale=None, **changes):

@@ -10,6 +10,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from tests.gpt_cases import small_config
 
@@ -177,7 +178,7 @@ def test_auto_stays_until_the_device_is_known():
         assert found == dataclasses.replace(config, precision=precision) == found.on(device)
         assert found.dtype == dtype and type(found) is type(config)
     assert config.precision == "auto"
-    assert config.on("cuda").transformer_config("cuda").bf16 and not config.on("cpu").transformer_config("cpu").bf16
+    assert megatron_config(config.on("cuda"), "cuda").bf16 and not megatron_config(config.on("cpu"), "cpu").bf16
     blockwise = small_config(kv_channels=4, precision="32", attention_kernel="blockwise")
     assert blockwise.on("cuda") == blockwise.on("cpu") == blockwise
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_ext.blocks.blocks import train_only, train_only_block
 from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
+from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.stages import PipelineSplit
 from megatron_ext.runtime.pieces import streams_per_turn
 from megatron_ext.runtime.trimmed import check_all_train
@@ -35,7 +36,7 @@ PIECES = "virtual_pipeline_model_parallel_size"
 )
 def test_stages_run_the_layers_that_megatron_builds_there(layers, stages, changes):
     config = small_config(num_layers=layers, pipeline_model_parallel_size=stages, **changes).on("cpu")
-    megatron = config.transformer_config("cpu")
+    megatron = megatron_config(config, "cpu")
     pieces = changes.get(PIECES, 1)
     seen = []
     for piece in range(pieces):

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_ext.models import build_gpt
+from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.specs import block_spec
 from tests.gpt_cases import make_rollout, pack_rollout, randomize, run, small_config
 from tests.layouts import error
@@ -24,7 +25,7 @@ def test_equals_stock_megatron_on_one_document(rng, world):
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = DotProductAttention
     stock = GPTModel(
-        dataclasses.replace(config.on("cpu").transformer_config("cpu"), mrope_section=None),
+        dataclasses.replace(megatron_config(config.on("cpu"), "cpu"), mrope_section=None),
         spec,
         config.padded_vocab_size,
         config.encoder_seq_length,

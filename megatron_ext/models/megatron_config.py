@@ -1,0 +1,72 @@
+"""Megatron's own configuration, made of ours."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.models.config import GPTModelConfig
+
+__all__ = ["megatron_config"]
+
+
+def megatron_config(config: GPTModelConfig, device_type: str) -> TransformerConfig:
+    """Of a model that has been asked for `on` this type of device. The fused paths are CUDA's."""
+    on_cpu = device_type != "cuda"
+    granularity = config.activations_checkpoint_granularity
+    full = granularity == "full"
+    interleaved = config.pipeline_split.pieces > 1
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        layernorm_epsilon=config.layernorm_epsilon,
+        init_method_std=config.init_method_std,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=config.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=config.num_layers_in_last_pipeline_stage,
+        virtual_pipeline_model_parallel_size=config.pipeline_split.pieces if interleaved else None,
+        context_parallel_size=config.context_parallel_size,
+        cp_comm_type=config.cp_comm_type,
+        sequence_parallel=config.sequence_parallel,
+        window_size=None if config.window_size is None else tuple(config.window_size),
+        window_attn_skip_freq=config.window_attn_skip_freq,
+        params_dtype=config.dtype,
+        pipeline_dtype=config.dtype,
+        bf16=config.precision == "bf16",
+        # Streams of different length follow each other through the pipeline; Megatron then demands this
+        # dispatcher even without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Losses arrive normalised by global counts, see megatron_ext.losses.grpo.
+        calculate_per_token_loss=True,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        # GPTModel hands position ids to the rotary module in 'mrope' mode only.
+        mrope_section=[config.kv_channels // 2, 0, 0],
+        apply_rope_fusion=False,
+        rotary_interleaved=config.position_embedding.interleaved,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu,
+        # Of two stages each sends to the other twice at a time: batched, the messages would be mixed up. Overlapped,
+        # Megatron-Core 0.16 would free an output that is still being sent.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved,
+    )
