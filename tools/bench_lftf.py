@@ -64,7 +64,8 @@ def make_step(args, model, device, what: str) -> Callable[[], object]:
     from megatron_ext.blocks.blocks import train_only_block
     from megatron_ext.blocks.pairs import pack_pairs, split_pairs
     from megatron_ext.losses.lftf import pair_loss
-    from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+    from megatron_ext.runtime.engine import Engine, Microbatch
+    from megatron_ext.runtime.optim import OptimConfig
 
     if what != FULL:
         train_only_block(model, int(what))

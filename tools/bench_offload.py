@@ -39,7 +39,8 @@ def build(args, form: str, device: torch.device):
     """(engine, reference) of one form, all with the same weights."""
     from megatron_ext.models import GPTModelConfig, build_gpt
     from megatron_ext.runtime.distributed import set_seed
-    from megatron_ext.runtime.engine import Engine, OptimConfig
+    from megatron_ext.runtime.engine import Engine
+    from megatron_ext.runtime.optim import OptimConfig
     from megatron_ext.runtime.reference import ReferenceWeights
 
     set_seed(0)

@@ -35,6 +35,7 @@ from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
 from megatron_ext.runtime.cpu import cuda_means
 from megatron_ext.runtime.pieces import ModelPieces
+from megatron_ext.runtime.weight_gather import await_weight
 
 __all__ = ["PrefixGroupedGPT", "build_gpt"]
 
@@ -148,6 +149,9 @@ class PrefixGroupedGPT(GPTModel):
                 raise UserError("the stream has media, but the model has no model.vision to see them with")
             return None
         hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)  # [t, 1, h]
+        if media is None and torch.is_grad_enabled():
+            # Its gradient is 0, and not missing: ranks that sum gradients while backward runs wait for one of every weight.
+            hidden = hidden + 0 * sum(await_weight(p).sum() for p in self.media_projector.parameters())
         if media is not None:
             rows, index, seen = media.rows, media.index, self.media_projector(media.features)  # [m], [m], [n, h]
             if isinstance(record, ContextShard):  # all ranks project all media: their gradients add up
@@ -161,9 +165,9 @@ class PrefixGroupedGPT(GPTModel):
         return hidden
 
     def _output_weight(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        return await_weight(weight)  # the output layer is not called
 
     def _logprobs(self, hidden: Tensor, record: PrefixGroups | ContextShard, labels: Tensor, temperature: float):
         """hidden [t (/ tp), 1, h] -> log-probabilities and entropies of `labels` [u], [r] each."""

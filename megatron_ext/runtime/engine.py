@@ -6,80 +6,24 @@ The engine knows microbatches and loss functions, not algorithms.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ext.errors import DivergedError, UserError
+from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PackedTokens
-from megatron_ext.kinds import Speed
 from megatron_ext.runtime.collectives import broadcast_object, from_last
-from megatron_ext.runtime.host_optimizer import HostAdamW
-from megatron_ext.runtime.optimizer_state import single_optimizers
+from megatron_ext.runtime.optim import OptimConfig, ddp_config, make_optimizer, make_scheduler
 from megatron_ext.runtime.pieces import pieces_of, streams_per_turn
 from megatron_ext.runtime.trimmed import TrimmedPipeline, check_all_train, first_trained_stage, process_groups
+from megatron_ext.runtime.weight_gather import WeightGather
 
-__all__ = ["Engine", "Microbatch", "OptimConfig", "SchedConfig"]
-
-SCHEDULES = {"constant": "constant", "CosineAnnealing": "cosine", "linear": "linear"}
-
-
-@dataclass
-class SchedConfig:
-    """Learning-rate schedule, in optimizer steps."""
-
-    # What the rate does after warm-up: "constant" (lr), "CosineAnnealing" or "linear" (falls to min_lr).
-    name: str = "constant"
-    # Optimizer steps in which the rate rises from 0 to lr; a GRPO step may have several. 0: lr from the first.
-    warmup_steps: int = 0
-    # Optimizer steps, warm-up included, until min_lr is reached, where it stays; null: the run's own number. Set it for
-    # a run that may be made longer. Without meaning for "constant".
-    decay_steps: int | None = None
-    # Where a falling rate ends; at most lr.
-    min_lr: float = 0.0
-
-    def __post_init__(self):
-        if self.name not in SCHEDULES:
-            raise UserError(f"model.optim.sched.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
-
-
-@dataclass
-class OptimConfig:
-    """Megatron's optimizer, under NeMo's keys."""
-
-    # "adam" (AdamW) or "distributed_fused_adam" (the same, its state sharded over data-parallel ranks).
-    name: Speed[str] = "distributed_fused_adam"
-    # Learning rate, the highest of the schedule.
-    lr: float = 1e-4
-    # AdamW's: each step takes lr x this x the weight from every matrix; norms and biases have none. 0: none.
-    weight_decay: float = 0.0
-    # Decay of Adam's first and second moment.
-    betas: tuple[float, float] = (0.9, 0.95)
-    # Added to Adam's denominator, the root of the second moment.
-    eps: float = 1e-8
-    # Keep Adam's two moments, 8 bytes for each number, in the host's memory, and take the step there: slower, and the answer
-    # where a GPU has no room for them. fp32 copies of bf16 weights stay on the GPU.
-    optimizer_cpu_offload: Speed[bool] = False
-    # Sum gradients over data-parallel ranks while the last stream's backward pass still runs, in buckets of 40 million numbers
-    # or more, instead of after it.
-    overlap_grad_reduce: Speed[bool] = False
-    sched: SchedConfig = field(default_factory=SchedConfig)
-
-    def __post_init__(self):
-        self.betas = tuple(self.betas)
-        if self.name not in ("adam", "distributed_fused_adam"):
-            raise UserError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
-        if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise UserError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
-        if self.sched.min_lr > self.lr:
-            raise UserError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
+__all__ = ["Engine", "Microbatch"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +65,7 @@ class Engine:
         self.pieces = pieces_of(model)  # with an optimizer, each in its DDP
         self._pipeline: dict[str, Any] = {}  # for the schedule, where lower stages train nothing
         self._detach_input = False
+        self._gather: WeightGather | None = None
         group = parallel_state.get_pipeline_model_parallel_group()
         if len(self.pieces) > 1:
             check_all_train(self.pieces, group)
@@ -132,41 +77,18 @@ class Engine:
             self._detach_input = group.rank() <= first
         if optim is None:
             return
-        sharded = optim.name == "distributed_fused_adam"
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=optim.overlap_grad_reduce
-        )
+        ddp = ddp_config(optim)
         self.pieces = [
             DistributedDataParallel(self.config, ddp, piece, disable_bucketing=number > 0)  # as Megatron has it
             for number, piece in enumerate(self.pieces)
         ]
         for piece in self.pieces:
             piece.broadcast_params()
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                min_lr=optim.sched.min_lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                bf16=self.config.bf16,
-                params_dtype=self.config.params_dtype,
-                use_distributed_optimizer=sharded,
-                clip_grad=clip_grad,
-            ),
-            self.pieces,
-        )
-        if optim.optimizer_cpu_offload:
-            for single in single_optimizers(self.optimizer):
-                if single.optimizer is not None:  # nothing trains here
-                    single.optimizer = HostAdamW(single.optimizer)
-        self.scheduler = _scheduler(self.optimizer, optim, total_steps)
-        # Megatron would divide by the token counts that the loss function returns; ours arrive normalised.
-        self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
-            model, None, **kwargs
-        )
+        if optim.overlap_param_gather:
+            self._gather = WeightGather(self.pieces)
+        self.optimizer = make_optimizer(optim, self.config, self.pieces, clip_grad)
+        self.scheduler = make_scheduler(self.optimizer, optim, total_steps)
+        self.config.finalize_model_grads_func = self._finalize
         no_syncs = [piece.no_sync for piece in self.pieces]
         self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
@@ -263,6 +185,18 @@ class Engine:
             totals = dict(zip(names, sums.tolist(), strict=True))
         return broadcast_object(totals, -1, parallel_state.get_pipeline_model_parallel_group())
 
+    def _finalize(self, model, num_tokens, **kwargs) -> None:
+        """Sum gradients. Megatron would divide by the token counts that the loss function returns; ours arrive normalised."""
+        finalize_model_grads(model, None, **kwargs)
+        if self._gather is not None:
+            self._gather.nothing_to_gather()
+
+    def gather_weights(self) -> None:
+        """Wait until this rank has all weights of the last step. For what reads or writes weights without calling their
+        modules, such as a checkpoint; modules wait themselves."""
+        if self._gather is not None:
+            self._gather.finish()
+
     def zero_grad(self) -> None:
         for piece in self.pieces:
             piece.zero_grad_buffer()
@@ -282,23 +216,9 @@ class Engine:
             raise DivergedError(
                 f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
             )
+        self.gather_weights()  # nobody has asked for some of them
         self.optimizer.step()
+        if self._gather is not None:
+            self._gather.start()
         self.scheduler.step(increment=1)
         return {"grad_norm": float(grad_norm), "lr": float(lr)}
-
-
-def _scheduler(optimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
-    sched = optim.sched
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=sched.min_lr,
-        lr_warmup_steps=sched.warmup_steps,
-        lr_decay_steps=max(sched.decay_steps or total_steps, sched.warmup_steps + 1),
-        lr_decay_style=SCHEDULES[sched.name],
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=1,
-        wd_incr_style="constant",
-    )

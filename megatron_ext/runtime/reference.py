@@ -28,6 +28,7 @@ class ReferenceWeights:
 
     def __init__(self, engine: Engine, on_host: bool = False):
         self.engine, self.on_host = engine, on_host
+        engine.gather_weights()
         self.parameters = list(engine.module.parameters())
         assert not on_host or all(hasattr(p, "main_grad") for p in self.parameters), "a frozen weight has no gradient"
         self.weights = [self._kept(p.detach()) for p in self.parameters]

@@ -256,6 +256,7 @@ class LFTFTrainer(Trainer):
         with self.session.timers("optimizer_step"):
             microbatches = [m for kind in self.rows for m in self._microbatches(kind, self.samplers[kind].next())]
             metrics = self.engine.update(microbatches, self._loss)
+        self.engine.gather_weights()  # the best are copied, and put back
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Record, Training
 from megatron_ext.rotary import find_scheme
-from megatron_ext.runtime.engine import OptimConfig
+from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.run.settings import FolderSection, Machines, check_batch_sizes
 

@@ -181,6 +181,7 @@ class Session:
         """
         self._finish_saving()
         self.check_folder()
+        engine.gather_weights()
         folder = self.inputs.checkpoints.path(step)
         fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
         model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Layout, Record, Speed, Training
 from megatron_ext.models.config import GPTModelConfig
-from megatron_ext.runtime.engine import OptimConfig
+from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.cli.stopping import seconds_of
 from recipes.data.video import VideoSettings

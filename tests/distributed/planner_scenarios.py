@@ -18,7 +18,8 @@ from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.planner import Job
 from megatron_ext.runtime.distributed import ParallelSizes
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig
 from tests.gpt_cases import small_config
 from tests.held_bytes import engine_storages, optimizer_tensors, saved_bytes, storages
 from tests.layouts import Lengths

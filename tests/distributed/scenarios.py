@@ -22,7 +22,8 @@ from megatron_ext.models.generation import SamplingParams, UniformDraws, generat
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, randomize, small_config

@@ -23,7 +23,8 @@ from megatron_ext.models.config import PositionEmbedding, VisionConfig, stream_m
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.runtime.distributed import ParallelSizes
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
@@ -109,11 +110,13 @@ def sft_stage(model: PrefixGroupedGPT, device: torch.device) -> None:
     engine.step()
 
 
-def grpo(terms: GrpoTerms, level: str = "token", min_shared: int | None = None, on_host: bool = False) -> Callable:
+def grpo(
+    terms: GrpoTerms, level: str = "token", min_shared: int | None = None, on_host: bool = False, **optim: Any
+) -> Callable:
     """Old, reference and actor pass, and the update."""
 
     def step(model: PrefixGroupedGPT, device: torch.device) -> None:
-        engine = Engine(model, OptimConfig())
+        engine = Engine(model, OptimConfig(**optim))
         initial = ReferenceWeights(engine, on_host)
         batch = stream(model, device, min_shared)
         ids, count = batch.groups.response_ids, batch.groups.num_responses
@@ -201,6 +204,9 @@ STEPS: dict[str, Step] = {
         partial(sft, optimizer_cpu_offload=True), UPDATE | {(HOST_STEP, "copy"): 2 * PARAMETERS}
     ),
     "sft, gradients summed meanwhile": Step(partial(sft, overlap_grad_reduce=True), UPDATE),
+    "grpo, weights gathered meanwhile": Step(
+        grpo(PLAIN, overlap_grad_reduce=True, overlap_param_gather=True), UPDATE, rank=1, world=2
+    ),
     "grpo, reference on the host": Step(grpo(PLAIN, on_host=True), UPDATE | {(KEPT, "copy"): PARAMETERS}),
     **{
         f"sft, stage {rank}": Step(sft_stage, STAGE, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))

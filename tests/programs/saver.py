@@ -10,7 +10,8 @@ from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_rng, load_weights, read_checkpoint_info
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
-from megatron_ext.runtime.engine import Engine, OptimConfig
+from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.optim import OptimConfig
 from recipes.run.checkpoints import Checkpoints
 from recipes.run.settings import CheckpointCallbackSection
 from tests.gpt_cases import small_config

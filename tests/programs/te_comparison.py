@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, shutdown
-from megatron_ext.runtime.engine import Engine, OptimConfig
+from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.optim import OptimConfig
 from tests.gpt_cases import make_rollout, named_gradients, pack_rollout, randomize, run, small_config
 from tests.pretend import pretend
 from tools.gpu.gpts import local_name

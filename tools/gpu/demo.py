@@ -18,7 +18,8 @@ from megatron_ext.losses.grpo import GrpoTerms, group_advantages, grpo_loss, tok
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig
 from tools.gpu.runner import Findings
 from tools.gpu.worlds import world
 

@@ -17,7 +17,8 @@ from megatron_ext.models.generation import SamplingParams, UniformDraws, generat
 from megatron_ext.planner import Job
 from megatron_ext.planner.activations import EAGER, on_gpu, stage_activations
 from megatron_ext.planner.memory import stage_memory
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig
 from tests.held_bytes import engine_storages, saved_bytes
 from tools.gpu.runner import Findings
 from tools.gpu.worlds import world

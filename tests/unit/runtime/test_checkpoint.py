@@ -23,7 +23,8 @@ from megatron_ext.runtime.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from megatron_ext.runtime.engine import Engine, OptimConfig
+from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.optim import OptimConfig
 from tests.gpt_cases import randomize, small_config
 
 

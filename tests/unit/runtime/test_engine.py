@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from megatron_ext.errors import DivergedError
+from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import unpack
 from megatron_ext.models import build_gpt
-from megatron_ext.runtime.engine import Engine, Microbatch, OptimConfig, SchedConfig
+from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.optim import OptimConfig, SchedConfig
 from tests.engine_cases import counts, gradient_floor, grpo, make_microbatches, relative_error
 from tests.gpt_cases import make_rollout, named_gradients, pack_rollout, randomize, run, small_config
 
@@ -193,3 +194,15 @@ def test_schedules(sched, expected, rng, world):
 def test_refuses_impossible_settings(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"name": "adam", "overlap_grad_reduce": True}, r"name=distributed_fused_adam \(it is adam\)"),
+        ({}, r"overlap_grad_reduce=true \(it is False\)"),
+    ],
+)
+def test_gathers_that_overlap_need_what_they_gather(keys, said):
+    with pytest.raises(UserError, match=said):
+        OptimConfig(overlap_param_gather=True, **keys)

@@ -8,8 +8,9 @@ import torch
 from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import load_optimizer, load_weights, save_checkpoint
-from megatron_ext.runtime.engine import Engine, OptimConfig, SchedConfig
+from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.host_optimizer import HostAdamW
+from megatron_ext.runtime.optim import OptimConfig, SchedConfig
 from megatron_ext.runtime.optimizer_state import adam_step, single_optimizers
 from tests.engine_cases import counts, grpo, make_microbatches, relative_error
 from tests.gpt_cases import make_rollout, randomize, small_config

@@ -8,7 +8,8 @@ import torch
 from megatron_ext.models import build_gpt
 from megatron_ext.planner import Job
 from megatron_ext.planner.memory import stage_memory
-from megatron_ext.runtime.engine import Engine, OptimConfig
+from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.optim import OptimConfig
 from megatron_ext.runtime.reference import ReferenceWeights
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import make_rollout, randomize, small_config

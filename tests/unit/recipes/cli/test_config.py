@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from megatron_ext.errors import UserError
 from megatron_ext.models.config import GPTModelConfig
-from megatron_ext.runtime.engine import OptimConfig, SchedConfig
+from megatron_ext.runtime.optim import OptimConfig, SchedConfig
 from recipes.cli.config import ConfigError, at_least, build, nearest_key
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
