@@ -7,7 +7,7 @@ Shape legend: t prompt tokens in the packed stream, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +60,7 @@ def prompt_streams(
     Raises:
         UserError: an empty prompt, or one longer than the model's `encoder_seq_length`.
     """
-    check_lengths(model, prompts, 0)
+    check_lengths(model, [(prompt, 0) for prompt in prompts])
     device = next(model.parameters()).device
     scheme, multiple = model.model_config.position_embedding.scheme, stream_multiple(model.model_config)
     first = 0
@@ -122,9 +122,16 @@ def text_logits(model: PrefixGroupedGPT, text: Sequence[int] | MediaPrompt) -> T
     return from_last_stage(replace(stream, ends=rows).run(model), shape, rows.device)
 
 
-def check_lengths(model: PrefixGroupedGPT, prompts: Sequence[Sequence[int] | MediaPrompt], new_tokens: int) -> None:
+def check_lengths(model: PrefixGroupedGPT, prompts: Iterable[tuple[Sequence[int] | MediaPrompt, int]]) -> None:
+    """
+    Args:
+        prompts: with the tokens that may follow each.
+
+    Raises:
+        UserError: an empty prompt, or one that with what follows is longer than the model's `encoder_seq_length`.
+    """
     limit = model.model_config.encoder_seq_length
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, new_tokens) in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number} is empty: there is nothing to continue")
         if len(prompt) + new_tokens > limit:

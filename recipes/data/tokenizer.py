@@ -23,6 +23,7 @@ class Tokenizer:
     Attributes:
         path: where it was loaded from, as given.
         eos_id: ends a response.
+        stop_ids: all tokens that end one when it is sampled: `eos_id`, and what `stop_at` has been told.
         pad_id: the end token where there is no padding token.
         begin_id: stands before a text whose first token is to be predicted, too; the end token where there is no begin
             token.
@@ -40,6 +41,7 @@ class Tokenizer:
                 f'beside tokenizer.json, as {{"eos_token": "..."}} (its special tokens: {special or "none"})'
             )
         self.eos_id: int = tokenizer.eos_token_id
+        self.stop_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.begin_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.template = ChatTemplate(tokenizer, path)
@@ -49,6 +51,23 @@ class Tokenizer:
         self._adds_tokens = self._ids("a", True) != self._ids("a", False)
         # Ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+    def stop_at(self, ids: Sequence[int], named_by: str) -> None:
+        """Also these tokens end a response when it is sampled.
+
+        Args:
+            named_by: the file or key that names them.
+
+        Raises:
+            DataError: there is no such token.
+        """
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"{named_by} ends responses with token {token}, tokenizer {self.path} has {self.vocab_size} tokens: name "
+                    "others, or the tokenizer that belongs to the model"
+                )
+        self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, *ids)))
 
     def encode(self, text: str) -> list[int]:
         """The text alone, and all of it: a truncation or padding that tokenizer.json carries is not applied."""
@@ -154,7 +173,7 @@ class Tokenizer:
         """What to say where the assistant's message, as a chat template ends it, holds another end than the one that ends a
         response: a model that keeps to the template is then sampled to the limit each time. (Base models of Qwen 2.5 come like
         that.)"""
-        if self.eos_id in response:
+        if any(token in response for token in self.stop_ids):
             return None
         known = self._tokenizer.added_tokens_decoder
         special = [token for token in response if token in known and known[token].special]

@@ -14,6 +14,7 @@ from megatron_ext.losses.grpo import token_weights
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
+from megatron_ext.rollouts import Trajectory
 from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Microbatch
 from recipes.grpo.rollouts import Rollouts, in_parts
@@ -100,24 +101,24 @@ class BatchMaker:
 
     def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
         """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
-        mine = (rollouts.prompts, rollouts.responses, rollouts.rewards.tolist(), rollouts.advantages.tolist())
+        mine = (rollouts.prompts, rollouts.trajectories, rollouts.rewards.tolist(), rollouts.advantages.tolist())
         parts = gather_objects(mine, parallel_state.get_data_parallel_group())
-        prompts, responses, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
+        prompts, trajectories, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
         rewards, advantages = (
             torch.tensor(x, dtype=torch.float64, device=self.session.device) for x in (rewards, advantages)
         )
-        return Rollouts(prompts, responses, rewards, advantages)
+        return Rollouts(prompts, trajectories, rewards, advantages)
 
     def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[GRPOMicrobatch]:
         """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
         model = self.config.model
         batches, masks = [], []
         for cut in cuts:
-            responses = [[rollouts.responses[p.group][i] for i in p.responses] for p in cut]
+            found = [[rollouts.trajectories[p.group][i] for i in p.responses] for p in cut]
             batches.append(
                 pack_prompts(
                     [rollouts.prompts[p.group].for_model() for p in cut],
-                    responses,
+                    [[t.tokens for t in group] for group in found],
                     model.position_embedding.scheme,
                     stream_multiple(model),
                     self.session.device,
@@ -125,9 +126,11 @@ class BatchMaker:
                     min_shared=model.min_shared_tokens if share_prefix else None,
                 )
             )
-            masks.append([[self._trained(r)] * len(r) for rs in responses for r in rs])
-        counted = [mask for part in masks for mask in part if any(mask)]  # prompts are never empty: all are predicted
-        tokens, responses = self.session.sum_over_data(sum(map(len, counted)), len(counted))
+            masks.append([self._trained(t) for group in found for t in group])
+        counted = [
+            sum(mask) for part in masks for mask in part if any(mask)
+        ]  # prompts are never empty: all are predicted
+        tokens, responses = self.session.sum_over_data(sum(counted), len(counted))
         level = "token" if self.settings.token_level_loss else "sequence"
         microbatches = []
         for cut, batch, mask in zip(cuts, batches, masks, strict=True):
@@ -143,9 +146,7 @@ class BatchMaker:
             )
         return microbatches
 
-    def _trained(self, response: list[int]) -> bool:
-        return self.ended(response) or not self.settings.overlong_filtering
-
-    def ended(self, response: list[int]) -> bool:
-        """Whether it ended by itself, and was not cut at `length_params.max_length`."""
-        return response[-1] == self.session.inputs.tokenizer.eos_id
+    def _trained(self, trajectory: Trajectory) -> list[bool]:
+        """For each token whether it is trained: those sampled, unless their trajectory was cut off and such are left out."""
+        left_out = self.settings.overlong_filtering and trajectory.truncated
+        return [sampled and not left_out for sampled in trajectory.mask]

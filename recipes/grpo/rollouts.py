@@ -10,8 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.losses.grpo import group_advantages
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
-from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.rollouts import Request, Source, Trajectory
 from megatron_ext.runtime.collectives import broadcast, gather_objects, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
@@ -21,31 +20,34 @@ from recipes.run.session import Session
 
 __all__ = ["RolloutSampler", "Rollouts", "in_parts", "response_texts"]
 
+# In place of a step's number in the random numbers of a validation: no step has it.
+VALIDATION = 2**32 - 1
+
 
 @dataclass
 class Rollouts:
-    """This data-parallel rank's share of one step: prompts, their responses, rewards and advantages [prompts, g], fp64."""
+    """This data-parallel rank's share of one step: prompts, what followed them, rewards and advantages [prompts, g], fp64."""
 
     prompts: list[Prompt]
-    responses: list[list[list[int]]]
+    trajectories: list[list[Trajectory]]
     rewards: Tensor
     advantages: Tensor
 
     def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(prompt length, [response lengths]) of these groups."""
-        return [(len(self.prompts[g].tokens), [len(r) for r in self.responses[g]]) for g in groups]
+        return [(len(self.prompts[g].tokens), [len(t) for t in self.trajectories[g]]) for g in groups]
 
 
 class RolloutSampler:
     """
     Args:
         session: the run.
-        model: the policy, this rank's pipeline stage.
+        source: what samples.
         reward: see `recipes.grpo.rewards`.
     """
 
-    def __init__(self, session: Session, model: PrefixGroupedGPT, reward: Reward):
-        self.session, self.model, self.reward = session, model, reward
+    def __init__(self, session: Session, source: Source, reward: Reward):
+        self.session, self.source, self.reward = session, source, reward
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.context_size = parallel_state.get_context_parallel_world_size()
@@ -53,60 +55,59 @@ class RolloutSampler:
     def rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         """Of this data-parallel rank's prompts in this step; the same however ranks are laid out."""
         settings = self.settings
-        params = settings.sampling(self.session.inputs.tokenizer.eos_id)
-        g, first = settings.samples_per_prompt, self.session.data_rank * len(prompts)
+        params = settings.sampling(self.session.inputs.tokenizer.stop_ids)
+        first = self.session.data_rank * len(prompts)
         mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
-        responses = []
-        for start, part in in_parts(prompts[mine], settings.rollout_micro_batch_size):
-            draws = UniformDraws(
-                seed=(self.config.model.seed, step),
-                first=(first + mine.start + start) * g,
-                total=settings.num_prompts_per_grpo_step * g,
+        self.source.update_weights(step * settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
+        trajectories = self.source.sample(
+            Request.each(
+                [p.for_model() for p in prompts[mine]],
+                settings.samples_per_prompt,
+                params,
+                (self.config.model.seed, step),
+                first + mine.start,
             )
-            responses += generate(self.model, [p.for_model() for p in part], g, params, draws)
-        rewards = self._rewards(prompts[mine], responses)
-        responses, rewards = self._from_all_context_ranks(responses, rewards)
+        )
+        rewards = self._rewards(prompts[mine], trajectories)
+        trajectories, rewards = self._from_all_context_ranks(trajectories, rewards)
         advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
-        return Rollouts(prompts, responses, rewards, advantages)
+        return Rollouts(prompts, trajectories, rewards, advantages)
 
-    def _from_all_context_ranks(self, responses: list, rewards: Tensor) -> tuple[list, Tensor]:
+    def _from_all_context_ranks(self, trajectories: list, rewards: Tensor) -> tuple[list, Tensor]:
         """Context-parallel ranks train on the same prompts and sample a part of them each."""
         if self.context_size == 1:
-            return responses, rewards
-        parts = gather_objects((responses, rewards.tolist()), parallel_state.get_context_parallel_group())
-        responses = [r for part, _ in parts for r in part]
+            return trajectories, rewards
+        parts = gather_objects((trajectories, rewards.tolist()), parallel_state.get_context_parallel_group())
+        trajectories = [t for part, _ in parts for t in part]
         rewards = [r for _, part in parts for r in part]
-        return responses, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
+        return trajectories, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
 
-    def greedy_rewards(self, prompts: list[Prompt]) -> Tensor:
-        """fp64 [prompts, 1]: of the likeliest answers."""
-        params = SamplingParams(
-            self.settings.length_params.max_length, self.session.inputs.tokenizer.eos_id, use_greedy=True
-        )
-        rewards = [torch.empty(0, 1, dtype=torch.float64, device=self.session.device)]
-        for _, part in in_parts(prompts, self.settings.rollout_micro_batch_size):
-            answers = generate(self.model, [p.for_model() for p in part], 1, params, UniformDraws(0))
-            rewards.append(self._rewards(part, answers))
-        return torch.cat(rewards)
+    def validation_rewards(self, prompts: list[Prompt], first: int, stride: int) -> Tensor:
+        """fp64 [prompts, 1]: of one answer to each. Their numbers are `first`, `first + stride`, ..., and draw the same at every
+        validation."""
+        params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
+        key = (self.config.model.seed, VALIDATION)
+        requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]
+        return self._rewards(prompts, self.source.sample(requests))
 
-    def _rewards(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> Tensor:
+    def _rewards(self, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
         """Rewards [prompts, samples] in fp64, computed once per model-parallel group and told to its other ranks."""
-        samples = len(responses[0]) if responses else self.settings.samples_per_prompt
+        samples = len(trajectories[0]) if trajectories else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
         rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
         with together(group):
             if group.rank() == 0:
-                texts = response_texts(self.session.inputs.tokenizer, prompts, responses)
+                texts = response_texts(self.session.inputs.tokenizer, prompts, trajectories)
                 rows = [p.row for p in prompts for _ in range(samples)]
                 values = score(self.reward, texts, rows)
                 rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
         return broadcast(rewards, 0, group)
 
 
-def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], responses: list[list[list[int]]]) -> list[str]:
-    """What a reward reads, prompt by prompt: the text that each response adds to that of its prompt."""
-    pairs = zip(prompts, responses, strict=True)
-    return [tokenizer.decode_response(p.tokens, response) for p, group in pairs for response in group]
+def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> list[str]:
+    """What a reward reads, prompt by prompt: the text that each trajectory adds to that of its prompt."""
+    pairs = zip(prompts, trajectories, strict=True)
+    return [tokenizer.decode_response(p.tokens, t.tokens) for p, group in pairs for t in group]
 
 
 def _share(count: int, rank: int, ranks: int) -> slice:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Duration, Record, Speed, Training
 from megatron_ext.losses.grpo import GrpoTerms
-from megatron_ext.models.generation import SamplingParams
+from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
+from recipes.grpo.sampling import SamplingSection, ValidationSamplingSection
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
@@ -29,23 +31,7 @@ __all__ = [
     "GRPOSettings",
     "GRPOTrainerSection",
     "LengthSection",
-    "SamplingSection",
 ]
-
-
-@dataclass
-class SamplingSection:
-    # Must be false: greedy responses of a group are all alike and teach nothing.
-    use_greedy: bool = False
-    # Divides the logits, of rollouts and of the log-probabilities that are trained; above 0. Higher: responses vary
-    # more.
-    temperature: float = 1.0
-    # Sample among so many likeliest tokens; 0: among all. Keep 0 unless the tail spoils responses: log-probabilities
-    # are those of the unfiltered distribution, so a filter biases the gradient.
-    top_k: int = 0
-    # Sample among the likeliest tokens that together have this probability; 1: among all. A filter biases the gradient
-    # like top_k.
-    top_p: float = 1.0
 
 
 @dataclass
@@ -111,6 +97,7 @@ class GRPOSettings:
     # eta, taken times the policy's entropy from the loss: positive keeps answers various, negative makes them alike.
     entropy_bonus: float = 0.0
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
+    validation_sampling_params: Record[ValidationSamplingSection] = field(default_factory=ValidationSamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
 
     def __post_init__(self):
@@ -127,7 +114,7 @@ class GRPOSettings:
         if self.sampling_params.use_greedy:
             raise UserError(
                 "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
-                "nothing; set it to false (validation is greedy anyway)"
+                "nothing; set it to false (validation has trainer.grpo.validation_sampling_params)"
             )
         if self.offload_reference_policy and not self.initial_policy_kl_penalty:
             raise UserError(
@@ -138,22 +125,17 @@ class GRPOSettings:
             self.terms  # noqa: B018  raises on bad coefficients
         except UserError as error:
             raise UserError(f"trainer.grpo: {error}") from error
-        self.sampling(stop_token_id=None)
+        self.sampling(())
+        self.validation_sampling(())
 
-    def sampling(self, stop_token_id: int | None) -> SamplingParams:
+    def sampling(self, stop_token_ids: Sequence[int]) -> SamplingParams:
         """How rollouts are sampled."""
-        chosen = self.sampling_params
-        try:
-            return SamplingParams(
-                max_new_tokens=self.length_params.max_length,
-                stop_token_id=stop_token_id,
-                use_greedy=chosen.use_greedy,
-                temperature=chosen.temperature,
-                top_k=chosen.top_k,
-                top_p=chosen.top_p,
-            )
-        except UserError as error:
-            raise UserError(f"trainer.grpo.sampling_params / length_params: {error}") from error
+        return self.sampling_params.params("sampling_params", self.length_params.max_length, stop_token_ids)
+
+    def validation_sampling(self, stop_token_ids: Sequence[int]) -> SamplingParams:
+        """How answers to data.validation_path are."""
+        section = self.validation_sampling_params
+        return section.params("validation_sampling_params", self.length_params.max_length, stop_token_ids)
 
     @property
     def terms(self) -> GrpoTerms:
@@ -204,7 +186,7 @@ class GRPOModel(TrainedModel):
 class GRPOData(RowsSection):
     # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
     train_path: str
-    # Rows of the same form, answered greedily at every validation; null: none.
+    # Rows of the same form, answered at every validation as trainer.grpo.validation_sampling_params says; null: none.
     validation_path: str | None = None
     # Longest prompt, in tokens; those of its videos count.
     max_prompt_length: int = 1024

@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron_ext.losses.grpo import groups_with_signal, grpo_loss
+from megatron_ext.rollouts import MegatronSource
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
@@ -43,7 +44,10 @@ class GRPOTrainer(Trainer):
         steps = settings.max_steps * updates
         self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val)
         self.batches = BatchMaker(session)
-        self.sampler = RolloutSampler(session, self.engine.module, reward)
+        source = MegatronSource(
+            self.engine.module, session.inputs.tokenizer.decode_response, settings.rollout_micro_batch_size
+        )
+        self.sampler = RolloutSampler(session, source, reward)
         self.order = EpochSampler(
             len(train),
             settings.num_prompts_per_grpo_step,
@@ -118,10 +122,12 @@ class GRPOTrainer(Trainer):
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
-        """Mean reward of greedy answers to the held-out prompts."""
-        mine = self.validation[self.session.data_rank :: self.session.data_size]
+        """Mean reward of one answer to each of the held-out prompts."""
+        rank, ranks = self.session.data_rank, self.session.data_size
+        mine = self.validation[rank::ranks]
         with self.session.timers("validation"):
-            total, count = self.session.sum_over_data(self.sampler.greedy_rewards(mine).sum().item(), len(mine))
+            rewards = self.sampler.validation_rewards(mine, rank, ranks)
+            total, count = self.session.sum_over_data(rewards.sum().item(), len(mine))
         return {"val_rollouts/reward": total / count}
 
     def _loss(self, microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
@@ -138,8 +144,8 @@ class GRPOTrainer(Trainer):
         )
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        lengths = [len(r) for rs in rollouts.responses for r in rs]
-        cut = sum(not self.batches.ended(r) for rs in rollouts.responses for r in rs)
+        lengths = [len(t) for group in rollouts.trajectories for t in group]
+        cut = sum(t.truncated for group in rollouts.trajectories for t in group)
         reward, length, cut, useful, responses, prompts = self.session.sum_over_data(
             rollouts.rewards.sum().item(), sum(lengths), cut, groups_with_signal(rollouts.rewards).sum().item(),
             len(lengths), len(rollouts.prompts),

@@ -92,6 +92,8 @@ class Inputs:
             if newest is not None and model.position_embedding.sections is None:
                 model.position_embedding.sections = sections_of(read_checkpoint_info(newest)["model"])
             _fit(model, tokenizer, pretrained)
+            if pretrained is not None:
+                tokenizer.stop_at(pretrained.end_token_ids, f"generation_config.json of {pretrained.path}")
             sizes = ParallelSizes(
                 model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +81,25 @@ class Pretrained:
     @property
     def tokenizer(self) -> str:
         return str(self.folder if self.hugging_face else self.folder / "tokenizer")
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a response by its generation_config.json: a chat model often has several.
+
+        Raises:
+            UserError: no such file as transformers would read.
+        """
+        text = self.source.get("generation_config.json", b"{}")
+        try:
+            named = json.loads(text).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"generation_config.json of {self.path} is no JSON object: {error}") from error
+        ids = [] if named is None else named if isinstance(named, list) else [named]
+        if any(type(token) is not int for token in ids):
+            raise UserError(
+                f"generation_config.json of {self.path}: eos_token_id must be a token id or a list, got {named!r}"
+            )
+        return ids
 
     def digest(self) -> str:
         """Of all weights in a checkpoint of ours, by its checksums; of samples of each tensor in a Hugging Face folder."""

@@ -14,8 +14,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
+from megatron_ext.rollouts import SamplingParams
 from megatron_ext.runtime import optim as settings
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch
@@ -23,6 +23,7 @@ from megatron_ext.runtime.optim import OptimConfig
 from megatron_ext.runtime.reference import ReferenceWeights
 from tests.distributed.scenarios import copies
 from tests.gpt_cases import randomize, small_config
+from tests.sampling import generate
 
 __all__ = ["GatherCase", "gathers"]
 
@@ -79,10 +80,9 @@ def _run(device: torch.device, case: GatherCase, overlap: bool) -> dict[str, Any
         found["losses"].append(engine.update(streams, loss))
         found["pending"].append(_pending(engine))
         if step % 2 == 0:
-            draws = UniformDraws(5 + step)
             sampling = SamplingParams(4, temperature=1.1)
             if step == 0:  # sampling is the first to ask for weights, then scoring
-                found["sampled"].append(generate(model, case.prompts[rank], 2, sampling, draws))
+                found["sampled"].append(generate(model, case.prompts[rank], 2, sampling, 5 + step))
                 found["left"].append(_pending(engine))
             if initial is not None:
                 with initial.used():

@@ -18,15 +18,16 @@ from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.models.prompt_streams import next_token_probabilities
+from megatron_ext.rollouts import SamplingParams
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, randomize, small_config
+from tests.sampling import generate
 
 __all__ = [
     "OPTIMIZERS", "ContextCase", "DataCase", "LayoutCase", "MediaCase", "VocabCase", "context_attention", "data_parallel",
@@ -192,16 +193,16 @@ def _media_case(device: torch.device, case: MediaCase) -> dict[str, Any]:
     result["gradients"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
     (result["scores"],) = engine.score(microbatches[:1])
     sampling = SamplingParams(NEW_TOKENS, use_greedy=True)
-    result["greedy"] = generate(model, case.prompts, 2, sampling, UniformDraws(0))
+    result["greedy"] = generate(model, case.prompts, 2, sampling)
     return result
 
 
 def _sample(model, case: LayoutCase) -> dict[str, Any]:
-    greedy = SamplingParams(NEW_TOKENS, stop_token_id=case.stop, use_greedy=True)
+    greedy = SamplingParams(NEW_TOKENS, (case.stop,), use_greedy=True)
     sampling = SamplingParams(NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.95)
     return {
-        "greedy": generate(model, case.prompts, SAMPLES, greedy, UniformDraws(0)),
-        "sampled": generate(model, case.prompts, SAMPLES, sampling, UniformDraws(11)),
+        "greedy": generate(model, case.prompts, SAMPLES, greedy),
+        "sampled": generate(model, case.prompts, SAMPLES, sampling, 11),
         "next": next_token_probabilities(model, case.prompts, [3, 60, 0]),
     }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.attention import kernels, merge_triton
-from megatron_ext.models import generation
+from megatron_ext.rollouts import sampler
 from megatron_ext.runtime.engine import Engine
 from tests.dry import steps
 from tests.dry.run import Fault
@@ -119,15 +119,15 @@ def masked_loss(grpo_loss):
 
 
 def sampler_reads(choose):
-    return lambda logits, params, uniform: choose(logits / logits.max().item(), params, uniform)
+    return lambda logits, *rest: choose(logits / logits.max().item(), *rest)
 
 
 def bias_on_host(choose):
-    return lambda logits, params, uniform: choose(logits + torch.zeros(logits.size(1)), params, uniform)
+    return lambda logits, *rest: choose(logits + torch.zeros(logits.size(1)), *rest)
 
 
-def short_tokens(choose):
-    return lambda *args: choose(*args).int()
+def masked_choice(choose):
+    return lambda logits, *rest: choose(logits - logits[logits > 0].sum(), *rest)
 
 
 def metrics_twice(reduce):
@@ -163,9 +163,9 @@ MUTATIONS: dict[str, tuple[str, Any, str, Plant]] = {
     "loss, mask": ("grpo, torch_flash", steps, "grpo_loss", masked_loss),
     "engine, one read more": ("sft", Engine, "reduce_metrics", metrics_twice),
     "engine, one read less": ("sft", Engine, "step", no_norm),
-    "sampler, read": ("sample", generation, "choose_tokens", sampler_reads),
-    "sampler, tensor of the host": ("sample", generation, "choose_tokens", bias_on_host),
-    "sampler, int32 tokens": ("sample", generation, "choose_tokens", short_tokens),
+    "sampler, read": ("sample", sampler, "choose_tokens", sampler_reads),
+    "sampler, tensor of the host": ("sample", sampler, "choose_tokens", bias_on_host),
+    "sampler, mask": ("sample", sampler, "choose_tokens", masked_choice),
 }
 
 

@@ -27,8 +27,8 @@ from tests.data_cases import EOS, write_rows, write_tokenizer
 from tests.dry.machine import pretended_gpu
 from tests.dry.run import (
     BLOCK,
+    CHOOSE,
     FIRST_UPDATE,
-    GENERATE,
     IMPORTANCE,
     METRICS,
     NEEDLES,
@@ -93,14 +93,14 @@ CASES: dict[str, Case] = {
             *START, *BATCH, "data.train_path={folder}/prompts.jsonl", "data.validation_path={folder}/held_out_prompts.jsonl",
             "trainer.grpo.max_steps=2", "trainer.grpo.val_check_interval=2", "trainer.grpo.num_prompts_per_grpo_step=2",
             "trainer.grpo.samples_per_prompt=2", "data.max_prompt_length=64", "trainer.grpo.length_params.max_length=3",
-            "trainer.grpo.reward={{name:length,target:2}}",
+            "trainer.grpo.reward={{name:length,target:2}}", "++trainer.grpo.sampling_params.ignore_eos=true",
+            "++trainer.grpo.validation_sampling_params.ignore_eos=true",  # the pretended GPU says 0, the end token
         ],
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
             (SUM, "copy"): 8,  # of a step three, of a validation, of which there is one before the first, one
-            (GENERATE, "value"): 8,
-            (GENERATE, "copy"): 4,
+            (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
             (f"{REWARDS}._rollout_metrics", "value"): 4,
             (f"{REWARDS}.run_validation", "value"): 2,
         },

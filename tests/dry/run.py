@@ -33,7 +33,10 @@ OWN = ("tests/dry/run.py", "tests/dry/machine.py", "tests/dry/flash_attn.py", "m
 # Where the host must know a value of the device, how it gets it ("value": one number; "copy": a tensor), and why. How often in
 # which step stands beside the steps (tests/dry/steps.py, recipes.py). Whatever is not here fails, and so does what is here and is
 # read no more.
-GENERATE, METRICS = "megatron_ext/models/generation.py:generate", "megatron_ext/runtime/engine.py:Engine.reduce_metrics"
+CHOOSE, METRICS = (
+    "megatron_ext/rollouts/sampler.py:MegatronSource._choose",
+    "megatron_ext/runtime/engine.py:Engine.reduce_metrics",
+)
 NORM = "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32"
 OWN_NORM = "megatron/core/utils.py:local_multi_tensor_l2_norm"
 SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session.py:Session.must_stop"
@@ -58,8 +61,7 @@ NECESSARY: dict[tuple[str, str], str] = {
         "value",
     ): "Megatron's own norm, where neither Transformer Engine nor Apex is installed: of every parameter",
     (METRICS, "copy"): "numbers for the log, all at once",
-    (GENERATE, "value"): "sampling ends when every response has",
-    (GENERATE, "copy"): "responses become text, all at once",
+    (CHOOSE, "copy"): "tokens with their log-probabilities, once a step: some end their response",
     (SHAPES, "copy"): "how long a neighbouring stage's stream is: they are of different lengths",
     (HOST_STEP, "copy"): "optimizer_cpu_offload: weights and gradients to where Adam's moments are",
     (KEPT, "copy"): "offload_reference_policy: the reference's weights, once, before the first step",
@@ -79,9 +81,9 @@ NECESSARY: dict[tuple[str, str], str] = {
 }
 # Where sums or shares need more digits than fp32 has.
 WIDE: dict[str, str] = {
-    "megatron_ext/models/generation.py:choose_tokens": "the cumulative distribution of a large vocabulary",
+    "megatron_ext/rollouts/choosing.py:choose_tokens": "the cumulative distribution of a large vocabulary",
     METRICS: "sums over microbatches and ranks",
-    **{f"recipes/grpo/rollouts.py:RolloutSampler.{x}": "rewards of any size" for x in ("_rewards", "greedy_rewards")},
+    **{f"recipes/grpo/rollouts.py:RolloutSampler.{x}": "rewards of any size" for x in ("_rewards",)},
     **{
         f"{IMPORTANCE}:{x}": "differences of blocks that hardly differ"
         for x in ("_difference", "_gradient_squares", "_zeros", "similarity.<locals>.measure")

@@ -20,8 +20,8 @@ from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
 from megatron_ext.losses.lftf import LOSSES, kept_text_loss, pair_loss
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig, stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import pack_prompts
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
@@ -30,7 +30,7 @@ from recipes.grpo.batches import GRPOMicrobatch
 from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import FIRST_UPDATE, GENERATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
+from tests.dry.run import CHOOSE, FIRST_UPDATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -44,7 +44,7 @@ STREAM_SHAPE = 32, 1, 32  # of its hidden states, for the prompts and responses 
 UPDATE = FIRST_UPDATE | {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
 STAGE = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 2}
 PIECES = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 6}
-SAMPLE = {(GENERATE, "value"): NEW_TOKENS - 1, (GENERATE, "copy"): 1}
+SAMPLE = {(CHOOSE, "copy"): NEW_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,13 @@ def lftf(model: PrefixGroupedGPT, device: torch.device) -> None:
 
 
 def sample(model: PrefixGroupedGPT, device: torch.device) -> None:
-    params = SamplingParams(NEW_TOKENS, stop_token_id=2, temperature=0.8, top_k=5, top_p=0.9)
-    found = generate(model, PROMPTS, 3, params, UniformDraws(1))
-    assert [len(r) for group in found for r in group] == [NEW_TOKENS] * 6  # nothing ends: 0 is no stop token
+    params = SamplingParams(NEW_TOKENS, (2,), temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    found = MegatronSource(model).sample(Request.each(PROMPTS, 3, params))
+    assert [len(t) for group in found for t in group] == [NEW_TOKENS] * 6  # nothing ends: 0 is no stop token
 
 
 def greedy(model: PrefixGroupedGPT, device: torch.device) -> None:
-    generate(model, PROMPTS, 1, SamplingParams(NEW_TOKENS, stop_token_id=2, use_greedy=True), UniformDraws(1))
+    MegatronSource(model).sample(Request.each(PROMPTS, 1, SamplingParams(NEW_TOKENS, (2,), use_greedy=True)))
 
 
 PLAIN = GrpoTerms(kl_penalty=0.05, entropy_bonus=0.01)

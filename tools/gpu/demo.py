@@ -17,7 +17,7 @@ from megatron_ext.grouping import pack
 from megatron_ext.losses.grpo import GrpoTerms, group_advantages, grpo_loss, token_weights
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
 from tools.gpu.runner import Findings
@@ -65,8 +65,9 @@ def run(findings: Findings) -> None:
     for step in range(task.steps):
         begun = time.perf_counter()
         prompts = torch.randint(config.vocab_size, (task.prompts, task.prompt), generator=draw).tolist()
-        sampling, draws = SamplingParams(task.response), UniformDraws((findings.settings.seed, step))
-        responses = generate(engine.module, prompts, task.samples, sampling, draws)
+        key = findings.settings.seed, step
+        requests = Request.each(prompts, task.samples, SamplingParams(task.response), key)
+        responses = [[t.tokens for t in group] for group in MegatronSource(engine.module).sample(requests)]
         given = torch.tensor([[_reward(r, config.vocab_size) for r in group] for group in responses])
         grouped = _microbatch(engine, prompts, responses, given, True, device)
         if step == 0:

@@ -13,10 +13,10 @@ from bench_common import MIB, PeakMemory
 from megatron_ext.grouping import PackedTokens, pack
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.planner import Job
 from megatron_ext.planner.activations import EAGER, on_gpu, stage_activations
 from megatron_ext.planner.memory import stage_memory
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
 from tests.held_bytes import engine_storages, saved_bytes
@@ -98,9 +98,10 @@ def _sampling(
     findings: Findings, engine: Engine, planned, prompt: list[int], samples: int, response: int, device
 ) -> None:
     with findings.attempt("peak of sampling"):
-        generate(engine.module, [prompt[:16]], 2, SamplingParams(2), UniformDraws(1))  # libraries again
+        source = MegatronSource(engine.module)
+        source.sample([Request(prompt[:16], 2, SamplingParams(2))])  # libraries again
         with PeakMemory(device) as peak:
-            generate(engine.module, [prompt], samples, SamplingParams(response), UniformDraws(1))
+            source.sample([Request(prompt, samples, SamplingParams(response))])
         _bounded(findings, "peak of sampling", planned.cache, peak, device)
 
 

@@ -12,7 +12,7 @@ WORDS = {
     "read": "the host reads a value ()", "tensor of the host": "a tensor of the host", "keys of the host": "a tensor of the host",
     "mask": "waits for the device", "int64 lengths": "cu_seqlens torch.int64", "strided lse": "softmax_lse torch.float32",
     "fp64": "gives fp64 on the device", "fp64 lse": "gives fp64 on the device", "fp32 query": "q torch.float32",
-    "bf16 lse": "of the part torch.bfloat16", "int32 tokens": "torch.int32 (6,), not torch.int64",
+    "bf16 lse": "of the part torch.bfloat16",
     "one read more": "'copy'): 2", "one read less": "reads {",
 }  # fmt: skip
 

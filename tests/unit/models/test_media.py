@@ -10,13 +10,14 @@ import torch
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.models.media import MediaPrompt, next_position, pack_prompts, stream_positions
+from megatron_ext.rollouts import SamplingParams
 from megatron_ext.rotary import SCHEMES, SharedText, Text, Video, layout
 from tests.gpt_cases import named_gradients, randomize, small_config
 from tests.layouts import error
 from tests.media_cases import FEATURES, cases
 from tests.plain_gpt import greedy, plain_logprobs
+from tests.sampling import generate
 
 BOUND = 1e-10
 schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
@@ -84,7 +85,7 @@ def test_decoding_continues_from_the_next_index(scheme, rng, world):
     """Greedy tokens equal the whole document run again for every token: the index is less than the token count."""
     model = build(rng, world, scheme)
     prompts, _ = cases(rng)
-    found = generate(model, prompts, 2, SamplingParams(6, use_greedy=True), UniformDraws(0))
+    found = generate(model, prompts, 2, SamplingParams(6, use_greedy=True))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     assert found == [[greedy(weights, model.model_config, p, 6, None)] * 2 for p in prompts]
     assert next_position(prompts[0], "vrope") == 3 + 2 * 4 + 2 < len(prompts[0])

@@ -9,20 +9,17 @@ import pytest
 
 from megatron_ext.attention.cache import SharedPrefixCache
 from megatron_ext.models import build_gpt
-from megatron_ext.models.generation import SamplingParams, UniformDraws, generate
 from megatron_ext.planner import Job
 from megatron_ext.planner.memory import keys_and_values, sampled_together, stage_memory
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from tests.gpt_cases import small_config
 
 
-class Watching(UniformDraws):
-    """Draws that look at the cache while it is in use."""
-
-    def next(self, count: int):
-        (cache,) = (o for o in gc.get_objects() if isinstance(o, SharedPrefixCache))
-        held = [*cache.prefix.values(), *cache.response.values()]
-        self.bytes = sum(t.untyped_storage().nbytes() for pair in held for t in pair)
-        return super().next(count)
+def held() -> int:
+    """Bytes of the one cache that is in use."""
+    (cache,) = (o for o in gc.get_objects() if isinstance(o, SharedPrefixCache))
+    found = [*cache.prefix.values(), *cache.response.values()]
+    return sum(t.untyped_storage().nbytes() for pair in found for t in pair)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
@@ -31,11 +28,13 @@ def test_the_cache_of_sampling_is_exact(precision, world):
     prompts, prompt, samples, response = (draw.randint(1, high) for high in (5, 40, 6, 9))
     config = small_config(num_layers=draw.randint(1, 4), precision=precision)
     gc.collect()
-    draws = Watching(3)
     tokens = [[draw.randrange(61) for _ in range(prompt)] for _ in range(prompts)]
-    generate(build_gpt(config, world), tokens, samples, SamplingParams(response + 1), draws)
+    seen = []
+    params = SamplingParams(response + 1, stop_strings=("never",))
+    source = MegatronSource(build_gpt(config, world), lambda before, said: seen.append(held()) or "")
+    source.sample(Request.each(tokens, samples, params))
     rows = -(-prompts * prompt // 16) * 16
-    assert draws.bytes == keys_and_values(config, 0, rows, prompts * samples * (response + 1))
+    assert seen[-1] == keys_and_values(config, 0, rows, prompts * samples * (response + 1))
 
 
 def test_a_ranks_share_of_the_prompts_is_sampled_together():

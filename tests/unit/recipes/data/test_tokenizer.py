@@ -169,6 +169,7 @@ def test_decode_reads_no_more_of_a_prompt_than_it_must(plain, monkeypatch):
 
 
 def test_a_reward_reads_the_space_that_the_policy_sampled(sentencepiece, tmp_path):
+    from megatron_ext.rollouts import Trajectory
     from recipes.grpo.rollouts import response_texts
 
     prompts = load_prompts(
@@ -179,5 +180,6 @@ def test_a_reward_reads_the_space_that_the_policy_sampled(sentencepiece, tmp_pat
         [[*sentencepiece.encode_pair(row["prompt"], text)[1], sentencepiece.eos_id] for text in group]
         for row, group in zip([p.row for p in prompts], texts, strict=True)
     ]
-    assert response_texts(sentencepiece, prompts, responses) == sum(texts, [])
+    found = [[Trajectory.of_response(r, [0.0] * len(r), "stop") for r in group] for group in responses]
+    assert response_texts(sentencepiece, prompts, found) == sum(texts, [])
     assert [sentencepiece.decode(r) for group in responses for r in group] == ["3", "n't", "is", "3)"]

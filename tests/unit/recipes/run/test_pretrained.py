@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.errors import UserError
 from megatron_ext.kinds import Kind, names
 from megatron_ext.models import GPTModelConfig
 from megatron_ext.models.config import PositionEmbedding, VisionConfig
@@ -102,3 +103,19 @@ def test_sections_go_with_the_scheme_that_they_belong_to(tmp_path):
     ):
         config = configure(Config, start | {"model": {"position_embedding": given}})
         assert config.model.position_embedding.sections == expected, given
+
+
+def test_the_tokens_that_end_a_response_are_those_of_the_generation_config(tmp_path):
+    folder = checkpoint(tmp_path / "a", 16, PositionEmbedding())
+    assert Pretrained.open(str(folder)).end_token_ids == []
+    (folder / "source").mkdir()
+    for named, ids in ((None, []), (7, [7]), ([7, 3], [7, 3])):
+        (folder / "source" / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert Pretrained.open(str(folder)).end_token_ids == ids
+    for content, words in (
+        ("[1]", "is no JSON object"),
+        ('{"eos_token_id": "</s>"}', "must be a token id or a list, got '</s>'"),
+    ):
+        (folder / "source" / "generation_config.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            Pretrained.open(str(folder)).end_token_ids  # noqa: B018

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron_ext.errors import UserError
+from megatron_ext.rollouts import SamplingParams
 from recipes.bias.settings import LFTFData
 from recipes.cli.compose import compose, forced
 from recipes.cli.config import build
@@ -31,6 +32,14 @@ def test_the_reference_page_is_up_to_date():
         ("trainer.grpo.sampling_params.use_greedy=true", "use_greedy=true makes all responses"),
         ("trainer.grpo.sampling_params.temperature=0", "temperature must be positive"),
         ("trainer.grpo.sampling_params.top_p=0", "top_p must lie in"),
+        ("++trainer.grpo.sampling_params.min_p=1", "trainer.grpo.sampling_params / length_params: min_p must lie in"),
+        ("++trainer.grpo.sampling_params.repetition_penalty=0", "repetition_penalty must be positive"),
+        ("++trainer.grpo.sampling_params.stop_token_ids=[-3]", "stop_token_ids are ids of tokens, 0 or more"),
+        ("++trainer.grpo.sampling_params.stop_strings=[a,'']", "stop_strings must not be empty"),
+        (
+            "++trainer.grpo.validation_sampling_params.temperature=0.6",
+            "validation_sampling_params.temperature=0.6 does nothing beside use_greedy=true",
+        ),
         ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
         ("trainer.grpo.rollout_micro_batch_size=-1", "rollout_micro_batch_size=-1 must be at least 1"),
         ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
@@ -67,6 +76,19 @@ def test_impossible_values_are_refused_before_anything_runs(override, words):
     with pytest.raises(ValueError) as caught:
         build_grpo(override)
     assert words in str(caught.value)
+
+
+def test_every_key_of_sampling_reaches_the_sampler():
+    keys = ["top_k=4", "top_p=0.5", "min_p=0.1", "repetition_penalty=1.3", "stop_token_ids=[7,9]", "stop_strings=[b]"]
+    grpo = build_grpo(*(f"++trainer.grpo.sampling_params.{key}" for key in keys)).trainer.grpo
+    length = grpo.length_params.max_length
+    assert grpo.sampling((2, 7)) == SamplingParams(
+        length, (2, 7, 9), ("b",), False, False, grpo.sampling_params.temperature, 4, 0.5, 0.1, 1.3
+    )
+    assert grpo.validation_sampling((2,)) == SamplingParams(length, (2,), use_greedy=True)
+    keys = ["use_greedy=false", "temperature=0.6", "ignore_eos=true"]
+    grpo = build_grpo(*(f"++trainer.grpo.validation_sampling_params.{key}" for key in keys)).trainer.grpo
+    assert grpo.validation_sampling((2,)) == SamplingParams(length, (2,), ignore_eos=True, temperature=0.6)
 
 
 @pytest.mark.parametrize(

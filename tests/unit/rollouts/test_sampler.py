@@ -8,10 +8,13 @@ import torch
 from megatron_ext.attention.cache import SharedPrefixCache
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
-from megatron_ext.models.generation import SamplingParams, UniformDraws, choose_tokens, generate
 from megatron_ext.models.prompt_streams import next_token_probabilities
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
+from megatron_ext.rollouts.choosing import choose_tokens
+from megatron_ext.rollouts.draws import ResponseDraws
 from tests.gpt_cases import randomize, small_config
 from tests.plain_gpt import greedy, plain_logits
+from tests.sampling import generate
 
 GREEDY = SamplingParams(max_new_tokens=9, use_greedy=True)
 
@@ -43,27 +46,36 @@ def test_greedy_equals_the_full_forward_token_by_token(changes, rng, world):
     """Prompts of unequal length in one batch, several samples of each (all alike when greedy)."""
     model = build(rng, world, **changes)
     prompts = draw_prompts(rng, 13, 1, 30, 16)
-    found = generate(model, prompts, 3, GREEDY, UniformDraws(0))
+    found = generate(model, prompts, 3, GREEDY)
     expected = [greedy(weights_of(model), model.model_config, p, 9, None) for p in prompts]
     assert found == [[response] * 3 for response in expected]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "top_k": 12}, {"temperature": 1.6, "top_p": 0.8}, {"top_k": 9, "top_p": 0.9}]
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 12},
+        {"temperature": 1.6, "top_p": 0.8},
+        {"top_k": 9, "top_p": 0.9},
+        {"min_p": 0.1, "repetition_penalty": 1.5},
+    ],
 )
 def test_sampling_equals_the_full_forward_under_the_same_draws(options, rng, world):
     """Every response continues its own tokens: siblings share the prompt's cache and nothing else."""
     model = build(rng, world)
     prompts, samples = draw_prompts(rng, 11, 4), 4
     params = SamplingParams(max_new_tokens=7, **options)
-    found = generate(model, prompts, samples, params, UniformDraws(3))
-    draws, weights = UniformDraws(3), weights_of(model)
+    found = generate(model, prompts, samples, params, 3)
+    weights = weights_of(model)
     expected: list[list[int]] = [[] for _ in range(2 * samples)]
-    for _ in range(7):
-        uniform = draws.next(2 * samples)
-        for i, response in enumerate(expected):
-            logits = plain_logits(weights, model.model_config, prompts[i // samples] + response)[-1:].float()
-            response.append(int(choose_tokens(logits, params, uniform[i : i + 1])))
+    for i, response in enumerate(expected):
+        draws = ResponseDraws((3, i // samples, i % samples))
+        for j in range(7):
+            text = prompts[i // samples] + response
+            logits = plain_logits(weights, model.model_config, text)[-1:].float()
+            uniform = torch.tensor([draws[j]], dtype=torch.float64)
+            response.append(int(choose_tokens(logits, params, uniform, torch.tensor([text]))[0]))
     assert [r for rs in found for r in rs] == expected
     assert len({tuple(r) for r in expected}) > 2  # the samples do differ
 
@@ -72,40 +84,79 @@ def test_responses_end_with_the_stop_token(rng, world):
     """Each is cut at its own first stop token, whatever the others do; the rest is as without one."""
     model = build(rng, world)
     prompts = draw_prompts(rng, 5, 9, 2, 21)
-    free = [rs[0] for rs in generate(model, prompts, 1, GREEDY, UniformDraws(0))]
+    free = [rs[0] for rs in generate(model, prompts, 1, GREEDY)]
     stop = free[1][3]
-    params = SamplingParams(max_new_tokens=9, use_greedy=True, stop_token_id=stop)
-    found = [rs[0] for rs in generate(model, prompts, 1, params, UniformDraws(0))]
+    params = SamplingParams(9, (stop,), use_greedy=True)
+    found = [rs[0] for rs in generate(model, prompts, 1, params)]
     assert found == [r[: r.index(stop) + 1] if stop in r else r for r in free]
     assert len(found[1]) <= 4 and found[1][-1] == stop
 
 
-def test_generation_stops_when_every_response_has_ended(rng, world):
-    """One draw per token actually sampled: the generator is not advanced beyond the last one."""
-    model = build(rng, world)
-    prompts = draw_prompts(rng, 6)
-    free = generate(model, prompts, 1, GREEDY, UniformDraws(0))[0][0]
-    stop = free[2]
-    draws, untouched = UniformDraws(4), UniformDraws(4)
-    params = SamplingParams(max_new_tokens=9, use_greedy=True, stop_token_id=stop)
-    found = generate(model, prompts, 1, params, draws)[0][0]
-    assert found == free[: free.index(stop) + 1]
-    for _ in found:
-        untouched.next(1)
-    assert torch.equal(draws.next(1), untouched.next(1))
-
-
 def test_the_same_seed_samples_the_same_however_prompts_are_spread(rng, world):
-    """Data-parallel ranks with slices of the prompts and of the draws sample what one rank samples."""
+    """A response depends on its request alone: on no other, and on no order."""
     model = build(rng, world)
     prompts, samples = draw_prompts(rng, 7, 12, 3, 8), 3
     params = SamplingParams(max_new_tokens=6)
-    whole = generate(model, prompts, samples, params, UniformDraws(8, total=12))
-    halves = [
-        generate(model, prompts[a:b], samples, params, UniformDraws(8, first=a * samples, total=12))
-        for a, b in ((0, 2), (2, 4))
-    ]
+    whole = generate(model, prompts, samples, params, 8)
+    halves = [generate(model, prompts[a:b], samples, params, 8, a) for a, b in ((0, 1), (1, 4))]
     assert whole == halves[0] + halves[1]
+    requests = Request.each(prompts, samples, params, (8,))
+    assert [[t.tokens for t in g] for g in MegatronSource(model).sample(requests[::-1])] == whole[::-1]
+    assert generate(model, prompts, samples, params, 9) != whole
+
+
+def test_log_probabilities_are_those_of_the_trained_distribution(rng, world):
+    """At the temperature, before filters and penalty, whatever shaped the choice."""
+    model = build(rng, world)
+    (prompt,) = draw_prompts(rng, 9)
+    shaped = SamplingParams(6, temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3)
+    for params in (SamplingParams(6, temperature=0.7), shaped, SamplingParams(6, use_greedy=True)):
+        (found,) = MegatronSource(model).sample(Request.each([prompt], 2, params, (int(rng.initial_seed()),)))
+        for trajectory in found:
+            logits = plain_logits(weights_of(model), model.model_config, prompt + trajectory.tokens)
+            told = (logits / params.temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = told.gather(1, torch.tensor(trajectory.tokens).unsqueeze(1)).squeeze(1)
+            assert (torch.tensor(trajectory.logprobs, dtype=torch.float64) - expected).abs().max() <= 1e-5
+            assert trajectory.mask == [True] * 6 and trajectory.finish_reason == "length" and trajectory.truncated
+
+
+def test_each_response_has_a_limit_of_its_own_and_several_ends(rng, world):
+    model = build(rng, world)
+    (prompt,) = draw_prompts(rng, 6)
+    (request,) = Request.each([prompt], 4, SamplingParams(9), (5,))
+    (free,) = MegatronSource(model).sample([request])
+    (limited,) = MegatronSource(model).sample([request.limited([1, 9, 4, 2])])
+    assert [t.tokens for t in limited] == [t.tokens[:n] for t, n in zip(free, (1, 9, 4, 2), strict=True)]
+    stops = (free[0].tokens[2], free[1].tokens[4])
+    (ended,) = MegatronSource(model).sample(Request.each([prompt], 4, SamplingParams(9, stops), (5,)))
+    for t, whole in zip(ended, free, strict=True):
+        ends = [i + 1 for i, token in enumerate(whole.tokens) if token in stops]
+        assert t.tokens == whole.tokens[: min(ends, default=9)]
+        assert t.finish_reason == ("stop" if ends else "length")
+    (never,) = MegatronSource(model).sample(Request.each([prompt], 4, SamplingParams(9, stops, ignore_eos=True), (5,)))
+    assert [t.tokens for t in never] == [t.tokens for t in free]
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(rng, world):
+    """Every token is two letters here, so that strings end within tokens and span them."""
+    model = build(rng, world)
+    (prompt,) = draw_prompts(rng, 6)
+
+    def decode(before, tokens):
+        return "".join(chr(97 + t // 8) + chr(97 + t % 8) for t in tokens)
+
+    (free,) = generate(model, [prompt], 3, SamplingParams(20), 4)
+    string = decode([], free[0])[9:14]
+    found = MegatronSource(model, decode).sample(
+        Request.each([prompt], 3, SamplingParams(20, (), (string, "zz")), (4,))
+    )
+    for t, whole in zip(found[0], free, strict=True):
+        place = decode([], whole).find(string)
+        assert t.tokens == (whole if place < 0 else whole[: -(-(place + 5) // 2)])
+        assert t.finish_reason == ("length" if place < 0 else "stop_string")
+    assert found[0][0].finish_reason == "stop_string" and len(found[0][0]) <= 7
+    with pytest.raises(ValueError, match="stop_strings are looked for in text"):
+        MegatronSource(model).sample(Request.each([prompt], 1, SamplingParams(3, (), ("a",))))
 
 
 def test_generation_leaves_the_model_as_it_was(rng, world):
@@ -113,7 +164,7 @@ def test_generation_leaves_the_model_as_it_was(rng, world):
     model = build(rng, world, activations_checkpoint_granularity="full")
     prompts = draw_prompts(rng, 10, 3)
     before = {name: p.clone() for name, p in model.state_dict().items() if p is not None}
-    found = generate(model, prompts, 1, GREEDY, UniformDraws(0))
+    found = generate(model, prompts, 1, GREEDY)
     assert [rs[0] for rs in found] == [greedy(weights_of(model), model.model_config, p, 9, None) for p in prompts]
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -125,7 +176,7 @@ def test_short_responses(new_tokens, rng, world):
     model = build(rng, world)
     prompts = draw_prompts(rng, 4)
     params = SamplingParams(max_new_tokens=new_tokens, use_greedy=True)
-    found = generate(model, prompts, 2, params, UniformDraws(0))
+    found = generate(model, prompts, 2, params)
     assert found == [[greedy(weights_of(model), model.model_config, prompts[0], new_tokens, None)] * 2]
 
 
@@ -146,10 +197,10 @@ def test_next_token_probabilities_equal_the_full_forward(stream_tokens, rng, wor
 def test_refuses_prompts_that_cannot_be_continued(rng, world):
     model = build(rng, world, encoder_seq_length=16)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(model, [[1], []], 1, GREEDY, UniformDraws(0))
+        generate(model, [[1], []], 1, GREEDY)
     with pytest.raises(ValueError, match="prompt 0 has 8 tokens; with max_new_tokens=9.*encoder_seq_length=16"):
-        generate(model, [[1] * 8], 1, GREEDY, UniformDraws(0))
-    assert len(generate(model, [[1] * 7], 1, GREEDY, UniformDraws(0))[0][0]) == 9
+        generate(model, [[1] * 8], 1, GREEDY)
+    assert len(generate(model, [[1] * 7], 1, GREEDY)[0][0]) == 9
 
 
 @pytest.mark.parametrize("lengths", [[(3, []), (0, [])], [(3, [2])]])

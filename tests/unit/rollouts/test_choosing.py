@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.models.generation import SamplingParams, UniformDraws, choose_tokens
+from megatron_ext.rollouts import SamplingParams
+from megatron_ext.rollouts.choosing import choose_tokens
+from megatron_ext.rollouts.draws import ResponseDraws
 
 GRID = 4000
 
@@ -16,7 +18,7 @@ GRID = 4000
 def frequencies(logits: Tensor, **options) -> Tensor:
     """Share of each token over an even grid of uniforms: within 1 / GRID of its probability, without any chance."""
     uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-    tokens = choose_tokens(logits.expand(GRID, -1), SamplingParams(max_new_tokens=1, **options), uniform)
+    tokens, _ = choose_tokens(logits.expand(GRID, -1), SamplingParams(max_new_tokens=1, **options), uniform)
     assert tokens.dtype == torch.int64 and tokens.shape == (GRID,)
     return torch.bincount(tokens, minlength=logits.numel()).double() / GRID
 
@@ -28,7 +30,7 @@ def assert_is(found: Tensor, probability: Tensor) -> None:
 def test_greedy_takes_the_most_likely(rng):
     logits = torch.randn(9, 31, generator=rng)
     params = SamplingParams(max_new_tokens=1, use_greedy=True, top_k=3, top_p=0.1)
-    assert torch.equal(choose_tokens(logits, params, torch.zeros(9)), logits.argmax(-1))
+    assert torch.equal(choose_tokens(logits, params, torch.zeros(9))[0], logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -68,36 +70,65 @@ def test_rows_are_sampled_by_their_own_number(rng):
     logits = torch.randn(50, 11, generator=rng)
     uniform = torch.rand(50, generator=rng, dtype=torch.float64)
     params = SamplingParams(max_new_tokens=1, top_k=7, top_p=0.9)
-    together = choose_tokens(logits, params, uniform)
+    together, logprobs = choose_tokens(logits, params, uniform)
     alone = [choose_tokens(logits[i : i + 1], params, uniform[i : i + 1]) for i in range(50)]
-    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, torch.cat([tokens for tokens, _ in alone]))
+    assert torch.equal(logprobs, torch.cat([found for _, found in alone]))
 
 
 def test_the_ends_of_the_interval_choose_possible_tokens():
     """0 and the largest number below 1 must not fall on tokens of probability 0 at the ends."""
     logits = torch.tensor([-math.inf, 0.3, 1.0, -0.2, -math.inf]).expand(2, -1)
     uniform = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert choose_tokens(logits, SamplingParams(max_new_tokens=1), uniform).tolist() == [1, 3]
+    assert choose_tokens(logits, SamplingParams(max_new_tokens=1), uniform)[0].tolist() == [1, 3]
 
 
-def test_draws_repeat_with_the_seed_and_differ_without():
-    a, b, c = UniformDraws(5), UniformDraws(5), UniformDraws(6)
-    first = [a.next(7) for _ in range(3)]
-    assert all(torch.equal(x, b.next(7)) for x in first)
-    assert not torch.equal(first[0], c.next(7)) and not torch.equal(first[0], first[1])
-    for x in first:
-        assert x.dtype == torch.float64 and bool(((x >= 0) & (x < 1)).all())
+def transformers_choice(logits: Tensor, seen: Tensor, params: SamplingParams) -> Tensor:
+    """The probabilities that transformers' own processors leave, in its order."""
+    from transformers.generation import logits_process as hf
+
+    steps = [
+        hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+        hf.TemperatureLogitsWarper(params.temperature),
+    ]
+    steps += [hf.TopKLogitsWarper(params.top_k)] if params.top_k else []
+    steps += [hf.TopPLogitsWarper(params.top_p), hf.MinPLogitsWarper(params.min_p)]
+    scores = logits.double()
+    for step in steps:
+        scores = step(seen, scores)
+    return scores.softmax(-1)
 
 
-def test_draws_do_not_depend_on_how_responses_are_spread_over_ranks():
-    """Every rank draws for all and keeps its slice: the slices of any spreading make up the whole, step by step."""
-    whole = UniformDraws(9, total=12)
-    for cuts in ([0, 4, 8, 12], [0, 6, 12], [0, 1, 12]):
-        whole = UniformDraws(9)
-        ranks = [UniformDraws(9, first=a, total=12) for a in cuts[:-1]]
-        for _ in range(3):
-            parts = [r.next(b - a) for r, a, b in zip(ranks, cuts, cuts[1:], strict=False)]
-            assert torch.equal(torch.cat(parts), whole.next(12))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7, "top_k": 9},
+        {"min_p": 0.2},
+        {"temperature": 1.7, "top_k": 14, "top_p": 0.85, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"temperature": 0.4, "top_p": 0.6, "min_p": 0.02},
+    ],
+)
+def test_filters_are_those_of_transformers(options, rng):
+    params = SamplingParams(1, **options)
+    uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    for _ in range(5):
+        logits, seen = 2 * torch.randn(1, 29, generator=rng), torch.randint(29, (1, 12), generator=rng)
+        tokens, logprobs = choose_tokens(logits.expand(GRID, -1), params, uniform, seen.expand(GRID, -1))
+        assert_is(torch.bincount(tokens, minlength=29).double() / GRID, transformers_choice(logits, seen, params)[0])
+        trained = (logits[0].double() / params.temperature).log_softmax(0)
+        assert (logprobs - trained[tokens]).abs().max() <= 1e-5
+
+
+def test_draws_count_and_do_not_depend_on_what_was_asked_before(rng):
+    keys = [(5, 0, 1), (5, 1, 0), (5, 0, 0), (6, 0, 1), (2**40, 3, 1)]
+    numbers = [[ResponseDraws(key)[i] for i in range(200)] for key in keys]
+    assert len({x for row in numbers for x in row}) == 5 * 200 and all(0 <= x < 1 for row in numbers for x in row)
+    draws = ResponseDraws(keys[0])
+    order = torch.randperm(200, generator=rng).tolist()
+    assert [draws[i] for i in order] == [numbers[0][i] for i in order]
+    flat = torch.tensor(numbers).flatten()
+    assert abs(flat.mean() - 0.5) < 0.06 and abs(flat.var() - 1 / 12) < 0.03  # six standard deviations
 
 
 @pytest.mark.parametrize(
@@ -108,6 +139,10 @@ def test_draws_do_not_depend_on_how_responses_are_spread_over_ranks():
         ({"top_k": -1}, "top_k must not be negative, got -1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "got 1.5"),
+        ({"min_p": 1.0}, r"min_p must lie in \[0, 1\), got 1.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+        ({"stop_token_ids": (3, -1)}, r"stop_token_ids are ids of tokens, 0 or more, got \[-1\]"),
+        ({"stop_strings": ("a", "")}, "stop_strings must not be empty"),
     ],
 )
 def test_refuses_impossible_parameters(fields, words):
