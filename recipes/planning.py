@@ -117,8 +117,8 @@ def job_of(
         groups_per_stream=model.micro_batch_size,
         block=block,
         locates=block and trainer.lftf.block == "gradient",
-        distributed_optimizer=model.optim.name == "distributed_fused_adam",
-        optimizer_on_host=model.optim.optimizer_cpu_offload,
+        distributed_optimizer=model.optim.sharded,
+        moments=model.optim.moments,
         overlap_grad_reduce=model.optim.overlap_grad_reduce,
         media_tokens=length if model.vision is not None else 0,
     )
@@ -150,8 +150,8 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         reference_on_host=grpo.offload_reference_policy,
         rollout=True,
         rollout_prompts=grpo.rollout_micro_batch_size,
-        distributed_optimizer=model.optim.name == "distributed_fused_adam",
-        optimizer_on_host=model.optim.optimizer_cpu_offload,
+        distributed_optimizer=model.optim.sharded,
+        moments=model.optim.moments,
         overlap_grad_reduce=model.optim.overlap_grad_reduce,
         # Where videos are seen, all of a prompt may be one.
         media_tokens=prompt if model.vision is not None else 0,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.engine import Engine
-from megatron_ext.runtime.host_optimizer import HostAdamW
+from megatron_ext.runtime.lean_adam import HOST
 from megatron_ext.runtime.optimizer_state import single_optimizers
 
 __all__ = ["engine_storages", "optimizer_tensors", "saved_bytes", "storages"]
@@ -43,11 +43,8 @@ def engine_storages(engine: Engine) -> dict[str, dict[int, int]]:
     }
     known = {key for found in kinds.values() for key in found}
     tensors = list(optimizer_tensors(engine.optimizer))
-    on_host = any(isinstance(part.optimizer, HostAdamW) for part in single_optimizers(engine.optimizer))
-    if on_host:
-        kinds["host"] = storages(t for name, t in tensors if name != "main")
-        tensors = [pair for pair in tensors if pair[0] == "main"]
-    state = storages(t for _, t in tensors)
+    kinds["host"] = storages(t for name, t in tensors if name.startswith(HOST))
+    state = storages(t for name, t in tensors if not name.startswith(HOST))
     return kinds | {"optimizer": {k: v for k, v in state.items() if k not in known}}
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import ParameterTensor
+from megatron_ext.runtime.lean_adam import MomentStorage, host_numel
 
 __all__ = ["BufferLayout", "StateBytes", "lay_out", "overlap_bucket", "state_bytes"]
 
 # Megatron-Core 0.16: where a parameter starts, and what a bucket's length divides by, beside the ranks.
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 FP32 = 4
-MOMENTS = 2  # Adam's, in fp32
 # Numbers in a bucket at least, and for each data-parallel rank at least.
 BUCKET_NUMEL, BUCKET_NUMEL_PER_RANK = 40_000_000, 1_000_000
 
@@ -127,7 +127,7 @@ def state_bytes(
     ranks: int,
     rank: int | None = 0,
     distributed: bool = True,
-    moments_on_host: bool = False,
+    moments: MomentStorage = MomentStorage(),
     bucket: int | None = None,
 ) -> StateBytes:
     """What an engine with an optimizer holds on one rank of a stage.
@@ -135,19 +135,18 @@ def state_bytes(
     Args:
         trained, frozen: the stage's parameters, in `stage_parameters` order.
         ranks: data-parallel times context-parallel size.
-        rank: among those; None: the fullest.
+        rank: among those; None: the fullest. Of moments of which a share lies on the host, another rank may have more by a
+            number for each tensor.
         distributed: whether the optimizer's state is sharded over them.
-        moments_on_host: Adam's, see `HostAdamW`.
+        moments: where Adam's are, and of what types.
         bucket: of the first piece, see `lay_out`.
     """
     item = config.dtype.itemsize
-    moments = FP32 * MOMENTS
-    near, far = (0, moments) if moments_on_host else (moments, 0)
-    near += FP32 * (item < FP32)  # half precision has an fp32 copy of the weights
     still = item * sum(p.numel for p in frozen)
     if not distributed:
         count = sum(p.numel for p in trained)
-        return StateBytes(still + item * count, FP32 * count, near * count, len(trained), far * count)
+        optimizer, host = _optimizer(item, moments, [p.numel for p in trained])
+        return StateBytes(still + item * count, FP32 * count, optimizer, len(trained), host)
     pieces = sorted({p.piece for p in trained})
     layouts = [lay_out([p for p in trained if p.piece == piece], ranks, None if piece else bucket) for piece in pieces]
     if rank is None:
@@ -155,8 +154,17 @@ def state_bytes(
         rank = max(range(ranks), key=held.__getitem__) if held else 0
     owned = [numel for layout in layouts for numel in layout.owned(ranks, rank)]
     total = sum(layout.numel for layout in layouts)
-    count = sum(owned)
-    return StateBytes(still + item * total, FP32 * total, near * count, len(owned), far * count)
+    optimizer, host = _optimizer(item, moments, owned)
+    return StateBytes(still + item * total, FP32 * total, optimizer, len(owned), host)
+
+
+def _optimizer(item: int, moments: MomentStorage, tensors: Sequence[int]) -> tuple[int, int]:
+    """Bytes of the state of tensors of so many numbers: on the device, on the host."""
+    each = sum(dtype.itemsize for dtype in moments.types)
+    there = sum(host_numel(moments.on_host, numel) for numel in tensors)
+    count = sum(tensors)
+    copies = FP32 * (item < FP32)  # half precision has an fp32 copy of the weights
+    return copies * count + each * (count - there), each * there
 
 
 def _up(number: int, multiple: int) -> int:

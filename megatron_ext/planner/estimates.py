@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from megatron_ext.flops import LEAST_SPEEDUP
 from megatron_ext.planner.hardware import GIB, Assumptions, Hardware, find_hardware
 from megatron_ext.planner.job import Job
 from megatron_ext.planner.memory import StageMemory, stage_memory
 from megatron_ext.planner.time import StepTime, step_time
+from megatron_ext.runtime.lean_adam import MomentStorage
 
 __all__ = ["Estimate", "Grouping", "estimate", "grouping_gain"]
 
-# Of a `Job`, what puts it into the host's memory.
-OFFLOADING = {
-    "reference_on_host": "trainer.grpo.offload_reference_policy=true",
-    "optimizer_on_host": "model.optim.optimizer_cpu_offload=true",
-}
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of Adam's moments
+BF16_MOMENTS = (torch.bfloat16, torch.bfloat16)
+BF16_KEYS = "model.optim.exp_avg_dtype=bfloat16 model.optim.exp_avg_sq_dtype=bfloat16"
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,47 @@ class Estimate:
             return f"fits: {numbers}"
         parts = self.fullest.parts()
         most = max(parts, key=parts.get)
-        helps = self._offloading_that_helps()
+        helps = " or ".join(self._what_helps())
         return (
             f"does not fit: {numbers}; {parts[most] / GIB:.1f} GiB of it are {most}; use more nodes or another layout"
             + (f", or {helps}, with which it fits" if helps else "")
         )
 
-    def _offloading_that_helps(self) -> str | None:
-        """What to put into the host's memory for the job to fit, no more than is needed; None: nothing helps."""
-        job, room = self.job, self.hardware.memory - self.assumptions.reserve
-        reference = job.reference_copy and not job.reference_on_host
-        optimizer = not job.optimizer_on_host
-        choices = [["reference_on_host"]] * reference + [["optimizer_on_host"]] * optimizer
-        choices += [["reference_on_host", "optimizer_on_host"]] * (reference and optimizer)
-        for choice in choices:
-            moved = dataclasses.replace(job, **dict.fromkeys(choice, True))
-            if all(stage_memory(moved, stage.stage).total <= room for stage in self.stages):
-                return " and ".join(OFFLOADING[name] for name in choice)
-        return None
+    def _what_helps(self) -> list[str]:
+        """Keys with which the job fits: of each kind of change the least that does."""
+        found = (
+            next((keys for job, keys in kind if self._would_fit(job)), None) for kind in _kinds_of_change(self.job)
+        )
+        return [keys for keys in found if keys is not None]
+
+    def _would_fit(self, job: Job) -> bool:
+        room = self.hardware.memory - self.assumptions.reserve
+        return all(stage_memory(job, stage.stage).total <= room for stage in self.stages)
+
+
+def _kinds_of_change(job: Job) -> Iterator[Iterator[tuple[Job, str]]]:
+    """What leaves all numbers as they are, and what rounds Adam's moments; each from less to more, with the keys that say so."""
+    on_host = job.moments.on_host
+    shares = [(MomentStorage(share, job.moments.types), _share_keys(share)) for share in SHARES if share > on_host]
+    yield _with_reference(job, [(job.moments, ""), *shares])
+    if job.moments.types != BF16_MOMENTS:
+        yield _with_reference(job, [(MomentStorage(on_host, BF16_MOMENTS), BF16_KEYS)])
+
+
+def _share_keys(share: float) -> str:
+    key = "model.optim.optimizer_cpu_offload=true"
+    return key if share == 1 else f"{key} model.optim.optimizer_offload_fraction={share}"
+
+
+def _with_reference(job: Job, kept: Sequence[tuple[MomentStorage, str]]) -> Iterator[tuple[Job, str]]:
+    """Each with the reference policy where it is, and on the host."""
+    moves = job.reference_copy and not job.reference_on_host
+    for moments, keys in kept:
+        if keys:
+            yield dataclasses.replace(job, moments=moments), keys
+        if moves:
+            moved = dataclasses.replace(job, moments=moments, reference_on_host=True)
+            yield moved, " ".join(filter(None, ("trainer.grpo.offload_reference_policy=true", keys)))
 
 
 def estimate(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None) -> Estimate:

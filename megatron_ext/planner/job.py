@@ -15,6 +15,7 @@ from megatron_ext.packing import pack_groups
 from megatron_ext.planner.activations import StreamShape
 from megatron_ext.prefix_tree import PrefixTree
 from megatron_ext.runtime.distributed import ParallelSizes
+from megatron_ext.runtime.lean_adam import MomentStorage
 
 __all__ = ["Job", "MicrobatchShape"]
 
@@ -51,7 +52,7 @@ class Job:
         block: one block trains and all else is frozen (LFTF); the worst one is planned for.
         locates: the gradients of all blocks are held once, before anything trains.
         distributed_optimizer: its state is sharded over data-parallel ranks.
-        optimizer_on_host: Adam's moments lie in the host's memory.
+        moments: where Adam's are kept, and in which types.
         overlap_grad_reduce: gradients are summed while backward runs, in buckets.
         media_tokens: tokens of a prompt that hold a medium.
     """
@@ -75,7 +76,7 @@ class Job:
     block: bool = False
     locates: bool = False
     distributed_optimizer: bool = True
-    optimizer_on_host: bool = False
+    moments: MomentStorage = MomentStorage()
     overlap_grad_reduce: bool = False
     media_tokens: int = 0
 

@@ -134,7 +134,7 @@ def _state(job: Job, stage: int) -> StateBytes:
     ranks = job.data_parallel * config.context_parallel_size
     # Later stages have time for theirs while the first still runs.
     bucket = overlap_bucket(job.data_parallel) if job.overlap_grad_reduce and stage == 0 else None
-    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer, job.optimizer_on_host, bucket)
+    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer, job.moments, bucket)
 
 
 def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:

@@ -152,10 +152,11 @@ class _Clock:
             count = sum(p.numel for p in stage_parameters(job.model, 0) if p.layer == 0)
         if job.distributed_optimizer:
             count /= job.data_parallel * job.model.context_parallel_size
-        if job.optimizer_on_host:  # gradient and weight to the host, the weight back
-            moved = 3 * FP32 * count / (self.hardware.host_link * self.assumed.link_efficiency)
-            return moved + count / self.assumed.host_updates
-        return self.read(count * (6 * FP32 + FP32 + job.model.dtype.itemsize))
+        there = count * job.moments.on_host  # gradient and weight go to the host, the weight back
+        moved = 3 * FP32 * there / (self.hardware.host_link * self.assumed.link_efficiency)
+        moments = sum(dtype.itemsize for dtype in job.moments.types)
+        read = self.read((count - there) * (2 * (moments + FP32) + FP32 + job.model.dtype.itemsize))
+        return moved + max(there / self.assumed.host_updates, read)
 
     def sampling(self) -> float:
         """Prefill, then one token after the other, batch after batch."""

@@ -13,12 +13,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Speed
-from megatron_ext.runtime.host_optimizer import HostAdamW
+from megatron_ext.runtime.lean_adam import MOMENT_TYPES, LeanAdamW, MomentStorage
 from megatron_ext.runtime.optimizer_state import single_optimizers
 
 __all__ = ["OptimConfig", "SchedConfig", "ddp_config", "make_optimizer", "make_scheduler"]
 
 SCHEDULES = {"constant": "constant", "CosineAnnealing": "cosine", "linear": "linear"}
+
+BF16_STEP = 2**-8  # half of the last place of a bf16 number just above a power of two, relative to it
 
 
 @dataclass
@@ -57,6 +59,14 @@ class OptimConfig:
     # Keep Adam's two moments, 8 bytes for each number, in the host's memory, and take the step there: slower, and the answer
     # where a GPU has no room for them. fp32 copies of bf16 weights stay on the GPU.
     optimizer_cpu_offload: Speed[bool] = False
+    # Of which share of each tensor's numbers, above 0, up to 1: all; the GPU takes the step of the others meanwhile. Lower it
+    # until what is left no longer fits. Only with optimizer_cpu_offload.
+    optimizer_offload_fraction: Speed[float] = 1.0
+    # Type in which Adam's first moment is kept: float32, or bfloat16 for half of its 4 bytes a number. Steps are taken in fp32
+    # all the same, and differ by the rounding of what is kept. betas[0] must be at most 1 - 1/256.
+    exp_avg_dtype: Speed[str] = "float32"
+    # Of the second moment, alike. betas[1] must be at most 1 - 1/256: bfloat16 does not see a decay that is slower.
+    exp_avg_sq_dtype: Speed[str] = "float32"
     # Sum gradients over data-parallel ranks while the last stream's backward pass still runs, in buckets of 40 million numbers
     # or more, instead of after it.
     overlap_grad_reduce: Speed[bool] = False
@@ -69,14 +79,33 @@ class OptimConfig:
         self.betas = tuple(self.betas)
         if self.name not in ("adam", "distributed_fused_adam"):
             raise UserError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
+        if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
+        if not 0 < self.optimizer_offload_fraction <= 1:
+            raise UserError(
+                f"model.optim.optimizer_offload_fraction={self.optimizer_offload_fraction} must lie in (0, 1]; for none set "
+                "optimizer_cpu_offload=false"
+            )
+        if self.optimizer_offload_fraction != 1 and not self.optimizer_cpu_offload:
+            raise UserError(
+                f"model.optim.optimizer_offload_fraction={self.optimizer_offload_fraction} needs "
+                "model.optim.optimizer_cpu_offload=true, without which nothing lies on the host"
+            )
+        for key, decay in zip(("exp_avg_dtype", "exp_avg_sq_dtype"), self.betas, strict=True):
+            dtype = getattr(self, key)
+            if dtype not in MOMENT_TYPES:
+                raise UserError(f"model.optim.{key} must be one of {', '.join(MOMENT_TYPES)}, got {dtype!r}")
+            if dtype == "bfloat16" and 1 - decay < BF16_STEP:
+                raise UserError(
+                    f"model.optim.{key}=bfloat16 needs a decay of at most 1 - 1/256 and model.optim.betas has {decay}: bfloat16 "
+                    "does not change by less than 1/256 of a number, which would never get smaller; set float32"
+                )
         if self.overlap_param_gather and not (self.sharded and self.overlap_grad_reduce):
             raise UserError(
                 f"model.optim.overlap_param_gather=true needs model.optim.name=distributed_fused_adam (it is {self.name}), "
                 f"without which nothing is gathered, and overlap_grad_reduce=true (it is {self.overlap_grad_reduce}), whose "
                 "buckets are gathered"
             )
-        if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise UserError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
         if self.sched.min_lr > self.lr:
             raise UserError(f"model.optim.sched.min_lr={self.sched.min_lr} must not exceed model.optim.lr={self.lr}")
 
@@ -84,6 +113,11 @@ class OptimConfig:
     def sharded(self) -> bool:
         """Whether data-parallel ranks share out the optimizer's state."""
         return self.name == "distributed_fused_adam"
+
+    @property
+    def moments(self) -> MomentStorage:
+        types = MOMENT_TYPES[self.exp_avg_dtype], MOMENT_TYPES[self.exp_avg_sq_dtype]
+        return MomentStorage(self.optimizer_offload_fraction * self.optimizer_cpu_offload, types)
 
 
 def ddp_config(optim: OptimConfig) -> DistributedDataParallelConfig:
@@ -116,10 +150,10 @@ def make_optimizer(optim: OptimConfig, config: TransformerConfig, pieces: Sequen
         ),
         list(pieces),
     )
-    if optim.optimizer_cpu_offload:
+    if not optim.moments.is_plain:
         for single in single_optimizers(optimizer):
             if single.optimizer is not None:  # nothing trains here
-                single.optimizer = HostAdamW(single.optimizer)
+                single.optimizer = LeanAdamW(single.optimizer, optim.moments)
     return optimizer
 
 

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_ext.runtime.lean_adam import LeanAdamW
 from megatron_ext.runtime.pieces import layers_of
 
 __all__ = [
@@ -74,13 +75,8 @@ def load_optimizer_tensors(model: torch.nn.Module, optimizer, tensors: dict[str,
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
             for shard in _shards(optimizer, parameter):
-                state = shard.inner.state[shard.main]
-                for moment in MOMENTS:
-                    value = tensors[f"{moment}/{name}"].flatten()[shard.rows].view_as(shard.main)
-                    device = getattr(shard.inner, "state_device", shard.main.device)
-                    state[moment] = value.to(device, torch.float32, copy=True)
-                if _is_torch_adam(shard.inner):
-                    state["step"] = torch.tensor(float(step))
+                values = {moment: tensors[f"{moment}/{name}"].flatten()[shard.rows] for moment in MOMENTS}
+                shard.load(values, step)
                 if f"{MASTER}/{name}" in tensors:
                     shard.main.copy_(tensors[f"{MASTER}/{name}"].flatten()[shard.rows].view_as(shard.main))
         for single in single_optimizers(optimizer):
@@ -106,6 +102,24 @@ class _Shard:
 
     def __init__(self, inner: torch.optim.Optimizer, main: Tensor, rows: slice):
         self.inner, self.main, self.rows = inner, main, rows
+
+    def moments(self) -> dict[str, Tensor]:
+        """None before the first step."""
+        if isinstance(self.inner, LeanAdamW):
+            return self.inner.moments(self.main)
+        state = self.inner.state.get(self.main, {})
+        return {moment: state[moment] for moment in MOMENTS if moment in state}
+
+    def load(self, moments: dict[str, Tensor], step: int) -> None:
+        """Flat moments, after so many steps."""
+        if isinstance(self.inner, LeanAdamW):
+            self.inner.load(self.main, moments, step)
+            return
+        state = self.inner.state[self.main]
+        for moment, value in moments.items():
+            state[moment] = value.view_as(self.main).to(self.main.device, torch.float32, copy=True)
+        if _is_torch_adam(self.inner):
+            state["step"] = torch.tensor(float(step))
 
 
 def single_optimizers(optimizer) -> list:
@@ -137,9 +151,9 @@ def _whole(optimizer, parameter: torch.nn.Parameter, empty: bool) -> dict[str, T
     if empty:
         return whole
     for shard in _shards(optimizer, parameter):
-        values = {**shard.inner.state.get(shard.main, {}), MASTER: shard.main}
+        values = {**shard.moments(), MASTER: shard.main}
         for state in states:
-            if state in values:  # no moments before the first step
+            if state in values:
                 whole[state].view(-1)[shard.rows] = values[state].detach().reshape(-1)
     if any(isinstance(single, DistributedOptimizer) for single in single_optimizers(optimizer)):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

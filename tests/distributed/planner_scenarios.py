@@ -40,12 +40,16 @@ __all__ = [
 
 @dataclass
 class StateCase:
-    """fields: changes to `small_config`. block: the only layer that trains; None: all parameters do. on_host: Adam's moments."""
+    """fields: changes to `small_config`. block: the only layer that trains; None: all parameters do. optim: more of its keys."""
 
     fields: dict[str, Any]
     optimizer: str = "distributed_fused_adam"
     block: int | None = None
-    on_host: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> OptimConfig:
+        return OptimConfig(name=self.optimizer, **self.optim)
 
 
 @dataclass
@@ -146,7 +150,7 @@ def _state(device: torch.device, case: StateCase) -> Held:
         layers = {id(p): layer.layer_number - 1 for layer in model.decoder.layers for p in layer.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(layers.get(id(parameter)) == case.block)
-    engine = Engine(model, OptimConfig(name=case.optimizer, optimizer_cpu_offload=case.on_host))
+    engine = Engine(model, case.settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
         engine.zero_grad()

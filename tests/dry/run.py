@@ -46,7 +46,7 @@ PAIRS, TEXTS, SHARED = (
 )
 SHAPES = "megatron/core/pipeline_parallel/p2p_communication.py:P2PCommunicator._communicate_shapes"
 HOST_STEP, KEPT = (
-    f"megatron_ext/runtime/{x}" for x in ("host_optimizer.py:HostAdamW._on_host", "reference.py:ReferenceWeights._kept")
+    f"megatron_ext/runtime/{x}" for x in ("lean_adam.py:LeanAdamW._on_host", "reference.py:ReferenceWeights._kept")
 )
 IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"

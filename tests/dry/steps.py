@@ -203,6 +203,11 @@ STEPS: dict[str, Step] = {
     "sft, moments on the host": Step(
         partial(sft, optimizer_cpu_offload=True), UPDATE | {(HOST_STEP, "copy"): 2 * PARAMETERS}
     ),
+    "sft, moments in bf16": Step(partial(sft, exp_avg_dtype="bfloat16", exp_avg_sq_dtype="bfloat16"), UPDATE),
+    "sft, half of them on the host": Step(
+        partial(sft, name="adam", optimizer_cpu_offload=True, optimizer_offload_fraction=0.5, exp_avg_dtype="bfloat16"),
+        UPDATE | {(HOST_STEP, "copy"): 2 * PARAMETERS},
+    ),
     "sft, gradients summed meanwhile": Step(partial(sft, overlap_grad_reduce=True), UPDATE),
     "grpo, weights gathered meanwhile": Step(
         grpo(PLAIN, overlap_grad_reduce=True, overlap_param_gather=True), UPDATE, rank=1, world=2

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_ext.models import build_gpt
 from megatron_ext.planner import HARDWARE, Assumptions, estimate
 from megatron_ext.planner.buffers import lay_out, overlap_bucket
 from megatron_ext.planner.parameters import stage_parameters
+from megatron_ext.runtime.lean_adam import MomentStorage
 from tests.gpt_cases import small_config
 from tests.unit.planner.cases import job
+
+BF16 = (torch.bfloat16, torch.bfloat16)
 
 
 def test_what_is_moved_to_the_host_is_all_that_changes():
     """Of 1.2 billion parameters on one GPU: 2 bytes each of the reference, 8 of Adam's moments."""
     start = job(devices=1, groups=8, rollout_prompts=1)
     (plain,) = estimate(start).stages
-    for moved, near in (("reference_on_host", "copies"), ("optimizer_on_host", "optimizer")):
-        (found,) = estimate(dataclasses.replace(start, **{moved: True})).stages
+    for moved, near in (({"reference_on_host": True}, "copies"), ({"moments": MomentStorage(1.0)}, "optimizer")):
+        (found,) = estimate(dataclasses.replace(start, **moved)).stages
         gone = getattr(plain, near) - getattr(found, near)
         assert gone == found.host - plain.host == 1_235_814_400 * {"copies": 2, "optimizer": 8}[near]
         assert found.total == plain.total - gone and sum(found.parts().values()) == found.total
@@ -33,28 +37,49 @@ def test_moving_costs_time():
     plain = estimate(start).step
     reference = estimate(dataclasses.replace(start, reference_on_host=True)).step
     assert reference.scoring - plain.scoring == pytest.approx(1_235_814_400 * 2 / (64e9 * 0.75))
-    optimizer = estimate(dataclasses.replace(start, optimizer_on_host=True)).step
+    optimizer = estimate(dataclasses.replace(start, moments=MomentStorage(1.0))).step
     assert optimizer.optimizer == pytest.approx(1_235_814_400 * (12 / (64e9 * 0.75) + 1e-9))
+    half = estimate(dataclasses.replace(start, moments=MomentStorage(0.5))).step
+    assert half.optimizer == pytest.approx(optimizer.optimizer / 2)  # the GPU is faster with the other half
+    halved = estimate(dataclasses.replace(start, moments=MomentStorage(types=BF16))).step
+    assert halved.optimizer == pytest.approx(plain.optimizer * 22 / 30)
+
+
+def test_moments_in_bf16_and_a_share_on_the_host():
+    start = job(devices=1, groups=8, rollout_prompts=1)
+    (plain,) = estimate(start).stages
+    for types, each in (((torch.bfloat16, torch.float32), 6), (BF16, 4)):
+        (found,) = estimate(dataclasses.replace(start, moments=MomentStorage(types=types))).stages
+        assert plain.optimizer - found.optimizer == 1_235_814_400 * (8 - each) and found.host == plain.host
+    (found,) = estimate(dataclasses.replace(start, moments=MomentStorage(0.25, BF16))).stages
+    assert found.host - plain.host == pytest.approx(1_235_814_400, abs=4 * 1000)
+    assert found.optimizer + found.host == 1_235_814_400 * 8  # fp32 weights, and moments
+
+
+REFERENCE, HOST = "trainer.grpo.offload_reference_policy=true", "model.optim.optimizer_cpu_offload=true"
+SHARE = f"{HOST} model.optim.optimizer_offload_fraction="
+ROUNDED = "model.optim.exp_avg_dtype=bfloat16 model.optim.exp_avg_sq_dtype=bfloat16"
 
 
 def test_the_least_that_helps_is_named():
+    """The reference takes 2 bytes a number, moments 8."""
     start, none = job(devices=1, groups=8, rollout_prompts=1), Assumptions(reserve=0)
     moves = [
-        {"reference_on_host": True},
-        {"optimizer_on_host": True},
-        {"reference_on_host": True, "optimizer_on_host": True},
+        ({"reference_on_host": True}, f"{REFERENCE} or {ROUNDED}"),
+        ({"moments": MomentStorage(types=BF16)}, f"{REFERENCE} {SHARE}0.25 or {ROUNDED}"),
+        (
+            {"reference_on_host": True, "moments": MomentStorage(0.5)},
+            f"{REFERENCE} {SHARE}0.5 or {REFERENCE} {ROUNDED}",
+        ),
+        ({"reference_on_host": True, "moments": MomentStorage(0.75)}, f"{REFERENCE} {SHARE}0.75"),
+        ({"reference_on_host": True, "moments": MomentStorage(1.0)}, f"{REFERENCE} {HOST}"),
     ]
-    least = [estimate(dataclasses.replace(start, **move)).bytes_per_rank for move in moves]
-    words = [
-        "or trainer.grpo.offload_reference_policy=true, with which it fits",
-        "or model.optim.optimizer_cpu_offload=true, with which it fits",
-        "or trainer.grpo.offload_reference_policy=true and model.optim.optimizer_cpu_offload=true, with which it fits",
-    ]
-    for memory, said in zip(least, words, strict=True):
+    for move, said in moves:
+        memory = estimate(dataclasses.replace(start, **move)).bytes_per_rank
         found = estimate(start, dataclasses.replace(HARDWARE["H100"], memory=memory), none)
-        assert not found.fits and found.reason.endswith(said)
+        assert not found.fits and found.reason.endswith(f"or another layout, or {said}, with which it fits")
         short = estimate(start, dataclasses.replace(HARDWARE["H100"], memory=memory - 1), none)
-        assert not short.reason.endswith(said)
+        assert not short.reason.endswith(f", or {said}, with which it fits")
     assert "with which it fits" not in short.reason
 
 
