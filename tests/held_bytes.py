@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens
+from megatron_ext.runtime.activation_offload import LayerInputs
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.lean_adam import HOST
 from megatron_ext.runtime.optimizer_state import single_optimizers
 
-__all__ = ["engine_storages", "optimizer_tensors", "saved_bytes", "storages"]
+__all__ = ["engine_storages", "optimizer_tensors", "saved_bytes", "saved_here_and_there", "storages"]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -49,9 +51,16 @@ def engine_storages(engine: Engine) -> dict[str, dict[int, int]]:
 
 
 def saved_bytes(model: torch.nn.Module, batch: PackedTokens) -> int:
-    """What autograd saves in one forward pass, every storage once, without parameters."""
+    """What autograd saves in one forward pass on the device, every storage once, without parameters."""
+    return saved_here_and_there(model, batch)[0]
+
+
+def saved_here_and_there(model: torch.nn.Module, batch: PackedTokens) -> tuple[int, int]:
+    """What it saves on the device, and on the host: layers' inputs."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    there: list[int] = []
+    pack = LayerInputs.pack
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -59,6 +68,15 @@ def saved_bytes(model: torch.nn.Module, batch: PackedTokens) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def packed(self: LayerInputs, tensor: Tensor):
+        """Hooks around layers are asked instead of those around all."""
+        found = pack(self, tensor)
+        if isinstance(found, Tensor):
+            return keep(found)
+        there.append(found.host.nbytes)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(LayerInputs, "pack", packed)
         model(batch.tokens, batch.position_ids, batch.groups, labels=batch.labels, media=batch.media)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept.values()), sum(there)

@@ -121,6 +121,10 @@ class GPTModelConfig(Placement):
     # What the backward pass computes again instead of keeping, for memory against time: null, nothing; "selective", the
     # core attention; "full", whole layers. Set it where activations do not fit; results stay the same.
     activations_checkpoint_granularity: Speed[str | None] = None
+    # Keep what full recomputation keeps, every layer's input, in the host's memory until its backward pass: 2 bytes x hidden_size
+    # for each token and layer in bf16. It needs activations_checkpoint_granularity=full: all that layers keep without it would
+    # take longer to copy than to compute again. Results stay the same.
+    activation_offload: Speed[bool] = False
     # Sliding windows: [tokens before a token that it sees, 0]; null: all of them. It belongs to the weights, as
     # Mistral's. (A Hugging Face sliding_window counts the token itself: one more.)
     window_size: Architecture[list[int] | None] = None
@@ -169,6 +173,13 @@ class GPTModelConfig(Placement):
                 "model.activations_checkpoint_granularity must be null, selective or full, got "
                 f"{self.activations_checkpoint_granularity!r}"
             ),
+        )
+
+        yield (
+            self.activation_offload and self.activations_checkpoint_granularity != "full",
+            "model.activation_offload=true moves the inputs of layers that are computed again, and needs "
+            "model.activations_checkpoint_granularity=full, got "
+            f"{self.activations_checkpoint_granularity or 'null'}",
         )
 
     def _head_rules(self) -> Iterator[tuple[bool, str]]:

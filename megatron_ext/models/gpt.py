@@ -33,6 +33,7 @@ from megatron_ext.models.media import MediaProjector
 from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
 from megatron_ext.rotary import PositionIdRotaryEmbedding
+from megatron_ext.runtime.activation_offload import offloaded_inputs
 from megatron_ext.runtime.cpu import cuda_means
 from megatron_ext.runtime.pieces import ModelPieces
 from megatron_ext.runtime.weight_gather import await_weight
@@ -128,17 +129,24 @@ class PrefixGroupedGPT(GPTModel):
             decoder_input=self._embed(input_ids, media, record),
             packed_seq_params=record,
         )
-        hidden = self.decoder(
-            hidden_states=decoder_input,
-            attention_mask=None,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=record,
-        )
+        with self._layer_inputs():
+            hidden = self.decoder(
+                hidden_states=decoder_input,
+                attention_mask=None,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=record,
+            )
         if not self.post_process:
             return hidden
         if rows is not None:
             return self._logits(hidden, rows)
         return self._logprobs(hidden, record, labels, temperature)
+
+    def _layer_inputs(self) -> contextlib.AbstractContextManager:
+        """Where layers' inputs are kept for their backward pass."""
+        if not (self.model_config.activation_offload and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return offloaded_inputs(len(self.decoder.layers), self.config.hidden_size, self.config.params_dtype)
 
     def _embed(self, input_ids: Tensor, media: StreamMedia | None, record: PackedSeqParams) -> Tensor | None:
         """Token embeddings with media in their places, [t (/ tp), 1, h]; None where Megatron's own embedding will do."""

@@ -74,6 +74,7 @@ class Activations:
         layers: layers of the stage.
         output: final norm and log-probabilities, on the last stage.
         recomputed: what backward makes again and holds beside, for one layer at a time.
+        host: of one layer, in the host's memory: not in `kept`.
     """
 
     input: int
@@ -82,6 +83,7 @@ class Activations:
     shared: int
     output: int
     recomputed: int
+    host: int = 0
 
     @property
     def kept(self) -> int:
@@ -101,8 +103,11 @@ def stage_activations(
     s = t // config.tensor_model_parallel_size if config.sequence_parallel else t
     rotary = t * _rotated(config)
     whole = _layer(config, s, t, implementation, None)
+    host = 0
     if granularity == "full":
         layer, shared, recomputed = s * h * e, rotary * FP32, whole
+        if config.activation_offload:  # the layer's own, and the next one's on its way
+            host, layer, recomputed = layer, 0, recomputed + 2 * layer
     else:
         layer, shared = _layer(config, s, t, implementation, granularity), 0
         recomputed = _core_attention(config, t) if granularity == "selective" else 0
@@ -114,6 +119,7 @@ def stage_activations(
         shared=shared,
         output=_output(config, s, stream, implementation) if last else 0,
         recomputed=recomputed,
+        host=host,
     )
 
 

@@ -25,6 +25,7 @@ __all__ = ["BufferLayout", "StateBytes", "lay_out", "overlap_bucket", "state_byt
 # Megatron-Core 0.16: where a parameter starts, and what a bucket's length divides by, beside the ranks.
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 FP32 = 4
+IN_FP32 = MomentStorage()
 # Numbers in a bucket at least, and for each data-parallel rank at least.
 BUCKET_NUMEL, BUCKET_NUMEL_PER_RANK = 40_000_000, 1_000_000
 
@@ -127,7 +128,7 @@ def state_bytes(
     ranks: int,
     rank: int | None = 0,
     distributed: bool = True,
-    moments: MomentStorage = MomentStorage(),
+    moments: MomentStorage = IN_FP32,
     bucket: int | None = None,
 ) -> StateBytes:
     """What an engine with an optimizer holds on one rank of a stage.

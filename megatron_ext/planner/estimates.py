@@ -84,12 +84,25 @@ class Estimate:
 
 
 def _kinds_of_change(job: Job) -> Iterator[Iterator[tuple[Job, str]]]:
-    """What leaves all numbers as they are, and what rounds Adam's moments; each from less to more, with the keys that say so."""
+    """What lies on the host, what is computed again, and what rounds Adam's moments; each from less to more, with the keys that
+    say so."""
     on_host = job.moments.on_host
     shares = [(MomentStorage(share, job.moments.types), _share_keys(share)) for share in SHARES if share > on_host]
     yield _with_reference(job, [(job.moments, ""), *shares])
+    if not job.block:  # frozen layers below it leave it no gradient then
+        yield _less_of_activations(job)
     if job.moments.types != BF16_MOMENTS:
         yield _with_reference(job, [(MomentStorage(on_host, BF16_MOMENTS), BF16_KEYS)])
+
+
+def _less_of_activations(job: Job) -> Iterator[tuple[Job, str]]:
+    keys = []
+    if job.model.activations_checkpoint_granularity != "full":
+        keys.append("model.activations_checkpoint_granularity=full")
+        yield job.laid_out(activations_checkpoint_granularity="full"), keys[0]
+    if not job.model.activation_offload:
+        keys.append("model.activation_offload=true")
+        yield job.laid_out(activations_checkpoint_granularity="full", activation_offload=True), " ".join(keys)
 
 
 def _share_keys(share: float) -> str:

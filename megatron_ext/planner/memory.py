@@ -97,33 +97,36 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     largest = job.largest()
     stream = largest.shape
     found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl))
+    activations, inputs = _in_flight(job, stage, found)
     return StageMemory(
         stage,
         state.parameters,
         state.gradients,
         state.optimizer,
         copies,
-        _in_flight(job, stage, found),
+        activations,
         found.recomputed + max(_layer_working(config, largest), _output_working(config, stage, stream)),
         locating,
         _cache(job, stage) if job.rollout else 0,
-        host + state.host,
+        host + state.host + inputs,
     )
 
 
-def _in_flight(job: Job, stage: int, found: Activations) -> int:
-    """Activations of all streams that wait for their backward pass. Of a stage in pieces more do, as Megatron's interleaved
-    schedule has it, and what each piece has sent on is not freed."""
+def _in_flight(job: Job, stage: int, found: Activations) -> tuple[int, int]:
+    """Activations of all streams that wait for their backward pass, on the device and on the host. Of a stage in pieces more do,
+    as Megatron's interleaved schedule has it, and what each piece has sent on is not freed."""
     split, streams = job.model.pipeline_split, len(job.microbatches)
     if split.pieces == 1:
-        return min(streams, split.stages - stage) * found.kept
+        waiting = min(streams, split.stages - stage)
+        return waiting * found.kept, waiting * found.host * found.layers
     streams = max(streams, split.stages)
     ahead = 2 * (split.stages - stage - 1) + (split.pieces - 1) * streams_per_turn(streams, split.stages) + 1
     passes = min(ahead, split.pieces * streams)
     rows = job.largest().shape.tokens // (job.model.tensor_model_parallel_size if job.model.sequence_parallel else 1)
     sent = rows * job.model.hidden_size * job.model.dtype.itemsize
-    each = found.layer * (found.layers // split.pieces) + found.shared + sent
-    return passes * each + min(passes, streams) * (found.input + found.output)
+    layers = found.layers // split.pieces
+    each = found.layer * layers + found.shared + sent
+    return passes * each + min(passes, streams) * (found.input + found.output), passes * layers * found.host
 
 
 def _state(job: Job, stage: int) -> StateBytes:

@@ -129,8 +129,17 @@ class _Clock:
             if backward:
                 flops = Flops(flops.linear, flops.attention, flops.vocabulary * 4 / 3)
             sent = sum(self.link(t) for t in pass_traffic(job, microbatch, backward))
-            self._known[key] = self.compute(flops, share) + sent
+            self._known[key] = max(self.compute(flops, share) + sent, self.offloading(microbatch) if backward else 0.0)
         return self._known[key]
+
+    def offloading(self, microbatch: MicrobatchShape) -> float:
+        """Layers' inputs on their way to the host and back, while the pass runs; of the slowest stage."""
+        config = self.job.model
+        if not config.activation_offload:
+            return 0.0
+        rows = microbatch.shape.tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        sent = 2 * max(config.pipeline_split.counts()) * rows * config.hidden_size * config.dtype.itemsize
+        return sent / (self.hardware.host_link * self.assumed.link_efficiency)
 
     def reference(self) -> float:
         """The copy of the reference policy's weights from the host, of the stage that has most."""

@@ -130,6 +130,7 @@ def _adapt_tensor_methods() -> None:
 
     torch.Tensor.to = to
     torch.Tensor.type = type_
+    torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self if _stand_in == CPU else tensor_to(self, _stand_in)
 
 
@@ -140,7 +141,10 @@ class _NoStream:
 
     def wait_stream(self, stream): ...
 
-    def record_event(self, event=None): ...
+    def wait_event(self, event): ...
+
+    def record_event(self, event=None):
+        return self
 
     def synchronize(self): ...
 

@@ -21,7 +21,7 @@ from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
 from tests.gpt_cases import small_config
-from tests.held_bytes import engine_storages, optimizer_tensors, saved_bytes, storages
+from tests.held_bytes import engine_storages, optimizer_tensors, saved_here_and_there, storages
 from tests.layouts import Lengths
 from tests.pretend import be_alone, pretend
 
@@ -191,8 +191,10 @@ def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
     if stage:
         rows = tokens // config.tensor_model_parallel_size if config.sequence_parallel else tokens
         model.set_input_tensor(torch.randn(rows, 1, config.hidden_size, dtype=config.dtype, requires_grad=True))
+    saved, there = saved_here_and_there(model, batch)
     return {
-        "saved": saved_bytes(model, batch),
+        "saved": saved,
+        "host": there,
         "stage": stage,
         "tokens": tokens,
         "predicted": len(record.predict_index),

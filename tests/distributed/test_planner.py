@@ -203,6 +203,8 @@ def activation_cases(count: int) -> list[ActivationCase]:
             "precision": draw.choice(["32", "bf16"]),
             "activations_checkpoint_granularity": (None, "selective", "full")[number % 3],
         }
+        if number % 3 == 2:
+            fields["activation_offload"] = draw.random() < 0.5
         if draw.random() < 0.5:
             fields["sequence_parallel"] = False
         groups = [(draw.randint(0, 40), [draw.randint(1, 20) for _ in range(4)]) for _ in range(draw.randint(1, 3))]
@@ -227,6 +229,8 @@ def test_activation_bytes_are_what_autograd_saves(name, found):
             planned = stage_activations(config, real["stage"], stream, EAGER)
             bound = 0.1 if config.sequence_parallel or sizes.context > 1 else 1e-12
             assert planned.kept == pytest.approx(real["saved"], rel=bound), (case, real)
+            assert planned.host * planned.layers == real["host"]
+            assert (real["host"] > 0) == case.fields.get("activation_offload", False)
 
 
 # One kind of parallelism each, so that every collective's kind is known. The pipeline's needs real ranks, see below.

@@ -33,16 +33,18 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_selective_and_full_recompute_equal_none_bitwise(name, rng):
-    """Prefix trees in two microbatches, fp32."""
+    """Prefix trees in two microbatches, fp32; the last with layers' inputs on the host."""
     sizes, changes = LAYOUTS[name]
     rollout = make_rollout(rng, LENGTHS, 61, common=3)
     cases = [
-        LayoutCase(MODEL | changes | {"activations_checkpoint_granularity": g}, 5, rollout, CUTS, [])
-        for g in (None, "selective", "full")
+        LayoutCase(
+            MODEL | changes | {"activations_checkpoint_granularity": g, "activation_offload": o}, 5, rollout, CUTS, []
+        )
+        for g, o in ((None, False), ("selective", False), ("full", False), ("full", True))
     ]
-    for none, selective, full in run_ranks(gradients, 4, cases, sizes=sizes):
-        assert [int(r["passes"]) for r in (none, selective, full)] == [2, 4, 4]  # it did recompute
-        for other in (selective, full):
+    for none, *others in run_ranks(gradients, 4, cases, sizes=sizes):
+        assert [int(r["passes"]) for r in (none, *others)] == [2, 4, 4, 4]  # it did recompute
+        for other in others:
             assert other.keys() == none.keys()
             assert all(torch.equal(value, other[n]) for n, value in none.items() if n != "passes")
         assert all(torch.count_nonzero(value) for value in none.values())

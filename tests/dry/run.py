@@ -48,6 +48,7 @@ SHAPES = "megatron/core/pipeline_parallel/p2p_communication.py:P2PCommunicator._
 HOST_STEP, KEPT = (
     f"megatron_ext/runtime/{x}" for x in ("lean_adam.py:LeanAdamW._on_host", "reference.py:ReferenceWeights._kept")
 )
+INPUTS = "megatron_ext/runtime/activation_offload.py:LayerInputs.pack"
 IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
 # Megatron-Core from 0.19 on has norms of groups of parameters, and asks once, with the first step, whether there are any.
@@ -64,6 +65,7 @@ NECESSARY: dict[tuple[str, str], str] = {
     (CHOOSE, "copy"): "tokens with their log-probabilities, once a step: some end their response",
     (SHAPES, "copy"): "how long a neighbouring stage's stream is: they are of different lengths",
     (HOST_STEP, "copy"): "optimizer_cpu_offload: weights and gradients to where Adam's moments are",
+    (INPUTS, "copy"): "activation_offload: layers' inputs, for the host to keep",
     (KEPT, "copy"): "offload_reference_policy: the reference's weights, once, before the first step",
     (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
     (STOP, "value"): "whether any rank has been asked to stop, once a step",

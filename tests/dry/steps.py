@@ -30,7 +30,7 @@ from recipes.grpo.batches import GRPOMicrobatch
 from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import CHOOSE, FIRST_UPDATE, HOST_STEP, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
+from tests.dry.run import CHOOSE, FIRST_UPDATE, HOST_STEP, INPUTS, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -179,6 +179,11 @@ STEPS: dict[str, Step] = {
     "sft": Step(sft, UPDATE),
     "sft, selective recompute": Step(sft, UPDATE, {"activations_checkpoint_granularity": "selective"}),
     "sft, full recompute": Step(sft, UPDATE, {"activations_checkpoint_granularity": "full"}),
+    "sft, layers' inputs on the host": Step(
+        sft,
+        UPDATE | {(INPUTS, "copy"): 4},
+        {"activations_checkpoint_granularity": "full", "activation_offload": True},
+    ),
     "sft, without a fused norm": Step(sft, UPDATE | {(OWN_NORM, "value"): 2 * PARAMETERS}, fused=False),
     "sft, one call": Step(sft, UPDATE, {"attention_plan": "one_call"}),
     "sft, windows": Step(sft, UPDATE, WINDOW),

@@ -113,20 +113,20 @@ def test_steps_are_torchs_with_rounded_moments(on_host, rounded, rng):
             state = reference.state[plain][moment]
             state.copy_(state.to(dtype))
         cut = int(on_host * start.numel())
-        exact, near = (lambda x: x.detach().flatten()[cut:]), (lambda x: x.detach().flatten()[:cut])
-        assert torch.equal(exact(mine), exact(plain))
+        weights = mine.detach().flatten(), plain.detach().flatten()
+        assert torch.equal(weights[0][cut:], weights[1][cut:])
         for moment in ("exp_avg", "exp_avg_sq"):
-            found, expected = lean.moments(mine)[moment], reference.state[plain][moment]
-            assert torch.equal(exact(found), exact(expected))
+            found, expected = lean.moments(mine)[moment], reference.state[plain][moment].flatten()
+            assert torch.equal(found[cut:], expected[cut:])
             if cut:  # a last bit of fp32 may become one of bf16
-                assert relative_error(near(found), near(expected)) <= 2**-8
+                assert relative_error(found[:cut], expected[:cut]) <= 2**-8
         if cut:
-            assert relative_error(near(mine), near(plain)) <= 1e-3
+            assert relative_error(weights[0][:cut], weights[1][:cut]) <= 1e-3
     assert lean.state[mine]["exp_avg"].dtype == types[0] and lean.state[mine][HOST + "exp_avg_sq"].dtype == types[1]
 
 
 def test_a_decay_that_bf16_does_not_see_is_refused(rng):
-    """The rule is what bf16 does: numbers stay where they are under a decay that is slower, and fall under the slowest allowed."""
+    """The rule is what bf16 does: just above a power of two numbers stay under a slower decay than is allowed."""
     for decay, still in ((1 - 2**-8 + 1e-4, True), (1 - 2**-8 - 1e-4, False)):
         x = 2.0 ** torch.arange(-20, 5).to(torch.bfloat16) * (1 + 2**-7 * torch.arange(1, 2))
         fallen = (x.float() * decay).to(torch.bfloat16)
