@@ -19,7 +19,7 @@ __all__ = ["Estimate", "Grouping", "estimate", "grouping_gain"]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of Adam's moments
 BF16_MOMENTS = (torch.bfloat16, torch.bfloat16)
-BF16_KEYS = "model.optim.exp_avg_dtype=bfloat16 model.optim.exp_avg_sq_dtype=bfloat16"
+BF16_KEYS = "model.optim.exp_avg_dtype=bfloat16 and model.optim.exp_avg_sq_dtype=bfloat16"
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ def _less_of_activations(job: Job) -> Iterator[tuple[Job, str]]:
         yield job.laid_out(activations_checkpoint_granularity="full"), keys[0]
     if not job.model.activation_offload:
         keys.append("model.activation_offload=true")
-        yield job.laid_out(activations_checkpoint_granularity="full", activation_offload=True), " ".join(keys)
+        yield job.laid_out(activations_checkpoint_granularity="full", activation_offload=True), " and ".join(keys)
 
 
 def _share_keys(share: float) -> str:
     key = "model.optim.optimizer_cpu_offload=true"
-    return key if share == 1 else f"{key} model.optim.optimizer_offload_fraction={share}"
+    return key if share == 1 else f"{key} and model.optim.optimizer_offload_fraction={share}"
 
 
 def _with_reference(job: Job, kept: Sequence[tuple[MomentStorage, str]]) -> Iterator[tuple[Job, str]]:
@@ -118,7 +118,7 @@ def _with_reference(job: Job, kept: Sequence[tuple[MomentStorage, str]]) -> Iter
             yield dataclasses.replace(job, moments=moments), keys
         if moves:
             moved = dataclasses.replace(job, moments=moments, reference_on_host=True)
-            yield moved, " ".join(filter(None, ("trainer.grpo.offload_reference_policy=true", keys)))
+            yield moved, " and ".join(filter(None, ("trainer.grpo.offload_reference_policy=true", keys)))
 
 
 def estimate(job: Job, hardware: str | Hardware = "H100", assumptions: Assumptions | None = None) -> Estimate:

@@ -74,8 +74,8 @@ def test_layers_inputs_are_on_the_host_but_for_two():
 
 RECOMPUTE = "model.activations_checkpoint_granularity=full"
 REFERENCE, HOST = "trainer.grpo.offload_reference_policy=true", "model.optim.optimizer_cpu_offload=true"
-SHARE = f"{HOST} model.optim.optimizer_offload_fraction="
-ROUNDED = "model.optim.exp_avg_dtype=bfloat16 model.optim.exp_avg_sq_dtype=bfloat16"
+SHARE = f"{HOST} and model.optim.optimizer_offload_fraction="
+ROUNDED = "model.optim.exp_avg_dtype=bfloat16 and model.optim.exp_avg_sq_dtype=bfloat16"
 
 
 def test_the_least_that_helps_is_named():
@@ -83,13 +83,13 @@ def test_the_least_that_helps_is_named():
     start, none = job(devices=1, groups=8, rollout_prompts=1), Assumptions(reserve=0)
     moves = [
         ({"reference_on_host": True}, f"{REFERENCE} or {RECOMPUTE} or {ROUNDED}"),
-        ({"moments": MomentStorage(types=BF16)}, f"{REFERENCE} {SHARE}0.25 or {ROUNDED}"),
+        ({"moments": MomentStorage(types=BF16)}, f"{REFERENCE} and {SHARE}0.25 or {ROUNDED}"),
         (
             {"reference_on_host": True, "moments": MomentStorage(0.5)},
-            f"{REFERENCE} {SHARE}0.5 or {REFERENCE} {ROUNDED}",
+            f"{REFERENCE} and {SHARE}0.5 or {REFERENCE} and {ROUNDED}",
         ),
-        ({"reference_on_host": True, "moments": MomentStorage(0.75)}, f"{REFERENCE} {SHARE}0.75"),
-        ({"reference_on_host": True, "moments": MomentStorage(1.0)}, f"{REFERENCE} {HOST}"),
+        ({"reference_on_host": True, "moments": MomentStorage(0.75)}, f"{REFERENCE} and {SHARE}0.75"),
+        ({"reference_on_host": True, "moments": MomentStorage(1.0)}, f"{REFERENCE} and {HOST}"),
     ]
     for move, said in moves:
         memory = estimate(dataclasses.replace(start, **move)).bytes_per_rank
