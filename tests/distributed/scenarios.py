@@ -198,7 +198,7 @@ def _media_case(device: torch.device, case: MediaCase) -> dict[str, Any]:
 
 
 def _sample(model, case: LayoutCase) -> dict[str, Any]:
-    greedy = SamplingParams(NEW_TOKENS, (case.stop,), use_greedy=True)
+    greedy = SamplingParams(NEW_TOKENS, () if case.stop is None else (case.stop,), use_greedy=True)
     sampling = SamplingParams(NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.95)
     return {
         "greedy": generate(model, case.prompts, SAMPLES, greedy),
