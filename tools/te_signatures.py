@@ -41,7 +41,7 @@ WANTED = {
     f"{PYTORCH}.float8_tensor": ("Float8Tensor",),
     f"{PYTORCH}.router": ("fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"),
     f"{PYTORCH}.ops": ("Sequential", "FusibleOperation"),
-    f"{PACKAGE}.common.recipe": ("DelayedScaling",),
+    f"{PACKAGE}.common.recipe": ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "Format"),
 }  # fmt: skip
 
 
@@ -96,6 +96,9 @@ class Sources:
             return _texts(node)
         if not isinstance(node, ast.ClassDef):
             return None
+        if method == "__init__" and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+            return [f"{x.target.id}={ast.unparse(x.value)}" if x.value else x.target.id for x in fields]
         own = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == method), None)
         inherited = None
         for base in node.bases:

@@ -13,6 +13,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, names
+from megatron_ext.models.fp8 import FP8_ROWS
 from megatron_ext.models.placement import Placement
 from megatron_ext.models.stages import PipelineSplit
 from megatron_ext.rotary import RopeScaling, find_scheme
@@ -238,6 +239,28 @@ class GPTModelConfig(Placement):
                 "which model.cp_comm_type=a2a needs; use all_gather",
             )
 
+    def _fp8_rules(self) -> Iterator[tuple[bool, str]]:
+        yield from super()._fp8_rules()
+        if self.fp8 is None or self.fp8_recipe not in FP8_ROWS or self.kv_channels is None:
+            return
+        tp, multiple = self.tensor_model_parallel_size, FP8_ROWS[self.fp8_recipe]
+        heads = self.num_attention_heads * self.kv_channels
+        widths = {
+            "model.hidden_size": self.hidden_size,
+            "model.ffn_hidden_size per tensor-parallel rank": self.ffn_hidden_size // tp,
+            "rows of queries, keys and values per tensor-parallel rank": (
+                heads + 2 * self.num_query_groups * self.kv_channels
+            )
+            // tp,
+            "channels of attention per tensor-parallel rank": heads // tp,
+        }
+        for name, width in widths.items():
+            yield (
+                width % multiple,
+                f"{name}: {width} is no multiple of {multiple}, which model.fp8={self.fp8} with "
+                f"model.fp8_recipe={self.fp8_recipe} needs; set model.fp8=null",
+            )
+
     def _attention_rules(self) -> Iterator[tuple[bool, str]]:
         """Of sliding windows and the scores' bound."""
         size = self.window_size
@@ -356,5 +379,6 @@ PLAIN = {
 
 def stream_multiple(config: GPTModelConfig) -> int:
     """Stream lengths are padded to a multiple of this: 16 rows suit the matrix units, and sequence parallelism needs
-    a multiple of the tensor-parallel size."""
-    return math.lcm(16, config.tensor_model_parallel_size)
+    a multiple of the tensor-parallel size; in FP8 each of its ranks' rows are a multiple, too."""
+    tp = config.tensor_model_parallel_size
+    return math.lcm(16, tp * config.row_multiple if config.sequence_parallel else math.lcm(tp, config.row_multiple))

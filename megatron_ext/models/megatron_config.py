@@ -16,6 +16,8 @@ def megatron_config(config: GPTModelConfig, device_type: str) -> TransformerConf
     granularity = config.activations_checkpoint_granularity
     full = granularity == "full"
     interleaved = config.pipeline_split.pieces > 1
+    # Weights of 8 bits are not kept from one pass to the next: see models/fp8.py.
+    fp8 = {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "disable_parameter_transpose_cache": True}
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -69,4 +71,5 @@ def megatron_config(config: GPTModelConfig, device_type: str) -> TransformerConf
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
+        **(fp8 if config.fp8 is not None else {}),
     )

@@ -17,6 +17,7 @@ from megatron_ext.attention.forms import ATTENTION_PLANS
 from megatron_ext.attention.kernels import KERNELS, check_kernel
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Layout, Speed, Training
+from megatron_ext.models.fp8 import FP8_ROWS, check_fp8
 from megatron_ext.runtime.distributed import local_device
 
 __all__ = ["PRECISIONS", "Placement"]
@@ -29,6 +30,12 @@ IMPLEMENTATIONS = ("auto", "local", "transformer_engine")
 class Placement:
     # "32", "bf16", or "auto": bf16 on a GPU, whose attention kernels need it, and fp32 on a CPU.
     precision: Training[str] = "auto"
+    # Products of the layers' linears in numbers of 8 bits: "e4m3", "hybrid" (e5m2 for gradients), or null: in `precision`, as
+    # weights, attention, embedding and vocabulary are in any case. It needs bf16 and Transformer Engine. Not yet run.
+    fp8: Training[str | None] = None
+    # What shares a scale there: "tensorwise", the numbers of a tensor (GPUs from Ada on); "blockwise", of 1 x 128 or 128 x 128
+    # (Hopper); "mxfp8", of 32 (Blackwell). Without meaning where fp8 is null.
+    fp8_recipe: Training[str] = "tensorwise"
     # Ranks that share every matrix. Raise it, within a machine, until the weights fit.
     tensor_model_parallel_size: Layout[int] = 1
     # Ranks that share the layers, a stage for each. Raise it where tensor parallelism has reached the
@@ -79,11 +86,13 @@ class Placement:
         """(whether it is broken, what is said then)."""
         choices = (
             ("precision", ("auto", *PRECISIONS)), ("attention_kernel", ("auto", *KERNELS)), ("attention_plan", ATTENTION_PLANS),
-            ("transformer_impl", IMPLEMENTATIONS), ("cp_comm_type", CP_COMM_TYPES),
+            ("transformer_impl", IMPLEMENTATIONS), ("cp_comm_type", CP_COMM_TYPES), ("fp8", (None, "e4m3", "hybrid")),
         )  # fmt: skip
         for name, known in choices:
             value = getattr(self, name)
-            yield value not in known, f"model.{name} must be one of {', '.join(known)}, got {value!r}"
+            said = ", ".join("null" if x is None else x for x in known)
+            yield value not in known, f"model.{name} must be one of {said}, got {value!r}"
+        yield from self._fp8_rules()
         yield (
             self.sequence_parallel and self.tensor_model_parallel_size == 1,
             "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1",
@@ -92,6 +101,25 @@ class Placement:
             self.attention_plan == "one_call" and self.context_parallel_size > 1 and self.cp_comm_type == "all_gather",
             "model.attention_plan=one_call needs model.cp_comm_type=a2a: gathered keys are not copied for each response",
         )
+
+    def _fp8_rules(self) -> Iterator[tuple[bool, str]]:
+        on, recipe = self.fp8 is not None, self.fp8_recipe
+        yield (
+            recipe == "delayed",
+            "model.fp8_recipe=delayed takes scales from earlier passes, and would mix those of the policy, of the reference and "
+            "of sampling; set it to one of " + ", ".join(FP8_ROWS),
+        )
+        yield recipe not in FP8_ROWS, f"model.fp8_recipe must be one of {', '.join(FP8_ROWS)}, got {recipe!r}"
+        yield on and self.precision == "32", f"model.fp8={self.fp8} needs model.precision=bf16, got 32"
+        yield (
+            on and self.transformer_impl == "local",
+            f"model.fp8={self.fp8} is Transformer Engine's, and model.transformer_impl=local does without; set it to auto",
+        )
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of a linear's input on each tensor-parallel rank are a multiple of."""
+        return 1 if self.fp8 is None else FP8_ROWS[self.fp8_recipe]
 
     @property
     def _capped(self) -> bool:
@@ -111,6 +139,8 @@ class Placement:
             check_kernel(self.attention_kernel, self._capped, device_type)
         except UserError as error:
             raise UserError(f"model.attention_kernel={self.attention_kernel}: {error}") from error
+        if self.fp8 is not None and device_type != "cuda":
+            raise UserError(f"model.fp8={self.fp8} cannot run on {device_type}: it needs a GPU; set it to null")
         return dataclasses.replace(self, precision=precision)
 
     def here(self) -> Self:
@@ -123,6 +153,8 @@ class Placement:
         lacking = self.attention_kernel != "auto" and KERNELS[self.attention_kernel].missing()
         if lacking:
             raise UserError(f"model.attention_kernel={self.attention_kernel} needs {lacking}; use auto")
+        if self.fp8 is not None:
+            check_fp8(self.fp8_recipe)
         return found
 
     @property

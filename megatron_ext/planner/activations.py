@@ -19,7 +19,8 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import layers_of_stage
 
 __all__ = [
-    "EAGER", "FUSED", "Activations", "Implementation", "StreamShape", "on_gpu", "projected_width", "stage_activations",
+    "EAGER", "FUSED", "FUSED_FP8", "Activations", "Implementation", "StreamShape", "on_gpu", "projected_width",
+    "stage_activations",
 ]  # fmt: skip
 
 INDEX, FP32, MASK_TYPE = 8, 4, 4
@@ -31,21 +32,27 @@ class Implementation:
 
     fused_norm: bool
     fused_swiglu: bool
+    fp8: bool = False
 
 
 EAGER = Implementation(fused_norm=False, fused_swiglu=False)
 FUSED = Implementation(fused_norm=True, fused_swiglu=True)
+FUSED_FP8 = Implementation(fused_norm=True, fused_swiglu=True, fp8=True)
+FP8 = 1
 
 
-def on_gpu(transformer_impl: str) -> Implementation:
+def on_gpu(transformer_impl: str, fp8: bool = False) -> Implementation:
     """How a GPU runs layers of `model.transformer_impl`; "auto" is taken for Transformer Engine.
+
+    In FP8 linears keep their inputs in 8 bits, but for attention's output, which attention keeps in bf16 anyway; and a copy of
+    their weights for each of two directions, of every stream.
 
     "local" has Megatron's fused SwiGLU, too, and torch's RMSNorm, which is one kernel on a GPU from torch 2.9 on (pull
     request 153666) and plain operations before. The torch that plans is taken for the one that will run.
     """
     if transformer_impl == "local":
         return Implementation(fused_norm=hasattr(torch.ops.aten, "_fused_rms_norm_backward"), fused_swiglu=True)
-    return FUSED
+    return FUSED_FP8 if fp8 else FUSED
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,10 @@ def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementatio
     n, m, d = _heads(config)
     f = config.ffn_hidden_size // config.tensor_model_parallel_size
     projected = t * projected_width(config) * e
-    total = 2 * (_norm(s, h, e, implementation) + s * h * e)  # both norms, and what their linears keep of their output
+    kept = FP8 if implementation.fp8 else e
+    total = 2 * (
+        _norm(s, h, e, implementation) + s * h * kept
+    )  # both norms, and what their linears keep of their output
     total += 4 * t * _rotated(config) * e  # cosines and sines of queries and of keys
     selective = granularity == "selective"
     # Keys (and values, where no kernel of ours copies them) are views that keep the whole projection.
@@ -167,7 +177,10 @@ def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementatio
     total += _core_attention(config, t)
     if selective:  # neither its own copy of the values nor the log-sum-exp; the kind of mask, as a number
         total += MASK_TYPE - t * (m * d * e + n * FP32)
-    total += t * 3 * f * e  # into and out of SwiGLU
+    total += t * f * (2 * e + kept)  # into and out of SwiGLU
+    if implementation.fp8:
+        qkv = (config.num_attention_heads + 2 * config.num_query_groups) * d // config.tensor_model_parallel_size
+        total += 2 * FP8 * h * (qkv + n * d + 3 * f)
     if not implementation.fused_swiglu:
         total += t * 2 * f * e  # the gate's output, and the other half once more
     return total

@@ -60,6 +60,8 @@ class Assumptions:
     # Of the GPU's peak, reached by large products, and by attention kernels forward and backward.
     linear_efficiency: float = 0.55
     attention_efficiency: float = 0.40
+    # How many times as fast layers' products are in FP8: their peak is twice that of bf16, and numbers must be turned into it.
+    fp8_gain: float = 1.5
     # Of memory and links.
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.75
@@ -85,6 +87,7 @@ class Assumptions:
         """Printed with every estimate."""
         return [
             f"products reach {self.linear_efficiency:.0%} of the peak, attention {self.attention_efficiency:.0%}",
+            f"products in FP8 are {self.fp8_gain:g} times as fast, where model.fp8 is set",
             f"memory and links reach {self.memory_efficiency:.0%} and {self.link_efficiency:.0%} of their bandwidth",
             f"a collective takes {1e6 * self.collective_latency:.0f} us to start and {1e6 * self.ring_latency:.0f} us per "
             "rank of its ring; nothing overlaps with computation",

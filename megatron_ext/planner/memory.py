@@ -96,7 +96,7 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
         locating = item * sum(p.numel for p in parameters if p.layer is not None)
     largest = job.largest()
     stream = largest.shape
-    found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl))
+    found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl, config.fp8 is not None))
     activations, inputs = _in_flight(job, stage, found)
     return StageMemory(
         stage,

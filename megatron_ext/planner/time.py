@@ -111,7 +111,8 @@ class _Clock:
         """Of one rank of the slowest stage, which has that share of the layers, and the vocabulary."""
         config, peak = self.job.model, self.hardware.flops
         ranks = config.tensor_model_parallel_size * config.context_parallel_size
-        linear = (flops.linear * layers + flops.vocabulary) / (peak * self.assumed.linear_efficiency)
+        gain = self.assumed.fp8_gain if config.fp8 is not None else 1.0
+        linear = (flops.linear * layers / gain + flops.vocabulary) / (peak * self.assumed.linear_efficiency)
         return (linear + flops.attention * layers / (peak * self.assumed.attention_efficiency)) / ranks
 
     def microbatch(self, microbatch: MicrobatchShape, backward: bool) -> float:

@@ -5,6 +5,7 @@ Imported by te_modules.py when it stands in Transformer Engine's place.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
+from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.fp8 import FP8_ROWS
+from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed, shutdown
 from megatron_ext.runtime.engine import Engine
@@ -26,11 +30,12 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 LENGTHS = [(11, [2, 7, 7]), (5, [3])]
 
 
-def compare(folder: Path, with_checkpoints: bool) -> dict:
+def compare(folder: Path, with_checkpoints: bool, played) -> dict:
     """What differs between the two, in this process as the only rank; of names and shapes also as one of two under TP and SP.
 
     Args:
         folder: for checkpoints; made.
+        played: te_modules' `Version`, which knows in what contexts of FP8 modules were called.
     """
     try:
         device = initialize(ParallelSizes())
@@ -38,6 +43,11 @@ def compare(folder: Path, with_checkpoints: bool) -> dict:
         local, te = (build_gpt(_config(name), device) for name in IMPLEMENTATIONS)
         found = {"names": _different_names(local, te)} | _different_numbers(local, te)
         found["optimizer"] = _optimizer_of(te)
+        found["fp8"] = {
+            f"{recipe}, {recompute or 'none'}": _in_fp8(recipe, recompute, device, played)
+            for recipe in FP8_ROWS
+            for recompute in (None, "full")
+        }
         if with_checkpoints:
             found["checkpoints"] = _through_checkpoints(folder, local, te)
         pretend(1, 2, ParallelSizes(tensor=2))
@@ -56,6 +66,32 @@ def _optimizer_of(te: PrefixGroupedGPT) -> str:
     """The name of the class behind Megatron's optimizer."""
     (part, *_) = Engine(te, OptimConfig()).optimizer.chained_optimizers
     return type(part.optimizer).__name__
+
+
+def _in_fp8(recipe: str, recompute: str | None, device: torch.device, played) -> dict:
+    """A forward and backward pass as a GPU's configuration has it, beside one without FP8."""
+    config = _config(
+        "transformer_engine", precision="bf16", fp8="hybrid", fp8_recipe=recipe, activations_checkpoint_granularity=recompute,
+        ffn_hidden_size=64,
+    ).on("cuda")  # fmt: skip
+    batch = pack_rollout(make_rollout(torch.Generator().manual_seed(1), LENGTHS, 61), pad=stream_multiple(config))
+    answers = []
+    played.contexts.clear()
+    for settings in (config, replace(config, fp8=None)):
+        model = PrefixGroupedGPT(settings, megatron_config(settings, "cuda"), device)
+        randomize(model, torch.Generator().manual_seed(2))
+        logprobs, _ = run(model, batch)
+        logprobs.sum().backward()
+        answers.append({"logprobs": logprobs.detach()} | named_gradients(model))
+    with_fp8, without = answers
+    contexts = played.contexts
+    return {
+        "same": all(torch.equal(with_fp8[name], value) for name, value in without.items()),
+        "recipes": sorted({context.recipe for context in contexts}),
+        "layers": len(contexts),
+        "linears": sum(context.linears for context in contexts),
+        "kept": sum(context.kept for context in contexts),
+    }
 
 
 def _config(implementation: str, **sizes):

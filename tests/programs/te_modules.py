@@ -9,6 +9,8 @@ The last line of output is JSON: for every version what it lacks, and what diffe
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import inspect
 import json
 import sys
@@ -28,10 +30,55 @@ class Version:
 
     number = FIXTURE["versions"][0]
     taken: set[str] = set()  # full names that Megatron took when it was imported
+    fp8: FP8 | None = None  # the context that modules are called in
+    contexts: list[FP8] = []  # since `contexts` was emptied
 
     @classmethod
     def entry(cls, full_name: str) -> dict | None:
         return next((e for e in FIXTURE["names"].get(full_name, ()) if cls.number in e["versions"]), None)
+
+
+class FP8:
+    """A context of FP8: its recipe's name, linears that were called in it, and those of them that would keep their weights."""
+
+    def __init__(self, recipe: str):
+        self.recipe, self.linears, self.kept = recipe, 0, 0
+
+    def called(self, x: Tensor, weight: Tensor, arguments: dict) -> None:
+        for tensor in (x, weight):  # `assert_dim_for_fp8_exec`
+            assert tensor[..., 0].numel() % 8 == 0 and tensor.size(-1) % 16 == 0, f"FP8 of {tuple(tensor.shape)}"
+        self.linears += 1
+        self.kept += arguments.get("is_first_microbatch") is not None
+
+
+@contextlib.contextmanager
+def fp8_autocast(*args, **kwargs):
+    a = check_call(f"{PYTORCH}.fp8_autocast", "arguments", args, kwargs)
+    assert a["enabled"]
+    before, Version.fp8 = Version.fp8, FP8(type(a["fp8_recipe"]).__name__)
+    Version.contexts.append(Version.fp8)
+    try:
+        yield
+    finally:
+        Version.fp8 = before
+
+
+def checkpoint(function, *args, **kwargs):
+    check_call(f"{PYTORCH}.distributed.checkpoint", "arguments", (function, *args), kwargs)
+    return function(*args)
+
+
+class Format(enum.Enum):
+    E4M3 = 1
+    HYBRID = 2
+
+
+def recipe(name: str) -> type:
+    def init(self, *args, **kwargs):
+        a = check_call(f"transformer_engine.common.recipe.{name}", "arguments", args, kwargs)
+        assert isinstance(a["fp8_format"], Format) and not a.get("fp8_dpa")
+
+    return type(name, (), {"__init__": init})
 
 
 def check_call(full_name: str, part: str, args: tuple, kwargs: dict) -> dict:
@@ -76,12 +123,17 @@ class _Module(torch.nn.Module):
         self.register_parameter(name, torch.nn.Parameter(weight))
 
     def forward(self, *args, **kwargs):
-        return self.compute(next(iter(check_call(self.full_name, "forward", args, kwargs).values())))
+        a = check_call(self.full_name, "forward", args, kwargs)
+        x = next(iter(a.values()))
+        if Version.fp8 is not None and isinstance(self, Linear):
+            Version.fp8.called(x, self.weight, a)
+        return self.compute(x)
 
 
 class Linear(_Module):
     def make(self, a: dict) -> None:
         self.in_features, self.out_features = a["in_features"], a["out_features"]
+        self.save_original_input = False  # Megatron sets it, and demands that it is there
         self.tp_size, self.parallel_mode, self.use_bias = a["tp_size"], a["parallel_mode"], a["bias"]
         column, row = (self.tp_size if self.parallel_mode == mode else 1 for mode in ("column", "row"))
         self.parameter("weight", self.out_features // column, self.in_features // row)
@@ -125,7 +177,16 @@ class FusedAdam(torch.optim.AdamW):
 
 
 MODULES = {f"{PYTORCH}.{c.__name__}": c for c in (Linear, LayerNormLinear, RMSNorm)}
-PLAYED = MODULES | {f"{PYTORCH}.optimizers.FusedAdam": FusedAdam}
+PLAYED = MODULES | {
+    f"{PYTORCH}.optimizers.FusedAdam": FusedAdam,
+    f"{PYTORCH}.fp8_autocast": fp8_autocast,
+    f"{PYTORCH}.distributed.checkpoint": checkpoint,
+    "transformer_engine.common.recipe.Format": Format,
+    **{
+        f"transformer_engine.common.recipe.{name}": recipe(name)
+        for name in ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+    },
+}
 
 
 class Played(types.ModuleType):
@@ -194,7 +255,7 @@ def main(folder: Path) -> dict:
         play(number)
         lacking = sorted(name for name in imported if Version.entry(name) is None)
         ends = number in (FIXTURE["versions"][0], FIXTURE["versions"][-1])
-        answers[number] = {"lacking": lacking} | te_comparison.compare(folder / number, ends)
+        answers[number] = {"lacking": lacking} | te_comparison.compare(folder / number, ends, Version)
     return {"imported": sorted(imported), "versions": answers}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.models.fp8 import FP8_ROWS
 from megatron_ext.runtime.install_check import TRANSFORMER_ENGINE
 from tests.recipe_runs import run
 from tools.te_signatures import FIXTURE, collect, read_sources
@@ -21,6 +22,7 @@ SIGNATURES = json.loads(FIXTURE.read_text(encoding="utf-8"))
 # fp32 sums of up to 48 terms in another order.
 ROUNDING = 1e-5
 # Gone since 2.10. megatron-core asks for it under `except ImportError`, and routes tokens to experts by torch without it.
+RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
 DONE_WITHOUT = {"transformer_engine.pytorch.module.base.get_workspace"}
 
 
@@ -55,6 +57,16 @@ def test_checkpoints_go_both_ways(version, answers):
     assert answers["versions"][version]["checkpoints"] == []
 
 
+@pytest.mark.parametrize("version", SIGNATURES["versions"])
+@pytest.mark.parametrize("recipe", FP8_ROWS)
+def test_fp8_is_asked_for_as_the_version_takes_it(recipe, version, answers):
+    """Every layer in its context, with rows and channels of sizes that FP8 takes and no weights kept from an earlier pass; the
+    played modules compute the same as without."""
+    for recompute in ("none", "full"):
+        found = answers["versions"][version]["fp8"][f"{recipe}, {recompute}"]
+        assert found == {"same": True, "recipes": [RECIPES[recipe]], "layers": 2, "linears": 8, "kept": 0}
+
+
 def test_megatron_took_its_wrappers_bases_from_the_fixture(answers):
     """Else something else was tested."""
     assert {f"transformer_engine.pytorch.{name}" for name in ("Linear", "LayerNormLinear")} <= set(answers["imported"])
@@ -75,6 +87,9 @@ SOURCES = {
     "    def __init__(self, a: int, /, b=1, *, c: str = 'x', **kwargs): ...\n    def forward(self, x, first=None): ...\n",
     "transformer_engine/pytorch/module/base.py": "class Base:\n    def __init__(self, b=2, d=None): ...\n"
     "    def get_extra_state(self): ...\n",
+    "transformer_engine/common/__init__.py": "",
+    "transformer_engine/common/recipe.py": "from dataclasses import dataclass\n\n@dataclass(repr=False)\nclass DelayedScaling:\n"
+    "    margin: int = 0\n    wanted: str\n    shared = 3\n",
     "transformer_engine/pytorch/norms.py": "class RMSNorm:\n    def forward(self, x): ...\n",
     "transformer_engine/pytorch/fp8.py": "import contextlib\n\ndef fp8_autocast(enabled=True, *args): ...\n",
 }
@@ -100,6 +115,15 @@ def test_signatures_are_read_through_imports_bases_and_stars(tmp_path: Path):
                 "kind": "class",
                 "arguments": None,
                 "forward": ["x"],
+                "extra_state": False,
+            }
+        ],
+        "transformer_engine.common.recipe.DelayedScaling": [
+            {
+                "versions": ["2.9.0", "2.10.0"],
+                "kind": "class",
+                "arguments": ["margin=0", "wanted"],
+                "forward": None,
                 "extra_state": False,
             }
         ],
