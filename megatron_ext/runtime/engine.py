@@ -5,6 +5,7 @@ The engine knows microbatches and loss functions, not algorithms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.collectives import broadcast_object, from_last
+from megatron_ext.runtime.grad_norm import clip_gradients, gradient_norm
 from megatron_ext.runtime.optim import OptimConfig, ddp_config, make_optimizer, make_scheduler
 from megatron_ext.runtime.pieces import pieces_of, streams_per_turn
 from megatron_ext.runtime.trimmed import TrimmedPipeline, check_all_train, first_trained_stage, process_groups
@@ -65,6 +67,7 @@ class Engine:
         self.pieces = pieces_of(model)  # with an optimizer, each in its DDP
         self._pipeline: dict[str, Any] = {}  # for the schedule, where lower stages train nothing
         self._detach_input = False
+        self.clip_grad = clip_grad
         self._gather: WeightGather | None = None
         group = parallel_state.get_pipeline_model_parallel_group()
         if len(self.pieces) > 1:
@@ -86,7 +89,7 @@ class Engine:
             piece.broadcast_params()
         if optim.overlap_param_gather:
             self._gather = WeightGather(self.pieces)
-        self.optimizer = make_optimizer(optim, self.config, self.pieces, clip_grad)
+        self.optimizer = make_optimizer(optim, self.config, self.pieces)
         self.scheduler = make_scheduler(self.optimizer, optim, total_steps)
         self.config.finalize_model_grads_func = self._finalize
         no_syncs = [piece.no_sync for piece in self.pieces]
@@ -209,16 +212,17 @@ class Engine:
             DivergedError: the gradient is not finite; no parameter has been changed.
         """
         lr = self.optimizer.param_groups[0]["lr"]
-        # Asked before the step: without a loss scaler Megatron itself would step, and spread the NaN to all weights.
         self.optimizer.prepare_grads()
-        grad_norm = self.optimizer.get_grad_norm()
-        if not torch.isfinite(torch.as_tensor(grad_norm)):
+        grad_norm = gradient_norm(self.optimizer, next(self.module.parameters()).device).item()
+        # Without a loss scaler Megatron itself would step, and spread the NaN to all weights.
+        if not math.isfinite(grad_norm):
             raise DivergedError(
                 f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
             )
         self.gather_weights()  # nobody has asked for some of them
-        self.optimizer.step()
+        clip_gradients(self.optimizer, grad_norm, self.clip_grad)
+        self.optimizer.step_with_ready_grads()
         if self._gather is not None:
             self._gather.start()
         self.scheduler.step(increment=1)
-        return {"grad_norm": float(grad_norm), "lr": float(lr)}
+        return {"grad_norm": grad_norm, "lr": float(lr)}

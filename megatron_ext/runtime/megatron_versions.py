@@ -5,6 +5,7 @@
 | Python | 3.10 and newer | 3.12 and newer |
 | Triton | is done without | must be importable |
 | writers of `dist_checkpointing.save` | its own | its own for `async_strategy="mcore"`, else nvidia-resiliency-ext |
+| gradients of a norm | `get_main_grads_for_grad_norm` | `get_grads_for_grad_norm`, in 0.19 |
 | what is no tensor in a checkpoint | in `common.pt`, which must be there | among the tensors, or in `common.pt` |
 
 To know the version nothing of Megatron is imported.
@@ -17,7 +18,7 @@ from typing import Any
 
 from megatron_ext.runtime.install_check import megatron_package_info
 
-__all__ = ["DISPENSABLE", "VERSION", "finish_part", "save_sharded"]
+__all__ = ["DISPENSABLE", "VERSION", "finish_part", "gradients_for_norm", "save_sharded"]
 
 VERSION: tuple[int, int] = tuple((megatron_package_info() or {"VERSION": (0, 0)})["VERSION"][:2])
 # What `import megatron.core` would load for a GPU or a server, and does without.
@@ -39,3 +40,9 @@ def finish_part(place: Path) -> None:
 
     if not (place / COMMON_FILE).exists():
         torch.save({}, place / COMMON_FILE)
+
+
+def gradients_for_norm(optimizer) -> list[Any]:
+    """Of one of Megatron's optimizers, the gradients on this rank that no other rank counts."""
+    ask = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+    return ask()

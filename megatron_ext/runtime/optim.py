@@ -131,7 +131,7 @@ def ddp_config(optim: OptimConfig) -> DistributedDataParallelConfig:
     )
 
 
-def make_optimizer(optim: OptimConfig, config: TransformerConfig, pieces: Sequence[torch.nn.Module], clip_grad: float):
+def make_optimizer(optim: OptimConfig, config: TransformerConfig, pieces: Sequence[torch.nn.Module]):
     """Megatron's optimizer of a rank's pieces, each in its DDP."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -146,7 +146,7 @@ def make_optimizer(optim: OptimConfig, config: TransformerConfig, pieces: Sequen
             params_dtype=config.params_dtype,
             use_distributed_optimizer=optim.sharded,
             overlap_param_gather=optim.overlap_param_gather,
-            clip_grad=clip_grad,
+            clip_grad=0.0,  # the engine clips
         ),
         list(pieces),
     )

@@ -23,6 +23,7 @@ from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.rollouts import SamplingParams
 from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.grad_norm import gradient_norm
 from megatron_ext.runtime.optim import OptimConfig
 from tests.distributed.sharding import load_full, ranks_here
 from tests.engine_cases import counts, grpo, make_microbatches
@@ -122,6 +123,7 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     engine.zero_grad()
     result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
     result["gradients"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    result["norms"] = _norms(engine, device)
     result["report"] = engine.step()
     result["stepped"] = copies(model)
     engine.zero_grad()
@@ -129,6 +131,12 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     result["refused"] = refuses_step(engine)
     result["after refusal"] = copies(model)
     return result
+
+
+def _norms(engine: Engine, device: torch.device) -> tuple[float, float]:
+    """Of the gradient, ours and Megatron's."""
+    engine.optimizer.prepare_grads()
+    return float(gradient_norm(engine.optimizer, device)), float(engine.optimizer.get_grad_norm())
 
 
 def gradients(device: torch.device, cases: list[LayoutCase]) -> list[dict[str, Tensor]]:
@@ -323,6 +331,7 @@ def _data_run(device: torch.device, case: DataCase, level: str, optimizer: str, 
     result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
     if not step:
         return result | {"gradients": {name: p.main_grad.clone() for name, p in model.named_parameters()}}
+    result["norms"] = _norms(engine, device)
     result |= {"report": engine.step(), "stepped": copies(model)}
     # NaN on the last rank alone: all must refuse, or their weights would part.
     factor = math.nan if number == parallel_state.get_data_parallel_world_size() - 1 else 1.0

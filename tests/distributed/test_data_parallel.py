@@ -122,6 +122,8 @@ def test_one_step_gives_the_parameters_of_one_rank(optimizer, spread: Spread, ba
         report = result["steps"][optimizer]["report"]
         assert report == pytest.approx(batch.expected["steps"][optimizer]["report"], rel=BOUND)
         assert report["grad_norm"] > CLIP
+        ours, megatrons = result["steps"][optimizer]["norms"]
+        assert ours == pytest.approx(megatrons, rel=1e-6) and ours == report["grad_norm"]
     for name, found, expected in spread.pairs(lambda r: r["steps"][optimizer]["stepped"], batch):
         assert error(found, expected) <= BOUND, name
     steps = batch.expected["steps"][optimizer]["stepped"]

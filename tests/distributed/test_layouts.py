@@ -228,6 +228,14 @@ def test_a_step_equals_one_ranks(layout: Layout, reference: Reference):
     assert min(moved) > 10 * BOUND
 
 
+def test_the_gradients_norm_is_megatrons(layout: Layout):
+    """To the rounding of fp32 sums."""
+    for _, _, results in layout.cases:
+        for result in results:
+            ours, megatrons = result["norms"]
+            assert ours == pytest.approx(megatrons, rel=1e-6) and ours == result["report"]["grad_norm"]
+
+
 def test_no_rank_takes_a_step_that_is_not_finite(layout: Layout):
     for _, _, results in layout.cases:
         for result in results:

@@ -55,29 +55,18 @@ class LaunchedMerge:
         return launch
 
 
-def fused_norm(chunk_size, noop, tensors, per_tensor, *args):
-    """Megatron's norm of many tensors as Transformer Engine and Apex have it, in one launch."""
-    return torch.stack(torch._foreach_norm(tensors[0])).norm().view(1), None
-
-
 def pageable(empty: Callable) -> Callable:
     """Page-locked memory is a driver's: where there is none, the host's usual one."""
     return functools.wraps(empty)(lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
 
 
 @contextlib.contextmanager
-def pretended_gpu(fused: bool = True) -> Iterator[torch.device]:
+def pretended_gpu() -> Iterator[torch.device]:
     """Inside, "cuda" is a device whose tensors have no memory, and both flash-attn libraries are installed.
 
     Nothing else of megatron_ext is replaced: kernels are chosen and called as on CUDA.
-
-    Args:
-        fused: whether there is a fused gradient norm, of Transformer Engine or Apex. Without it Megatron's own reads a number
-            of every parameter.
     """
     adapt_megatron_to_cpu()
-    from megatron.core.optimizer import clip_grads
-
     with pytest.MonkeyPatch.context() as patch, cuda_means(DEVICE):
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -92,8 +81,6 @@ def pretended_gpu(fused: bool = True) -> Iterator[torch.device]:
             patch.setattr(
                 importlib.import_module("megatron_ext.attention.merge_triton"), "_merge_kernel", LaunchedMerge()
             )
-        if fused:
-            patch.setattr(clip_grads, "l2_norm_impl", fused_norm)
         _forget_libraries()
         try:
             yield DEVICE

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import CodeType
 
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +36,7 @@ CHOOSE, METRICS = (
     "megatron_ext/rollouts/sampler.py:MegatronSource._choose",
     "megatron_ext/runtime/engine.py:Engine.reduce_metrics",
 )
-NORM = "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32"
-OWN_NORM = "megatron/core/utils.py:local_multi_tensor_l2_norm"
+NORM = "megatron_ext/runtime/engine.py:Engine.step"
 SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session.py:Session.must_stop"
 REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
 PAIRS, TEXTS, SHARED = (
@@ -51,16 +49,8 @@ HOST_STEP, KEPT = (
 INPUTS = "megatron_ext/runtime/activation_offload.py:LayerInputs.pack"
 IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
-# Megatron-Core from 0.19 on has norms of groups of parameters, and asks once, with the first step, whether there are any.
-GROUPS = "megatron/core/optimizer/optimizer.py:MegatronOptimizer.has_grad_norm_group"
-FIRST_UPDATE = {(GROUPS, "value"): 1} if hasattr(MegatronOptimizer, "has_grad_norm_group") else {}
 NECESSARY: dict[tuple[str, str], str] = {
-    **dict.fromkeys(FIRST_UPDATE, "whether a group of parameters has a norm of its own, once"),
-    (NORM, "value"): "the optimizer scales gradients by a number, and a step that is not finite must not be taken",
-    (
-        OWN_NORM,
-        "value",
-    ): "Megatron's own norm, where neither Transformer Engine nor Apex is installed: of every parameter",
+    (NORM, "value"): "a step that is not finite must not be taken; the norm is logged, and gradients are scaled by it",
     (METRICS, "copy"): "numbers for the log, all at once",
     (CHOOSE, "copy"): "tokens with their log-probabilities, once a step: some end their response",
     (SHAPES, "copy"): "how long a neighbouring stage's stream is: they are of different lengths",

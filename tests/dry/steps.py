@@ -30,7 +30,7 @@ from recipes.grpo.batches import GRPOMicrobatch
 from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import CHOOSE, FIRST_UPDATE, HOST_STEP, INPUTS, KEPT, METRICS, NORM, OWN_NORM, SHAPES, DryRun
+from tests.dry.run import CHOOSE, HOST_STEP, INPUTS, KEPT, METRICS, NORM, SHAPES, DryRun
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -41,9 +41,9 @@ RESPONSES = [[[1, 2, 3], [1, 2, 4, 5], [9]], [[7, 7], [7, 7, 8]]]
 NEW_TOKENS = 3
 PARAMETERS = 20  # of the small model
 STREAM_SHAPE = 32, 1, 32  # of its hidden states, for the prompts and responses above
-UPDATE = FIRST_UPDATE | {(NORM, "value"): 2, (METRICS, "copy"): 1}  # Megatron's own step asks for the norm again
-STAGE = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 2}
-PIECES = FIRST_UPDATE | {(NORM, "value"): 2, (SHAPES, "copy"): 6}
+UPDATE = {(NORM, "value"): 1, (METRICS, "copy"): 1}
+STAGE = {(NORM, "value"): 1, (SHAPES, "copy"): 2}
+PIECES = {(NORM, "value"): 1, (SHAPES, "copy"): 6}
 SAMPLE = {(CHOOSE, "copy"): NEW_TOKENS}
 
 
@@ -54,14 +54,12 @@ class Step:
         take: on a model and its device; what it does is watched.
         reads: what the host reads in it, see `NECESSARY`.
         fields: changes to `small_config`.
-        fused: whether Transformer Engine or Apex is installed.
         world, rank, sizes: who this process is.
     """
 
     take: Callable[[PrefixGroupedGPT, torch.device], None]
     reads: dict[tuple[str, str], int]
     fields: dict[str, Any] = field(default_factory=dict)
-    fused: bool = True
     world: int = 1
     rank: int = 0
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
@@ -184,7 +182,7 @@ STEPS: dict[str, Step] = {
         UPDATE | {(INPUTS, "copy"): 4},
         {"activations_checkpoint_granularity": "full", "activation_offload": True},
     ),
-    "sft, without a fused norm": Step(sft, UPDATE | {(OWN_NORM, "value"): 2 * PARAMETERS}, fused=False),
+    "sft, without a fused norm": Step(sft, UPDATE | {("value"): 2 * PARAMETERS}, fused=False),
     "sft, one call": Step(sft, UPDATE, {"attention_plan": "one_call"}),
     "sft, windows": Step(sft, UPDATE, WINDOW),
     "sft, softcap": Step(sft, UPDATE, {"attn_logit_softcapping": 30.0}),
@@ -254,7 +252,7 @@ def take(step: Step) -> DryRun:
     Raises:
         Fault: what a GPU would not like.
     """
-    with pretended_gpu(step.fused) as device:
+    with pretended_gpu() as device:
         pretend(step.rank, step.world, step.sizes)
         model = build_gpt(step.config, device)
         assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
