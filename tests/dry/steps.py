@@ -182,7 +182,6 @@ STEPS: dict[str, Step] = {
         UPDATE | {(INPUTS, "copy"): 4},
         {"activations_checkpoint_granularity": "full", "activation_offload": True},
     ),
-    "sft, without a fused norm": Step(sft, UPDATE | {("value"): 2 * PARAMETERS}, fused=False),
     "sft, one call": Step(sft, UPDATE, {"attention_plan": "one_call"}),
     "sft, windows": Step(sft, UPDATE, WINDOW),
     "sft, softcap": Step(sft, UPDATE, {"attn_logit_softcapping": 30.0}),
