@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def saved_here_and_there(model: torch.nn.Module, batch: PackedTokens) -> tuple[i
         there.append(found.host.nbytes)
         return found
 
-    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        patch.setattr(LayerInputs, "pack", packed)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with patch.object(LayerInputs, "pack", packed), hooks:
         model(batch.tokens, batch.position_ids, batch.groups, labels=batch.labels, media=batch.media)
     return sum(storage.nbytes() for storage in kept.values()), sum(there)

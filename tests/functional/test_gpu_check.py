@@ -25,7 +25,7 @@ def test_every_section_runs_on_the_cpu(tmp_path):
     for name in SECTIONS.keys() - {"te"}:
         assert sections[name]["numbers"], name
         assert f"## {name}: ok" in done.out
-    for name in ("kernels", "model", "memory", "attention", "demo"):
+    for name in ("kernels", "model", "memory", "levers", "attention", "demo"):
         assert len(sections[name]["checks"]) >= 3, name
     phases = {row["phase"]: row for row in sections["memory"]["numbers"]["memory, MiB"]}
     assert all(phases[kind]["ratio"] == 1 for kind in ("parameters", "gradients", "optimizer"))

@@ -14,8 +14,9 @@ SECTIONS = {
         Plan("kernels", "tools.gpu.kernels", 110),
         Plan("model", "tools.gpu.model", 80),
         Plan("memory", "tools.gpu.memory", 60),
-        Plan("attention", "tools.gpu.attention", 80),
-        Plan("steps", "tools.gpu.steps", 70),
+        Plan("levers", "tools.gpu.levers", 30),
+        Plan("attention", "tools.gpu.attention", 65),
+        Plan("steps", "tools.gpu.steps", 55),
         Plan("demo", "tools.gpu.demo", 50),
         Plan("te", "tools.gpu.te", 30),
     )
