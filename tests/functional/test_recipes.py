@@ -110,8 +110,17 @@ def test_overlong_responses_can_be_left_out(task, tmp_path):
         ["model.context_parallel_size=2"],
         ["model.micro_batch_tokens=300"],
         ["trainer.grpo.offload_reference_policy=true", "model.optim.optimizer_cpu_offload=true"],
+        [
+            "model.optim.optimizer_cpu_offload=true",
+            "model.optim.optimizer_offload_fraction=0.5",
+            "model.optim.exp_avg_dtype=bfloat16",
+            "model.optim.overlap_grad_reduce=true",
+            "model.optim.overlap_param_gather=true",
+            "model.activations_checkpoint_granularity=full",
+            "model.activation_offload=true",
+        ],
     ],
-    ids=["tp2-sp", "pp2", "cp2", "token-budget", "host"],
+    ids=["tp2-sp", "pp2", "cp2", "token-budget", "host", "levers"],
 )
 def test_the_first_step_is_the_same_however_it_is_run(task, grouped, tmp_path, layout):
     """It sees the same weights and samples under every layout and packing, so its numbers agree."""
