@@ -17,6 +17,7 @@ from megatron_ext.attention.cache import DecodeStep, PrefillStep
 from megatron_ext.attention.context import CP_COMM_TYPES, ContextShard, context_parallel_attention
 from megatron_ext.attention.function import prefix_grouped_attention
 from megatron_ext.attention.kernels import Scoring
+from megatron_ext.attention.rotation import RotatedStream
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
@@ -64,8 +65,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     """Core attention over a prefix-grouped stream, with Megatron's call contract.
 
     What it does is chosen by the record handed in as `packed_seq_params`: a `PrefixGroups` (training and scoring), a
-    `ContextShard` (the same under context parallelism), a `PrefillStep` or a `DecodeStep` (generation). It holds no
-    state, so recomputation and pipeline stages are safe.
+    `ContextShard` (the same under context parallelism), a `PrefillStep` or a `DecodeStep` (generation); in a `RotatedStream`,
+    queries and keys are rotated first. It holds no state, so recomputation and pipeline stages are safe.
 
     Args:
         config: `window_size` and `window_attn_skip_freq` are honoured, as Megatron defines them.
@@ -124,21 +125,23 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         if attention_bias is not None:
             raise UserError("prefix-grouped attention takes no attention_bias (ALiBi and the like)")
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)  # [s, np or ng, hn]
-        match packed_seq_params:
+        record = packed_seq_params
+        if isinstance(record, RotatedStream):
+            q, k, record = record.tables.rotate(q), record.tables.rotate(k), record.record
+        match record:
             case PrefixGroups():
                 out = prefix_grouped_attention(
-                    q, k, v, packed_seq_params, self.scoring, self.attention_kernel, self.attention_plan
+                    q, k, v, record, self.scoring, self.attention_kernel, self.attention_plan
                 )
             case ContextShard():
                 out = context_parallel_attention(
-                    q, k, v, packed_seq_params, self.scoring, self.config.cp_comm_type, self.attention_kernel,
-                    self.attention_plan,
-                )  # fmt: skip
+                    q, k, v, record, self.scoring, self.config.cp_comm_type, self.attention_kernel, self.attention_plan
+                )
             case PrefillStep() | DecodeStep():
-                out = packed_seq_params.attend(self.layer_number, q, k, v, self.scoring, self.attention_kernel)
+                out = record.attend(self.layer_number, q, k, v, self.scoring, self.attention_kernel)
             case _:
                 raise UserError(
                     f"layer {self.layer_number}: packed_seq_params must be a PrefixGroups, got "
-                    f"{type(packed_seq_params).__name__}; build it with PrefixGroups.from_lengths"
+                    f"{type(record).__name__}; build it with PrefixGroups.from_lengths"
                 )
         return out.reshape(out.size(0), 1, -1)  # [s, np, hn] -> [s, 1, np * hn]

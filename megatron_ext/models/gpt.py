@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.attention.context import ContextShard, gather_predictions
+from megatron_ext.attention.rotation import RotaryTables, RotatedStream
 from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 from megatron_ext.flops import ModelShape
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 class PrefixGroupedGPT(GPTModel):
     """GPTModel with three differences: position ids drive the rotary embedding, every attention layer is the
-    prefix-grouped one, and only the rows that are asked for reach the vocabulary projection."""
+    prefix-grouped one and does the rotating, and only the rows that are asked for reach the vocabulary projection."""
 
     def __init__(self, config: GPTModelConfig, transformer: TransformerConfig, device: torch.device, piece: int = 0):
         split, stage = config.pipeline_split, parallel_state.get_pipeline_model_parallel_rank()
@@ -123,18 +124,18 @@ class PrefixGroupedGPT(GPTModel):
                 record, self.pg_collection.cp, stream_multiple(self.model_config), self.pairs_per_token
             )
             input_ids, position_ids = input_ids[record.rows], position_ids[:, record.rows]
-        decoder_input, rotary_pos_emb, *_ = self._preprocess(
+        decoder_input, angles, *_ = self._preprocess(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(1),  # [axes, b, t]
             decoder_input=self._embed(input_ids, media, record),
             packed_seq_params=record,
         )
+        tables = RotaryTables.of(angles, self.config.params_dtype, self.rotary_pos_emb.interleaved)
         with self._layer_inputs():
             hidden = self.decoder(
                 hidden_states=decoder_input,
                 attention_mask=None,
-                rotary_pos_emb=rotary_pos_emb,
-                packed_seq_params=record,
+                packed_seq_params=RotatedStream(record, tables),
             )
         if not self.post_process:
             return hidden

@@ -78,6 +78,7 @@ class Activations:
     Attributes:
         input: embedding and media, on the first stage.
         layer: of one layer, as it is kept until backward.
+        shared: what all layers read, once.
         layers: layers of the stage.
         output: final norm and log-probabilities, on the last stage.
         recomputed: what backward makes again and holds beside, for one layer at a time.
@@ -108,15 +109,14 @@ def stage_activations(
     granularity = config.activations_checkpoint_granularity
     t, h, e = stream.tokens, config.hidden_size, config.dtype.itemsize
     s = t // config.tensor_model_parallel_size if config.sequence_parallel else t
-    rotary = t * _rotated(config)
-    whole = _layer(config, s, t, implementation, None)
+    shared = 2 * t * config.position_embedding.pairs(config.kv_channels) * e  # cosines and sines
     host = 0
     if granularity == "full":
-        layer, shared, recomputed = s * h * e, rotary * FP32, whole
+        layer, recomputed = s * h * e, _layer(config, s, t, implementation, None)
         if config.activation_offload:  # the layer's own, and the next one's on its way
             host, layer, recomputed = layer, 0, recomputed + 2 * layer
     else:
-        layer, shared = _layer(config, s, t, implementation, granularity), 0
+        layer = _layer(config, s, t, implementation, granularity)
         recomputed = _core_attention(config, t) if granularity == "selective" else 0
     first, last = stage == 0, stage == config.pipeline_model_parallel_size - 1
     return Activations(
@@ -128,10 +128,6 @@ def stage_activations(
         recomputed=recomputed,
         host=host,
     )
-
-
-def _rotated(config: GPTModelConfig) -> int:
-    return 2 * config.position_embedding.pairs(config.kv_channels)
 
 
 def _heads(config: GPTModelConfig) -> tuple[int, int, int]:
@@ -163,10 +159,8 @@ def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementatio
     f = config.ffn_hidden_size // config.tensor_model_parallel_size
     projected = t * projected_width(config) * e
     kept = FP8 if implementation.fp8 else e
-    total = 2 * (
-        _norm(s, h, e, implementation) + s * h * kept
-    )  # both norms, and what their linears keep of their output
-    total += 4 * t * _rotated(config) * e  # cosines and sines of queries and of keys
+    # Both norms, and what their linears keep of their output.
+    total = 2 * (_norm(s, h, e, implementation) + s * h * kept)
     selective = granularity == "selective"
     # Keys (and values, where no kernel of ours copies them) are views that keep the whole projection.
     whole = selective
@@ -177,6 +171,9 @@ def _layer(config: GPTModelConfig, s: int, t: int, implementation: Implementatio
     total += _core_attention(config, t)
     if selective:  # neither its own copy of the values nor the log-sum-exp; the kind of mask, as a number
         total += MASK_TYPE - t * (m * d * e + n * FP32)
+        if not config.qk_layernorm:
+            # Not yet rotated: views of the projection, but for queries whose groups had to be joined.
+            total -= t * (m + (0 if n > m > 1 else n)) * d * e
     total += t * f * (2 * e + kept)  # into and out of SwiGLU
     if implementation.fp8:
         qkv = (config.num_attention_heads + 2 * config.num_query_groups) * d // config.tensor_model_parallel_size

@@ -227,8 +227,10 @@ def test_activation_bytes_are_what_autograd_saves(name, found):
             config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread)).on("cpu")
             stream = StreamShape(real["tokens"], real["predicted"])
             planned = stage_activations(config, real["stage"], stream, EAGER)
+            # What is computed again holds the tables of rotary positions, not autograd.
+            seen = planned.kept - (planned.shared if config.activations_checkpoint_granularity else 0)
             bound = 0.1 if config.sequence_parallel or sizes.context > 1 else 1e-12
-            assert planned.kept == pytest.approx(real["saved"], rel=bound), (case, real)
+            assert seen == pytest.approx(real["saved"], rel=bound), (case, real)
             assert planned.host * planned.layers == real["host"]
             assert (real["host"] > 0) == case.fields.get("activation_offload", False)
 

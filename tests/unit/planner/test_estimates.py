@@ -46,12 +46,12 @@ def test_bytes_by_hand():
     assert (stage.parameters, stage.gradients, stage.optimizer) == tuple(1_235_814_400 * n for n in (2, 4, 12))
     row = (
         2 * (2048 * 2 + 4 + 2048 * 2)  # two norms: input and 1 / rms; and their output, which the linears keep
-        + 4 * 64 * 2  # cosines and sines, of queries and of keys
         + (2 * 32 + 2 * 8) * 64 * 2 + 32 * 4  # queries, output, keys and values; log-sum-exp
         + 3 * 8192 * 2  # into SwiGLU and out of it
     )  # fmt: skip
     ends = 1024 * 8 + 1024 * (2048 * 2 + 4) + 1023 * (2048 * 2 + 2 * 8 + 2 * 4)
-    assert stage.activations == 16 * 1024 * row + ends
+    tables = 1024 * 64 * 2  # cosines and sines
+    assert stage.activations == 16 * 1024 * row + tables + ends
     # A chunk's logits in fp32, in bf16 and a mask; gradients of the vocabulary's weights and of the predicting rows.
     assert stage.working == 128 * 128256 * (4 + 2 + 1) + 128256 * 2048 * 2 + 1023 * 2048 * 2
     assert stage.total == 1_235_814_400 * 18 + stage.activations + stage.working
