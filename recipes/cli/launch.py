@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime import megatron_versions
 from megatron_ext.runtime.install_check import check_installation
 from recipes.cli.stopping import listen
 from recipes.registry import RECIPES
@@ -81,6 +82,7 @@ def _quieten() -> None:
     """Libraries' warnings that no user can act upon."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
+    megatron_versions.quieten()
 
 
 def _command_line(name: str) -> dict:
