@@ -149,7 +149,7 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         reference_copy=bool(grpo.initial_policy_kl_penalty),
         reference_on_host=grpo.offload_reference_policy,
         rollout=True,
-        rollout_prompts=grpo.rollout_micro_batch_size,
+        rollout_tokens=grpo.rollout_tokens,
         distributed_optimizer=model.optim.sharded,
         moments=model.optim.moments,
         overlap_grad_reduce=model.optim.overlap_grad_reduce,

@@ -12,6 +12,7 @@ Words, from outside in:
     call       rectangles with disjoint query rows, all of them full or all of them causal
     rectangle  some query rows against some key rows. A run is a number of equal ones, evenly spaced
     piece      what one launch of a kernel computes: a run or a part of one (CPU), or a whole call (CUDA)
+    page       so many tokens' keys and values, in sampling; a table lists the pages of a prompt or of a response
     kernel     gives a piece's output and its log-sum-exp, and their gradients; `model.attention_kernel`
 """
 

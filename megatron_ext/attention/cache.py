@@ -1,112 +1,147 @@
-"""Key/value cache for sampling many responses of each prompt: the prompt's keys and values are held once.
+"""Records of the forward passes of sampling: what a pass writes into pages of keys and values, and what its rows read.
 
-Prefill runs all prompts as one packed stream. Decoding runs one row per response; each row sees its prompt's keys
-(shared, one rectangle per prompt) and its own response's keys, the two parts merged by log-sum-exp as in training.
-Rotated keys are cached, so positions never have to be recomputed.
+Prefill runs prompts, and what is known of their responses, as one packed stream with attention as in training. Decoding runs
+one row per response; each row sees its prompt's pages and its own. Rotated keys are kept, so positions never have to be
+worked out again.
 
-Shape legend: t prompt tokens in the stream, r responses (decode rows, padding rows at the end), n query and m
-key/value heads of this tensor-parallel rank, d head dimension.
+Shape legend: t rows of the prefill's stream, r responses (decode rows, padding rows at the end), n query and m key/value
+heads of this tensor-parallel rank, d head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_ext.attention.function import planned_attention, prefix_grouped_attention
+from megatron_ext.attention.function import prefix_grouped_attention
 from megatron_ext.attention.kernels import Scoring, select_kernel
-from megatron_ext.attention.merge import merge_partials
-from megatron_ext.attention.plan import Call, Plan, Rectangle, Run
-from megatron_ext.errors import UserError
+from megatron_ext.attention.paged import Reads, Stretch, paged_attention, plain_way
+from megatron_ext.attention.pages import PAGE, PagePool, Table
 from megatron_ext.grouping import PrefixGroups
 
-__all__ = ["DecodeStep", "PrefillStep", "SharedPrefixCache"]
-
-
-class SharedPrefixCache:
-    """Keys and values of every layer of this pipeline stage, for one batch of prompts.
-
-    Args:
-        prompts: record of the prompt stream: groups with a prefix and no response.
-        samples_per_prompt: responses of every prompt.
-        max_new_tokens: room for each response.
-    """
-
-    def __init__(self, prompts: PrefixGroups, samples_per_prompt: int, max_new_tokens: int):
-        if any(len(tree.lengths) != 1 or not tree.prompt_length for tree in prompts.trees):
-            raise UserError(f"the prompt stream must hold non-empty prefixes only, got {prompts}")
-        self.prompts = prompts
-        self.samples_per_prompt = samples_per_prompt
-        self.max_new_tokens = max_new_tokens
-        self.num_responses = len(prompts.trees) * samples_per_prompt
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> key, value [t, m, d]
-        self.response: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> key, value [r, max_new_tokens, m, d]
-
-    def response_memory(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self.response:
-            shape = (self.num_responses, self.max_new_tokens, *like.shape[1:])
-            self.response[layer] = (like.new_empty(shape), like.new_empty(shape))
-        return self.response[layer]
+__all__ = ["DecodeStep", "PrefillStep", "Row"]
 
 
 class _Step(PackedSeqParams):
-    """A record that is no stream of documents: Megatron must only carry it to the core attention."""
+    """A record that is no stream of documents: Megatron must only carry it to the core attention. It holds until pages move."""
 
-    def __init__(self, cache: SharedPrefixCache):
+    def __init__(self, pool: PagePool | None):
         super().__init__(qkv_format="sbhd")
-        self.cache = cache
+        self.pool = pool
 
 
 class PrefillStep(_Step):
-    """Record of the forward pass over the prompts: causal attention, keys and values kept."""
+    """Record of a forward pass over prompts.
+
+    Args:
+        groups: of the stream.
+        pool: where keys and values are kept; None: nowhere.
+        kept: (first row of the stream, rows, table): what is kept of it, from the table's beginning on.
+    """
+
+    def __init__(self, groups: PrefixGroups, pool: PagePool | None = None, kept: Sequence[tuple[int, int, Table]] = ()):
+        super().__init__(pool)
+        self.groups, self.kept = groups, kept
+        self._where: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
     ) -> Tensor:
         """q [t, n, d], k and v [t, m, d] -> [t, n, d]."""
-        self.cache.prefix[layer] = (k.contiguous(), v.contiguous())
-        return prefix_grouped_attention(q, k, v, self.cache.prompts, scoring, attention_kernel)
+        if self.kept:
+            if self._where is None:
+                self._where = self._places(k)
+            rows, flat = self._where
+            self.pool.write(layer, flat, k.index_select(0, rows), v.index_select(0, rows))
+        return prefix_grouped_attention(q, k, v, self.groups, scoring, attention_kernel)
+
+    def _places(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are kept, and where."""
+        rows = [np.arange(start, start + count) for start, count, _ in self.kept]
+        within = [np.arange(count) for _, count, _ in self.kept]
+        pages = [
+            np.asarray(self.pool.place(table), dtype=np.int64)[place // PAGE]
+            for place, (_, _, table) in zip(within, self.kept, strict=True)
+        ]
+        found = (np.concatenate(x) for x in (rows, pages, [place % PAGE for place in within]))
+        rows, pages, offsets = (torch.from_numpy(x).to(key.device) for x in found)
+        return rows, self.pool.flat_rows(pages, offsets, key.size(1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One response of a decoding step.
+
+    Attributes:
+        prompt, own: pages of its prompt and of what it has said; `own` has room for the token that it runs.
+        prompt_length: tokens of the prompt.
+        length: tokens of its own, with that one.
+    """
+
+    prompt: Table
+    own: Table
+    prompt_length: int
+    length: int
 
 
 class DecodeStep(_Step):
-    """Record of one decoding step: row i is the `index`-th token of response i."""
+    """Record of one decoding step: row i runs the last token of response i. The first rows of the stream are these; the others
+    are padding."""
 
-    def __init__(self, cache: SharedPrefixCache, index: int):
-        super().__init__(cache)
-        self.index = index
-        self._calls: dict[int | None, tuple[Call | None, Call]] = {}
-
-    def calls(self, window: int | None) -> tuple[Call | None, Call]:
-        """Attention to the prompts, None where the window has left all of them behind, and to the responses so far."""
-        if window not in self._calls:
-            cache, index = self.cache, self.index
-            samples, room = cache.samples_per_prompt, cache.max_new_tokens
-            within = index if window is None else min(index, window)  # earlier tokens of the response
-            shared = []
-            for i, segment in enumerate(cache.prompts.segments):
-                seen = segment.length if window is None else min(segment.length, window - within)
-                if seen:
-                    shared.append(Rectangle(i * samples, samples, segment.start + segment.length - seen, seen))
-            own = Run(Rectangle(0, 1, index - within, within + 1), cache.num_responses, q_step=1, k_step=room)
-            self._calls[window] = Call.of(shared, causal=False) if shared else None, Call((own,), causal=False)
-        return self._calls[window]
+    def __init__(self, pool: PagePool, rows: Sequence[Row]):
+        super().__init__(pool)
+        self.rows = rows
+        self._stretches = [stretch for stretch in (self._own(), self._shared()) if len(stretch.rows)]
+        self._written: Tensor | None = None
+        self._reads: dict[tuple[int | None, bool], list[tuple[Reads, Tensor | None]]] = {}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
     ) -> Tensor:
         """q [r + pad, n, d], k and v [r + pad, m, d] -> [r + pad, n, d]; the pad rows come back zero."""
-        cache, rows = self.cache, self.cache.num_responses
-        keys, values = cache.response_memory(layer, k)
-        keys[:, self.index], values[:, self.index] = k[:rows], v[:rows]
-        kernel = select_kernel(attention_kernel, q.device, scoring)
-        shared, own = self.calls(scoring.window)
-        merged, lse = planned_attention(
-            q[:rows], keys.flatten(0, 1), values.flatten(0, 1), Plan((own,)), kernel, scoring
-        )
-        if shared:
-            prompt = planned_attention(q[:rows], *cache.prefix[layer], Plan((shared,)), kernel, scoring)
-            merged, _ = merge_partials(merged, lse, *prompt)
-        out = torch.zeros_like(q)
-        out[:rows] = merged
-        return out
+        kernel, count = select_kernel(attention_kernel, q.device, scoring), len(self.rows)
+        if self._written is None:
+            at = [(self.pool.place(row.own)[(row.length - 1) // PAGE], (row.length - 1) % PAGE) for row in self.rows]
+            self._written = self.pool.flat_rows(*torch.tensor(at).to(q.device).unbind(1), k.size(1))
+        self.pool.write(layer, self._written, k[:count], v[:count])
+        reads = self._of_window(scoring.window, not plain_way(kernel), q)
+        out = paged_attention(q[:count], *self.pool.memory(layer, k), reads, kernel, scoring)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
+
+    def _of_window(self, window: int | None, whole_apart: bool, like: Tensor) -> list[tuple[Reads, Tensor | None]]:
+        key = (window, whole_apart)
+        if key not in self._reads:
+            places = np.array([row.prompt_length + row.length - 1 for row in self.rows])
+            found = [x for s in self._stretches for x in s.reads(places, window, whole_apart, like.device)]
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self._reads[key] = [(read, None if read.low is None else read.bias(wide)) for read in found]
+        return self._reads[key]
+
+    def _own(self) -> Stretch:
+        """The pages of responses, each read by one row."""
+        count = self.pool.bottom.high
+        rows, start = np.full((count, 1), -1), np.zeros(count, dtype=np.int64)
+        for i, row in enumerate(self.rows):
+            rows[row.own.pages, 0] = i
+            start[row.own.pages] = row.prompt_length + PAGE * np.arange(len(row.own.pages))
+        return Stretch(0, rows, start, np.full(count, np.iinfo(np.int64).max))
+
+    def _shared(self) -> Stretch:
+        """The pages of prompts, each read by the rows of all responses that are decoded."""
+        readers: dict[Table, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            readers.setdefault(row.prompt, []).append(i)
+        count, first = self.pool.top.high, self.pool.capacity - self.pool.top.high
+        rows = np.full((count, max(map(len, readers.values()))), -1)
+        start, stop = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        for table, mine in readers.items():
+            at = np.array(self.pool.place(table)) - first
+            rows[at, : len(mine)] = mine
+            start[at] = PAGE * np.arange(len(at))
+            stop[at] = self.rows[mine[0]].prompt_length
+        return Stretch(first, rows, start, stop)

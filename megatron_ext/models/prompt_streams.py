@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_ext.attention.cache import PrefillStep, SharedPrefixCache
+from megatron_ext.attention.cache import PrefillStep
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PackedTokens, StreamMedia
 from megatron_ext.models.config import stream_multiple
@@ -26,7 +26,7 @@ from megatron_ext.runtime.collectives import from_last
 from megatron_ext.runtime.pieces import ModelPieces, pieces_of
 
 __all__ = [
-    "PromptStream", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams", "run_stage",
+    "PromptStream", "StageRun", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams",
     "text_logits",
 ]  # fmt: skip
 
@@ -48,8 +48,8 @@ class PromptStream:
     def run(self, model: PrefixGroupedGPT) -> Tensor | None:
         """Logits behind each prompt [prompts, v], on the last stage; None on the others. As in sampling, every
         context-parallel rank runs the whole stream."""
-        step = PrefillStep(SharedPrefixCache(self.batch.groups, samples_per_prompt=1, max_new_tokens=1))
-        return run_stage(model, self.batch.tokens, self.batch.position_ids, step, self.ends, self.batch.media)
+        step = PrefillStep(self.batch.groups)
+        return StageRun(model, self.batch.tokens, self.batch.position_ids, step, self.ends, self.batch.media).whole()
 
 
 def prompt_streams(
@@ -139,33 +139,66 @@ def check_lengths(model: PrefixGroupedGPT, prompts: Iterable[tuple[Sequence[int]
             raise UserError(f"prompt {number} has {len(prompt)} tokens;{more} exceeds model.encoder_seq_length={limit}")
 
 
-def run_stage(
-    model: PrefixGroupedGPT | ModelPieces,
-    tokens: Tensor,
-    positions: Tensor,
-    record: PackedSeqParams,
-    rows: Tensor,
-    media: StreamMedia | None = None,
-) -> Tensor | None:
-    """One forward pass through the pipeline: logits on the last stage, None on the others.
+class StageRun:
+    """One forward pass of a stream through the pipeline, this rank's part of it, piece by piece.
 
-    In pieces the stream goes round the stages once for each.
+    In pieces the stream goes round the stages once for each. Streams that are on their way at once must be run in one order on
+    all stages.
+
+    Args:
+        rows: whose logits are wanted.
     """
-    group, config = parallel_state.get_pipeline_model_parallel_group(), model.config
-    stage, stages = group.rank(), group.size()
-    before, behind = (dist.get_global_rank(group, (stage + step) % stages) for step in (-1, 1))
-    pieces = pieces_of(model)
-    for number, piece in enumerate(pieces):
+
+    def __init__(
+        self,
+        model: PrefixGroupedGPT | ModelPieces,
+        tokens: Tensor,
+        positions: Tensor,
+        record: PackedSeqParams,
+        rows: Tensor,
+        media: StreamMedia | None = None,
+    ):
+        self._pieces, self._config = pieces_of(model), model.config
+        self._given = tokens, positions, record, rows, media
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def whole(self) -> Tensor | None:
+        """Logits on the last stage, None on the others."""
+        for number in range(len(self._pieces)):
+            out = self.piece(number)
+        self.wait()
+        return out
+
+    def piece(self, number: int) -> Tensor | None:
+        """Logits behind the last piece of the last stage, else None."""
+        group, config = parallel_state.get_pipeline_model_parallel_group(), self._config
+        stage, stages = group.rank(), group.size()
+        before, behind = (dist.get_global_rank(group, (stage + step) % stages) for step in (-1, 1))
+        tokens, positions, record, rows, media = self._given
+        piece = self._pieces[number]
         if stage > 0 or number > 0:
             length = len(tokens) // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
             hidden = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
-            dist.recv(hidden, src=before, group=group)
+            dist.recv(hidden, src=before, group=_sender(group, stage - 1))
             piece.set_input_tensor(hidden)
         out = piece(tokens, positions, record, rows=rows, media=media)
-        if stage == stages - 1 and piece is pieces[-1]:
+        if stage == stages - 1 and piece is self._pieces[-1]:
             return out
-        dist.send(out.contiguous(), dst=behind, group=group)
-    return None
+        out = out.contiguous()
+        self._sent.append((dist.isend(out, dst=behind, group=_sender(group, stage)), out))
+        return None
+
+    def wait(self) -> None:
+        """Until the next stage has taken what was sent to it."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+
+def _sender(group: dist.ProcessGroup, stage: int) -> dist.ProcessGroup:
+    """Through which group a stage sends. Two stages that send to each other need one each: within one a send would wait behind a
+    receive, which waits for the other's send. Megatron's own pipeline takes the world for the second, too."""
+    return dist.group.WORLD if group.size() == 2 and stage % 2 else group
 
 
 def from_last_stage(

@@ -48,7 +48,7 @@ class Job:
         reference_copy: a second set of weights is kept, for the KL divergence.
         reference_on_host: and where: in the host's memory, and in the gradient buffers while it is used.
         rollout: the responses are sampled by the model.
-        rollout_prompts: prompts sampled together on a data-parallel rank; None: all.
+        rollout_tokens: tokens whose keys and values sampling holds at most; None: all that there are.
         block: one block trains and all else is frozen (LFTF); the worst one is planned for.
         locates: the gradients of all blocks are held once, before anything trains.
         distributed_optimizer: its state is sharded over data-parallel ranks.
@@ -72,7 +72,7 @@ class Job:
     reference_copy: bool = False
     reference_on_host: bool = False
     rollout: bool = False
-    rollout_prompts: int | None = None
+    rollout_tokens: int | None = None
     block: bool = False
     locates: bool = False
     distributed_optimizer: bool = True

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_ext.attention.pages import GROWTH, PAGE, pages_of
 from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
 from megatron_ext.planner.activations import Activations, StreamShape, on_gpu, projected_width, stage_activations
 from megatron_ext.planner.buffers import StateBytes, overlap_bucket, state_bytes
 from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.parameters import layers_of_stage, stage_parameters, trained_of_stage
+from megatron_ext.rollouts.scheduler import PREFILL_TOKENS
 from megatron_ext.runtime.pieces import streams_per_turn
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
@@ -186,29 +188,44 @@ def _output_working(config: GPTModelConfig, stage: int, stream: StreamShape) -> 
 
 
 def _cache(job: Job, stage: int) -> int:
-    """Keys and values, one layer's once more as a kernel copies them, the prefill's widest tensors, and logits."""
-    config = job.model
-    e, tp, v = config.dtype.itemsize, config.tensor_model_parallel_size, config.padded_vocab_size
-    prompts = sampled_together(job)
-    rows = prompts * job.samples
+    """Keys and values in pages, partial results of one layer's attention, the prefill's widest tensors, and logits."""
+    config, together = job.model, sampled_together(job)
+    e, tp, v, d = config.dtype.itemsize, config.tensor_model_parallel_size, config.padded_vocab_size, config.kv_channels
+    # At first responses are short, and more of them have room than when they are long: about twice as many.
+    prompts = min(2 * together, _local_prompts(job)) if job.rollout_tokens else together
+    rows = -(-prompts * job.samples // config.pipeline_model_parallel_size)  # of a lane
+    tokens = together * _tokens_of_group(job)
+    held = keys_and_values(
+        config, stage, min(tokens + tokens // GROWTH, job.rollout_tokens or tokens + tokens // GROWTH)
+    )
+    # A query, its result in fp32 and as the kernel gives it, of every page of a response and of each response's prompt.
+    parts = (together * job.samples * pages_of(job.response) + rows) * config.heads_per_rank[0] * d * (2 * e + FP32)
     multiple = stream_multiple(config)
-    t = -(-prompts * job.prompt // multiple) * multiple
-    held = keys_and_values(config, stage, t, rows * job.response)
-    copied = keys_and_values(config, stage, 0, rows * job.response) // len(layers_of_stage(config, stage))
+    t = -(-min(prompts * job.prompt, max(PREFILL_TOKENS, job.prompt)) // multiple) * multiple
     prefill = t * (3 * config.ffn_hidden_size // tp + 2 * config.hidden_size) * e
     last = stage == config.pipeline_model_parallel_size - 1
     # fp32 logits, scaled once more, their fp64 softmax and its cumulative sum.
     logits = rows * v * (2 * FP32 + 2 * 8) if last else 0
-    return held + max(copied + logits, prefill)
+    return held + max(parts, logits, prefill)
 
 
-def keys_and_values(config: GPTModelConfig, stage: int, prompt_rows: int, response_rows: int) -> int:
-    """Bytes of sampling's cache on one rank: a prompt's once for all its responses, a pad included."""
+def keys_and_values(config: GPTModelConfig, stage: int, tokens: int) -> int:
+    """Bytes of so many tokens' keys and values on one rank."""
     per_token = 2 * config.heads_per_rank[1] * config.kv_channels * config.dtype.itemsize
-    return len(layers_of_stage(config, stage)) * per_token * (prompt_rows + response_rows)
+    return len(layers_of_stage(config, stage)) * per_token * tokens
 
 
 def sampled_together(job: Job) -> int:
-    """Prompts whose responses one rank decodes at a time; context-parallel ranks share them out."""
-    local = -(-job.local_groups * job.updates // job.model.context_parallel_size)
-    return min(job.rollout_prompts or local, local)
+    """Prompts whose responses have room on a rank at a time, when they are as long as they get."""
+    local = _local_prompts(job)
+    return min(local, max(1, job.rollout_tokens // _tokens_of_group(job))) if job.rollout_tokens else local
+
+
+def _local_prompts(job: Job) -> int:
+    """Context-parallel ranks share them out."""
+    return -(-job.local_groups * job.updates // job.model.context_parallel_size)
+
+
+def _tokens_of_group(job: Job) -> int:
+    """In pages: a prompt once for all its responses."""
+    return PAGE * (pages_of(job.prompt) + job.samples * pages_of(job.response))

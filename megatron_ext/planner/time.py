@@ -169,7 +169,7 @@ class _Clock:
         return moved + max(there / self.assumed.host_updates, read)
 
     def sampling(self) -> float:
-        """Prefill, then one token after the other, batch after batch."""
+        """Prefill, then one token after the other: what has room together, then the next, as if all were of full length."""
         job, config = self.job, self.job.model
         together = sampled_together(job)
         local = -(-job.local_groups * job.updates // config.context_parallel_size)
@@ -180,8 +180,8 @@ class _Clock:
         prefill = self.compute(model_flops(job.shape, prompts, True, backward=False), 1) * config.context_parallel_size
         weights = sum(p.numel for s in range(stages) for p in stage_parameters(config, s)) * e
         per_token = 2 * config.heads_per_rank[1] * config.kv_channels * e * config.num_layers
-        # A prompt's keys are read once for all its responses; a response's are copied by the kernel: read thrice.
-        held = per_token * (together * job.prompt + 3 * rows * job.response / 2)
+        # A prompt's keys are read once for all its responses, where they lie; a response's as far as it is said.
+        held = per_token * (together * job.prompt + rows * job.response / 2)
         flops = 2 * rows * weights / e
         busy = max(self.read(weights + held), flops / (self.hardware.flops * self.assumed.linear_efficiency))
         launch = config.num_layers * self.assumed.decode_kernels * self.assumed.kernel_launch

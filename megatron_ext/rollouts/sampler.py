@@ -1,29 +1,38 @@
-"""The embedded source: many responses of each prompt from the training weights, the prompt run once for all of them.
+"""The embedded source: responses sampled by the training weights, the prompt run once for all of its responses.
 
-Works under tensor, sequence and pipeline parallelism: every rank of a model-parallel group calls with the same arguments
-and gets the same tokens.
+Responses that end leave at once and requests that wait take their place; keys and values are in pages, which memory follows.
+What is sampled depends on a request alone: batches, pages, ranks and stages change the rounding of sums and nothing else.
 
-Shape legend: t prompt tokens in the packed stream, r responses, v vocabulary.
+Works under tensor, sequence and pipeline parallelism: every rank of a model-parallel group calls with the same arguments and
+gets the same tokens. Pipeline stages work on as many lanes at a time as there are stages: while the last samples for one, the
+first runs another.
+
+Shape legend: r responses of a step, v vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.attention.cache import DecodeStep, PrefillStep, SharedPrefixCache
+from megatron_ext.attention.cache import DecodeStep, PrefillStep
+from megatron_ext.attention.pages import PAGE, PagePool
+from megatron_ext.devices import device_type
 from megatron_ext.errors import UserError
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import next_position, pack_prompts
-from megatron_ext.models.prompt_streams import check_lengths, from_last_stage, run_stage
+from megatron_ext.models.prompt_streams import StageRun, check_lengths
 from megatron_ext.rollouts.choosing import choose_tokens
 from megatron_ext.rollouts.requests import Request, SamplingParams
 from megatron_ext.rollouts.responses import Decode, Response
+from megatron_ext.rollouts.scheduler import Lane, Sampled, check_fits, deal
 from megatron_ext.rollouts.trajectories import Trajectory
+from megatron_ext.runtime.collectives import LastValues
+from megatron_ext.runtime.pieces import pieces_of
 
 __all__ = ["MegatronSource"]
 
@@ -33,17 +42,21 @@ class MegatronSource:
     Args:
         model: this rank's pipeline stage, without a DDP wrapper.
         decode: makes text of tokens, for stop strings.
-        together: prompts decoded together; None: all.
+        rollout_tokens: tokens whose keys and values are held at most, in pages; None: as many as there are.
+
+    Attributes:
+        lanes: of the last call: what their pools held, and how often responses stepped back.
     """
 
     def __init__(
         self,
         model: PrefixGroupedGPT,
         decode: Decode | None = None,
-        together: int | None = None,
+        rollout_tokens: int | None = None,
     ):
-        self.model, self.decode, self.together = model, decode, together
+        self.model, self.decode, self.rollout_tokens = model, decode, rollout_tokens
         self.weight_version = 0
+        self.lanes: list[Lane] = []
 
     def update_weights(self, version: int) -> None:
         self.weight_version = version
@@ -52,73 +65,144 @@ class MegatronSource:
     def sample(self, requests: Sequence[Request]) -> list[list[Trajectory]]:
         """
         Raises:
-            UserError: an empty prompt, or prompt plus response longer than the model's `encoder_seq_length`.
+            UserError: an empty prompt; one that with its longest response exceeds the model's `encoder_seq_length` or
+                `rollout_tokens`; stop strings without `decode`.
         """
-        self._check(requests)
-        found: list[list[Trajectory]] = []
-        for _, alike in itertools.groupby(requests, lambda r: (r.params, r.samples)):
-            part = list(alike)
-            size = self.together or len(part)
-            for first in range(0, len(part), size):
-                found += self._sample(part[first : first + size])
-        return found
+        pool = self._pages()
+        self._check(requests, pool)
+        device = next(self.model.parameters()).device
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.lanes = [Lane(PagePool(pool, device_type(device) == "cpu")) for _ in range(stages)]
+        responses = deal(requests, self.lanes, self.decode)
+        turns = [_Turn(self.model, lane, device) for lane in self.lanes]
+        while not all(turn.done for turn in turns):
+            for piece in range(len(pieces_of(self.model))):
+                for turn in turns:
+                    if piece == 0:
+                        turn.begin()
+                    turn.run(piece)
+        for lane in self.lanes:
+            lane.pool.layers.clear()
+        return [[response.trajectory(self.weight_version) for response in group] for group in responses]
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def _pages(self) -> int | None:
+        """Of one lane."""
+        if self.rollout_tokens is None:
+            return None
+        return self.rollout_tokens // PAGE // parallel_state.get_pipeline_model_parallel_world_size()
+
+    def _check(self, requests: Sequence[Request], pages: int | None) -> None:
         check_lengths(self.model, [(r.prompt, max(map(r.limit, range(r.samples)))) for r in requests])
+        if pages is not None:
+            check_fits(requests, pages, self.rollout_tokens)
         if self.decode is None and any(r.params.stop_strings for r in requests):
             raise UserError("stop_strings are looked for in text: give the source a `decode`")
 
-    def _sample(self, requests: list[Request]) -> list[list[Trajectory]]:
-        """Requests of equal parameters and numbers of samples."""
-        model, prompts, samples, params = (
-            self.model,
-            [r.prompt for r in requests],
-            requests[0].samples,
-            requests[0].params,
-        )
-        device = next(model.parameters()).device
-        multiple = stream_multiple(model.model_config)
-        scheme = model.model_config.position_embedding.scheme
-        batch = pack_prompts(prompts, [[] for _ in prompts], scheme, multiple, device)
-        cache = SharedPrefixCache(batch.groups, samples, params.max_new_tokens)
-        ends = torch.tensor([s.start + s.length - 1 for s in batch.groups.segments], device=device)
-        first_position = torch.tensor([next_position(p, scheme) for p in prompts], device=device)
-        first_position = first_position.repeat_interleave(samples)
-        logits = run_stage(model, batch.tokens, batch.position_ids, PrefillStep(cache), ends, batch.media)
-        if logits is not None:
-            logits = logits.repeat_interleave(samples, 0)  # [r, v]
-        said = [Response(r, i, self.decode) for r in requests for i in range(samples)]
-        padded = cache.num_responses + -cache.num_responses % multiple
-        rows = torch.arange(cache.num_responses, device=device)
-        for index in range(params.max_new_tokens):
-            tokens = self._choose(logits, params, said, index, device)
-            if all(response.finish_reason for response in said):
-                break
-            step_tokens, step_positions = tokens.new_zeros(padded), tokens.new_zeros(padded)
-            step_tokens[: len(tokens)], step_positions[: len(tokens)] = tokens, first_position + index
-            logits = run_stage(model, step_tokens, step_positions, DecodeStep(cache, index), rows)
-        done = [response.trajectory(self.weight_version) for response in said]
-        return [done[i : i + samples] for i in range(0, len(done), samples)]
 
-    @staticmethod
-    def _choose(
-        logits: Tensor | None, params: SamplingParams, said: list[Response], index: int, device: torch.device
-    ) -> Tensor:
+class _Turn:
+    """What a lane is at: a prefill or a decoding step, from its beginning to its tokens.
+
+    Tokens are taken from the last stage when the lane's next turn begins, so that the stages need not wait for each other.
+    """
+
+    def __init__(self, model: PrefixGroupedGPT, lane: Lane, device: torch.device):
+        self.model, self.lane, self.device = model, lane, device
+        self.multiple = stream_multiple(model.model_config)
+        self.scheme = model.model_config.position_embedding.scheme
+        self.asked: list[Response] = []
+        self.stage_run: StageRun | None = None
+        self.chosen: LastValues | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.lane.done
+
+    def begin(self) -> None:
+        """Take the tokens of the turn before, and make the next one."""
+        if self.stage_run is not None:
+            self.stage_run.wait()
+            self._take_tokens()
+            self.lane.leave()
+        self.stage_run = self.chosen = None
+        if entered := self.lane.enter():
+            self.stage_run = self._prefill(entered)
+        elif sampled := self.lane.step():
+            self.stage_run = self._decode(sampled)
+
+    def run(self, piece: int) -> None:
+        """On the last stage the last piece's logits become tokens, which are sent on their way."""
+        if self.stage_run is not None and (logits := self.stage_run.piece(piece)) is not None:
+            self.chosen = LastValues(_choose(logits, self.asked), parallel_state.get_model_parallel_group())
+
+    def _take_tokens(self) -> None:
         """The last stage's last rank decides for all, its tensor-parallel peers included: a cumulative sum on a GPU need not be
         the same twice, and ranks that disagree about one token would wait for each other for ever."""
-        chosen = None
-        if logits is not None:
-            uniform = torch.tensor([r.draws[index] for r in said], dtype=torch.float64)
-            seen = None
-            if params.repetition_penalty != 1:
-                texts = [[*r.prompt, *r.tokens] for r in said]
-                longest = max(map(len, texts))
-                seen = torch.tensor([t + t[:1] * (longest - len(t)) for t in texts], device=device)
-            chosen = torch.stack(
-                [x.float() for x in choose_tokens(logits, params, uniform, seen)]
-            )  # ids are below 2 ** 24
-        chosen = from_last_stage(chosen, (2, len(said)), device)
-        for response, token, logprob in zip(said, *chosen.tolist(), strict=True):
-            if not response.finish_reason:
-                response.add(int(token), logprob)
-        return chosen[0].long()
+        if self.chosen is None:
+            empty = torch.empty(2, len(self.asked), device=self.device)
+            self.chosen = LastValues(empty, parallel_state.get_model_parallel_group())
+        tokens, logprobs = self.chosen.values().tolist()
+        for response, token, logprob in zip(self.asked, tokens, logprobs, strict=True):
+            response.add(int(token), logprob)
+
+    def _prefill(self, entered: list[Sampled]) -> StageRun:
+        """Prompts, each once, with what their responses have said before they stepped back."""
+        groups: dict[object, list[Sampled]] = {}
+        for sampled in entered:
+            groups.setdefault(sampled.prompt, []).append(sampled)
+        said = [[s for s in group if s.response.tokens] for group in groups.values()]
+        tokens = [[s.response.tokens for s in group] for group in said]
+        prompts = [prompt.request.prompt for prompt in groups]
+        batch = pack_prompts(prompts, tokens, self.scheme, self.multiple, self.device)
+        kept, last, ends = [], {}, []
+        for segment in batch.groups.segments:
+            end = segment.start + segment.length - 1
+            if segment.is_prefix:
+                prompt = list(groups)[segment.group]
+                if not prompt.written:
+                    kept.append((segment.start, segment.length, prompt.table))
+                    prompt.written = True
+                last |= dict.fromkeys(groups[prompt], end)
+            else:
+                again = said[segment.group][segment.response]
+                kept.append((segment.start, segment.length, again.own))
+                last[again] = end
+        self.asked = [sampled.response for sampled in entered]
+        ends = torch.tensor([last[sampled] for sampled in entered], device=self.device)
+        record = PrefillStep(batch.groups, self.lane.pool, kept)
+        return StageRun(self.model, batch.tokens, batch.position_ids, record, ends, batch.media)
+
+    def _decode(self, sampled: list[Sampled]) -> StageRun:
+        """Everybody's last token."""
+        self.asked = [s.response for s in sampled]
+        pad = [0] * (-len(sampled) % self.multiple)
+        tokens = [s.response.tokens[-1] for s in sampled]
+        positions = [
+            next_position(s.response.request.prompt, self.scheme) + len(s.response.tokens) - 1 for s in sampled
+        ]
+        tokens, positions = torch.tensor([tokens + pad, positions + pad]).to(self.device).unbind()
+        record = DecodeStep(self.lane.pool, [s.row for s in sampled])
+        return StageRun(self.model, tokens, positions, record, torch.arange(len(sampled), device=self.device))
+
+
+def _choose(logits: Tensor, responses: list[Response]) -> Tensor:
+    """logits [r, v] -> fp32 [2, r]: tokens, whose ids are below 2 ** 24, and log-probabilities."""
+    alike: dict[SamplingParams, list[int]] = {}
+    for i, response in enumerate(responses):
+        alike.setdefault(response.params, []).append(i)
+    if len(alike) == 1:
+        return _choose_alike(logits, responses)
+    chosen = torch.empty(2, len(responses), device=logits.device)
+    for numbers in alike.values():
+        rows = torch.tensor(numbers, device=logits.device)
+        chosen[:, rows] = _choose_alike(logits[rows], [responses[i] for i in numbers])
+    return chosen
+
+
+def _choose_alike(logits: Tensor, responses: list[Response]) -> Tensor:
+    params, seen = responses[0].params, None
+    uniform = torch.tensor([r.draws[len(r.tokens)] for r in responses], dtype=torch.float64)
+    if params.repetition_penalty != 1:
+        texts = [[*r.prompt, *r.tokens] for r in responses]
+        longest = max(map(len, texts))
+        seen = torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=logits.device)
+    return torch.stack([x.float() for x in choose_tokens(logits, params, uniform, seen)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError, of_system
 
-__all__ = ["broadcast", "broadcast_object", "from_last", "gather_objects", "together"]
+__all__ = ["LastValues", "broadcast", "broadcast_object", "from_last", "gather_objects", "together"]
 
 
 @contextlib.contextmanager
@@ -82,6 +82,27 @@ def from_last(
     assert (values.shape, values.dtype) == (shape, dtype), f"{values.dtype} {tuple(values.shape)}, not {dtype} {shape}"
     values = values.contiguous()
     return broadcast(values, -1, group)
+
+
+class LastValues:
+    """Values that the group's last rank has, on their way to the others. All ranks make theirs in one order.
+
+    Args:
+        values: contiguous, of one shape and type; overwritten on the other ranks.
+    """
+
+    def __init__(self, values: Tensor, group: dist.ProcessGroup):
+        self._values = values.contiguous()
+        self._work = None
+        if group.size() > 1:
+            self._work = dist.broadcast(self._values, src=_global(-1, group), group=group, async_op=True)
+
+    def values(self) -> Tensor:
+        """Once they are there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._values
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

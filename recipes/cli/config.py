@@ -32,7 +32,7 @@ def build(cls: type[T], node: Any, path: str = "") -> T:
     """Fill the dataclass `cls` from a mapping, and the dataclasses within it from the mappings within.
 
     Values are taken as they are, except that a float may be written as an integer or as text (YAML reads 1e-4 as
-    text) and a string as a number (precision: 32).
+    text) and a string as a number (precision: 32). `cls.GONE` names keys of earlier versions, with what to say of each.
 
     Args:
         node: an OmegaConf `DictConfig` or plain data.
@@ -77,6 +77,8 @@ def _section(cls: type, node: Any, path: str, known: list[str]) -> Any:
         raise _wrong(path or "the configuration", node, cls)
     hints = _hints(cls)
     for key in node:
+        if key in getattr(cls, "GONE", {}):  # a key of an earlier version, and what has taken its place
+            raise ConfigError(f"{_join(path, key)} is no more: {cls.GONE[key]}")
         if key not in hints:
             raise _unknown(_join(path, key), [_join(path, name) for name in hints], known)
     given = {key: value for key, value in node.items() if not (isinstance(value, str) and value == ABSENT)}

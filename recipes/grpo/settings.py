@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from megatron_ext.attention.pages import PAGE, pages_of
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Duration, Record, Speed, Training
 from megatron_ext.losses.grpo import GrpoTerms
@@ -42,6 +43,10 @@ class LengthSection:
 
 @dataclass
 class GRPOSettings:
+    GONE: ClassVar[dict[str, str]] = {
+        "rollout_micro_batch_size": "set trainer.grpo.rollout_tokens, the tokens that sampling holds at once"
+    }
+
     # GRPO steps of the run: sample, score, update.
     max_steps: Duration[int]
     # Prompts sampled in a step, over all data-parallel ranks.
@@ -51,8 +56,9 @@ class GRPOSettings:
     # What scores responses: exact_answer, regex, length, http, the dotted path of a function of yours, or {name: one of
     # them, and its options}. docs/extending.md has how to write one.
     reward: Any
-    # Prompts decoded together on one data-parallel rank; null: all at once. Set it where sampling runs out of memory.
-    rollout_micro_batch_size: Speed[int | None] = None
+    # Tokens whose keys and values sampling holds at most on a rank, in pages of 32, a prompt's once for all its responses;
+    # what has no room waits. null: no bound, the whole step is sampled at once. Set it where memory is short.
+    rollout_tokens: Speed[int | None] = None
     # GRPO steps between validations, and one before the first step; 0: never.
     val_check_interval: Record[int] = 0
     # GRPO steps between checkpoints; 0: only the last, and where max_time_per_run stops.
@@ -101,7 +107,7 @@ class GRPOSettings:
     length_params: LengthSection = field(default_factory=LengthSection)
 
     def __post_init__(self):
-        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_micro_batch_size")
+        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
             "initial_policy_kl_penalty", "ratio_eps",
@@ -214,6 +220,7 @@ class GRPOConfig:
                 f"data.max_prompt_length={self.data.max_prompt_length} + trainer.grpo.length_params.max_length="
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
             )
+        self._check_rollout_tokens()
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
@@ -228,6 +235,16 @@ class GRPOConfig:
             raise UserError(
                 f"trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} is not divisible by the "
                 f"{self.prompts_per_update} prompts of an optimizer step (model.global_batch_size / samples_per_prompt)"
+            )
+
+    def _check_rollout_tokens(self) -> None:
+        grpo, lanes = self.trainer.grpo, self.model.pipeline_model_parallel_size
+        pages = pages_of(self.data.max_prompt_length) + pages_of(grpo.length_params.max_length)
+        if grpo.rollout_tokens is not None and grpo.rollout_tokens // PAGE // lanes < pages:
+            raise UserError(
+                f"trainer.grpo.rollout_tokens={grpo.rollout_tokens} is less than {lanes * pages * PAGE}: for each pipeline "
+                f"stage one response of trainer.grpo.length_params.max_length={grpo.length_params.max_length} must fit with a "
+                f"prompt of data.max_prompt_length={self.data.max_prompt_length}, in pages of {PAGE}"
             )
 
     @property

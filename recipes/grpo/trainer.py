@@ -44,9 +44,7 @@ class GRPOTrainer(Trainer):
         steps = settings.max_steps * updates
         self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val)
         self.batches = BatchMaker(session)
-        source = MegatronSource(
-            self.engine.module, session.inputs.tokenizer.decode_response, settings.rollout_micro_batch_size
-        )
+        source = MegatronSource(self.engine.module, session.inputs.tokenizer.decode_response, settings.rollout_tokens)
         self.sampler = RolloutSampler(session, source, reward)
         self.order = EpochSampler(
             len(train),

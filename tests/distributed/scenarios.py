@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ext.attention import Scoring
 from megatron_ext.attention.context import ContextShard, context_parallel_attention
+from megatron_ext.attention.pages import PAGE, pages_of
 from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
@@ -208,9 +209,12 @@ def _media_case(device: torch.device, case: MediaCase) -> dict[str, Any]:
 def _sample(model, case: LayoutCase) -> dict[str, Any]:
     greedy = SamplingParams(NEW_TOKENS, () if case.stop is None else (case.stop,), use_greedy=True)
     sampling = SamplingParams(NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.95)
+    stages = model.model_config.pipeline_model_parallel_size
+    one = stages * PAGE * (pages_of(max(map(len, case.prompts))) + 1)  # for one response of the longest prompt
     return {
         "greedy": generate(model, case.prompts, SAMPLES, greedy),
         "sampled": generate(model, case.prompts, SAMPLES, sampling, 11),
+        "one by one": generate(model, case.prompts, SAMPLES, sampling, 11, rollout_tokens=one),
         "next": next_token_probabilities(model, case.prompts, [3, 60, 0]),
     }
 

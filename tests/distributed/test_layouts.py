@@ -257,6 +257,7 @@ def test_sampled_tokens_equal_one_ranks_under_the_same_draws(layout: Layout, ref
         expected = reference.results[name]["sampled"]
         assert len({tuple(r) for rs in expected for r in rs}) > 3
         assert all(result["sampled"] == expected for result in results)
+        assert all(result["one by one"] == expected for result in results)
 
 
 def test_next_token_probabilities_equal_one_ranks(layout: Layout, reference: Reference):

@@ -33,7 +33,7 @@ OWN = ("tests/dry/run.py", "tests/dry/machine.py", "tests/dry/flash_attn.py", "m
 # which step stands beside the steps (tests/dry/steps.py, recipes.py). Whatever is not here fails, and so does what is here and is
 # read no more.
 CHOOSE, METRICS = (
-    "megatron_ext/rollouts/sampler.py:MegatronSource._choose",
+    "megatron_ext/rollouts/sampler.py:_Turn._take_tokens",
     "megatron_ext/runtime/engine.py:Engine.reduce_metrics",
 )
 NORM = "megatron_ext/runtime/engine.py:Engine.step"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.attention.pages import PAGE
 from megatron_ext.blocks.blocks import train_only_block
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
 from megatron_ext.grouping import PackedTokens
@@ -45,6 +46,8 @@ UPDATE = {(NORM, "value"): 1, (METRICS, "copy"): 1}
 STAGE = {(NORM, "value"): 1, (SHAPES, "copy"): 2}
 PIECES = {(NORM, "value"): 1, (SHAPES, "copy"): 6}
 SAMPLE = {(CHOOSE, "copy"): NEW_TOKENS}
+PAGES = {(CHOOSE, "copy"): PAGE + NEW_TOKENS + 3}  # the second prompt is run when the first has been, and once more
+LANES = {(CHOOSE, "copy"): 2 * NEW_TOKENS}  # of either prompt
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,14 @@ def sample(model: PrefixGroupedGPT, device: torch.device) -> None:
     assert [len(t) for group in found for t in group] == [NEW_TOKENS] * 6  # nothing ends: 0 is no stop token
 
 
+def sample_pages(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """Prompts and responses that fill pages, in a pool that is too small for all at once."""
+    prompts, few = [[7] * 70, [5] * 33], SamplingParams(PAGE + NEW_TOKENS, (2,))
+    source = MegatronSource(model, rollout_tokens=8 * PAGE)
+    found = source.sample([r.limited([1, PAGE + NEW_TOKENS]) for r in Request.each(prompts, 2, few)])
+    assert [len(t) for group in found for t in group] == 2 * [1, PAGE + NEW_TOKENS]
+
+
 def greedy(model: PrefixGroupedGPT, device: torch.device) -> None:
     MegatronSource(model).sample(Request.each(PROMPTS, 1, SamplingParams(NEW_TOKENS, (2,), use_greedy=True)))
 
@@ -199,7 +210,7 @@ STEPS: dict[str, Step] = {
     "films, cp": Step(films, UPDATE, FILMS, rank=1, **CP),
     "films, tp": Step(films, UPDATE, FILMS | {"sequence_parallel": True}, rank=1, **TP),
     **{
-        f"sample, stage {rank}": Step(sample, SAMPLE, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))
+        f"sample, stage {rank}": Step(sample, LANES, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))
         for rank in (0, 1)
     },
     "sft, moments on the host": Step(
@@ -233,7 +244,8 @@ STEPS: dict[str, Step] = {
     "sample": Step(sample, SAMPLE),
     "sample, windows": Step(sample, SAMPLE, WINDOW),
     "greedy": Step(greedy, SAMPLE),
-    **{f"sample, {name}": Step(sample, SAMPLE, {"attention_kernel": name}) for name in KERNELS},
+    **{f"sample, {name}": Step(sample_pages, PAGES, {"attention_kernel": name}) for name in KERNELS},
+    "sample, pages and windows": Step(sample_pages, PAGES, WINDOW | {"window_size": [40, 0]}),
     **{
         f"grpo, cp {comm}, rank {rank}": Step(grpo(PLAIN), UPDATE, {"cp_comm_type": comm}, rank=rank, **CP)
         for comm in ("all_gather", "a2a")

@@ -33,6 +33,6 @@ def job(model_changes: dict | None = None, **changes) -> Job:
         "scoring_passes": 2,
         "reference_copy": True,
         "rollout": True,
-        "rollout_prompts": 8,
+        "rollout_tokens": 8 * (1024 + 8 * 256),
     }
     return Job(model(**(model_changes or {})), **(fields | changes))

@@ -21,7 +21,7 @@ BF16 = (torch.bfloat16, torch.bfloat16)
 
 def test_what_is_moved_to_the_host_is_all_that_changes():
     """Of 1.2 billion parameters on one GPU: 2 bytes each of the reference, 8 of Adam's moments."""
-    start = job(devices=1, groups=8, rollout_prompts=1)
+    start = job(devices=1, groups=8, rollout_tokens=1024 + 8 * 256)
     (plain,) = estimate(start).stages
     for moved, near in (({"reference_on_host": True}, "copies"), ({"moments": MomentStorage(1.0)}, "optimizer")):
         (found,) = estimate(dataclasses.replace(start, **moved)).stages
@@ -33,7 +33,7 @@ def test_what_is_moved_to_the_host_is_all_that_changes():
 
 
 def test_moving_costs_time():
-    start = job(devices=1, groups=8, rollout_prompts=1)
+    start = job(devices=1, groups=8, rollout_tokens=1024 + 8 * 256)
     plain = estimate(start).step
     reference = estimate(dataclasses.replace(start, reference_on_host=True)).step
     assert reference.scoring - plain.scoring == pytest.approx(1_235_814_400 * 2 / (64e9 * 0.75))
@@ -46,7 +46,7 @@ def test_moving_costs_time():
 
 
 def test_moments_in_bf16_and_a_share_on_the_host():
-    start = job(devices=1, groups=8, rollout_prompts=1)
+    start = job(devices=1, groups=8, rollout_tokens=1024 + 8 * 256)
     (plain,) = estimate(start).stages
     for types, each in (((torch.bfloat16, torch.float32), 6), (BF16, 4)):
         (found,) = estimate(dataclasses.replace(start, moments=MomentStorage(types=types))).stages
@@ -80,7 +80,7 @@ ROUNDED = "model.optim.exp_avg_dtype=bfloat16 and model.optim.exp_avg_sq_dtype=b
 
 def test_the_least_that_helps_is_named():
     """The reference takes 2 bytes a number, moments 8."""
-    start, none = job(devices=1, groups=8, rollout_prompts=1), Assumptions(reserve=0)
+    start, none = job(devices=1, groups=8, rollout_tokens=1024 + 8 * 256), Assumptions(reserve=0)
     moves = [
         ({"reference_on_host": True}, f"{REFERENCE} or {RECOMPUTE} or {ROUNDED}"),
         ({"moments": MomentStorage(types=BF16)}, f"{REFERENCE} and {SHARE}0.25 or {ROUNDED}"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.attention.cache import SharedPrefixCache
-from megatron_ext.grouping import PrefixGroups
+from megatron_ext.attention.pages import PAGE
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
 from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
@@ -203,7 +202,78 @@ def test_refuses_prompts_that_cannot_be_continued(rng, world):
     assert len(generate(model, [[1] * 7], 1, GREEDY)[0][0]) == 9
 
 
-@pytest.mark.parametrize("lengths", [[(3, []), (0, [])], [(3, [2])]])
-def test_the_cache_refuses_streams_that_are_not_prompts(lengths):
-    with pytest.raises(ValueError, match="non-empty prefixes only"):
-        SharedPrefixCache(PrefixGroups.from_lengths(lengths), 2, 4)
+def requests_of_many_lengths(rng, count: int, samples: int, high: int, params: SamplingParams) -> list[Request]:
+    prompts = draw_prompts(rng, *torch.randint(1, 40, (count,), generator=rng).tolist())
+    requests = Request.each(prompts, samples, params, (int(rng.initial_seed()),))
+    return [r.limited(torch.randint(1, high + 1, (samples,), generator=rng).tolist()) for r in requests]
+
+
+@pytest.mark.parametrize("changes", [{}, {"window_size": [20, 0], "window_attn_skip_freq": 2}])
+def test_a_budget_changes_nothing_that_is_said(changes, rng, world):
+    """From all at once to hardly one at a time: requests wait, enter and leave, and step back when pages run out."""
+    model = build(rng, world, **changes)
+    params = SamplingParams(80, temperature=1.1, repetition_penalty=1.1)
+    requests = requests_of_many_lengths(rng, 5, 4, 80, params)
+    requests[0] = requests[0].limited([1, 1, 1, 1])  # short ones at first: more is let in than stays
+    free = MegatronSource(model).sample(requests)
+    alone = [MegatronSource(model).sample([request])[0] for request in requests]
+    assert [[t.tokens for t in group] for group in alone] == [[t.tokens for t in group] for group in free]
+    stepped_back = 0
+    for pages in (24, 13, 5):
+        source = MegatronSource(model, rollout_tokens=pages * PAGE + 3)
+        found = source.sample(requests)
+        for a, b in zip(found, free, strict=True):
+            assert [t.tokens for t in a] == [t.tokens for t in b]
+            for x, y in zip(a, b, strict=True):
+                assert (torch.tensor(x.logprobs) - torch.tensor(y.logprobs)).abs().max() <= 1e-5
+        (lane,) = source.lanes
+        assert lane.pool.peak <= pages and not lane.pool.used and lane.pool.capacity <= pages
+        stepped_back += lane.stepped_back
+    assert stepped_back
+
+
+def test_in_fp32_only_a_draw_on_the_boundary_can_choose_otherwise(rng, world):
+    """All at once against one at a time: sums are taken in another order. Where the tokens part, the draw lies within 1e-5 of the
+    boundary between the two; that is rare."""
+    model = build(rng, world).float()
+    params = SamplingParams(60, temperature=1.3)
+    requests = requests_of_many_lengths(rng, 6, 4, 60, params)
+    together = MegatronSource(model).sample(requests)
+    alone = MegatronSource(model, rollout_tokens=5 * PAGE).sample(requests)
+    weights = {name: p.double() for name, p in weights_of(model).items()}
+    parted = 0
+    for request, a, b in zip(requests, together, alone, strict=True):
+        for sample, (x, y) in enumerate(zip(a, b, strict=True)):
+            if x.tokens == y.tokens:
+                continue
+            parted += 1
+            place = next(i for i, (s, t) in enumerate(zip(x.tokens, y.tokens, strict=True)) if s != t)
+            logits = plain_logits(weights, model.model_config, [*request.prompt, *x.tokens[:place]])[-1]
+            cumulative = (logits / 1.3).softmax(-1).cumsum(-1)
+            low, high = sorted((x.tokens[place], y.tokens[place]))
+            assert high == low + 1
+            assert abs(ResponseDraws((*request.key, sample))[place] - cumulative[low]) <= 1e-5
+    assert parted <= 2, f"{parted} of 24 responses"
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_sampled(rng, world):
+    model = build(rng, world)
+    prompts = draw_prompts(rng, 5, 40)
+    words = (
+        "prompt 1 has 40 tokens; with max_new_tokens=33 that is 4 pages of 32 tokens, and rollout_tokens=127 gives.* 3"
+    )
+    with pytest.raises(ValueError, match=words):
+        generate(model, prompts, 1, SamplingParams(33), rollout_tokens=127)
+    assert len(generate(model, prompts, 1, SamplingParams(32, use_greedy=True), rollout_tokens=127)[1][0]) == 32
+
+
+def test_pages_are_given_back_as_responses_end(rng, world):
+    """One long response beside many short ones: memory is that of the pages that are written at once."""
+    model = build(rng, world)
+    (request,) = Request.each(draw_prompts(rng, 20), 9, SamplingParams(97))
+    source = MegatronSource(model)
+    source.sample([request.limited([97] + [40] * 8)])
+    # At the 33rd token two pages each; the long one, whose last token is not run, has three at its end.
+    assert source.lanes[0].pool.peak == 1 + 9 * 2
+    source.sample([request.limited([97] + [20] * 8)])
+    assert source.lanes[0].pool.peak == 1 + 9

@@ -41,7 +41,9 @@ def test_the_reference_page_is_up_to_date():
             "validation_sampling_params.temperature=0.6 does nothing beside use_greedy=true",
         ),
         ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
-        ("trainer.grpo.rollout_micro_batch_size=-1", "rollout_micro_batch_size=-1 must be at least 1"),
+        ("++trainer.grpo.rollout_tokens=-1", "rollout_tokens=-1 must be at least 1"),
+        ("++trainer.grpo.rollout_tokens=50", "rollout_tokens=50 is less than"),
+        ("++trainer.grpo.rollout_micro_batch_size=4", "is no more: set trainer.grpo.rollout_tokens"),
         ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
         (
             "trainer.grpo.reference_policy_kl_type=k1",

@@ -1,0 +1,225 @@
+"""Attention of single rows over pages of keys, where the pages lie: split by page, merged by log-sum-exp.
+
+Every page is one block of a batched product with the rows that read it: a response's own page with one row, a prompt's page
+with those of all its responses. Two ways give a page's partial result (unnormalised output, maximum, sum):
+
+    plain      matrix products in torch, fp32 or fp64. It masks, caps scores and slides windows. On the CPU it takes all pages
+               in one batch, and is 1.5 to 3 times as fast as a flash kernel that has them in one piece
+    a kernel   of `kernels`, on a GPU, for pages that are seen whole, also where they lie; the plain way then has the few that
+               are seen in part, those that are being written and those at a window's edge
+
+Shape legend: r rows, p pages of a stretch, g rows that read one page, w rows of a page, n query and m key/value heads of this
+tensor-parallel rank, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.attention.function import planned_attention
+from megatron_ext.attention.kernels import Kernel, Scoring
+from megatron_ext.attention.merge import wide_dtype
+from megatron_ext.attention.pages import PAGE
+from megatron_ext.attention.plan import Call, Plan, Rectangle
+
+__all__ = ["Reads", "Stretch", "paged_attention", "plain_way"]
+
+HIDDEN = -1e30  # a score that no other is less than; -inf would make numbers of holes into none
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Pages that lie side by side, and who reads them.
+
+    Attributes:
+        first: number of the first page in the pool.
+        rows: int [p, g], -1 for nobody.
+        start: int [p], the place on its path of each page's first key.
+        stop: int [p], the place behind the last key that is there.
+    """
+
+    first: int
+    rows: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def reads(self, places: np.ndarray, window: int | None, whole_apart: bool, device: torch.device) -> list[Reads]:
+        """What is read of them.
+
+        Args:
+            places: int [r], the place of each row on its path; it sees that key and those before.
+            window: as in `Scoring`.
+            whole_apart: pages that are seen whole go to a kernel.
+        """
+        asks = np.append(places, -1)[self.rows]  # [p, g]: nobody is at -1, and sees nothing
+        high = np.clip(np.minimum(asks + 1, self.stop[:, None]) - self.start[:, None], 0, PAGE)
+        low = np.zeros_like(high) if window is None else np.clip(asks - window - self.start[:, None], 0, PAGE)
+        seen = low < high
+        if not whole_apart:
+            return [Reads.of(self.first, None, self.rows, low, high, len(places), device)] if seen.any() else []
+        whole = (low == 0) & (high == PAGE)
+        cut = seen & ~whole
+        found = []
+        if whole.any():
+            rows = np.where(whole, self.rows, -1)
+            # Neighbours with the same readers, as the pages of a prompt are, make one block: fewer results to merge.
+            begins = np.flatnonzero(np.append(True, (rows[1:] != rows[:-1]).any(1)))
+            lengths = tuple(np.diff(np.append(begins, len(rows))).tolist())
+            found.append(Reads.of(self.first, None, rows[begins], None, None, len(places), device, lengths))
+        if cut.any():
+            pages = np.flatnonzero(cut.any(1))
+            rows = np.where(cut[pages], self.rows[pages], -1)
+            found.append(Reads.of(self.first, pages, rows, low[pages], high[pages], len(places), device))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """Pages with the rows that read them, on the device.
+
+    Attributes:
+        first, count: the stretch, where the pages are taken where they lie.
+        lengths: pages of each block, where neighbours are read as one; None: one each.
+        pages: int64 [p]: they are copied instead.
+        rows: int64 [p * g], r for nobody.
+        asks: the same, with any row in place of nobody.
+        low, high: int64 [p, g], first key that is seen and the one behind the last; None: all are.
+    """
+
+    first: int
+    count: int
+    group: int
+    pages: Tensor | None
+    rows: Tensor
+    asks: Tensor
+    low: Tensor | None
+    high: Tensor | None
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        first: int,
+        pages: np.ndarray | None,
+        rows: np.ndarray,
+        low: np.ndarray | None,
+        high: np.ndarray | None,
+        num_rows: int,
+        device: torch.device,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Reads:
+        """
+        Args:
+            pages: counted from `first`.
+            rows: -1 for nobody.
+        """
+        flat = np.where(rows < 0, num_rows, rows).ravel()
+        made = [flat, np.minimum(flat, num_rows - 1), low, high, None if pages is None else first + pages]
+        sent = [
+            None if x is None else torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device) for x in made
+        ]
+        count = len(rows) if lengths is None else sum(lengths)
+        return cls(first, count, rows.shape[1], sent[4], *sent[:4], lengths)
+
+    @cached_property
+    def call(self) -> Call:
+        """Every block seen whole by its rows."""
+        blocks = [
+            Rectangle(i * self.group, self.group, end - PAGE * length, PAGE * length)
+            for i, (length, end) in enumerate(zip(self.lengths, (PAGE * np.cumsum(self.lengths)).tolist(), strict=True))
+        ]
+        return Call.of(blocks, causal=False)
+
+    @property
+    def in_place(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """[p, 1, g, 1, w]: 0 where a key is seen."""
+        key = torch.arange(PAGE, device=self.rows.device)
+        hidden = (key < self.low.unsqueeze(-1)) | (key >= self.high.unsqueeze(-1))
+        return torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, HIDDEN)[:, None, :, None]
+
+
+def plain_way(kernel: Kernel) -> bool:
+    """Whether pages are all read the plain way: where the kernel is for the CPU, or is plain itself."""
+    return kernel.device != "cuda"
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reads: Sequence[tuple[Reads, Tensor | None]],
+    kernel: Kernel,
+    scoring: Scoring,
+) -> Tensor:
+    """
+    Args:
+        query: [r, n, d].
+        key, value: [pages, w, m, d].
+        reads: with their `bias`, None where they are seen whole; each row is in one of them at least.
+
+    Returns:
+        [r, n, d] in query's dtype.
+    """
+    wide, parts = wide_dtype(query), []
+    scaled = (query if query.dtype == wide else query.to(wide)) * scoring.scale
+    for read, bias in reads:
+        k, v = (x[read.in_place] if read.pages is None else x.index_select(0, read.pages) for x in (key, value))
+        if bias is None:
+            parts.append(_by_kernel(query.index_select(0, read.asks), k, v, read.call, kernel, scoring))
+        else:
+            q = scaled.index_select(0, read.asks).unflatten(0, (-1, read.group))
+            parts.append(_plain(q, k, v, bias, scoring.softcap))
+    return _merged(query, [read.rows for read, _ in reads], parts)
+
+
+def _merged(query: Tensor, rows: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Of parts (output [x, n, d], maximum [x, n], sum [x, n]) of rows [x]: what belongs to one row, on one scale, added up."""
+    r, n, d = query.shape
+    outs, maxima, sums = zip(*parts, strict=True)
+    every, maximum, denominator = torch.cat(rows), torch.cat(maxima), torch.cat(sums)
+    largest = maximum.new_full((r + 1, n), HIDDEN)  # the last row is nobody's
+    largest.scatter_reduce_(0, every.unsqueeze(1).expand(-1, n), maximum, "amax")
+    weight = maximum.sub_(largest.index_select(0, every)).exp_()
+    total = weight.new_zeros(r + 1, n).index_add_(0, every, denominator.mul_(weight))
+    merged = weight.new_zeros(r + 1, n, d)
+    for index, out, share in zip(rows, outs, weight.split([len(x) for x in rows]), strict=True):
+        merged.index_add_(0, index, out.mul_(share.unsqueeze(-1)))
+    merged = merged[:r].div_(total[:r].unsqueeze(-1))
+    return merged if merged.dtype == query.dtype else merged.to(query.dtype)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [p, g, n, d] times the scale, k and v [p, w, m, d] -> output [p * g, n, d], maximum and sum [p * g, n], as q wide."""
+    p, g, n, d = q.shape
+    m = k.size(2)
+    # A head's queries are one matrix: those of all rows, and of all query heads that share its keys.
+    q = q.view(p, g, m, n // m, d).transpose(1, 2).reshape(p * m, g * (n // m), d)
+    k, v = (x.transpose(1, 2).reshape(p * m, -1, d) for x in (k, v))  # of pages with heads first a view
+    if k.dtype != q.dtype:
+        k, v = k.to(q.dtype), v.to(q.dtype)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores = scores.view(p, m, g, n // m, -1).add_(bias)
+    maximum = scores.amax(-1)
+    scores = scores.sub_(maximum.unsqueeze(-1)).exp_()
+    denominator = scores.sum(-1)
+    out = torch.bmm(scores.view(p * m, g * (n // m), -1), v).view(p, m, g, n // m, d)
+    return tuple(x.transpose(1, 2).reshape(p * g, n, *x.shape[4:]) for x in (out, maximum, denominator))
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, kernel: Kernel, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [blocks * g, n, d], k and v [p, w, m, d], every block seen whole; results as of `_plain`."""
+    out, lse = planned_attention(q, k.flatten(0, 1), v.flatten(0, 1), Plan((call,)), kernel, scoring)
+    return out.to(lse.dtype), lse, torch.ones_like(lse)

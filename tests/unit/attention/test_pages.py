@@ -1,0 +1,68 @@
+"""Pages of keys and values: what is written stays where it is looked for, and memory follows it."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ext.attention.pages import PAGE, PagePool, Table, pages_of
+
+
+def draw(rng, high: int) -> int:
+    return int(torch.randint(1, high + 1, (1,), generator=rng))
+
+
+def write(pool: PagePool, table: Table, first: int, count: int, value: float) -> None:
+    """The same number into tokens of both layers' keys, its negative into their values."""
+    place = torch.tensor(pool.place(table))
+    within = torch.arange(first, first + count)
+    flat = pool.flat_rows(place[within // PAGE], within % PAGE, 2)
+    for layer in (1, 2):
+        x = torch.full((count, 2, 4), value * layer) + torch.arange(2).view(2, 1) / 4
+        pool.write(layer, flat, x, -x)
+
+
+def check(pool: PagePool, table: Table, values: list[float]) -> None:
+    place = pool.place(table)
+    for layer in (1, 2):
+        for memory, sign in zip(pool.memory(layer, torch.empty(0, 2, 4)), (1, -1), strict=True):
+            found = memory[place].flatten(0, 1)[: len(values)]  # [tokens, 2, 4]
+            expected = torch.tensor(values).view(-1, 1, 1) * layer + torch.arange(2).view(1, 2, 1) / 4
+            assert torch.equal(found, sign * expected.expand_as(found))
+
+
+def test_contents_survive_growing_and_moving(rng):
+    """Prompts and responses come, grow and go in any order, with and without a limit, in both memory layouts."""
+    for limit, heads_first in ((None, True), (40, True), (40, False)):
+        pool, there, moved = PagePool(limit, heads_first), {}, 0
+        for number in range(400):
+            if there and draw(rng, 3) == 1:
+                table = list(there)[draw(rng, len(there)) - 1]
+                pool.free(table)
+                del there[table]
+            else:
+                grows = there and draw(rng, 2) == 1
+                table = list(there)[draw(rng, len(there)) - 1] if grows else pool.new(shared=draw(rng, 3) == 1)
+                said, more = there.setdefault(table, []), draw(rng, 90)
+                needed = pages_of(len(said) + more) - len(table.pages)
+                if pool.fits(needed):
+                    pool.extend(table, len(said) + more)
+                    write(pool, table, len(said), more, float(number))
+                    said += [float(number)] * more
+            holes = sum(len(side.holes) for side in (pool.bottom, pool.top))
+            pool.tidy()
+            moved += holes > sum(len(side.holes) for side in (pool.bottom, pool.top))
+            places = [page for table in there for page in pool.place(table)]
+            assert len(set(places)) == len(places) == pool.used and all(0 <= p < pool.capacity for p in places)
+            assert pool.peak <= pool.capacity <= pool.peak + pool.peak // 16 and pool.capacity <= (limit or 10**9)
+        for table, said in there.items():
+            check(pool, table, said)
+        assert moved
+
+
+def test_the_pool_has_no_more_memory_than_its_pages():
+    pool = PagePool()
+    pool.extend(pool.new(shared=True), 70)
+    pool.extend(pool.new(shared=False), 1)
+    keys, values = pool.memory(3, torch.empty(5, 2, 8, dtype=torch.float64))
+    assert keys.shape == values.shape == (4, PAGE, 2, 8)
+    assert keys.untyped_storage().nbytes() == 4 * PAGE * 2 * 8 * 8
