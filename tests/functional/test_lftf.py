@@ -200,8 +200,9 @@ def one_rank(bias_task, tmp_path_factory):
     [
         ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
         ["trainer.devices=3", "model.pipeline_model_parallel_size=3"],
+        ["trainer.devices=2", "model.optim.overlap_grad_reduce=true", "model.optim.overlap_param_gather=true"],
     ],
-    ids=["tp2 sp dp2", "pp3"],
+    ids=["tp2 sp dp2", "pp3", "dp2 overlapping"],
 )
 def test_layouts_agree(layout, bias_task, one_rank, tmp_path):
     """Ranking, losses, validations and scores."""
