@@ -126,9 +126,12 @@ class DecodeStep(_Step):
         """The pages of responses, each read by one row."""
         count = self.pool.bottom.high
         rows, start = np.full((count, 1), -1), np.zeros(count, dtype=np.int64)
-        for i, row in enumerate(self.rows):
-            rows[row.own.pages, 0] = i
-            start[row.own.pages] = row.prompt_length + PAGE * np.arange(len(row.own.pages))
+        pages = np.array([page for row in self.rows for page in row.own.pages])
+        counts = np.array([len(row.own.pages) for row in self.rows])
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(pages)) - np.repeat(counts.cumsum() - counts, counts)  # of each page in its response
+        rows[pages, 0] = row_of
+        start[pages] = np.array([row.prompt_length for row in self.rows])[row_of] + PAGE * number
         return Stretch(0, rows, start, np.full(count, np.iinfo(np.int64).max))
 
     def _shared(self) -> Stretch:

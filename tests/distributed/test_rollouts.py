@@ -1,0 +1,69 @@
+"""Responses are what one rank samples one request at a time, token by token in fp64, whatever the layout and the room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ext.attention.pages import PAGE
+from megatron_ext.rollouts import Request, SamplingParams
+from megatron_ext.runtime.distributed import ParallelSizes
+from tests.conftest import fresh_generator
+from tests.distributed.rollout_scenarios import RolloutCase, rollouts
+from tests.harness import run_ranks
+
+MODEL = {"num_layers": 4, "share_embeddings_and_output_weights": False, "num_query_groups": 4}
+LAYOUTS = {
+    "tp2, sp": (ParallelSizes(tensor=2), {"sequence_parallel": True}),
+    "pp2": (ParallelSizes(pipeline=2), {}),
+    "pp2 in pieces": (ParallelSizes(pipeline=2), {"virtual_pipeline_model_parallel_size": 2}),
+    "pp4": (ParallelSizes(pipeline=4), {}),
+    "tp2 pp2": (ParallelSizes(tensor=2, pipeline=2), {}),
+    "cp2": (ParallelSizes(context=2), {}),
+}
+LONGEST = 70
+ONE = 5 * PAGE  # the longest prompt and one of its responses
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """Prompts of many lengths, five responses each, which end early, late or by a token; more prompts than lanes, and fewer."""
+    rng = fresh_generator()
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=rng).tolist()
+
+    params = SamplingParams(LONGEST, (7,), temperature=1.2, top_p=0.95)
+    prompts = [draw(0, 61, length) for length in draw(2, 45, 6)]
+    requests = [r.limited(draw(1, LONGEST + 1, 5)) for r in Request.each(prompts, 5, params, tuple(draw(0, 999, 2)))]
+    case = RolloutCase(MODEL, draw(0, 2**31, 1)[0], requests, [None, 2 * ONE, ONE])
+    (result,) = run_ranks(rollouts, 1, case)
+    for found in result["found"][1:]:
+        assert tokens(found) == tokens(result["found"][0])
+    case.weights = result["weights"]
+    return case, result["found"][0]
+
+
+def tokens(found) -> list[list[list[int]]]:
+    return [[said for said, _ in group] for group in found]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_one_rank_one_at_a_time(name, one_rank):
+    sizes, changes = LAYOUTS[name]
+    source, expected = one_rank
+    fields = source.fields | changes | {
+        "tensor_model_parallel_size": sizes.tensor, "pipeline_model_parallel_size": sizes.pipeline,
+        "context_parallel_size": sizes.context,
+    }  # fmt: skip
+    budgets = [None, sizes.pipeline * 2 * ONE, sizes.pipeline * ONE]
+    for requests in (source.requests, source.requests[:1]):
+        case = RolloutCase(fields, source.weights, requests, budgets)
+        ranks = run_ranks(rollouts, sizes.tensor * sizes.pipeline * sizes.context, case, sizes=sizes)
+        for rank in ranks:
+            for found, lanes in zip(rank["found"], rank["lanes"], strict=True):
+                assert tokens(found) == tokens(expected)[: len(requests)]
+                assert len(lanes) == sizes.pipeline and all(lanes)  # every lane had something to do
+                for a, b in zip(found, expected, strict=False):
+                    for (_, x), (_, y) in zip(a, b, strict=True):
+                        assert (torch.tensor(x) - torch.tensor(y)).abs().max() <= 1e-5  # of fp32 logits
