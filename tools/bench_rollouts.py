@@ -12,7 +12,6 @@ changes less.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import math
@@ -48,6 +47,7 @@ def work(options: argparse.Namespace) -> None:
     logging.disable(logging.CRITICAL)
     import torch
 
+    import megatron_ext
     from megatron_ext.models import GPTModelConfig, build_gpt
     from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
 
@@ -57,7 +57,8 @@ def work(options: argparse.Namespace) -> None:
     model = build_gpt(GPTModelConfig(**MODEL), device)
     rng = random.Random(options.seed)
     prompts = [[rng.randrange(MODEL["vocab_size"]) for _ in range(options.prompt)] for _ in range(options.prompts)]
-    sampler = _continuous if importlib.util.find_spec("megatron_ext.rollouts") else _static
+    here = Path(megatron_ext.__file__).parent  # of this checkout, whatever is installed
+    sampler = _continuous if (here / "rollouts").is_dir() else _static
     for line in sys.stdin:
         lengths = response_lengths(line.strip(), options.prompts, options.samples, options.seed)
         cpu, wall = time.process_time(), time.perf_counter()

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from megatron_ext.attention import PrefixGroupedCoreAttention, Scoring, prefix_grouped_attention
+from megatron_ext.attention.cache import DecodeStep
 from megatron_ext.attention.merge import merge_partials
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.megatron_config import megatron_config
 from tests.layouts import plain_tree_attention
+from tests.paged_cases import PagedCase, write
 
-__all__ = ["AttentionCase", "MergeCase", "attention", "layer_without_sync", "merge"]
+__all__ = ["AttentionCase", "MergeCase", "attention", "layer_without_sync", "merge", "paged"]
 
 
 @dataclass
@@ -44,6 +46,13 @@ def attention(device: torch.device, cases: list[AttentionCase]) -> list[dict[str
 
         results.append({"grouped": _run(device, case, grouped), "plain": _run(device, case, plain)})
     return results
+
+
+def paged(device: torch.device, case: PagedCase, scoring: Scoring, kernel: str) -> Tensor:
+    """What every row of a decoding step sees, on the host."""
+    there = write(case, device, heads_first=device.type == "cpu")
+    step = DecodeStep(there.pool, there.rows)
+    return step.attend(1, case.query.to(device), there.key, there.value, scoring, kernel).cpu()
 
 
 def _run(device: torch.device, case: AttentionCase, attend) -> list[Tensor]:
