@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["megatron_ext", "megatron_ext.*", "recipes", "recipes.*"]),
     package_data={"megatron_ext.bias": ["data/*.txt"]},
     install_requires=[
-        "torch>=2.6",  # tensors, autograd, torch.distributed; 2.6 is also Megatron-Core's floor
+        "torch>=2.9",  # tensors, autograd, torch.distributed; before, the CPU's attention mixes up grouped heads
         "megatron-core>=0.16.1,<0.20",  # the host we extend; Python 3.11 gets 0.16.1, the last for it
         'triton; python_version >= "3.12" and platform_system == "Linux"',  # megatron-core >= 0.17 imports it undeclared
         "omegaconf",  # plain data out of YAML, for typed, strict configs

@@ -17,6 +17,7 @@ from megatron_ext.errors import UserError
 __all__ = ["InstallationError", "check_installation", "megatron_package_info", "nvidia_gpu_present"]
 
 # The same ranges as in setup.py; a test compares them.
+TORCH_RANGE = ">=2.9"
 MEGATRON_CORE_RANGE = ">=0.16.1,<0.20"
 TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.9,<2.21"
 
@@ -54,12 +55,17 @@ def check_installation(gpu_present: bool | None = None) -> None:
 def _check_torch(has_gpu: bool) -> bool:
     """Returns whether torch was built with CUDA."""
     if importlib.util.find_spec("torch") is None:
-        raise InstallationError("PyTorch is not installed: pip install 'torch>=2.6'")
+        raise InstallationError(f"PyTorch is not installed: pip install 'torch{TORCH_RANGE}'")
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: a shared library of the build is missing
         reason = " ".join(str(error).split())
         raise InstallationError(f"PyTorch does not import ({reason}): reinstall torch") from error
+    if _numbers(torch.__version__)[:2] < _numbers(TORCH_RANGE):
+        raise InstallationError(
+            f"torch {torch.__version__} is not {TORCH_RANGE}: before, its attention on the CPU reads wrong heads where there are "
+            f"fewer keys' and values' than queries': pip install 'torch{TORCH_RANGE}'"
+        )
     if has_gpu and torch.version.cuda is None:
         raise InstallationError(
             f"this machine has an NVIDIA GPU but torch {torch.__version__} is built without CUDA: install a "
@@ -114,8 +120,7 @@ def _check_megatron_core() -> None:
     if info is None:
         raise InstallationError(f"megatron-core is not installed: {remedy}")
     release, pre_release = info["VERSION"][:3], info["VERSION"][3]
-    bounds = re.findall(r"[\d.]+", MEGATRON_CORE_RANGE)
-    lowest, above = (tuple(map(int, bound.split("."))) for bound in bounds)
+    lowest, above = (_numbers(bound) for bound in MEGATRON_CORE_RANGE.split(","))
     if not lowest <= release < above or (release == lowest and pre_release):
         raise InstallationError(
             f"megatron-core {info['__version__']} ({info['__file__']}) is outside {MEGATRON_CORE_RANGE}, the "
@@ -134,6 +139,10 @@ def megatron_package_info() -> dict | None:
         if path.is_file():
             return runpy.run_path(str(path)) | {"__file__": str(path)}
     return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _distribution(name: str) -> importlib.metadata.Distribution | None:

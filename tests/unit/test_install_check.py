@@ -10,6 +10,7 @@ import pytest
 
 from megatron_ext.runtime.install_check import (
     MEGATRON_CORE_RANGE,
+    TORCH_RANGE,
     TRANSFORMER_ENGINE,
     InstallationError,
     check_installation,
@@ -42,10 +43,10 @@ class Site:
             f"Wheel-Version: 1.0\nRoot-Is-Purelib: {str(purelib).lower()}\nTag: py3-none-any\n",
         )
 
-    def torch(self, cuda: str | None) -> None:
-        self.distribution("torch", "2.13.0", purelib=False)
+    def torch(self, cuda: str | None, version: str = "2.13.0") -> None:
+        self.distribution("torch", version, purelib=False)
         self.module("torch/version.py", f"cuda = {cuda!r}\n")
-        self.module("torch/__init__.py", "from torch import version\n__version__ = '2.13.0'\n")
+        self.module("torch/__init__.py", f"from torch import version\n__version__ = {version!r}\n")
 
     def megatron_core(self, version: tuple = (0, 16, 1, "")) -> None:
         self.distribution("megatron-core", text_of(version))
@@ -127,7 +128,21 @@ def test_error_is_a_value_error():
 
 def test_refuses_missing_torch(site: Site):
     site.megatron_core()
-    site.assert_refused("PyTorch is not installed", "pip install 'torch>=2.6'")
+    site.assert_refused("PyTorch is not installed", "pip install 'torch>=2.9'")
+
+
+@pytest.mark.parametrize("version", ["2.8.0+cpu", "1.13.1", "2.6.0a0+ecf3bae40a.nv25.1"])
+def test_refuses_torch_whose_attention_mixes_up_heads(site: Site, version):
+    site.torch(None, version)
+    site.megatron_core()
+    site.assert_refused(f"torch {version} is not >=2.9", "wrong heads", "pip install 'torch>=2.9'")
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.11.0+cu130", "2.10.0a0+b4e4ee81d3.nv25.12", "3.0.0"])
+def test_accepts_newer_torch(site: Site, version):
+    site.torch("13.0", version)
+    site.megatron_core()
+    assert site.probe(gpu_present=True) == ("ok", "")
 
 
 @pytest.mark.parametrize(
@@ -250,4 +265,5 @@ def test_accepts_a_checkout_without_metadata(site: Site):
 def test_ranges_are_those_of_setup_py():
     text = (ROOT / "setup.py").read_text()
     assert f'"megatron-core{MEGATRON_CORE_RANGE}"' in text
+    assert f'"torch{TORCH_RANGE}"' in text
     assert f'"{TRANSFORMER_ENGINE}"' in text
