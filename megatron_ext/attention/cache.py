@@ -111,7 +111,7 @@ class DecodeStep(_Step):
         self.pool.write(layer, self._written, k[:count], v[:count])
         reads = self._of_window(scoring.window, not plain_way(kernel), q)
         out = paged_attention(q[:count], *self.pool.memory(layer, k), reads, kernel, scoring)
-        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
+        return out if count == len(q) else torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
 
     def _of_window(self, window: int | None, whole_apart: bool, like: Tensor) -> list[tuple[Reads, Tensor | None]]:
         key = (window, whole_apart)

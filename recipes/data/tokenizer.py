@@ -184,7 +184,7 @@ class Tokenizer:
         else:
             said, remedy = "with no special token", f"write {eos!r} behind the assistant's content in its chat template"
         return (
-            f"the chat template of {self.path} ends a response {said}, sampling stops at its eos_token {eos!r} alone, which such "
+            f"the chat template of {self.path} ends a response {said}, sampling stops at its eos_token {eos!r}, which such "
             f"responses never contain: {remedy} (or of a copy that model.tokenizer names)"
         )
 

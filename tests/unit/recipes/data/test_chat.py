@@ -61,8 +61,8 @@ READERS = [(load_prompts, {"messages": [USER]}), (load_pairs, {"messages": [USER
 def test_a_template_that_ends_with_another_token_is_said_once(tmp_path, caplog, load, row):
     (said,) = ended_by(tmp_path, caplog, TEMPLATE.replace("<eos>", "<pad>"), load, row)
     assert said == (
-        f"the chat template of {tmp_path / 'tokenizer'} ends a response with '<pad>', sampling stops at its eos_token '<eos>' "
-        'alone, which such responses never contain: set "eos_token": "<pad>" in tokenizer_config.json of its folder (or of a '
+        f"the chat template of {tmp_path / 'tokenizer'} ends a response with '<pad>', sampling stops at its eos_token '<eos>', "
+        'which such responses never contain: set "eos_token": "<pad>" in tokenizer_config.json of its folder (or of a '
         "copy that model.tokenizer names)"
     )
 

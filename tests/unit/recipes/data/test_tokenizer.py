@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
 
+from recipes.data.errors import DataError
 from recipes.data.rows import load_pairs, load_prompts
 from recipes.data.tokenizer import load_tokenizer
 from tests.data_cases import (
@@ -183,3 +185,13 @@ def test_a_reward_reads_the_space_that_the_policy_sampled(sentencepiece, tmp_pat
     found = [[Trajectory.of_response(r, [0.0] * len(r), "stop") for r in group] for group in responses]
     assert response_texts(sentencepiece, prompts, found) == sum(texts, [])
     assert [sentencepiece.decode(r) for group in responses for r in group] == ["3", "n't", "is", "3)"]
+
+
+def test_several_tokens_end_a_response(plain):
+    plain = copy.copy(plain)  # which other tests take, too
+    other = next(i for i in range(plain.vocab_size) if i != plain.eos_id)
+    assert plain.stop_ids == (plain.eos_id,) and plain.other_end([other]) is not None
+    plain.stop_at([other, plain.eos_id], "generation_config.json")
+    assert plain.stop_ids == (plain.eos_id, other) and plain.other_end([other]) is None
+    with pytest.raises(DataError, match=f"generation_config.json ends responses with token {plain.vocab_size}"):
+        plain.stop_at([plain.vocab_size], "generation_config.json")
