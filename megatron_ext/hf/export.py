@@ -26,7 +26,7 @@ from megatron_ext.hf.files import (
     described,
     plan_files,
 )
-from megatron_ext.hf.mapping import hf_shapes, placed_parameters
+from megatron_ext.hf.mapping import EMBEDDING, OUTPUT, hf_shapes, placed_parameters
 from megatron_ext.hf.raw import read_json
 from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models.config import GPTModelConfig
@@ -46,6 +46,7 @@ def export_hf(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    untied: bool = False,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it, on a disk that all see.
 
@@ -59,6 +60,7 @@ def export_hf(
         tokenizer: folder of a Hugging Face tokenizer, instead of the source's.
         dtype: of the tensors; None: the model's.
         max_shard_size: bytes of tensors in a file.
+        untied: write tied embeddings twice, as a model with an output layer of its own, whatever the model is.
 
     Raises:
         FileExistsError: the folder is there, if only empty.
@@ -70,19 +72,24 @@ def export_hf(
     source, tokenizer = (None if path is None else Path(path) for path in (source, tokenizer))
     beside = unfinished(folder)
     dtype = dtype or config.dtype
-    slots, beginnings = plan_files(hf_shapes(config), dtype, max_shard_size)
+    shapes = hf_shapes(config)
+    if untied:
+        shapes |= {OUTPUT: shapes[EMBEDDING]}
+    slots, beginnings = plan_files(shapes, dtype, max_shard_size)
     first = dist.get_rank() == 0
     with _writing(folder, beside if first else None):
         if first:
             check_target(folder)
             texts = _describe(config, source, tokenizer, dtype)
+            if untied:
+                texts[CONFIG_FILE]["tie_word_embeddings"] = False
             shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
             beside.mkdir(parents=True)
             create_files(beside, slots, beginnings)
     writer = TensorWriter(beside, slots, dtype)
     with _writing(folder, beside if first else None):
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            _write_stage(model, writer)
+            _write_stage(model, writer, untied and config.share_embeddings_and_output_weights)
         if error := writer.close():
             raise error
     with _writing(folder, beside if first else None):
@@ -134,11 +141,13 @@ def _special_tokens(folder: Path) -> dict[str, int]:
     return {name: token for name, token in ids.items() if token is not None}
 
 
-def _write_stage(model: PrefixGroupedGPT, writer: TensorWriter) -> None:
+def _write_stage(model: PrefixGroupedGPT, writer: TensorWriter, unties: bool) -> None:
     config, rank = model.model_config, model.pg_collection.tp.rank()
     for name, parameter, entry, layer in placed_parameters(model):
         assert entry is not None, name  # or `_describe` would have refused the model
         if entry.copy or (entry.cut == "whole" and rank > 0):
             continue
         for hf_slice in entry.slices(layer, config, rank):
-            writer.write(hf_slice.name, parameter.data.view(hf_slice.view)[hf_slice.place], hf_slice.index)
+            held = parameter.data.view(hf_slice.view)[hf_slice.place]
+            for written in (EMBEDDING, OUTPUT) if unties and hf_slice.name == EMBEDDING else (hf_slice.name,):
+                writer.write(written, held, hf_slice.index)

@@ -17,10 +17,11 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.pieces import pieces_of
 
-__all__ = ["Architecture", "Entry", "TensorSlice", "entries", "hf_shapes", "placed_parameters"]
+__all__ = ["EMBEDDING", "OUTPUT", "Architecture", "Entry", "TensorSlice", "entries", "hf_shapes", "placed_parameters"]
 
 OURS, THEIRS = "decoder.layers.{}.", "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 
 
 class Architecture(Protocol):
@@ -170,7 +171,7 @@ TABLE = (
     _layer("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"}, "ranks"),
     _layer("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "h f"}, "columns"),
     Entry(("decoder.final_layernorm.weight",), {"model.norm.weight": "h"}, "whole"),
-    Entry(("output_layer.weight",), {"lm_head.weight": "v h"}, "vocabulary",
+    Entry(("output_layer.weight",), {OUTPUT: "v h"}, "vocabulary",
           when=lambda config: not config.share_embeddings_and_output_weights),
     # The last stage of a pipeline has its own copy of a tied embedding.
     Entry(("output_layer.weight",), {EMBEDDING: "v h"}, "vocabulary",

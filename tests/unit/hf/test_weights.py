@@ -175,6 +175,9 @@ def test_a_model_that_never_came_from_hugging_face(rng, tmp_path, world, changes
     text = torch.randint(VOCAB, (23,), generator=rng).tolist()
     (expected,) = hf_logits(tmp_path / "out", [text])
     assert (text_logits(model, text) - expected).abs().max() <= BOUND
+    export_hf(model, tmp_path / "untied", max_shard_size=9000, untied=True)
+    assert not json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(*hf_logits(tmp_path / "out", [text]), *hf_logits(tmp_path / "untied", [text]))
     again = imported(tmp_path / "out", world)
     for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
         rows = VOCAB if "embedding" in name or "output" in name else None  # those behind pad the vocabulary
