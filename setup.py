@@ -24,6 +24,7 @@ setup(
         "numpy",  # Megatron-Core's dist_checkpointing and our data makers use it
         "safetensors",  # tensors in files without pickle: block deltas, generators' states, Hugging Face weights
         "psutil",  # Megatron-Core's distributed checkpoints call it to save but do not declare it
+        "httpx",  # many requests at once to vLLM servers, on connections that are kept
         "xxhash",  # checksums of checkpoints, as fast as memory is read
     ],
     extras_require={

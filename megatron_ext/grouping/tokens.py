@@ -64,13 +64,20 @@ class PackedTokens:
         Args:
             response_masks: one mask per response of the stream, in stream order, as long as the response.
         """
-        groups = self.groups
         if response_masks is None:
-            return torch.ones(groups.num_predicted_tokens, dtype=torch.bool, device=self.tokens.device)
-        lengths = [len(m) for m in response_masks]
+            return torch.ones(self.groups.num_predicted_tokens, dtype=torch.bool, device=self.tokens.device)
+        return self.predicted(response_masks, torch.bool)
+
+    def predicted(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        """[r]: of each predicted token the value that its response has for it.
+
+        Args:
+            values: for each response of the stream, in stream order, one for each of its tokens.
+        """
+        groups, lengths = self.groups, [len(v) for v in values]
         if lengths != list(groups.response_lengths):
-            raise UserError(f"response masks of lengths {lengths} do not fit responses of {groups.response_lengths}")
-        flat = torch.tensor([bool(x) for mask in response_masks for x in mask], dtype=torch.bool)
+            raise UserError(f"values of lengths {lengths} do not fit responses of {groups.response_lengths}")
+        flat = torch.tensor([x for each in values for x in each], dtype=dtype)
         first = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(groups.response_ids.device)
         index = first[groups.response_ids] + groups.response_token_index
         return flat.to(self.tokens.device)[index]

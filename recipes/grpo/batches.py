@@ -32,12 +32,14 @@ class GRPOMicrobatch(Microbatch):
     Attributes:
         advantages: [r], of each predicted token's response.
         weights: [r], see `token_weights`.
+        sampled_logprobs: [r], as the sampler said them, 0 for tokens that were not sampled; None: not known.
         old_logprobs: [r], of the policy that sampled; None until it has been asked.
         ref_logprobs: [r], of the initial policy; None where there is no KL penalty.
     """
 
     advantages: Tensor
     weights: Tensor
+    sampled_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
@@ -112,7 +114,7 @@ class BatchMaker:
     def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[GRPOMicrobatch]:
         """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
         model = self.config.model
-        batches, masks = [], []
+        batches, masks, said = [], [], []
         for cut in cuts:
             found = [[rollouts.trajectories[p.group][i] for i in p.responses] for p in cut]
             batches.append(
@@ -127,13 +129,14 @@ class BatchMaker:
                 )
             )
             masks.append([self._trained(t) for group in found for t in group])
+            said.append(batches[-1].predicted([t.logprobs for group in found for t in group], torch.float32))
         counted = [
             sum(mask) for part in masks for mask in part if any(mask)
         ]  # prompts are never empty: all are predicted
         tokens, responses = self.session.sum_over_data(sum(counted), len(counted))
         level = "token" if self.settings.token_level_loss else "sequence"
         microbatches = []
-        for cut, batch, mask in zip(cuts, batches, masks, strict=True):
+        for cut, batch, mask, sampled in zip(cuts, batches, masks, said, strict=True):
             ids, count = batch.groups.response_ids, batch.groups.num_responses
             advantages = torch.stack([rollouts.advantages[p.group, i] for p in cut for i in p.responses])
             microbatches.append(
@@ -142,6 +145,7 @@ class BatchMaker:
                     self.settings.sampling_params.temperature,
                     advantages=advantages[ids].float(),
                     weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, level),
+                    sampled_logprobs=sampled,
                 )
             )
         return microbatches

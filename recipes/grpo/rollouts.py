@@ -58,7 +58,7 @@ class RolloutSampler:
         params = settings.sampling(self.session.inputs.tokenizer.stop_ids)
         first = self.session.data_rank * len(prompts)
         mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
-        self.source.update_weights(step * settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
+        self._has_taken(step - 1)
         trajectories = self.source.sample(
             Request.each(
                 [p.for_model() for p in prompts[mine]],
@@ -82,9 +82,14 @@ class RolloutSampler:
         rewards = [r for _, part in parts for r in part]
         return trajectories, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
 
-    def validation_rewards(self, prompts: list[Prompt], first: int, stride: int) -> Tensor:
-        """fp64 [prompts, 1]: of one answer to each. Their numbers are `first`, `first + stride`, ..., and draw the same at every
-        validation."""
+    def _has_taken(self, steps: int) -> None:
+        """The source shall sample with the weights behind so many steps."""
+        self.source.update_weights(steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
+
+    def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
+        """fp64 [prompts, 1]: of one answer to each, behind this step. Their numbers are `first`, `first + stride`, ..., and draw
+        the same at every validation."""
+        self._has_taken(step)
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
         requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Speed
 from megatron_ext.rollouts import SamplingParams
+from megatron_ext.rollouts.vllm.options import VllmOptions
 
-__all__ = ["SamplingSection", "ValidationSamplingSection"]
+__all__ = ["RolloutSection", "SamplingSection", "ValidationSamplingSection"]
 
 
 @dataclass
@@ -73,3 +75,61 @@ class ValidationSamplingSection(SamplingSection):
                     f"trainer.grpo.validation_sampling_params.{name}={value} does nothing beside "
                     "use_greedy=true: set that to false"
                 )
+
+
+@dataclass
+class RolloutSection:
+    # Who samples: megatron, the model that is trained, or vllm, servers that get its weights after every update
+    # (docs/rollouts.md compares). Only with megatron is a run that goes on the run that was stopped, bit by bit.
+    source: str = "megatron"
+    # http://host:port of vLLM servers that run already; their key is read from MEGATRON_EXT_VLLM_KEY. Or start some.
+    urls: Speed[list[str]] = field(default_factory=list)
+    # vLLM servers that the run starts beside rank 0, keeps alive and ends; 0: none.
+    start: Speed[int] = 0
+    # The interpreter that they run in; `make vllm` makes this one.
+    python: Speed[str] = VllmOptions.python
+    # Interface that they listen on; ranks on other nodes need one that they reach.
+    host: Speed[str] = VllmOptions.host
+    # CUDA_VISIBLE_DEVICES of each server that is started, one text each, e.g. ["6", "7"]: GPUs that no rank trains on.
+    # Empty: what the run sees.
+    cuda_devices: Speed[list[str]] = field(default_factory=list)
+    # Further arguments of each server that is started, e.g. [--tensor-parallel-size, "2"].
+    arguments: Speed[list[str]] = field(default_factory=list)
+    # Folder in which new weights are left for the servers, which must see it too: on a disk that all nodes share. null: in
+    # the memory of this machine, /dev/shm, which must hold two copies of the model.
+    weights_dir: Speed[str | None] = None
+    # Seconds for one call, which samples all responses of a prompt.
+    timeout: Speed[float] = VllmOptions.timeout
+    # Seconds in which a server must begin to answer, and in which a call that failed is tried again: as long as a server
+    # needs to start.
+    patience: Speed[float] = VllmOptions.patience
+    # How often a server that has died is started again.
+    max_restarts: Speed[int] = VllmOptions.max_restarts
+    # How far log-probabilities of the canary may be from the trainer's, in nats on average, before the run is stopped;
+    # null: 1e-4 in fp32, 0.01 in fp16, 0.1 in bf16.
+    tolerance: Speed[float | None] = None
+
+    def __post_init__(self):
+        if self.source not in ("megatron", "vllm"):
+            raise UserError(f"trainer.grpo.rollout.source must be megatron or vllm, got {self.source!r}")
+        if self.source == "vllm":
+            self.options  # noqa: B018  raises on bad ones
+            return
+        defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
+        if said := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            raise UserError(
+                f"trainer.grpo.rollout.{said[0]} is for servers, and trainer.grpo.rollout.source=megatron has none: set "
+                "source=vllm, or leave it out"
+            )
+
+    @property
+    def options(self) -> VllmOptions:
+        """
+        Raises:
+            UserError: settings that do not go together.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        try:
+            return VllmOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except UserError as error:
+            raise UserError(f"trainer.grpo.rollout: {error}") from error

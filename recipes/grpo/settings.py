@@ -14,7 +14,7 @@ from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
-from recipes.grpo.sampling import SamplingSection, ValidationSamplingSection
+from recipes.grpo.sampling import RolloutSection, SamplingSection, ValidationSamplingSection
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
@@ -58,6 +58,7 @@ class GRPOSettings:
     reward: Any
     # Tokens whose keys and values sampling holds at most on a rank, in pages of 32, a prompt's once for all its responses;
     # what has no room waits. null: no bound, the whole step is sampled at once. Set it where memory is short.
+    # For rollout.source=megatron.
     rollout_tokens: Speed[int | None] = None
     # GRPO steps between validations, and one before the first step; 0: never.
     val_check_interval: Record[int] = 0
@@ -105,6 +106,7 @@ class GRPOSettings:
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
     validation_sampling_params: Record[ValidationSamplingSection] = field(default_factory=ValidationSamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
 
     def __post_init__(self):
         at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens")
@@ -221,6 +223,7 @@ class GRPOConfig:
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
             )
         self._check_rollout_tokens()
+        self._check_servers()
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
@@ -245,6 +248,31 @@ class GRPOConfig:
                 f"trainer.grpo.rollout_tokens={grpo.rollout_tokens} is less than {lanes * pages * PAGE}: for each pipeline "
                 f"stage one response of trainer.grpo.length_params.max_length={grpo.length_params.max_length} must fit with a "
                 f"prompt of data.max_prompt_length={self.data.max_prompt_length}, in pages of {PAGE}"
+            )
+
+    def _check_servers(self) -> None:
+        rollout, nodes = self.trainer.grpo.rollout, self.trainer.num_nodes
+        if rollout.source != "vllm":
+            return
+        if (tokens := self.trainer.grpo.rollout_tokens) is not None:
+            raise UserError(
+                f"trainer.grpo.rollout_tokens={tokens} bounds our own sampler, and trainer.grpo.rollout.source=vllm asks "
+                "servers: set it to null"
+            )
+        if self.data.video is not None:
+            raise UserError(
+                "trainer.grpo.rollout.source=vllm samples text alone, and data.video is set: use source=megatron, or leave "
+                "data.video out"
+            )
+        if nodes > 1 and rollout.start and rollout.host in ("127.0.0.1", "localhost", "::1"):
+            raise UserError(
+                f"trainer.grpo.rollout.host={rollout.host} is reached from its own node alone, and trainer.num_nodes={nodes}: "
+                "name an interface of the nodes' network"
+            )
+        if nodes > 1 and rollout.weights_dir is None:
+            raise UserError(
+                f"trainer.grpo.rollout.weights_dir is not set, and trainer.num_nodes={nodes}: name a folder on a disk that all "
+                "nodes and servers see"
             )
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron_ext.losses.grpo import groups_with_signal, grpo_loss
-from megatron_ext.rollouts import MegatronSource
+from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
@@ -20,6 +20,7 @@ from recipes.data.sampler import EpochSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
 from recipes.grpo.rewards import Reward
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
+from recipes.grpo.servers import vllm_source
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
@@ -44,8 +45,7 @@ class GRPOTrainer(Trainer):
         steps = settings.max_steps * updates
         self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val)
         self.batches = BatchMaker(session)
-        source = MegatronSource(self.engine.module, session.inputs.tokenizer.decode_response, settings.rollout_tokens)
-        self.sampler = RolloutSampler(session, source, reward)
+        self.sampler = RolloutSampler(session, self._source(), reward)
         self.order = EpochSampler(
             len(train),
             settings.num_prompts_per_grpo_step,
@@ -56,6 +56,13 @@ class GRPOTrainer(Trainer):
         self.reference = None
         if settings.initial_policy_kl_penalty:
             self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
+
+    def _source(self) -> Source:
+        settings = self.settings
+        if settings.rollout.source == "vllm":
+            return vllm_source(self.session, self.engine, self.train)
+        decode = self.session.inputs.tokenizer.decode_response
+        return MegatronSource(self.engine.module, decode, settings.rollout_tokens)
 
     def fit(self) -> None:
         settings = self.settings
@@ -124,12 +131,12 @@ class GRPOTrainer(Trainer):
         rank, ranks = self.session.data_rank, self.session.data_size
         mine = self.validation[rank::ranks]
         with self.session.timers("validation"):
-            rewards = self.sampler.validation_rewards(mine, rank, ranks)
+            rewards = self.sampler.validation_rewards(mine, rank, ranks, step)
             total, count = self.session.sum_over_data(rewards.sum().item(), len(mine))
         return {"val_rollouts/reward": total / count}
 
     def _loss(self, microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
-        return grpo_loss(
+        loss, metrics = grpo_loss(
             logprobs,
             microbatch.old_logprobs,
             microbatch.advantages,
@@ -140,6 +147,8 @@ class GRPOTrainer(Trainer):
             response_ids=microbatch.batch.groups.response_ids,
             num_responses=microbatch.batch.groups.num_responses,
         )
+        difference = (microbatch.old_logprobs - microbatch.sampled_logprobs).abs()  # [r]
+        return loss, metrics | {"sampler_logprob_diff": (microbatch.weights * difference).sum()}
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         lengths = [len(t) for group in rollouts.trajectories for t in group]

@@ -40,6 +40,12 @@ METRICS = {
         "share",
         "Prompts whose responses differ in reward; the others teach nothing. Near 0: rows are too easy or too hard.",
     ),
+    "train_optim/sampler_logprob_diff": Metric(
+        "GRPO",
+        "nats",
+        "Mean |trainer - sampler| log-probability over trained tokens, both of the weights that sampled. Rounding, unless "
+        "sampling has filters or a penalty: in fp32 about 1e-6. Where it grows, the sampler does not sample what is trained.",
+    ),
     "train_optim/loss": Metric(
         "SFT, GRPO, LFTF",
         "nats a token in SFT, else none",

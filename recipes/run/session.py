@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ class Session:
             self._metrics.close("failed" if kind else "success")
         finally:
             self._open.close()
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Call this when the session ends, however it does."""
+        self._open.callback(close)
 
     def open_log(self) -> None:
         """Once: fill the run folder, with the log of numbers in it. Call it on every rank when model, optimizer and trainer are

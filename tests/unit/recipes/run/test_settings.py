@@ -1,5 +1,6 @@
 """Impossible values are refused, and the page that lists the keys is up to date."""
 
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.rollouts import SamplingParams
+from megatron_ext.rollouts.vllm import VllmOptions
 from recipes.bias.settings import LFTFData
 from recipes.cli.compose import compose, forced
 from recipes.cli.config import build
@@ -44,6 +46,13 @@ def test_the_reference_page_is_up_to_date():
         ("++trainer.grpo.rollout_tokens=-1", "rollout_tokens=-1 must be at least 1"),
         ("++trainer.grpo.rollout_tokens=50", "rollout_tokens=50 is less than"),
         ("++trainer.grpo.rollout_micro_batch_size=4", "is no more: set trainer.grpo.rollout_tokens"),
+        ("++trainer.grpo.rollout.source=vlm", "rollout.source must be megatron or vllm, got 'vlm'"),
+        (
+            "++trainer.grpo.rollout.start=1",
+            "rollout.start is for servers, and trainer.grpo.rollout.source=megatron has none",
+        ),
+        ("++trainer.grpo.rollout.urls=['http://a:1']", "rollout.urls is for servers"),
+        ("++trainer.grpo.rollout.source=vllm", "trainer.grpo.rollout: give either urls, of servers that run, or start"),
         ("trainer.grpo.initial_policy_kl_penalty=-0.1", "initial_policy_kl_penalty=-0.1 must be at least 0"),
         (
             "trainer.grpo.reference_policy_kl_type=k1",
@@ -91,6 +100,34 @@ def test_every_key_of_sampling_reaches_the_sampler():
     keys = ["use_greedy=false", "temperature=0.6", "ignore_eos=true"]
     grpo = build_grpo(*(f"++trainer.grpo.validation_sampling_params.{key}" for key in keys)).trainer.grpo
     assert grpo.validation_sampling((2,)) == SamplingParams(length, (2,), ignore_eos=True, temperature=0.6)
+
+
+VLLM = ["++trainer.grpo.rollout.source=vllm", "++trainer.grpo.rollout.start=2"]
+
+
+def test_every_key_of_servers_reaches_them():
+    keys = ["python=/p", "host=10.0.0.1", "cuda_devices=['6','7']", "arguments=[--x]", "weights_dir=/w"]
+    keys += ["timeout=1", "patience=2", "max_restarts=7", "tolerance=0.5"]
+    rollout = build_grpo(*VLLM, *(f"++trainer.grpo.rollout.{key}" for key in keys)).trainer.grpo.rollout
+    assert rollout.options == VllmOptions(
+        start=2, python="/p", host="10.0.0.1", cuda_devices=("6", "7"), arguments=("--x",), weights_dir="/w", timeout=1.0,
+        patience=2.0, max_restarts=7, tolerance=0.5,
+    )  # fmt: skip
+    assert build_grpo(*VLLM).trainer.grpo.rollout.options == VllmOptions(start=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.num_nodes=2"], "rollout.host=127.0.0.1 is reached from its own node alone, and trainer.num_nodes=2"),
+        (["trainer.num_nodes=2", "++trainer.grpo.rollout.host=10.0.0.1"], "rollout.weights_dir is not set, and"),
+        (["++trainer.grpo.rollout_tokens=9999"], "rollout_tokens=9999 bounds our own sampler"),
+        (["++trainer.grpo.rollout.urls=['http://127.0.0.1:1']"], "trainer.grpo.rollout: give either urls"),
+    ],
+)
+def test_servers_that_ranks_cannot_reach_are_refused(overrides, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        build_grpo(*VLLM, *overrides)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,7 @@
+"""Rollouts from vLLM servers over HTTP; no package of vLLM's is imported."""
+
+from megatron_ext.rollouts.vllm.options import VllmOptions
+from megatron_ext.rollouts.vllm.protocol import VllmError
+from megatron_ext.rollouts.vllm.source import Home, VllmSource
+
+__all__ = ["Home", "VllmError", "VllmOptions", "VllmSource"]

@@ -1,0 +1,1 @@
+"""Programs for the interpreters beside ours; standard library only."""

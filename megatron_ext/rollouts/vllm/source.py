@@ -1,0 +1,164 @@
+"""Rollouts from vLLM servers, which get the weights that are trained after every update.
+
+Works under tensor, sequence, pipeline, context and data parallelism. The first rank of each model-parallel group alone talks to
+servers about responses and tells its peers; rank 0 alone starts servers and gives them weights.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.hf.export import export_hf
+from megatron_ext.models.gpt import PrefixGroupedGPT
+from megatron_ext.rollouts.requests import Request
+from megatron_ext.rollouts.trajectories import Trajectory
+from megatron_ext.rollouts.vllm.canary import CANARY_TOKENS, Canary
+from megatron_ext.rollouts.vllm.fleet import Fleet, Probe, Weights
+from megatron_ext.rollouts.vllm.options import KEY_VARIABLE, VllmOptions
+from megatron_ext.rollouts.vllm.process import ServerProcesses
+from megatron_ext.rollouts.vllm.protocol import check_request
+from megatron_ext.runtime.collectives import broadcast_object, together
+
+__all__ = ["Home", "VllmSource"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a source needs of the run around it.
+
+    Attributes:
+        logs: folder for what servers say; it must be there when weights are first given.
+        save_tokenizer: writes the tokenizer to a folder.
+        text, ids: the same in letters and in tokens, without special ones; servers must agree.
+        canary: tokens of a text like those that are sampled, at least 2.
+        gather_weights: waits until this rank has all of its weights.
+    """
+
+    logs: Path
+    save_tokenizer: Callable[[Path], None]
+    text: str
+    ids: tuple[int, ...]
+    canary: tuple[int, ...]
+    gather_weights: Callable[[], None] = lambda: None
+
+
+class VllmSource:
+    """
+    Args:
+        model: this rank's pipeline stage, without a DDP wrapper.
+        options: of the servers. Nothing is started, and nobody asked, before `update_weights`.
+        home: what belongs to the run.
+    """
+
+    def __init__(self, model: PrefixGroupedGPT, options: VllmOptions, home: Home):
+        self.model, self.options, self.home = model, options, home
+        self.dtype = str(model.model_config.dtype).removeprefix("torch.")
+        self.max_length = model.model_config.encoder_seq_length
+        tolerance = options.tolerance_of(self.dtype)
+        self._probe = Probe(home.text, home.ids, self.max_length, tolerance)
+        self._is_first = dist.get_rank() == 0
+        self._processes: ServerProcesses | None = None
+        self._fleet: Fleet | None = None
+        self._weights: Weights | None = None
+        self._root: Path | None = None
+
+    @property
+    def processes(self) -> ServerProcesses | None:
+        """The servers that this rank has started; None: none."""
+        return self._processes
+
+    def update_weights(self, version: int) -> None:
+        """Give all servers the model's weights as they are, and see that they have them. Every rank calls it.
+
+        Raises:
+            VllmError: no server has them.
+            WrongWeightsError: the canary died.
+            OSError: there is no room for the weights.
+        """
+        if self._weights is not None and self._weights.version == version:
+            return
+        self.home.gather_weights()
+        if self._root is None:
+            self._make_root()
+        folder = self._root / f"v{version:06}"
+        # vLLM 0.32 leaves the output layer of tied embeddings as it was when it reloads weights, on a CPU at least.
+        export_hf(self.model, folder, tokenizer=self._root / "tokenizer", untied=True)
+        canary = Canary.of(self.model, self.home.canary[: min(CANARY_TOKENS, self.max_length - 1)])
+        weights = Weights(folder, version, canary)
+        with together():
+            if self._is_first:
+                self._give(weights)
+        self._tell_others()
+        old, self._weights = self._weights, weights
+        if self._is_first and old is not None:
+            shutil.rmtree(old.folder, ignore_errors=True)
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Trajectory]]:
+        """
+        Raises:
+            UserError: a request that a server cannot answer, or one of `Fleet.complete`.
+        """
+        assert self._weights is not None, "update_weights comes first"
+        for request in requests:
+            check_request(request, self.max_length)
+        group = parallel_state.get_model_parallel_group()
+        found = None
+        with together(group):
+            if group.rank() == 0 and requests:
+                found = self._fleet.complete(requests, self._weights)
+        return broadcast_object(found, 0, group) or []
+
+    def close(self) -> None:
+        """End the servers that were started, and remove the weights. Not every rank need call it, nor at the same time."""
+        if self._processes is not None:
+            self._processes.close()
+        if self._is_first and self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def _make_root(self) -> None:
+        with together():
+            if self._is_first:
+                root = self.options.folder.absolute() / f"megatron-ext-{os.getpid()}-{secrets.token_hex(4)}"
+                root.mkdir(mode=0o700, parents=True)
+                self._root = root
+                self.home.save_tokenizer(root / "tokenizer")
+        self._root = broadcast_object(self._root)
+
+    def _give(self, weights: Weights) -> None:
+        """On rank 0."""
+        if self._fleet is None:
+            self._begin(weights.folder)
+        elif self._processes is not None:
+            self._processes.newest = weights.folder
+        self._fleet.update(weights)
+        if self._processes is not None:
+            self._processes.have_answered = True
+
+    def _begin(self, folder: Path) -> None:
+        urls, key, hopeless = self.options.urls, os.environ.get(KEY_VARIABLE, ""), lambda: None
+        if self.options.start:
+            self._processes = ServerProcesses(
+                self.options, folder, self.dtype, self.max_length, self.home.logs, self._root
+            )
+            urls, key, hopeless = self._processes.urls, self._processes.key, self._processes.hopeless
+        self._fleet = Fleet(self.options, urls, key, self._probe, hopeless)
+        self._fleet.introduce()
+
+    def _tell_others(self) -> None:
+        """Who the servers are, and which weights they have, to all that ask them."""
+        fleet = self._fleet
+        told = None if not self._is_first else (fleet.urls, fleet.key, fleet.names, fleet.tags, fleet.down)
+        urls, key, names, tags, down = broadcast_object(told)
+        if self._is_first:
+            return
+        if fleet is None:
+            fleet = self._fleet = Fleet(self.options, urls, key, self._probe)
+        fleet.names, fleet.tags, fleet.down = names, tags, down

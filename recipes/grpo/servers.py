@@ -1,0 +1,37 @@
+"""Rollouts from vLLM servers, for one run of GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ext.rollouts.vllm import Home, VllmSource
+from megatron_ext.runtime.engine import Engine
+from recipes.data.rows import Prompt
+from recipes.run.session import Session
+
+__all__ = ["vllm_source"]
+
+# Letters, white space, digits, marks and bytes beyond ASCII: tokenizers that agree here are hardly different ones.
+PROBE = "The 3 words  \n\tare: naïve, 東京, 12.5%!"
+
+
+def vllm_source(session: Session, engine: Engine, prompts: Sequence[Prompt]) -> VllmSource:
+    """Ended with the session.
+
+    Args:
+        prompts: of the run; the first ones are the canary.
+    """
+    tokenizer = session.inputs.tokenizer
+    canary = [token for prompt in prompts[:64] for token in prompt.tokens]
+    home = Home(
+        logs=session.log_dir,
+        save_tokenizer=tokenizer.save,
+        text=PROBE,
+        ids=tuple(tokenizer.encode(PROBE)),
+        canary=tuple(canary if len(canary) > 1 else canary * 2),
+        gather_weights=engine.gather_weights,
+    )
+    source = VllmSource(engine.module, session.config.trainer.grpo.rollout.options, home)
+    session.at_end(source.close)
+    session.say("responses come from vLLM servers: a run that is stopped and goes on samples others than it would have")
+    return source

@@ -1,0 +1,239 @@
+"""Against a real vLLM: the same weights say the same there and here, after updates, deaths and planted mistakes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.rollouts import FinishReason, Request, SamplingParams
+from megatron_ext.rollouts.vllm import VllmError, process, source
+from megatron_ext.rollouts.vllm.fleet import WrongWeightsError
+from megatron_ext.rollouts.vllm.options import KEY_VARIABLE
+from tests.conftest import fresh_generator
+from tests.gpt_cases import randomize
+from tests.vllm_cases import NEEDS_VLLM, home_of, largest_difference, make_model, make_tokenizer, source_of
+
+pytestmark = [pytest.mark.functional, pytest.mark.vllm, NEEDS_VLLM]
+
+BOUND = 1e-4  # in fp32; 3e-6 is seen
+
+
+class Served:
+    """A model of random weights, and a source that has started a server for it.
+
+    Attributes:
+        version: of the weights that the server has.
+    """
+
+    def __init__(self, folder: Path, family: str, device: torch.device, **changes):
+        self.rng, self.version = fresh_generator(), 0
+        self.tokenizer = make_tokenizer(folder / "tokenizer")
+        self.vocab_size = self.tokenizer.vocab_size
+        self.model = make_model(self.rng, device, family, self.vocab_size, **changes)
+        self.home = home_of(folder, self.tokenizer, self.rng)
+        self.opened = source_of(self.model, self.home, weights_dir=str(folder))
+        self.source = self.opened.__enter__()
+
+    def update(self) -> None:
+        self.version += 1
+        self.source.update_weights(self.version)
+
+    def requests(self, samples: int, params: SamplingParams, lengths=(1, 5, 40, 130)) -> list[Request]:
+        prompts = [torch.randint(self.vocab_size, (n,), generator=self.rng).tolist() for n in lengths]
+        return Request.each(prompts, samples, params)
+
+    def check(self, samples: int = 4, lengths=(1, 5, 40, 130), **params) -> list:
+        """Sample, and compare with the trainer; gives what was sampled."""
+        given = {"max_new_tokens": 24, "stop_token_ids": (0, 3)} | params
+        requests = self.requests(samples, SamplingParams(**given), lengths)
+        found = self.source.sample(requests)
+        assert [len(group) for group in found] == [samples] * len(requests)
+        assert {t.passages[0].weight_version for group in found for t in group} == {self.version}
+        assert largest_difference(self.model, requests, found) < BOUND
+        return found
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3 untied"])
+def served(request, tmp_path_factory, world):
+    family, *untied = request.param.split()
+    changes = {"share_embeddings_and_output_weights": False} if untied else {}
+    served = Served(tmp_path_factory.mktemp("served"), family, world, **changes)
+    try:
+        served.source.update_weights(0)
+        yield served
+    finally:
+        served.opened.__exit__(None, None, None)
+
+
+def test_both_engines_agree_and_follow_updates(served):
+    served.check()
+    served.check(temperature=0.7)
+    randomize(served.model, served.rng)
+    served.update()
+    served.check(temperature=1.5)
+    with torch.no_grad():
+        served.model.decoder.layers[1].mlp.linear_fc2.weight.add_(0.01)
+    served.update()
+    served.check(repetition_penalty=1.0)
+
+
+def test_ends_are_those_that_were_asked_for(served):
+    found = [t for group in served.check(samples=8) for t in group]
+    for trajectory in found:
+        ended = trajectory.tokens[-1] in (0, 3)
+        assert trajectory.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
+        assert not {0, 3} & set(trajectory.tokens[:-1])
+    assert {t.finish_reason for t in found} == {FinishReason.STOP, FinishReason.LENGTH}
+    free = [t for group in served.check(ignore_eos=True) for t in group]
+    assert {len(t) for t in free} == {24}
+    texts = [t for group in served.check(samples=8, stop_strings=("answer", "what"), ignore_eos=True) for t in group]
+    stopped = [t for t in texts if t.finish_reason is FinishReason.STOP_STRING]
+    for trajectory in texts:
+        said = served.tokenizer.decode(trajectory.tokens)
+        assert (trajectory in stopped) == ("answer" in said or "what" in said)
+    assert stopped
+    greedy = served.check(use_greedy=True)
+    assert all(len({tuple(t.tokens) for t in group}) == 1 for group in greedy)
+
+
+def test_each_sample_has_its_own_limit(served):
+    (request,) = served.requests(4, SamplingParams(max_new_tokens=20), (9,))
+    found = served.source.sample([request.limited([20, 1, 7, 1])])
+    assert [len(t) for t in found[0]] == [20, 1, 7, 1]
+
+
+def _swap_layers(new: dict, old: dict) -> dict:
+    other = {"0": "1", "1": "0"}
+    swap = lambda m: f"layers.{other.get(m[1], m[1])}."  # noqa: E731
+    return {re.sub(r"layers\.(\d+)\.", swap, name): tensor for name, tensor in new.items()}
+
+
+def _stale_shard(new: dict, old: dict) -> dict:
+    """The second of two tensor-parallel ranks has written the last step's rows of one projection."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    half = len(new[name]) // 2
+    return new | {name: torch.cat([new[name][:half], old[name][half:]])}
+
+
+PLANTED = {
+    "two layers swapped": _swap_layers,
+    "one tensor-parallel shard stale": _stale_shard,
+    "the last step's weights": lambda new, old: old,
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_wrong_sync_stops_the_run(served, mistake: str, monkeypatch):
+    """A training step at a learning rate of 1e-3 lies between the old weights and the new."""
+    served.update()
+    file = "model.safetensors"
+    old = load_file(served.source._weights.folder / file)
+
+    def wrong(model, folder, **options):
+        export_hf(model, folder, **options)
+        changed = PLANTED[mistake](load_file(folder / file), old)
+        save_file({name: tensor.contiguous().clone() for name, tensor in changed.items()}, folder / file)
+
+    export_hf = source.export_hf
+    with torch.no_grad():
+        for parameter in served.model.parameters():
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=served.rng).sign())
+    monkeypatch.setattr(source, "export_hf", wrong)
+    with pytest.raises(
+        WrongWeightsError, match=r"differ from the trainer's by [\d.e-]+ nats on average, at most 0\.0001"
+    ):
+        served.update()
+    monkeypatch.undo()
+    served.update()
+    served.check()
+
+
+def _engine_of(served: Served) -> psutil.Process:
+    """The process of the server that answers HTTP; those that compute are its children."""
+    guard = psutil.Process(served.source.processes._guards[0].pid)
+    (server,) = guard.children()
+    return server
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_a_server_that_is_killed_in_the_middle_of_a_step(served):
+    server = _engine_of(served)
+    requests = served.requests(8, SamplingParams(max_new_tokens=120, ignore_eos=True), range(20, 60))
+    killed = threading.Timer(1.0, lambda: os.kill(server.pid, signal.SIGKILL))
+    killed.start()
+    found = served.source.sample(requests)
+    killed.join()
+    assert not psutil.pid_exists(server.pid) or psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE
+    assert [[len(t) for t in group] for group in found] == [[120] * 8] * len(requests)
+    assert largest_difference(served.model, requests[:4], found[:4]) < BOUND
+    randomize(served.model, served.rng)
+    served.update()
+    served.check()
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_a_server_of_another_run_is_refused_in_one_line(served, tmp_path, monkeypatch, world):
+    processes = served.source.processes
+    monkeypatch.setenv(KEY_VARIABLE, processes.key)
+
+    def refusal(home=served.home, **changes) -> str:
+        changes = {"vocab_size": served.vocab_size} | changes
+        model = make_model(served.rng, world, "llama", **changes)
+        given = {
+            "urls": tuple(processes.urls),
+            "start": 0,
+            "arguments": (),
+            "weights_dir": str(tmp_path),
+            "patience": 20.0,
+        }
+        with source_of(model, home, **given) as other, pytest.raises((VllmError, WrongWeightsError)) as raised:
+            other.update_weights(0)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "another tokenizer" in refusal(source.Home(**vars(served.home) | {"ids": (1, 2)}))
+    assert "--max-model-len 512" in refusal(encoder_seq_length=512)
+    assert "has not the trainer's weights" in refusal(num_layers=2)
+    monkeypatch.setenv(KEY_VARIABLE, "another")
+    assert KEY_VARIABLE in refusal()
+    monkeypatch.setenv(KEY_VARIABLE, processes.key)
+    assert "does it serve this run's model" in refusal(hidden_size=96)  # vLLM ends of it, and is started again
+    served.update()
+    served.check()
+
+
+def test_a_server_with_its_own_flags_is_refused(tmp_path, world, monkeypatch):
+    """Log-probabilities from before the temperature."""
+
+    def without(self, number: int) -> list[str]:
+        command = own(self, number)
+        at = command.index("--logprobs-mode")
+        return command[:at] + command[at + 2 :]
+
+    own = process.ServerProcesses.command
+    monkeypatch.setattr(process.ServerProcesses, "command", without)
+    other = Served(tmp_path, "llama", world)
+    try:
+        with pytest.raises(VllmError, match="start it with --logprobs-mode processed_logprobs"):
+            other.source.update_weights(0)
+        guards = other.source.processes._guards
+    finally:
+        other.opened.__exit__(None, None, None)
+    assert all(guard.poll() is not None for guard in guards)
+    assert not list(tmp_path.glob("megatron-ext-*")), "the weights were left behind"
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path, world):
+    rng, tokenizer = fresh_generator(), make_tokenizer(tmp_path / "tokenizer")
+    model = make_model(rng, world, "llama", tokenizer.vocab_size)
+    with source_of(model, home_of(tmp_path, tokenizer, rng), arguments=("--no-such-flag",)) as source_:
+        with pytest.raises(VllmError, match=r"before it answered: .*--no-such-flag.*vllm-0\.log"):
+            source_.update_weights(0)
