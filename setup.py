@@ -35,6 +35,7 @@ setup(
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
+            "pyarrow",  # zstd of rollouts on disk; `datasets`, which NeMo needs, brings it anyway
             "tqdm",  # progress bar over global steps
             "av>=18,<19",  # FFmpeg 8 in one wheel: decodes clips; 17 does not turn PNG by its EXIF, 19 opens otherwise
         ],

@@ -6,7 +6,9 @@ import contextlib
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +48,8 @@ class MetricsLog:
 
     Args:
         folder: gets `metrics.jsonl`, one object per step.
-        loggers: objects with Lightning's `log_metrics(metrics, step)`, e.g. TensorBoard's, made by NeMo's exp_manager.
+        loggers: objects with Lightning's `log_metrics(metrics, step)` and `log_table(name, columns, rows, step)`, e.g. those of
+            `recipes.run.log_process`.
     """
 
     def __init__(self, folder: Path | None, loggers=()):
@@ -60,6 +63,11 @@ class MetricsLog:
         self.file.flush()
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
+
+    def write_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """To the loggers alone."""
+        for logger in self.loggers:
+            logger.log_table(name, columns, rows, step=step)
 
     def close(self, status: str = "success") -> None:
         """

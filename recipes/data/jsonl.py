@@ -6,11 +6,12 @@ float cannot hold, of which Python would silently keep the last one and infinity
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from recipes.data.errors import DataError
 
@@ -18,7 +19,7 @@ __all__ = ["check_text", "kind", "numbered_rows", "parse_json", "read_jsonl"]
 
 
 def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object), streamed."""
+    """(line number, object), streamed; a file whose name ends in .zst is unpacked."""
     if Path(path).is_dir():
         raise DataError(f"{path} is a folder: name a JSONL file")
     try:
@@ -27,12 +28,27 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
     empty = True
     with file:
-        for line, raw in enumerate(file, 1):
+        for line, raw in enumerate(_lines(file, path), 1):
             if row := _parse(raw, f"{path}:{line}", first=line == 1):
                 empty = False
                 yield line, row[0]
     if empty:
         raise DataError(f"{path} is empty: it needs one JSON object on each line")
+
+
+def _lines(file: BinaryIO, path: str | Path) -> Iterator[bytes]:
+    """Of a file, or of what a file whose name ends in .zst holds."""
+    if not str(path).endswith(".zst"):
+        yield from file
+        return
+    import pyarrow
+
+    try:
+        yield from io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path} cannot be unpacked to its end ({error}): it is no zstd file, or cut off; make it anew"
+        ) from error
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -155,6 +155,10 @@ class Tokenizer:
         """The text, without special tokens and otherwise untouched."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The text with its special tokens, to be read: it shows where turns begin and end."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """The text that a response adds to its prompt. Alone it would be another one: a SentencePiece tokenizer takes the
         space off the first word of a text."""

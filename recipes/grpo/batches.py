@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class GRPOMicrobatch(Microbatch):
         sampled_logprobs: [r], as the sampler said them, 0 for tokens that were not sampled; None: not known.
         old_logprobs: [r], of the policy that sampled; None until it has been asked.
         ref_logprobs: [r], of the initial policy; None where there is no KL penalty.
+        numbers: for each response of the stream (its prompt's number in the step, its own among the prompt's samples).
     """
 
     advantages: Tensor
@@ -42,6 +44,7 @@ class GRPOMicrobatch(Microbatch):
     sampled_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    numbers: Sequence[tuple[int, int]] = ()
 
 
 class BatchMaker:
@@ -69,7 +72,11 @@ class BatchMaker:
                 groups = range(first, first + self.local_update_prompts)
                 parts = [Part(g, tuple(range(self.settings.samples_per_prompt))) for g in groups]
                 cuts = [cut for _, cut in in_parts(parts, model.micro_batch_size)]
-                updates.append(self._microbatches(rollouts, cuts, self._shares_prefix(rollouts.lengths(groups))))
+                share, before = (
+                    self._shares_prefix(rollouts.lengths(groups)),
+                    self.session.data_rank * self.local_prompts,
+                )
+                updates.append(self._microbatches(rollouts, cuts, share, before))
             return updates, {}
         everything, data = self._from_all_data_ranks(rollouts), self.session
         count = self.local_update_prompts * data.data_size
@@ -111,8 +118,14 @@ class BatchMaker:
         )
         return Rollouts(prompts, trajectories, rewards, advantages)
 
-    def _microbatches(self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool) -> list[GRPOMicrobatch]:
-        """A stream for each cut, each token weighted by the counts of the GLOBAL batch."""
+    def _microbatches(
+        self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool, before: int = 0
+    ) -> list[GRPOMicrobatch]:
+        """A stream for each cut, each token weighted by the counts of the GLOBAL batch.
+
+        Args:
+            before: prompts of the step before these rollouts.
+        """
         model = self.config.model
         batches, masks, said = [], [], []
         for cut in cuts:
@@ -146,6 +159,7 @@ class BatchMaker:
                     advantages=advantages[ids].float(),
                     weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, level),
                     sampled_logprobs=sampled,
+                    numbers=[(before + p.group, i) for p in cut for i in p.responses],
                 )
             )
         return microbatches

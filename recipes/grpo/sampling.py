@@ -1,4 +1,4 @@
-"""What the YAML of GRPO may say of how responses are sampled."""
+"""What the YAML of GRPO may say of how responses are sampled and written down."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from megatron_ext.errors import UserError
 from megatron_ext.kinds import Speed
 from megatron_ext.rollouts import SamplingParams
 from megatron_ext.rollouts.vllm.options import VllmOptions
+from recipes.cli.config import at_least
 
-__all__ = ["RolloutSection", "SamplingSection", "ValidationSamplingSection"]
+__all__ = ["RolloutDumpSection", "RolloutSection", "SamplingSection", "ValidationSamplingSection"]
 
 
 @dataclass
@@ -133,3 +134,18 @@ class RolloutSection:
             return VllmOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except UserError as error:
             raise UserError(f"trainer.grpo.rollout: {error}") from error
+
+
+@dataclass
+class RolloutDumpSection:
+    # Write the first step and every n-th behind it; 1: every step, which a replay needs.
+    every_n_steps: int = 1
+    # Prompts of a step that are written, with all their responses: the first ones, which are drawn at random. null: all,
+    # which a replay needs.
+    prompts: int | None = None
+    # Bytes that rollouts/ may have: files of the oldest steps are removed, the newest one stays. A token takes about 10
+    # bytes. null: no limit.
+    max_bytes: int | None = None
+
+    def __post_init__(self):
+        at_least("trainer.grpo.rollout_dump", self, 1, "every_n_steps", "prompts", "max_bytes")

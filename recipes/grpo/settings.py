@@ -14,7 +14,7 @@ from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
-from recipes.grpo.sampling import RolloutSection, SamplingSection, ValidationSamplingSection
+from recipes.grpo.sampling import RolloutDumpSection, RolloutSection, SamplingSection, ValidationSamplingSection
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
@@ -107,12 +107,18 @@ class GRPOSettings:
     validation_sampling_params: Record[ValidationSamplingSection] = field(default_factory=ValidationSamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    # Steps between tables of a few responses with their rewards, on the console and in TensorBoard and other loggers; the
+    # first step has one, too. 0: none.
+    log_samples: Record[int] = 25
+    # What is written to rollouts/ of the run's folder, to be read by tools/show_rollouts.py or replayed; {}: all of it. null:
+    # nothing.
+    rollout_dump: Record[RolloutDumpSection | None] = None
 
     def __post_init__(self):
         at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
-            "initial_policy_kl_penalty", "ratio_eps",
+            "initial_policy_kl_penalty", "ratio_eps", "log_samples",
         )  # fmt: skip
         if self.samples_per_prompt < 2:
             raise UserError(

@@ -18,8 +18,10 @@ from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
+from recipes.grpo.recorder import Recorder
 from recipes.grpo.rewards import Reward
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
+from recipes.grpo.samples import COLUMNS, shown, table
 from recipes.grpo.servers import vllm_source
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.loop import Schedule, Trainer, fit
@@ -53,6 +55,7 @@ class GRPOTrainer(Trainer):
             session.data_rank,
             session.data_size,
         )
+        self.recorder = Recorder(session)
         self.reference = None
         if settings.initial_policy_kl_penalty:
             self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
@@ -75,12 +78,16 @@ class GRPOTrainer(Trainer):
         with timers("step"):
             with timers("generate"):
                 rollouts = self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
+            self._show(step, rollouts)
             updates, packing = self.batches.updates(rollouts)
             metrics = self._rollout_metrics(rollouts) | packing
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 updates = [self.score_rollouts(microbatches) for microbatches in updates]
             with timers("actor_update"):
                 steps = [self.run_training(microbatches) for microbatches in updates]
+            if self.recorder.wants(step):
+                with timers("rollout_dump"):
+                    self.recorder.record(step, rollouts, updates)
             metrics |= {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
             groups = [m.batch.groups for microbatches in updates for m in microbatches]
             passes = 2 if self.reference is None else 3  # of the sampling, the initial and the trained policy
@@ -149,6 +156,14 @@ class GRPOTrainer(Trainer):
         )
         difference = (microbatch.old_logprobs - microbatch.sampled_logprobs).abs()  # [r]
         return loss, metrics | {"sampler_logprob_diff": (microbatch.weights * difference).sum()}
+
+    def _show(self, step: int, rollouts: Rollouts) -> None:
+        """A few responses, on rank 0."""
+        every, session = self.settings.log_samples, self.session
+        if session.is_main and every and (step == 1 or step % every == 0):
+            rows = shown(session.inputs.tokenizer, rollouts)
+            session.say(f"step {step}, a few responses:\n{table(rows)}")
+            session.write_table(step, "train_rollouts/samples", COLUMNS, rows)
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         lengths = [len(t) for group in rollouts.trajectories for t in group]

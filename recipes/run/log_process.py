@@ -1,7 +1,8 @@
 """NeMo's exp_manager and its loggers in a process of their own.
 
 Importing NeMo and Lightning takes as long as everything else that a short run needs, and on rank 0 alone it would make all ranks
-wait: here it happens beside the reading of data and the building of the model, and numbers are written beside the next step.
+wait: here it happens beside the reading of data and the building of the model, and numbers and tables are written beside the
+next step.
 
 Only the standard library is imported by this module itself.
 """
@@ -9,6 +10,7 @@ Only the standard library is imported by this module itself.
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -17,7 +19,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +32,29 @@ logger = logging.getLogger(__name__)
 
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 PATIENCE_SECONDS = 120  # with loggers that send over a network, when the run is over
+
+
+@dataclass(frozen=True)
+class LoggedTable:
+    """What is to be read rather than drawn.
+
+    Attributes:
+        rows: numbers and texts, as many as there are columns.
+    """
+
+    name: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+    def markdown(self) -> str:
+        """Whatever the texts hold, they are shown and not followed."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = html.escape(f"{value:.6g}" if isinstance(value, float) else str(value)).replace("\n", "<br>")
+    return "".join(f"&#{ord(c)};" if c in "|\\`*_[]" else c for c in text if c.isprintable())
 
 
 class LogProcess:
@@ -71,10 +97,17 @@ class LogProcess:
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Hand over the numbers of a step; they are written beside the next one."""
+        self._send(metrics, step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """The same for a table of numbers and texts."""
+        self._send(LoggedTable(name, list(columns), [list(row) for row in rows]), step)
+
+    def _send(self, what: dict[str, float] | LoggedTable, step: int) -> None:
         if self._pipe is None:
             return
         try:
-            self._pipe.send((metrics, step))
+            self._pipe.send((what, step))
         except GONE:
             logger.warning(
                 "the process of TensorBoard and other loggers has ended with code %s: they get no more; metrics.jsonl does",
@@ -158,11 +191,14 @@ def _end_with_parent(opened: threading.Event) -> None:
         os._exit(1)
 
 
-def _write(loggers: list, metrics: dict[str, float], step: int) -> None:
+def _write(loggers: list, what: dict[str, float] | LoggedTable, step: int) -> None:
     """One that fails is left out from then on."""
     for each in list(loggers):
         try:
-            each.log_metrics(metrics, step=step)
+            if isinstance(what, LoggedTable):
+                _write_table(each, what, step)
+            else:
+                each.log_metrics(what, step=step)
         except Exception as error:  # noqa: BLE001  whatever a logger's library raises
             loggers.remove(each)
             print(
@@ -171,6 +207,18 @@ def _write(loggers: list, metrics: dict[str, float], step: int) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _write_table(to: Any, table: LoggedTable, step: int) -> None:
+    """As each logger has it: text in TensorBoard, a table in W&B, a file of the run in MLflow."""
+    from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+
+    if isinstance(to, TensorBoardLogger):
+        to.experiment.add_text(table.name, table.markdown(), step)
+    elif isinstance(to, WandbLogger):
+        to.log_table(table.name, columns=table.columns, data=table.rows, step=step)
+    elif isinstance(to, MLFlowLogger):
+        to.experiment.log_text(to.run_id, table.markdown(), f"{table.name}/step-{step:06d}.md")
 
 
 def _loggers(manager: dict[str, Any], mlflow: dict[str, Any] | None) -> list:

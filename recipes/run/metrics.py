@@ -116,6 +116,7 @@ METRICS = {
     "val/perplexity": Metric("LFTF", "none", "Perplexity of data.validation_text_path; the guard watches it."),
     "timers/step": Metric("GRPO", "seconds", "The whole step, without validation."),
     "timers/generate": Metric("GRPO", "seconds", "Sampling and rewards."),
+    "timers/rollout_dump": Metric("GRPO, with trainer.grpo.rollout_dump", "seconds", "Writing rollouts down."),
     "timers/old_and_reference_logprobs": Metric(
         "GRPO", "seconds", "Passes without gradient over the rollout: of the sampling and of the initial policy."
     ),

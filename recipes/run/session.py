@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,10 @@ class Session:
                 f"exp_manager.checkpoint_callback_params.monitor={monitor} is no metric of this run; there are "
                 f"{', '.join(sorted(metrics))}"
             )
+
+    def write_table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """What is to be read rather than drawn, to TensorBoard and other loggers."""
+        self._metrics.write_table(step, name, columns, rows)
 
     def progress(self, total: int, what: str, done: int = 0, unit: str = "step"):
         """A bar over steps, or what the unit says, on rank 0 only."""

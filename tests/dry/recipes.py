@@ -33,8 +33,11 @@ from tests.dry.run import (
     NEEDLES,
     NORM,
     PAIRS,
+    RECORDED,
     REWARDS,
+    SCORES,
     SHARED,
+    SHOWN,
     STOP,
     SUM,
     TEXTS,
@@ -93,6 +96,7 @@ CASES: dict[str, Case] = {
             "trainer.grpo.max_steps=2", "trainer.grpo.val_check_interval=2", "trainer.grpo.num_prompts_per_grpo_step=2",
             "trainer.grpo.samples_per_prompt=2", "data.max_prompt_length=64", "trainer.grpo.length_params.max_length=3",
             "trainer.grpo.reward={{name:length,target:2}}", "++trainer.grpo.sampling_params.ignore_eos=true",
+            "++trainer.grpo.rollout_dump={{}}",
             "++trainer.grpo.validation_sampling_params.ignore_eos=true",  # the pretended GPU says 0, the end token
         ],
         steps(2, 2)
@@ -100,6 +104,9 @@ CASES: dict[str, Case] = {
             (METRICS, "copy"): 2,
             (SUM, "copy"): 8,  # of a step three, of a validation, of which there is one before the first, one
             (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
+            (SHOWN, "copy"): 1,  # at the first step
+            (RECORDED, "copy"): 4,
+            (SCORES, "copy"): 6,  # three of the one stream of each step
             (f"{REWARDS}._rollout_metrics", "value"): 4,
             (f"{REWARDS}.run_validation", "value"): 2,
         },

@@ -39,6 +39,8 @@ CHOOSE, METRICS = (
 NORM = "megatron_ext/runtime/engine.py:Engine.step"
 SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session.py:Session.must_stop"
 REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
+SHOWN, RECORDED = "recipes/grpo/samples.py:shown", "recipes/grpo/recorder.py:Recorder._groups"
+SCORES = "recipes/grpo/recorder.py:old_logprobs"
 PAIRS, TEXTS, SHARED = (
     f"recipes/bias/scorers.py:MegatronScorer.{x}" for x in ("pair_probabilities", "token_logprobs", "_over_data")
 )
@@ -59,6 +61,9 @@ NECESSARY: dict[tuple[str, str], str] = {
     (KEPT, "copy"): "offload_reference_policy: the reference's weights, once, before the first step",
     (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
     (STOP, "value"): "whether any rank has been asked to stop, once a step",
+    (SHOWN, "copy"): "rewards of the responses that a table shows",
+    (RECORDED, "copy"): "rewards and advantages that are written down",
+    (SCORES, "copy"): "old log-probabilities that are written down, with the tokens that they are of",
     (f"{REWARDS}._rollout_metrics", "value"): "the mean reward, and how many groups learn anything, for the log",
     (f"{REWARDS}.run_validation", "value"): "the mean reward, for the log",
     (PAIRS, "copy"): "an evaluation's answers, a stream at a time",

@@ -1,0 +1,158 @@
+"""Rollouts written down: every prompt of a step with its responses, what they are worth, and what sampler and trainer say of
+their probability."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.rollouts import Passage, Trajectory
+from megatron_ext.runtime.collectives import together
+from recipes.data.rows import Prompt
+from recipes.grpo.batches import GRPOMicrobatch
+from recipes.grpo.dump_files import FOLDER, forget_steps, keep_within, write_step
+from recipes.grpo.rollouts import Rollouts
+from recipes.grpo.settings import GRPOConfig
+from recipes.run.session import Session
+
+__all__ = ["Recorder"]
+
+# (number of the prompt in the step, number of the sample) -> {place of a token in the response: its log-probability}.
+Scores = dict[tuple[int, int], dict[int, float]]
+# What a row's prompt is made of, which is there in tokens and text already.
+PROMPT_KEYS = frozenset(("prompt", "messages", "tools", "response", "responses"))
+
+
+class Recorder:
+    """Writes `rollouts/` of the run folder, as trainer.grpo.rollout_dump says. Rank 0 writes; the first rank of each
+    data-parallel replica tells it what it has."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.config: GRPOConfig = session.config
+        self.settings = self.config.trainer.grpo
+        self.section = self.settings.rollout_dump
+        self._begun = False
+        self._header = self._said_of_the_run() if self.section is not None else {}
+
+    def wants(self, step: int) -> bool:
+        """Whether this step is written."""
+        return self.section is not None and (step - 1) % self.section.every_n_steps == 0
+
+    def record(self, step: int, rollouts: Rollouts, updates: list[list[GRPOMicrobatch]]) -> None:
+        """Every rank calls it.
+
+        Args:
+            updates: what has been trained on, with the old log-probabilities.
+
+        Raises:
+            UserError: it cannot be written; on every rank.
+        """
+        first = parallel_state.get_model_parallel_group().rank() == 0
+        if first and parallel_state.get_context_parallel_rank() == 0:
+            mine = self._groups(rollouts, step), old_logprobs(m for update in updates for m in update)
+            parts = [None] * self.session.data_size if self.session.is_main else None
+            dist.gather_object(mine, parts, dst=0, group=parallel_state.get_data_parallel_group())
+        with together():
+            if self.session.is_main:
+                self._write(step, parts)
+
+    def _write(self, step: int, parts: list[tuple[list[dict], Scores]]) -> None:
+        folder, count = self.session.log_dir / FOLDER, self.settings.num_prompts_per_grpo_step
+        if not self._begun:  # a run that goes on makes these steps again
+            forget_steps(folder, step)
+            self._begun = True
+        scores = {key: found for _, part in parts for key, found in part.items()}
+        groups = [with_scores(group, scores) for part, _ in parts for group in part]
+        write_step(folder, {"step": step, "prompts": count, "written": len(groups), **self._header}, groups)
+        keep_within(folder, self.section.max_bytes)
+
+    def _said_of_the_run(self) -> dict[str, Any]:
+        settings, tokenizer = self.settings, self.session.inputs.tokenizer
+        return {
+            "samples_per_prompt": settings.samples_per_prompt,
+            "seed": self.config.model.seed,
+            "sampling_params": dataclasses.asdict(settings.sampling_params),
+            "max_length": settings.length_params.max_length,
+            "vocabulary": tokenizer.digests()["vocabulary"],
+        }
+
+    def _groups(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
+        """This rank's share of what is written, as JSON."""
+        first = self.session.data_rank * len(rollouts.prompts)
+        wanted = self.section.prompts
+        last = len(rollouts.prompts) if wanted is None else max(0, min(len(rollouts.prompts), wanted - first))
+        rewards, advantages = rollouts.rewards.tolist(), rollouts.advantages.tolist()
+        return [
+            self._group(rollouts.prompts[i], rollouts.trajectories[i], rewards[i], advantages[i], (step, first + i))
+            for i in range(last)
+        ]
+
+    def _group(
+        self,
+        prompt: Prompt,
+        trajectories: list[Trajectory],
+        rewards: list[float],
+        gains: list[float],
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        tokenizer = self.session.inputs.tokenizer
+        responses = [
+            {
+                "reward": reward,
+                "advantage": gain,
+                "finish_reason": str(trajectory.finish_reason),
+                "text": tokenizer.decode_response(prompt.tokens, trajectory.tokens),
+                "passages": [passage_json(passage) for passage in trajectory.passages],
+            }
+            for trajectory, reward, gain in zip(trajectories, rewards, gains, strict=True)
+        ]
+        return {
+            "number": key[1],
+            "key": [self.config.model.seed, *key],
+            "line": prompt.line,
+            "row": {name: value for name, value in prompt.row.items() if name not in PROMPT_KEYS},
+            "prompt_text": tokenizer.decode_whole(prompt.tokens),
+            "prompt_tokens": list(prompt.tokens),
+            "responses": responses,
+        }
+
+
+def passage_json(passage: Passage) -> dict[str, Any]:
+    """Null is a log-probability that is not known."""
+    if not passage.sampled:
+        return {"tokens": list(passage.tokens), "observed": True}
+    return {
+        "tokens": list(passage.tokens),
+        "logprobs": [None if x != x else x for x in passage.logprobs],
+        "weight_version": passage.weight_version,
+    }
+
+
+def old_logprobs(microbatches: Iterable[GRPOMicrobatch]) -> Scores:
+    """Of the policy that sampled, by the trainer's own pass, to seven digits."""
+    found: Scores = {}
+    for microbatch in microbatches:
+        groups = microbatch.batch.groups
+        tensors = groups.response_ids, groups.response_token_index, microbatch.old_logprobs
+        for response, place, value in zip(*(tensor.tolist() for tensor in tensors), strict=True):
+            found.setdefault(microbatch.numbers[response], {})[place] = float(f"{value:.7g}")
+    return found
+
+
+def with_scores(group: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """With the trainer's log-probabilities of each response, null where another response of the tree has the token's, and how far
+    they are from the sampler's."""
+    responses = []
+    for sample, response in enumerate(group["responses"]):
+        found = scores.get((group["number"], sample), {})
+        said = [x for p in response["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
+        apart = [abs(found[i] - x) for i, x in enumerate(said) if x is not None and i in found]
+        mismatch = {"mean": sum(apart) / len(apart), "max": max(apart)} if apart else None
+        old = [found.get(i) for i in range(len(said))]
+        responses.append({**response, "old_logprobs": old, "mismatch": mismatch})
+    return {**group, "responses": responses}
