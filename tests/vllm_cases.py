@@ -24,9 +24,10 @@ __all__ = [
     "recorded", "source_of",
 ]  # fmt: skip
 
-PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+MADE = ROOT / ".venv-vllm"
+PYTHON = Path(os.environ.get("VLLM_PYTHON", MADE / "bin/python"))
 NEEDS_VLLM = pytest.mark.skipif(
-    not PYTHON.exists(),
+    not (PYTHON.exists() if "VLLM_PYTHON" in os.environ else (MADE / "stamp").exists()),
     reason=f"no vLLM in {PYTHON}: `make vllm` installs it, or VLLM_PYTHON names an interpreter that has one",
 )
 # Without compilation a server is up in half of the time.
