@@ -13,6 +13,7 @@ from pathlib import Path
 def main(cfg: dict, loggers) -> None:
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
+    from recipes.grpo.recorded import load_recorded
     from recipes.grpo.rewards import check_rows, get_reward, reward_file, row_keys
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
@@ -32,12 +33,18 @@ def main(cfg: dict, loggers) -> None:
         load_prompts(path, inputs.tokenizer, limit, video, config.data, keys) if path else []
         for path in (config.data.train_path, config.data.validation_path)
     )
+    recorded = load_recorded(config, inputs.tokenizer) if config.trainer.grpo.rollout.source == "file" else []
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
-    rows = {"data.train_path": train, "data.validation_path": validation}
+    rows = {"data.train_path": train, "data.validation_path": validation, "trainer.grpo.rollout.path": recorded}
     contents = Contents(inputs, rows, code={"trainer.grpo.reward": reward_file(config.trainer.grpo.reward)})
     with Session.start(inputs, loggers, contents) as session:
-        GRPOTrainer(session, reward, train, validation).fit()
+        if recorded:
+            session.say(
+                f"responses and rewards come from {config.trainer.grpo.rollout.path}; trainer.grpo.reward scores answers to "
+                "data.validation_path alone"
+            )
+        GRPOTrainer(session, reward, train, validation, recorded).fit()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ class Passage:
     Attributes:
         tokens: ids, as the engine had them.
         logprobs: of sampled tokens: the sampler's log-probability of each, in nats, at its temperature, before any penalty or
-            filter (a vLLM server's: after them). None: the tokens were observed, such as a tool's output: they are context and
-            never trained.
+            filter (a vLLM server's: after them); NaN where it is not known. None: the tokens were observed, such as a tool's
+            output: they are context and never trained.
         weight_version: of sampled tokens: how many updates the weights had had that sampled them; None: not known.
     """
 

@@ -71,7 +71,9 @@ class Chat:
             self._warn_of_other_end(talk)
             return self._whole(rendered)
 
-    def encode_turns(self, talk: Conversation, all_turns: bool, where: str) -> tuple[Tokens, Tokens, tuple[bool, ...]]:
+    def encode_turns(
+        self, talk: Conversation, all_turns: bool, where: str, first: int = 0
+    ) -> tuple[Tokens, Tokens, tuple[bool, ...]]:
         """A conversation that ends with the assistant's message: (prompt, response, which of its tokens are learnt).
 
         A turn's tokens are those that the conversation has when it has been said, behind those that it had when it was awaited;
@@ -79,11 +81,12 @@ class Chat:
 
         Args:
             all_turns: learn all of the assistant's messages; the response begins with the first of them.
+            first: messages before this one are the prompt's, whoever says them.
 
         Raises:
             DataError: what stands before a turn, or the turn itself, is written otherwise when the conversation has gone on.
         """
-        spoken = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        spoken = [i for i, message in enumerate(talk.messages) if i >= first and message["role"] == "assistant"]
         if not spoken or spoken[-1] != len(talk.messages) - 1:
             role = talk.messages[-1]["role"]
             raise DataError(f"{where}: the last of messages must be the assistant's, which is learnt, not the {role}'s")
@@ -99,8 +102,8 @@ class Chat:
             spans = [self._turn(talk, place, rendered, whole) for place in learnt]
         for span in spans:
             trained[span] = [True] * len(trained[span])
-        first = spans[0].start
-        return whole[:first], whole[first:], tuple(trained[first:])
+        begin = spans[0].start
+        return whole[:begin], whole[begin:], tuple(trained[begin:])
 
     def _turn(self, talk: Conversation, place: int, rendered: str, whole: Tokens) -> slice:
         """Where the message at this place stands among the tokens of the conversation."""

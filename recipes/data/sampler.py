@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_ext.errors import UserError
 
-__all__ = ["EpochSampler"]
+__all__ = ["EpochSampler", "InOrder"]
 
 
 class EpochSampler:
@@ -66,3 +66,28 @@ class EpochSampler:
         order = list(range(self.count))
         random.Random(f"{self.seed}/{self._epoch}").shuffle(order)
         return order
+
+
+class InOrder:
+    """Indices as they come, each once, in global batches of which this rank takes its slice.
+
+    Args:
+        batch: size of a global batch, over all ranks.
+        rank, world: this rank's place among the data-parallel ranks.
+    """
+
+    def __init__(self, batch: int, rank: int, world: int):
+        self.batch, self.rank, self.world, self._drawn = batch, rank, world, 0
+
+    def next(self) -> list[int]:
+        """This rank's indices of the next global batch."""
+        share = self.batch // self.world
+        first = self._drawn + self.rank * share
+        self._drawn += self.batch
+        return list(range(first, first + share))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._drawn = state["drawn"]

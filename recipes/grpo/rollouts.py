@@ -14,6 +14,7 @@ from megatron_ext.rollouts import Request, Source, Trajectory
 from megatron_ext.runtime.collectives import broadcast, gather_objects, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
+from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.rewards import Reward, score
 from recipes.grpo.settings import GRPOConfig
 from recipes.run.session import Session
@@ -42,12 +43,13 @@ class RolloutSampler:
     """
     Args:
         session: the run.
-        source: what samples.
+        source: what samples; one that is read from a file brings rewards, too.
         reward: see `recipes.grpo.rewards`.
+        answers: what samples answers to the prompts of a validation; None: the same.
     """
 
-    def __init__(self, session: Session, source: Source, reward: Reward):
-        self.session, self.source, self.reward = session, source, reward
+    def __init__(self, session: Session, source: Source, reward: Reward, answers: Source | None = None):
+        self.session, self.source, self.reward, self.answers = session, source, reward, answers or source
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.context_size = parallel_state.get_context_parallel_world_size()
@@ -58,17 +60,19 @@ class RolloutSampler:
         params = settings.sampling(self.session.inputs.tokenizer.stop_ids)
         first = self.session.data_rank * len(prompts)
         mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
-        self._has_taken(step - 1)
-        trajectories = self.source.sample(
-            Request.each(
-                [p.for_model() for p in prompts[mine]],
-                settings.samples_per_prompt,
-                params,
-                (self.config.model.seed, step),
-                first + mine.start,
-            )
+        self._has_taken(self.source, step - 1)
+        requests = Request.each(
+            [p.for_model() for p in prompts[mine]],
+            settings.samples_per_prompt,
+            params,
+            (self.config.model.seed, step),
+            first + mine.start,
         )
-        rewards = self._rewards(prompts[mine], trajectories)
+        trajectories = self.source.sample(requests)
+        if isinstance(self.source, RecordedSource):
+            rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
+        else:
+            rewards = self._rewards(prompts[mine], trajectories)
         trajectories, rewards = self._from_all_context_ranks(trajectories, rewards)
         advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
         return Rollouts(prompts, trajectories, rewards, advantages)
@@ -82,18 +86,18 @@ class RolloutSampler:
         rewards = [r for _, part in parts for r in part]
         return trajectories, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
 
-    def _has_taken(self, steps: int) -> None:
+    def _has_taken(self, source: Source, steps: int) -> None:
         """The source shall sample with the weights behind so many steps."""
-        self.source.update_weights(steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
+        source.update_weights(steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
 
     def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
         """fp64 [prompts, 1]: of one answer to each, behind this step. Their numbers are `first`, `first + stride`, ..., and draw
         the same at every validation."""
-        self._has_taken(step)
+        self._has_taken(self.answers, step)
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
         requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]
-        return self._rewards(prompts, self.source.sample(requests))
+        return self._rewards(prompts, self.answers.sample(requests))
 
     def _rewards(self, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
         """Rewards [prompts, samples] in fp64, computed once per model-parallel group and told to its other ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Speed
@@ -80,9 +80,13 @@ class ValidationSamplingSection(SamplingSection):
 
 @dataclass
 class RolloutSection:
-    # Who samples: megatron, the model that is trained, or vllm, servers that get its weights after every update
-    # (docs/rollouts.md compares). Only with megatron is a run that goes on the run that was stopped, bit by bit.
+    # Who samples: megatron, the model that is trained; vllm, servers that get its weights after every update; or file,
+    # nobody: responses are read with their rewards (docs/rollouts.md compares). With vllm a run that goes on is not, bit by
+    # bit, the run that was stopped.
     source: str = "megatron"
+    # For source=file: JSONL of trajectories, .jsonl.zst too, in the order of their use; or the folder of a run with
+    # trainer.grpo.rollout_dump={}, which is replayed.
+    path: str | None = None
     # http://host:port of vLLM servers that run already; their key is read from MEGATRON_EXT_VLLM_KEY. Or start some.
     urls: Speed[list[str]] = field(default_factory=list)
     # vLLM servers that the run starts beside rank 0, keeps alive and ends; 0: none.
@@ -111,17 +115,25 @@ class RolloutSection:
     tolerance: Speed[float | None] = None
 
     def __post_init__(self):
-        if self.source not in ("megatron", "vllm"):
-            raise UserError(f"trainer.grpo.rollout.source must be megatron or vllm, got {self.source!r}")
+        if self.source not in ("megatron", "vllm", "file"):
+            raise UserError(f"trainer.grpo.rollout.source must be megatron, vllm or file, got {self.source!r}")
+        if (self.source == "file") != (self.path is not None):
+            raise UserError(
+                f"trainer.grpo.rollout.path={self.path}, and trainer.grpo.rollout.source={self.source}: source=file reads a "
+                "path, and no other source does; set both or neither"
+            )
         if self.source == "vllm":
             self.options  # noqa: B018  raises on bad ones
             return
-        defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}
+        defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in self._of_servers()}
         if said := [name for name, default in defaults.items() if getattr(self, name) != default]:
             raise UserError(
-                f"trainer.grpo.rollout.{said[0]} is for servers, and trainer.grpo.rollout.source=megatron has none: set "
+                f"trainer.grpo.rollout.{said[0]} is for servers, and trainer.grpo.rollout.source={self.source} has none: set "
                 "source=vllm, or leave it out"
             )
+
+    def _of_servers(self) -> list[Field]:
+        return [f for f in fields(self) if f.name not in ("source", "path")]
 
     @property
     def options(self) -> VllmOptions:
@@ -129,7 +141,7 @@ class RolloutSection:
         Raises:
             UserError: settings that do not go together.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        values = {f.name: getattr(self, f.name) for f in self._of_servers()}
         try:
             return VllmOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except UserError as error:

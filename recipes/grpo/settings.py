@@ -198,8 +198,9 @@ class GRPOModel(TrainedModel):
 
 @dataclass
 class GRPOData(RowsSection):
-    # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside.
-    train_path: str
+    # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside. null where
+    # trainer.grpo.rollout.source=file brings prompts and responses.
+    train_path: str | None
     # Rows of the same form, answered at every validation as trainer.grpo.validation_sampling_params says; null: none.
     validation_path: str | None = None
     # Longest prompt, in tokens; those of its videos count.
@@ -230,6 +231,7 @@ class GRPOConfig:
             )
         self._check_rollout_tokens()
         self._check_servers()
+        self._check_file()
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
@@ -279,6 +281,19 @@ class GRPOConfig:
             raise UserError(
                 f"trainer.grpo.rollout.weights_dir is not set, and trainer.num_nodes={nodes}: name a folder on a disk that all "
                 "nodes and servers see"
+            )
+
+    def _check_file(self) -> None:
+        from_file, path = self.trainer.grpo.rollout.source == "file", self.data.train_path
+        if from_file and path is not None:
+            raise UserError(
+                f"data.train_path={path}, and trainer.grpo.rollout.source=file brings its own prompts: set data.train_path=null"
+            )
+        if not from_file and path is None:
+            raise UserError("data.train_path is null: name the file with the prompts to train on")
+        if from_file and self.data.video is not None:
+            raise UserError(
+                "trainer.grpo.rollout.source=file reads text alone, and data.video is set: leave data.video out, or sample"
             )
 
     @property

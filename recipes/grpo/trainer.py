@@ -16,8 +16,10 @@ from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
-from recipes.data.sampler import EpochSampler
+from recipes.data.sampler import EpochSampler, InOrder
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
+from recipes.grpo.recorded import RecordedSource
+from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
 from recipes.grpo.rewards import Reward
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
@@ -36,9 +38,17 @@ class GRPOTrainer(Trainer):
         session: the run.
         reward: see `recipes.grpo.rewards`.
         train, validation: prompts; validation may be empty.
+        recorded: in place of `train`, prompts with their responses and rewards.
     """
 
-    def __init__(self, session: Session, reward: Reward, train: list[Prompt], validation: list[Prompt]):
+    def __init__(
+        self,
+        session: Session,
+        reward: Reward,
+        train: list[Prompt],
+        validation: list[Prompt],
+        recorded: Sequence[RecordedGroup] = (),
+    ):
         self.session = session
         self.config: GRPOConfig = session.config
         self.settings = settings = self.config.trainer.grpo
@@ -47,20 +57,23 @@ class GRPOTrainer(Trainer):
         steps = settings.max_steps * updates
         self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val)
         self.batches = BatchMaker(session)
-        self.sampler = RolloutSampler(session, self._source(), reward)
-        self.order = EpochSampler(
-            len(train),
-            settings.num_prompts_per_grpo_step,
-            self.config.model.seed,
-            session.data_rank,
-            session.data_size,
-        )
+        place = settings.num_prompts_per_grpo_step, session.data_rank, session.data_size
+        if recorded:
+            self.train = [group.for_prompt() for group in recorded]
+            self.order = InOrder(*place)
+            source = RecordedSource(recorded, settings.num_prompts_per_grpo_step)
+            self.sampler = RolloutSampler(session, source, reward, answers=self._source())
+        else:
+            batch, *rank = place
+            self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
+            self.sampler = RolloutSampler(session, self._source(), reward)
         self.recorder = Recorder(session)
         self.reference = None
         if settings.initial_policy_kl_penalty:
             self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
 
     def _source(self) -> Source:
+        """What samples; with rollout.source=file, answers of validations."""
         settings = self.settings
         if settings.rollout.source == "vllm":
             return vllm_source(self.session, self.engine, self.train)
@@ -155,6 +168,7 @@ class GRPOTrainer(Trainer):
             num_responses=microbatch.batch.groups.num_responses,
         )
         difference = (microbatch.old_logprobs - microbatch.sampled_logprobs).abs()  # [r]
+        difference = difference.where(~microbatch.sampled_logprobs.isnan(), 0.0)  # a file need not know them
         return loss, metrics | {"sampler_logprob_diff": (microbatch.weights * difference).sum()}
 
     def _show(self, step: int, rollouts: Rollouts) -> None:

@@ -66,7 +66,7 @@ class Contents:
     def complete(self) -> None:
         """What one process of a machine reads for all: files, clips and weights."""
         for key, rows in self._rows.items():
-            if (path := self._value(key)) is not None:
+            if (path := self._value(key)) is not None and Path(path).is_file():  # a folder is known by its rows
                 self.found[key]["file"] = checksum(Path(path))[1]
             clips = [clip and clip.path for clip in (getattr(row, "clip", None) for row in rows)]
             if any(clips):

@@ -44,7 +44,8 @@ METRICS = {
         "GRPO",
         "nats",
         "Mean |trainer - sampler| log-probability over trained tokens, both of the weights that sampled. Rounding, unless "
-        "sampling has filters or a penalty: in fp32 about 1e-6. Where it grows, the sampler does not sample what is trained.",
+        "sampling has filters or a penalty: in fp32 about 1e-6. 0 where a file does not say it. Where it grows, the sampler "
+        "does not sample what is trained.",
     ),
     "train_optim/loss": Metric(
         "SFT, GRPO, LFTF",

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from recipes.data.tokenizer import load_tokenizer
-from recipes.grpo.dump_files import read_step, step_files
+from recipes.grpo.dump_files import read_step, step_files, write_step
 from tests.recipe_runs import metrics, run
 
 pytestmark = pytest.mark.functional
@@ -86,3 +86,59 @@ def test_the_tool_prints_them_and_says_what_is_not_there(dumped, tmp_path):
     ):
         bad = run("tools/show_rollouts.py", *arguments)
         assert bad.code == 2 and message in bad.error_lines[0]
+
+
+def replay(task, out, path, *overrides):
+    return task.grpo(
+        out, f"trainer.grpo.max_steps={STEPS}", "data.train_path=null",
+        f"++trainer.grpo.rollout={{source: file, path: {path}}}", *overrides,
+    )  # fmt: skip
+
+
+TIMES = ("timers/", "train_optim/tokens_per_second")
+
+
+def test_a_run_replayed_from_its_files_is_the_run_bitwise(task, dumped, tmp_path):
+    """Every number that is no time, and what is written down again."""
+    out, _ = dumped
+    done = replay(task, tmp_path / "again", out, "trainer.grpo.rollout_dump={}")
+    assert done.code == 0, done.err
+    first, second = (
+        [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in metrics(f)] for f in (out, tmp_path / "again")
+    )
+    assert len(second) == STEPS and first == second
+    assert len({r["train_optim/grad_norm"] for r in second}) == STEPS, "nothing changes: the test could not fail"
+    for step, path in step_files(out / "rollouts").items():
+        there = read_step(step_files(tmp_path / "again" / "rollouts")[step])
+        for (_, group), (_, copy) in zip(read_step(path).groups, there.groups, strict=True):
+            assert group["responses"] == copy["responses"] and group["prompt_tokens"] == copy["prompt_tokens"]
+
+
+def test_it_is_replayed_on_another_number_of_ranks(task, dumped, tmp_path):
+    out, _ = dumped
+    done = replay(task, tmp_path / "again", out / "rollouts", "trainer.devices=1", "model.micro_batch_size=4")
+    assert done.code == 0, done.err
+    for a, b in zip(metrics(out), metrics(tmp_path / "again"), strict=True):
+        for key in ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/reward", "train_optim/kl"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
+        assert a["train_rollouts/response_length"] == b["train_rollouts/response_length"]
+
+
+def test_what_cannot_be_replayed_is_refused(task, dumped, tmp_path):
+    out, _ = dumped
+    part = tmp_path / "part"
+    for step, path in step_files(out / "rollouts").items():
+        dump = read_step(path)
+        header = {key: value for key, value in dump.header.items() if key not in ("format", "version")}
+        write_step(part, {**header, "written": 2}, [group for _, group in dump.groups[:2]]) if step > 1 else None
+    for path, overrides, message in (
+        (part, [], "has no rollouts of step 1: a replay needs every step from the first to trainer.grpo.max_steps=4"),
+        (
+            step_files(part)[2],
+            ["trainer.grpo.max_steps=1"],
+            "is a sample, 2 of the step's 4 prompts: a replay needs all",
+        ),
+        (out, ["trainer.grpo.samples_per_prompt=8"], "was made with trainer.grpo.samples_per_prompt=4, this run has 8"),
+    ):
+        done = replay(task, tmp_path / "no", path, *overrides)
+        assert done.code == 2 and message in done.error_lines[0], done.err

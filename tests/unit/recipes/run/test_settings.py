@@ -46,7 +46,7 @@ def test_the_reference_page_is_up_to_date():
         ("++trainer.grpo.rollout_tokens=-1", "rollout_tokens=-1 must be at least 1"),
         ("++trainer.grpo.rollout_tokens=50", "rollout_tokens=50 is less than"),
         ("++trainer.grpo.rollout_micro_batch_size=4", "is no more: set trainer.grpo.rollout_tokens"),
-        ("++trainer.grpo.rollout.source=vlm", "rollout.source must be megatron or vllm, got 'vlm'"),
+        ("++trainer.grpo.rollout.source=vlm", "rollout.source must be megatron, vllm or file, got 'vlm'"),
         (
             "++trainer.grpo.rollout.start=1",
             "rollout.start is for servers, and trainer.grpo.rollout.source=megatron has none",
