@@ -15,7 +15,7 @@ token-level normalisation and asymmetric clipping after DAPO (arXiv 2503.14476);
 | KL_i | kl_type, kl_weighted | trainer.grpo.reference_policy_kl_type, use_bias_correction_kl |
 | A_i - beta KL_i, and no KL_i in the sum | kl_in_reward | trainer.grpo.use_kl_in_reward |
 | eta, H_i | entropy_bonus, entropy | trainer.grpo.entropy_bonus |
-| w_i | weights, from `token_weights` | trainer.grpo.token_level_loss |
+| w_i | weights, from `token_weights`, times `importance` | trainer.grpo.token_level_loss, off_policy |
 
 The weights carry the GLOBAL normaliser, so the losses of microbatches and data-parallel ranks add up to the loss of the
 whole batch, however it was cut.
@@ -157,6 +157,7 @@ def grpo_loss(
     entropy: Tensor | None = None,
     response_ids: Tensor | None = None,
     num_responses: int | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, already normalised by `weights`.
 
@@ -169,6 +170,7 @@ def grpo_loss(
         entropy: [r], needed where `terms.entropy_bonus` is not 0.
         response_ids: int64 [r], needed for sequence-level ratios.
         num_responses: k, needed for them, too: on a GPU the host would have to wait for the largest id.
+        importance: [r] of `off_policy_weights`, multiplies every token's term; metrics but "loss" are those without it.
 
     Returns:
         (scalar loss, metrics). Metrics are weighted sums, so they add up over microbatches and ranks as the loss does. "kl"
@@ -204,7 +206,7 @@ def grpo_loss(
         metrics["entropy"] = (weights * entropy).sum()
         if terms.entropy_bonus:
             per_token = per_token - terms.entropy_bonus * entropy
-    loss = (weights * per_token).sum()
+    loss = (weights * per_token).sum() if importance is None else (weights * importance * per_token).sum()
     metrics["loss"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
 

@@ -1,8 +1,9 @@
-"""Weights for tokens whose sampler gave them other probabilities than the trainer would have.
+"""How far a sampler is from the trainer, and weights that make up for it.
 
 Another engine, or weights of some steps ago, sample from a distribution that is not quite the policy that the objective takes to
 have sampled. With d_i = log(pi_old / pi_sampler) of token i, where pi_old is the trainer's policy before the update, the mean
-over the sampler's tokens of f(i) exp(d_i) is that over the trainer's; the weight is a bounded form of exp(d):
+over the sampler's tokens of f(i) exp(d_i) is that over the trainer's; the weight is a bounded form of exp(d)
+(keys of `trainer.grpo.off_policy`):
 
 | level | x | bias |
 |---|---|---|
@@ -33,7 +34,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.losses.kl import bounded_exp, k3
 
-__all__ = ["OffPolicyTerms", "effective_share", "off_policy_weights", "rejected_responses"]
+__all__ = ["OffPolicyTerms", "effective_share", "mismatch", "off_policy_weights", "rejected_responses"]
 
 LEVELS = ("token", "sequence", "geometric")
 FORMS = ("truncate", "mask")
@@ -74,18 +75,17 @@ def off_policy_weights(
 
     Args:
         old_logprobs: [r], the trainer's, before the update.
-        sampler_logprobs: [r], as the sampler had them, at the same temperature.
+        sampler_logprobs: [r], as the sampler had them, at the same temperature; NaN where that is not known, and taken to be the
+            trainer's.
         weights: [r] from `token_weights`; where it is 0 a token does not count, here neither.
         response_ids: int64 [r], in [0, num_responses).
 
     Returns:
-        ([r], metrics). Metrics are weighted sums that add up over microbatches and ranks as the loss does, but for
-        "mismatch_max", of which the largest counts: "mismatch", the mean of |d|; "mismatch_kl", an estimate of
-        KL(sampler, old); "bounded", the share of tokens whose weight was bounded; "importance" and "importance_squared", for
-        `effective_share`.
+        ([r], metrics). Metrics are weighted sums that add up over microbatches and ranks as the loss does: "importance_bounded",
+        the share of tokens whose weight was bounded; "importance" and "importance_squared", for `effective_share`.
     """
     counts = weights > 0
-    d = torch.where(counts, old_logprobs - sampler_logprobs, 0)
+    d = _distance(old_logprobs, sampler_logprobs, counts)
     x = d if terms.level == "token" else _of_response(d, counts, response_ids, num_responses, terms.level)
     ratio = bounded_exp(x)
     bounded = ratio > terms.high
@@ -95,14 +95,27 @@ def off_policy_weights(
     else:
         kept = ratio.clamp(max=terms.high)
     metrics = {
-        "mismatch": (weights * d.abs()).sum(),
-        "mismatch_max": d.abs().amax() if len(d) else d.new_zeros(()),
-        "mismatch_kl": (weights * k3(-d)).sum(),
-        "bounded": (weights * bounded).sum(),
+        "importance_bounded": (weights * bounded).sum(),
         "importance": (weights * ratio).sum(),
         "importance_squared": (weights * ratio.square()).sum(),
     }
     return kept, metrics
+
+
+@torch.no_grad()
+def mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """How far they are from each other over the tokens that count, [r] each; weighted sums that add up as the loss does.
+
+    Returns:
+        "sampler_logprob_diff", the mean of |d|; "sampler_kl", an estimate of KL(sampler, old), never negative;
+        "sampler_logprob_diff_max", the largest |d|, of which the largest counts.
+    """
+    d = _distance(old_logprobs, sampler_logprobs, weights > 0)
+    return {
+        "sampler_logprob_diff": (weights * d.abs()).sum(),
+        "sampler_kl": (weights * k3(-d)).sum(),
+        "sampler_logprob_diff_max": d.abs().amax() if len(d) else d.new_zeros(()),
+    }
 
 
 @torch.no_grad()
@@ -116,13 +129,17 @@ def rejected_responses(
 ) -> Tensor:
     """bool [k]: responses with a token that counts whose |d|, in nats, is above a bound. counts: bool [r]; the rest as in
     `off_policy_weights`."""
-    d = torch.where(counts, old_logprobs - sampler_logprobs, 0)
+    d = _distance(old_logprobs, sampler_logprobs, counts)
     return d.new_zeros(num_responses).scatter_reduce(0, response_ids, d.abs(), "amax") > above
 
 
 def effective_share(importance: float, importance_squared: float) -> float:
     """Kish's effective sample size over the number of samples, from the sums of all ranks: 1 where all weigh alike."""
     return importance**2 / importance_squared if importance_squared else 1.0
+
+
+def _distance(old_logprobs: Tensor, sampler_logprobs: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts & ~sampler_logprobs.isnan(), old_logprobs - sampler_logprobs, 0)
 
 
 def _of_response(d: Tensor, counts: Tensor, response_ids: Tensor, num_responses: int, level: str) -> Tensor:

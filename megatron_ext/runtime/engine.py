@@ -179,13 +179,20 @@ class Engine:
         return scores
 
     def reduce_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum `run`'s metrics over microbatches and data-parallel ranks; known on every rank."""
+        """`run`'s metrics over microbatches and data-parallel ranks: sums, the largest where a name ends in "_max". Known on
+        every rank."""
         totals = None
         if outputs:
-            names = list(outputs[0])
-            sums = torch.stack([sum(o[name].double() for o in outputs) for name in names])
-            torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-            totals = dict(zip(names, sums.tolist(), strict=True))
+            group = parallel_state.get_data_parallel_group()
+            largest = [name for name in outputs[0] if name.endswith("_max")]
+            names = [name for name in outputs[0] if name not in largest]
+            values = torch.stack([sum(o[name].double() for o in outputs) for name in names])
+            torch.distributed.all_reduce(values, group=group)
+            if largest:
+                most = torch.stack([torch.stack([o[name].double() for o in outputs]).amax() for name in largest])
+                torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group)
+                values = torch.cat([values, most])
+            totals = dict(zip(names + largest, values.tolist(), strict=True))
         return broadcast_object(totals, -1, parallel_state.get_pipeline_model_parallel_group())
 
     def _finalize(self, model, num_tokens, **kwargs) -> None:

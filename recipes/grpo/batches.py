@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ext.flops import ModelShape, ideal_speedup, sharing_pays
 from megatron_ext.losses.grpo import token_weights
+from megatron_ext.losses.off_policy import rejected_responses
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
@@ -61,6 +62,7 @@ class BatchMaker:
         self.shape = ModelShape.of(self.config.model)
         self.local_prompts = self.settings.num_prompts_per_grpo_step // session.data_size
         self.local_update_prompts = self.config.prompts_per_update // session.data_size
+        self.level = "token" if self.settings.token_level_loss else "sequence"
         self._shared_last: bool | None = None
 
     def updates(self, rollouts: Rollouts) -> tuple[list[list[GRPOMicrobatch]], dict[str, float]]:
@@ -147,7 +149,6 @@ class BatchMaker:
             sum(mask) for part in masks for mask in part if any(mask)
         ]  # prompts are never empty: all are predicted
         tokens, responses = self.session.sum_over_data(sum(counted), len(counted))
-        level = "token" if self.settings.token_level_loss else "sequence"
         microbatches = []
         for cut, batch, mask, sampled in zip(cuts, batches, masks, said, strict=True):
             ids, count = batch.groups.response_ids, batch.groups.num_responses
@@ -157,14 +158,43 @@ class BatchMaker:
                     batch,
                     self.settings.sampling_params.temperature,
                     advantages=advantages[ids].float(),
-                    weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, level),
+                    weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, self.level),
                     sampled_logprobs=sampled,
                     numbers=[(before + p.group, i) for p in cut for i in p.responses],
                 )
             )
         return microbatches
 
+    def without_rejected(
+        self, updates: list[list[GRPOMicrobatch]], above: float
+    ) -> tuple[list[list[GRPOMicrobatch]], float]:
+        """Leave out responses that the sampler and the trainer see too differently (`rejected_responses`): their tokens count
+        neither in the loss nor in its normaliser. Returns the microbatches and the share of responses that was left out."""
+        kept, left, everything = [], 0, 0
+        for microbatches in updates:
+            masks, sums = [], []
+            for m in microbatches:
+                ids, k, counts = m.batch.groups.response_ids, m.batch.groups.num_responses, m.weights > 0
+                rejected = rejected_responses(m.old_logprobs, m.sampled_logprobs, counts, ids, k, above)
+                masks.append(counts & ~rejected[ids])
+                sums.append(torch.stack([masks[-1].sum(), _responses(masks[-1], ids, k), _responses(counts, ids, k)]))
+            tokens, responses, before = self.session.sum_over_data(*torch.stack(sums).sum(0).tolist())
+            weighed = zip(microbatches, masks, strict=True)
+            kept.append([self._weighed(m, mask, tokens, responses) for m, mask in weighed])
+            left, everything = left + responses, everything + before
+        return kept, 1 - left / max(everything, 1)
+
+    def _weighed(self, microbatch: GRPOMicrobatch, mask: Tensor, tokens: float, responses: float) -> GRPOMicrobatch:
+        groups = microbatch.batch.groups
+        weights = token_weights(groups.response_ids, mask, groups.num_responses, tokens, responses, self.level)
+        return replace(microbatch, weights=weights)
+
     def _trained(self, trajectory: Trajectory) -> list[bool]:
         """For each token whether it is trained: those sampled, unless their trajectory was cut off and such are left out."""
         left_out = self.settings.overlong_filtering and trajectory.truncated
         return [sampled and not left_out for sampled in trajectory.mask]
+
+
+def _responses(mask: Tensor, ids: Tensor, count: int) -> Tensor:
+    """How many responses have a token in a mask [r]; int64 []."""
+    return mask.new_zeros(count, dtype=torch.int64).index_add(0, ids, mask.long()).gt(0).sum()

@@ -7,11 +7,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Speed
+from megatron_ext.losses.off_policy import OffPolicyTerms
 from megatron_ext.rollouts import SamplingParams
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from recipes.cli.config import at_least
 
-__all__ = ["RolloutDumpSection", "RolloutSection", "SamplingSection", "ValidationSamplingSection"]
+__all__ = ["OffPolicySection", "RolloutDumpSection", "RolloutSection", "SamplingSection", "ValidationSamplingSection"]
 
 
 @dataclass
@@ -76,6 +77,34 @@ class ValidationSamplingSection(SamplingSection):
                     f"trainer.grpo.validation_sampling_params.{name}={value} does nothing beside "
                     "use_greedy=true: set that to false"
                 )
+
+
+@dataclass
+class OffPolicySection:
+    # token: each token has a weight of its own, exp(trainer's - sampler's log-probability); sequence: the product over the
+    # response; geometric: its geometric mean.
+    level: str = "token"
+    # truncate: weights above `high` become `high`. mask: tokens whose weight is outside [low, high] are not trained.
+    form: str = "truncate"
+    # The lowest weight that mask leaves, at most 1.
+    low: float = 0.5
+    # The largest weight, at least 1.
+    high: float = 2.0
+    # Leave out a whole response where trainer and sampler differ in a token's log-probability by more than so many nats;
+    # null: none.
+    reject_above: float | None = None
+
+    def __post_init__(self):
+        self.terms  # noqa: B018  raises on bad ones
+        if self.reject_above is not None and not self.reject_above > 0:
+            raise UserError(f"trainer.grpo.off_policy.reject_above={self.reject_above} must be above 0 nats, or null")
+
+    @property
+    def terms(self) -> OffPolicyTerms:
+        try:
+            return OffPolicyTerms(self.level, self.form, self.low, self.high)
+        except UserError as error:
+            raise UserError(f"trainer.grpo.off_policy: {error}") from error
 
 
 @dataclass

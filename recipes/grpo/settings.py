@@ -14,7 +14,13 @@ from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
-from recipes.grpo.sampling import RolloutDumpSection, RolloutSection, SamplingSection, ValidationSamplingSection
+from recipes.grpo.sampling import (
+    OffPolicySection,
+    RolloutDumpSection,
+    RolloutSection,
+    SamplingSection,
+    ValidationSamplingSection,
+)
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
@@ -103,6 +109,9 @@ class GRPOSettings:
     overlong_filtering: bool = False
     # eta, taken times the policy's entropy from the loss: positive keeps answers various, negative makes them alike.
     entropy_bonus: float = 0.0
+    # Weights for tokens whose sampler gave them other probabilities than the trainer does, such as another engine
+    # (docs/rollouts.md); null: none.
+    off_policy: OffPolicySection | None = None
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
     validation_sampling_params: Record[ValidationSamplingSection] = field(default_factory=ValidationSamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)

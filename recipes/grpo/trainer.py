@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron_ext.losses.grpo import groups_with_signal, grpo_loss
+from megatron_ext.losses.off_policy import effective_share, mismatch, off_policy_weights
 from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
@@ -87,7 +88,7 @@ class GRPOTrainer(Trainer):
 
     def run_step(self, step: int) -> dict[str, float]:
         """One GRPO step on the next prompts; returns its metrics."""
-        timers = self.session.timers
+        settings, timers = self.settings, self.session.timers
         with timers("step"):
             with timers("generate"):
                 rollouts = self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
@@ -96,6 +97,10 @@ class GRPOTrainer(Trainer):
             metrics = self._rollout_metrics(rollouts) | packing
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 updates = [self.score_rollouts(microbatches) for microbatches in updates]
+            if settings.off_policy is not None and settings.off_policy.reject_above is not None:
+                updates, metrics["train_rollouts/rejected"] = self.batches.without_rejected(
+                    updates, settings.off_policy.reject_above
+                )
             with timers("actor_update"):
                 steps = [self.run_training(microbatches) for microbatches in updates]
             if self.recorder.wants(step):
@@ -144,6 +149,8 @@ class GRPOTrainer(Trainer):
     def run_training(self, microbatches: list[GRPOMicrobatch]) -> dict[str, float]:
         """One optimizer step."""
         metrics = self.engine.update(microbatches, self._loss)
+        if "importance_squared" in metrics:
+            metrics["effective_samples"] = effective_share(metrics["importance"], metrics.pop("importance_squared"))
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def run_validation(self, step: int) -> dict[str, float]:
@@ -156,20 +163,26 @@ class GRPOTrainer(Trainer):
         return {"val_rollouts/reward": total / count}
 
     def _loss(self, microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
+        groups, weights = microbatch.batch.groups, microbatch.weights
+        of_both = microbatch.old_logprobs, microbatch.sampled_logprobs, weights
+        seen, importance = mismatch(*of_both), None
+        if self.settings.off_policy is not None:
+            terms = self.settings.off_policy.terms
+            importance, more = off_policy_weights(*of_both, groups.response_ids, groups.num_responses, terms)
+            seen |= more
         loss, metrics = grpo_loss(
             logprobs,
             microbatch.old_logprobs,
             microbatch.advantages,
-            microbatch.weights,
+            weights,
             self.settings.terms,
             ref_logprobs=microbatch.ref_logprobs,
             entropy=entropy,
-            response_ids=microbatch.batch.groups.response_ids,
-            num_responses=microbatch.batch.groups.num_responses,
+            response_ids=groups.response_ids,
+            num_responses=groups.num_responses,
+            importance=importance,
         )
-        difference = (microbatch.old_logprobs - microbatch.sampled_logprobs).abs()  # [r]
-        difference = difference.where(~microbatch.sampled_logprobs.isnan(), 0.0)  # a file need not know them
-        return loss, metrics | {"sampler_logprob_diff": (microbatch.weights * difference).sum()}
+        return loss, metrics | seen
 
     def _show(self, step: int, rollouts: Rollouts) -> None:
         """A few responses, on rank 0."""

@@ -47,6 +47,24 @@ METRICS = {
         "sampling has filters or a penalty: in fp32 about 1e-6. 0 where a file does not say it. Where it grows, the sampler "
         "does not sample what is trained.",
     ),
+    "train_optim/sampler_logprob_diff_max": Metric(
+        "GRPO", "nats", "The largest |trainer - sampler| of the trained tokens."
+    ),
+    "train_optim/sampler_kl": Metric("GRPO", "nats a token", "Estimate of KL(sampler, trainer), never negative."),
+    "train_optim/importance": Metric(
+        "GRPO, with trainer.grpo.off_policy", "none", "Mean of exp(trainer - sampler) before it is bounded; near 1."
+    ),
+    "train_optim/importance_bounded": Metric(
+        "GRPO, with trainer.grpo.off_policy", "share", "Trained tokens whose weight was bounded, or made 0 by mask."
+    ),
+    "train_optim/effective_samples": Metric(
+        "GRPO, with trainer.grpo.off_policy",
+        "share",
+        "Effective sample size of the tokens over their number, by the weights before they are bounded: 1 where all are alike.",
+    ),
+    "train_rollouts/rejected": Metric(
+        "GRPO, with trainer.grpo.off_policy.reject_above", "share", "Responses left out of the update."
+    ),
     "train_optim/loss": Metric(
         "SFT, GRPO, LFTF",
         "nats a token in SFT, else none",

@@ -34,6 +34,7 @@ from tests.dry.run import (
     NORM,
     PAIRS,
     RECORDED,
+    REJECTED,
     REWARDS,
     SCORES,
     SHARED,
@@ -96,13 +97,14 @@ CASES: dict[str, Case] = {
             "trainer.grpo.max_steps=2", "trainer.grpo.val_check_interval=2", "trainer.grpo.num_prompts_per_grpo_step=2",
             "trainer.grpo.samples_per_prompt=2", "data.max_prompt_length=64", "trainer.grpo.length_params.max_length=3",
             "trainer.grpo.reward={{name:length,target:2}}", "++trainer.grpo.sampling_params.ignore_eos=true",
-            "++trainer.grpo.rollout_dump={{}}",
+            "++trainer.grpo.rollout_dump={{}}", "++trainer.grpo.off_policy={{level:geometric,form:mask,reject_above:1}}",
             "++trainer.grpo.validation_sampling_params.ignore_eos=true",  # the pretended GPU says 0, the end token
         ],
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
-            (SUM, "copy"): 8,  # of a step three, of a validation, of which there is one before the first, one
+            (SUM, "copy"): 10,  # of a step four, of a validation, of which there is one before the first, one
+            (REJECTED, "copy"): 2,
             (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
             (SHOWN, "copy"): 1,  # at the first step
             (RECORDED, "copy"): 4,

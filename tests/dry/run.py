@@ -41,6 +41,7 @@ SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session
 REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
 SHOWN, RECORDED = "recipes/grpo/samples.py:shown", "recipes/grpo/recorder.py:Recorder._groups"
 SCORES = "recipes/grpo/recorder.py:old_logprobs"
+REJECTED = "recipes/grpo/batches.py:BatchMaker.without_rejected"
 PAIRS, TEXTS, SHARED = (
     f"recipes/bias/scorers.py:MegatronScorer.{x}" for x in ("pair_probabilities", "token_logprobs", "_over_data")
 )
@@ -64,6 +65,7 @@ NECESSARY: dict[tuple[str, str], str] = {
     (SHOWN, "copy"): "rewards of the responses that a table shows",
     (RECORDED, "copy"): "rewards and advantages that are written down",
     (SCORES, "copy"): "old log-probabilities that are written down, with the tokens that they are of",
+    (REJECTED, "copy"): "off_policy.reject_above: how many tokens and responses are left, which normalise the loss",
     (f"{REWARDS}._rollout_metrics", "value"): "the mean reward, and how many groups learn anything, for the log",
     (f"{REWARDS}.run_validation", "value"): "the mean reward, for the log",
     (PAIRS, "copy"): "an evaluation's answers, a stream at a time",

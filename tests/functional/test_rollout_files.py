@@ -124,6 +124,48 @@ def test_it_is_replayed_on_another_number_of_ranks(task, dumped, tmp_path):
         assert a["train_rollouts/response_length"] == b["train_rollouts/response_length"]
 
 
+def told_otherwise(dumped, folder, change):
+    """The first step's file, with other log-probabilities of the sampler: change(number of the response, logprob)."""
+    dump = read_step(step_files(dumped[0] / "rollouts")[1])
+    groups = [group for _, group in dump.groups]
+    for number, answer in enumerate(a for group in groups for a in group["responses"]):
+        for passage in answer["passages"]:
+            passage["logprobs"] = [change(number, x) for x in passage["logprobs"]]
+    write_step(folder, {k: v for k, v in dump.header.items() if k not in ("format", "version")}, groups)
+    return step_files(folder)[1]
+
+
+def first_step(task, out, path, off_policy):
+    done = replay(task, out, path, "trainer.grpo.max_steps=1", f"++trainer.grpo.off_policy={off_policy}")
+    assert done.code == 0, done.err
+    (row,) = metrics(out)
+    return row
+
+
+def test_tokens_of_another_sampler_are_weighed(task, dumped, tmp_path):
+    """A sampler that gave every token 1.25 times the probability: each weighs 0.8, and so does the gradient."""
+    path = told_otherwise(dumped, tmp_path / "told", lambda _, x: x + math.log(1.25))
+    plain = first_step(task, tmp_path / "plain", path, "null")
+    assert plain["train_optim/sampler_logprob_diff"] == pytest.approx(math.log(1.25), rel=1e-3)
+    assert plain["train_optim/sampler_logprob_diff_max"] == pytest.approx(math.log(1.25), rel=1e-3)
+    row = first_step(task, tmp_path / "weighed", path, "{form: mask, low: 0.5, high: 2, reject_above: 0.5}")
+    assert row["train_optim/importance"] == pytest.approx(0.8, rel=1e-4)
+    assert row["train_optim/effective_samples"] == pytest.approx(1, rel=1e-4)
+    assert row["train_optim/importance_bounded"] == row["train_rollouts/rejected"] == 0
+    assert row["train_optim/grad_norm"] == pytest.approx(0.8 * plain["train_optim/grad_norm"], rel=1e-4)
+    none = first_step(task, tmp_path / "none", path, "{form: mask, low: 0.9, high: 2}")
+    assert none["train_optim/importance_bounded"] == pytest.approx(1) and none["train_optim/grad_norm"] == 0
+
+
+def test_responses_of_a_sampler_far_off_are_left_out(task, dumped, tmp_path):
+    """Three of sixteen; the rest weigh as much as all did."""
+    path = told_otherwise(dumped, tmp_path / "told", lambda number, x: x - 4 * (number in (0, 5, 6)))
+    row = first_step(task, tmp_path / "left", path, "{reject_above: 2}")
+    assert row["train_rollouts/rejected"] == pytest.approx(3 / 16)
+    assert row["train_optim/ratio"] == pytest.approx(1, abs=1e-4) and row["train_optim/importance_bounded"] == 0
+    assert row["train_optim/sampler_logprob_diff_max"] < 1e-3
+
+
 def test_what_cannot_be_replayed_is_refused(task, dumped, tmp_path):
     out, _ = dumped
     part = tmp_path / "part"

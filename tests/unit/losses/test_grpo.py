@@ -60,6 +60,20 @@ def test_clipping_by_hand():
     assert not any(m.requires_grad for m in metrics.values())
 
 
+def test_importance_multiplies_every_tokens_term(rng):
+    """With its KL penalty and its entropy; measured is what was before."""
+    old, reference, entropy = (-torch.rand(5, generator=rng, dtype=torch.float64) for _ in range(3))
+    logprobs, importance = old + 0.1, torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    advantages, weights = tensor(1, -1, 2, -2, 1), tensor(0.1, 0.2, 0.3, 0.2, 0.2)
+    terms = GrpoTerms(kl_penalty=0.3, entropy_bonus=0.2)
+    fields = {"ref_logprobs": reference, "entropy": entropy}
+    plain, metrics, gradient = loss_and_grad(logprobs, old, advantages, weights, terms, **fields)
+    loss, others, found = loss_and_grad(logprobs, old, advantages, weights, terms, **fields, importance=importance)
+    by_hand, _, slope = loss_and_grad(logprobs, old, advantages, weights * importance, terms, **fields)
+    assert close(loss, by_hand) and close(found, slope) and close(found, gradient * importance)
+    assert all(close(others[name], metrics[name]) for name in metrics if name != "loss") and not close(loss, plain)
+
+
 def test_only_the_difference_from_the_old_policy_counts(rng):
     logprobs, shift, advantages, weights = randn(rng, 6), randn(rng, 6), randn(rng, 6), randn(rng, 6).abs()
     a, _, grad_a = loss_and_grad(logprobs, logprobs.clone(), advantages, weights, GrpoTerms())

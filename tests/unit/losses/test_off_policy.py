@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from megatron_ext.errors import UserError
-from megatron_ext.losses.off_policy import OffPolicyTerms, effective_share, off_policy_weights, rejected_responses
+from megatron_ext.losses.off_policy import (
+    OffPolicyTerms,
+    effective_share,
+    mismatch,
+    off_policy_weights,
+    rejected_responses,
+)
 from tests.layouts import randn
 
 WIDE = {"low": 0.0, "high": 1e9}
@@ -48,7 +54,7 @@ def test_one_token_at_a_time(level, form, rng):
         bounded += float(weights[i]) * outside
         assert float(found[i]) == pytest.approx(expected, rel=1e-12)
         assert bool(rejected[response]) == any(abs(value) > 1.2 for value in d)
-    assert float(metrics["bounded"]) == pytest.approx(bounded, abs=1e-12)
+    assert float(metrics["importance_bounded"]) == pytest.approx(bounded, abs=1e-12)
 
 
 def test_means_under_the_sampler_become_means_under_the_trainer(rng):
@@ -68,10 +74,11 @@ def test_means_under_the_sampler_become_means_under_the_trainer(rng):
 
 
 def test_the_divergence_is_that_of_the_sampler(rng):
-    """Its mean over the sampler's tokens is KL(sampler, old)."""
+    """Its mean over the sampler's tokens is KL(sampler, old), and that of the weights is 1."""
     old, sampled = randn(rng, 7).log_softmax(-1), randn(rng, 7).log_softmax(-1)
+    seen = mismatch(old, sampled, sampled.exp())
+    assert float(seen["sampler_kl"]) == pytest.approx(float((sampled.exp() * (sampled - old)).sum()), rel=1e-10)
     _, metrics = off_policy_weights(old, sampled, sampled.exp(), torch.zeros(7, dtype=torch.int64), 1, OffPolicyTerms())
-    assert float(metrics["mismatch_kl"]) == pytest.approx(float((sampled.exp() * (sampled - old)).sum()), rel=1e-10)
     assert float(metrics["importance"]) == pytest.approx(1.0, rel=1e-12)
 
 
@@ -81,7 +88,7 @@ def test_samplers_that_agree_change_nothing(rng):
         terms = OffPolicyTerms(level, "mask", low=1.0, high=1.0)
         found, metrics = off_policy_weights(old, old.clone(), weights, ids, k, terms)
         assert torch.equal(found, torch.ones_like(found))
-        assert metrics["mismatch"] == metrics["mismatch_max"] == metrics["mismatch_kl"] == 0
+        assert metrics["importance_bounded"] == 0 and not any(mismatch(old, old.clone(), weights).values())
         assert effective_share(float(metrics["importance"]), float(metrics["importance_squared"])) == pytest.approx(1.0)
 
 
@@ -90,26 +97,42 @@ def test_what_does_not_count_is_not_looked_at(rng):
     old, sampled, weights, ids, k = drawn(rng)
     terms = OffPolicyTerms("geometric")
     found, metrics = off_policy_weights(old, sampled, weights, ids, k, terms)
-    sampled = torch.where(weights > 0, sampled, -200.0)
+    seen, rejected = mismatch(old, sampled, weights), rejected_responses(old, sampled, weights > 0, ids, k, 1.0)
+    sampled = torch.where(weights > 0, sampled, -torch.inf)
     again, others = off_policy_weights(old, sampled, weights, ids, k, terms)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
-    assert metrics == others
+    assert metrics == others and seen == mismatch(old, sampled, weights)
+    assert torch.equal(rejected, rejected_responses(old, sampled, weights > 0, ids, k, 1.0))
+
+
+def test_what_the_sampler_did_not_tell_is_taken_for_the_trainers(rng):
+    old, sampled, weights, ids, k = drawn(rng)
+    unknown = torch.rand(len(ids), generator=rng) < 0.5
+    told, untold = torch.where(unknown, old, sampled), torch.where(unknown, torch.nan, sampled)
+    for level in ("token", "sequence", "geometric"):
+        terms = OffPolicyTerms(level, "mask", low=0.7, high=1.5)
+        (found, metrics), (expected, others) = (
+            off_policy_weights(old, x, weights, ids, k, terms) for x in (untold, told)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert metrics == others and mismatch(old, untold, weights) == mismatch(old, told, weights)
 
 
 def test_microbatches_add_up(rng):
     old, sampled, weights, ids, k = drawn(rng)
     terms = OffPolicyTerms("sequence", "mask")
     found, metrics = off_policy_weights(old, sampled, weights, ids, k, terms)
+    metrics |= mismatch(old, sampled, weights)
     parts = []
     for response in range(k):
         mine = ids == response
         zeros = torch.zeros(int(mine.sum()), dtype=torch.int64)
         kept, more = off_policy_weights(old[mine], sampled[mine], weights[mine], zeros, 1, terms)
         torch.testing.assert_close(kept, found[mine], rtol=1e-12, atol=1e-12)
-        parts.append(more)
+        parts.append(more | mismatch(old[mine], sampled[mine], weights[mine]))
     for name, value in metrics.items():
         values = [float(part[name]) for part in parts]
-        total = max(values) if name == "mismatch_max" else sum(values)
+        total = max(values) if name.endswith("_max") else sum(values)
         assert total == pytest.approx(float(value), rel=1e-12, abs=1e-12)
 
 
