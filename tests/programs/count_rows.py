@@ -19,7 +19,7 @@ forward = PrefixGroupedCoreAttention.forward
 
 
 def counted(self, query, *args, packed_seq_params=None, **kwargs):
-    if self.layer_number == 1 and isinstance(packed_seq_params, PrefixGroups):
+    if self.layer_number == 1 and isinstance(packed_seq_params.record, PrefixGroups):  # in a RotatedStream
         rows.append(query.size(0))
     return forward(self, query, *args, packed_seq_params=packed_seq_params, **kwargs)
 
