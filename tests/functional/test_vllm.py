@@ -91,9 +91,9 @@ def test_ends_are_those_that_were_asked_for(served):
         ended = trajectory.tokens[-1] in (0, 3)
         assert trajectory.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
         assert not {0, 3} & set(trajectory.tokens[:-1])
-    assert {t.finish_reason for t in found} == {FinishReason.STOP, FinishReason.LENGTH}
+    assert FinishReason.STOP in {t.finish_reason for t in found}  # whether all of them end so is chance
     free = [t for group in served.check(ignore_eos=True) for t in group]
-    assert {len(t) for t in free} == {24}
+    assert {(len(t), t.finish_reason) for t in free} == {(24, FinishReason.LENGTH)}
     texts = [t for group in served.check(samples=8, stop_strings=("answer", "what"), ignore_eos=True) for t in group]
     stopped = [t for t in texts if t.finish_reason is FinishReason.STOP_STRING]
     for trajectory in texts:
