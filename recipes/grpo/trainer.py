@@ -106,7 +106,7 @@ class GRPOTrainer(Trainer):
             if self.recorder.wants(step):
                 with timers("rollout_dump"):
                     self.recorder.record(step, rollouts, updates)
-            metrics |= {name: sum(s[name] for s in steps) / len(steps) for name in steps[0]}
+            metrics |= _of_step(steps)
             groups = [m.batch.groups for microbatches in updates for m in microbatches]
             passes = 2 if self.reference is None else 3  # of the sampling, the initial and the trained policy
             executed = passes * sum(g.num_tokens for g in groups)
@@ -205,3 +205,9 @@ class GRPOTrainer(Trainer):
             "train_rollouts/truncated": cut / responses,
             "train_rollouts/groups_with_signal": useful / prompts,
         }
+
+
+def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step's optimizer steps as one: means, but the largest where a name ends in "_max"."""
+    values = {name: [update[name] for update in updates] for name in updates[0]}
+    return {name: max(found) if name.endswith("_max") else sum(found) / len(found) for name, found in values.items()}

@@ -135,8 +135,8 @@ def told_otherwise(dumped, folder, change):
     return step_files(folder)[1]
 
 
-def first_step(task, out, path, off_policy):
-    done = replay(task, out, path, "trainer.grpo.max_steps=1", f"++trainer.grpo.off_policy={off_policy}")
+def first_step(task, out, path, off_policy, *overrides):
+    done = replay(task, out, path, "trainer.grpo.max_steps=1", f"++trainer.grpo.off_policy={off_policy}", *overrides)
     assert done.code == 0, done.err
     (row,) = metrics(out)
     return row
@@ -155,6 +155,14 @@ def test_tokens_of_another_sampler_are_weighed(task, dumped, tmp_path):
     assert row["train_optim/grad_norm"] == pytest.approx(0.8 * plain["train_optim/grad_norm"], rel=1e-4)
     none = first_step(task, tmp_path / "none", path, "{form: mask, low: 0.9, high: 2}")
     assert none["train_optim/importance_bounded"] == pytest.approx(1) and none["train_optim/grad_norm"] == 0
+
+
+def test_of_two_updates_the_largest_distance_is_told_and_the_mean_of_means(task, dumped, tmp_path):
+    """The first two prompts are the first update's."""
+    path = told_otherwise(dumped, tmp_path / "told", lambda number, x: x + math.log(1.25) * (number < 8))
+    row = first_step(task, tmp_path / "two", path, "null", "model.global_batch_size=8", "trainer.devices=1")
+    assert row["train_optim/sampler_logprob_diff_max"] == pytest.approx(math.log(1.25), rel=1e-3)
+    assert row["train_optim/sampler_logprob_diff"] == pytest.approx(math.log(1.25) / 2, rel=1e-3)
 
 
 def test_responses_of_a_sampler_far_off_are_left_out(task, dumped, tmp_path):
