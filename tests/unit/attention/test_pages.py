@@ -33,7 +33,7 @@ def check(pool: PagePool, table: Table, values: list[float]) -> None:
 def test_contents_survive_growing_and_moving(rng):
     """Prompts and responses come, grow and go in any order, with and without a limit, in both memory layouts."""
     for limit, heads_first in ((None, True), (40, True), (40, False)):
-        pool, there, moved = PagePool(limit, heads_first), {}, 0
+        pool, there = PagePool(limit, heads_first), {}
         for number in range(400):
             if there and draw(rng, 3) == 1:
                 table = list(there)[draw(rng, len(there)) - 1]
@@ -48,15 +48,32 @@ def test_contents_survive_growing_and_moving(rng):
                     pool.extend(table, len(said) + more)
                     write(pool, table, len(said), more, float(number))
                     said += [float(number)] * more
-            holes = sum(len(side.holes) for side in (pool.bottom, pool.top))
             pool.tidy()
-            moved += holes > sum(len(side.holes) for side in (pool.bottom, pool.top))
             places = [page for table in there for page in pool.place(table)]
             assert len(set(places)) == len(places) == pool.used and all(0 <= p < pool.capacity for p in places)
             assert pool.peak <= pool.capacity <= pool.peak + pool.peak // 16 and pool.capacity <= (limit or 10**9)
         for table, said in there.items():
             check(pool, table, said)
-        assert moved
+
+
+def test_holes_are_closed_and_contents_move_with_their_pages(rng):
+    for shared in (False, True):
+        pool = PagePool(heads_first=not shared)
+        tables = [pool.new(shared) for _ in range(40)]
+        for number, table in enumerate(tables):
+            pool.extend(table, PAGE)
+            write(pool, table, 0, PAGE, float(number))
+        stay = set(torch.randperm(40, generator=rng)[:10].tolist())
+        for number, table in enumerate(tables):
+            if number not in stay:
+                pool.free(table)
+        side = pool.top if shared else pool.bottom
+        assert side.high >= 10 and len(side.holes) == side.high - 10
+        pool.tidy()
+        assert (side.high, side.holes) == (10, []) and pool.capacity == 40
+        for number in stay:
+            assert tables[number].pages[0] < 10
+            check(pool, tables[number], [float(number)] * PAGE)
 
 
 def test_the_pool_has_no_more_memory_than_its_pages():
