@@ -145,7 +145,7 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         share_prefix=bool(share),
         groups_per_stream=None if by_tokens else model.micro_batch_size,
         stream_tokens=model.micro_batch_tokens,
-        scoring_passes=1 + bool(grpo.initial_policy_kl_penalty),
+        scoring_passes=(config.why_old_pass is not None) + bool(grpo.initial_policy_kl_penalty),
         reference_copy=bool(grpo.initial_policy_kl_penalty),
         reference_on_host=grpo.offload_reference_policy,
         rollout=True,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses.grpo import token_weights
 from recipes.grpo.batches import GRPOMicrobatch
+from recipes.grpo.objective import objective
 from tests.gpt_cases import TERMS, Rollout, pack_rollout
 
 __all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error"]
@@ -48,13 +49,9 @@ def make_microbatches(
     return microbatches
 
 
-def grpo(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor, terms: GrpoTerms = TERMS):
-    """The engine's loss function, as a recipe has it."""
-    m, groups = microbatch, microbatch.batch.groups
-    return grpo_loss(
-        logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, groups.response_ids,
-        groups.num_responses,
-    )  # fmt: skip
+def grpo(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
+    """The engine's loss function, as the recipe has it."""
+    return objective(microbatch, logprobs, entropy, TERMS)
 
 
 def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:

@@ -1,12 +1,14 @@
-"""Time one GRPO update with the reference policy, or Adam's moments, on the host against all of it on the device.
+"""Time one GRPO update with the reference policy, or Adam's moments, on the host, and without the old policy's pass.
 
     python tools/bench_offload.py
     python tools/bench_offload.py --shapes 512,8,128 --threads 4 --repeats 21
 
-A step scores the sampled responses with the policy and with the reference, and takes an optimizer step, as the GRPO recipe does;
-sampling is left out. "device" keeps everything there, "reference" has the initial policy's weights on the host, "optimizer" the
-moments. On a CPU the host is the device: what is left of the cost are the copy into the gradient buffers and another Adam kernel.
-Nothing is timed before the reference has said the same in all forms, bitwise.
+A step scores the sampled responses with the policy and with the reference, and takes an optimizer step, as the GRPO recipe does
+where it must ask for the old log-probabilities first; sampling is left out. "device" keeps everything there, "reference" has the
+initial policy's weights on the host, "optimizer" the moments; "own_pass" is "device" without the old policy's pass, which the
+recipe leaves out where one optimizer step follows a batch. On a CPU the host is the device: what is left of the cost are the copy
+into the gradient buffers and another Adam kernel.
+Nothing is timed before the reference has said the same in all forms, bitwise, and the update of "own_pass" is that of "device".
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from bench_common import (
 )
 
 FORMS = {
-    "device": {"reference": False, "optimizer": False},
-    "reference": {"reference": True, "optimizer": False},
-    "optimizer": {"reference": False, "optimizer": True},
+    "device": {},
+    "reference": {"reference": True},
+    "optimizer": {"optimizer": True},
+    "own_pass": {},
 }
 
 
@@ -49,12 +52,20 @@ def build(args, form: str, device: torch.device):
         vocab_size=args.vocab, encoder_seq_length=1 << 20,
     )  # fmt: skip
     chosen = FORMS[form]
-    engine = Engine(build_gpt(config, device), OptimConfig(lr=1e-5, optimizer_cpu_offload=chosen["optimizer"]), 1000)
-    return engine, ReferenceWeights(engine, chosen["reference"])
+    engine = Engine(
+        build_gpt(config, device), OptimConfig(lr=1e-5, optimizer_cpu_offload=chosen.get("optimizer", False)), 1000
+    )
+    return engine, ReferenceWeights(engine, chosen.get("reference", False))
 
 
-def make_step(engine, reference, shape: Shape, device: torch.device) -> Callable[[], torch.Tensor]:
-    """A function that takes a step and returns what the reference said, [r]."""
+def make_step(
+    engine, reference, shape: Shape, device: torch.device, own_pass: bool
+) -> Callable[[], tuple[torch.Tensor, dict[str, float]]]:
+    """A function that takes a step and returns what the reference said, [r], and the update's metrics.
+
+    Args:
+        own_pass: the update's own forward pass says the old log-probabilities.
+    """
     from megatron_ext.grouping import pack
     from megatron_ext.losses.grpo import GrpoTerms, grpo_loss
     from megatron_ext.models.config import stream_multiple
@@ -69,15 +80,16 @@ def make_step(engine, reference, shape: Shape, device: torch.device) -> Callable
     weights = torch.full((g * s,), 1 / (g * s), device=device)
     terms = GrpoTerms(ratio_clip_min=0.2, ratio_clip_max=0.2, kl_penalty=0.05)
 
-    def step() -> torch.Tensor:
-        (old,) = engine.score([Microbatch(batch)])
+    def step() -> tuple[torch.Tensor, dict[str, float]]:
+        (old,) = [None] if own_pass else engine.score([Microbatch(batch)])
         with reference.used():
             (said,) = engine.score([Microbatch(batch)])
-        engine.update(
-            [Microbatch(batch)],
-            lambda microbatch, logprobs, entropy: grpo_loss(logprobs, old, advantages, weights, terms, said),
-        )
-        return said
+
+        def loss(microbatch, logprobs, entropy):
+            before = logprobs.detach() if own_pass else old
+            return grpo_loss(logprobs, before, advantages, weights, terms, said)
+
+        return said, engine.update([Microbatch(batch)], loss)
 
     return step
 
@@ -95,10 +107,14 @@ def main() -> None:
     device = initialize(ParallelSizes())
     rows, results = [], []
     for shape in shapes:
-        steps = {form: make_step(*build(args, form, device), shape, device) for form in FORMS}
-        said = [step() for step in steps.values()]
-        if not all(torch.equal(said[0], other) for other in said):
+        steps = {
+            form: make_step(*build(args, form, device), shape, device, own_pass=form == "own_pass") for form in FORMS
+        }
+        said = {form: step() for form, step in steps.items()}
+        if not all(torch.equal(said["device"][0], logprobs) for logprobs, _ in said.values()):
             raise SystemExit("the reference does not say the same in all forms; nothing was timed")
+        if said["own_pass"][1] != said["device"][1]:
+            raise SystemExit("without the old policy's pass the update is another one; nothing was timed")
         times = interleave(steps, args.repeats, device)
         cost = {form: ratios(times, form, "device") for form in FORMS if form != "device"}
         rows.append((",".join(map(str, shape)), *(f"{cost[form]:.3f}" for form in cost)))
@@ -106,7 +122,7 @@ def main() -> None:
         print(f"{shape}: {spread(times['device']):.3f} s on the device")
     print_table(
         "How many times as long a step takes as with all on the device",
-        ("P, G, S", "reference on the host", "moments on the host"),
+        ("P, G, S", "reference on the host", "moments on the host", "without the old policy's pass"),
         rows,
     )
     settings = {name: getattr(args, name) for name in ("layers", "hidden", "heads", "ffn", "vocab", "repeats")}

@@ -163,6 +163,20 @@ class Engine:
         outputs = self.run(microbatches, loss_function)
         return self.reduce_metrics(outputs) | self.step()
 
+    def update_and_score(
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """`update`, and what `score` would have said before it: the update's own forward pass says it."""
+
+        def keep(microbatch, logprobs, entropy):
+            loss, metrics = loss_function(microbatch, logprobs, entropy)
+            return loss, metrics | {"logprobs": logprobs.detach()}
+
+        self.zero_grad()
+        outputs = self.run(microbatches, keep)
+        scores = self._on_all_stages(microbatches, [metrics.pop("logprobs") for metrics in outputs])
+        return self.reduce_metrics(outputs) | self.step(), scores
+
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
 
@@ -170,12 +184,17 @@ class Engine:
             return logprobs.sum(), {"logprobs": logprobs}
 
         outputs = self.run(microbatches, keep, forward_only=True)
+        return self._on_all_stages(microbatches, [metrics["logprobs"] for metrics in outputs])
+
+    @staticmethod
+    def _on_all_stages(microbatches: Sequence[Microbatch], found: list[Tensor]) -> list[Tensor]:
+        """[r] of each microbatch, from the last pipeline stage; elsewhere nothing has been found."""
         group = parallel_state.get_pipeline_model_parallel_group()
         scores = []
         for number, microbatch in enumerate(microbatches):
-            values = outputs[number]["logprobs"] if outputs else None
-            batch = microbatch.batch
-            scores.append(from_last(values, (batch.groups.num_predicted_tokens,), batch.tokens.device, group))
+            shape = (microbatch.batch.groups.num_predicted_tokens,)
+            values = found[number] if found else None
+            scores.append(from_last(values, shape, microbatch.batch.tokens.device, group))
         return scores
 
     def reduce_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class GRPOMicrobatch(Microbatch):
         weights: [r], see `token_weights`.
         sampled_logprobs: [r], as the sampler said them, 0 for tokens that were not sampled, NaN where it is not known;
             None: nothing compares with them.
-        old_logprobs: [r], of the policy that sampled; None until it has been asked.
+        old_logprobs: [r], of the policy that sampled; None: it is the one that is trained, whose update says them.
         ref_logprobs: [r], of the initial policy; None where there is no KL penalty.
         numbers: for each response of the stream (its prompt's number in the step, its own among the prompt's samples).
     """

@@ -4,7 +4,7 @@ their probability."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Recorder:
         """Whether this step is written."""
         return self.section is not None and (step - 1) % self.section.every_n_steps == 0
 
-    def record(self, step: int, rollouts: Rollouts, updates: list[list[GRPOMicrobatch]]) -> None:
+    def record(self, step: int, rollouts: Rollouts, updates: Sequence[list[GRPOMicrobatch]]) -> None:
         """Every rank calls it.
 
         Args:

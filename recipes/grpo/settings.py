@@ -311,6 +311,24 @@ class GRPOConfig:
         return self.model.global_batch_size // self.trainer.grpo.samples_per_prompt
 
     @property
+    def why_old_pass(self) -> str | None:
+        """Why log-probabilities of the policy that sampled are asked before the update; None: they are not, because they are
+        those of the update's own forward pass."""
+        grpo, updates = self.trainer.grpo, self.trainer.grpo.num_prompts_per_grpo_step // self.prompts_per_update
+        if updates > 1:
+            return (
+                f"{updates} optimizer steps follow a batch (trainer.grpo.num_prompts_per_grpo_step="
+                f"{grpo.num_prompts_per_grpo_step}, and model.global_batch_size={self.model.global_batch_size} takes "
+                f"{self.prompts_per_update} prompts)"
+            )
+        if grpo.off_policy is not None and grpo.off_policy.reject_above is not None:
+            return (
+                f"trainer.grpo.off_policy.reject_above={grpo.off_policy.reject_above} leaves out responses before the loss is "
+                "normalised"
+            )
+        return None
+
+    @property
     def reads_start(self) -> str | None:
         """What compares with the weights that the run began with, so that it reads them also where it goes on."""
         return (

@@ -1,24 +1,27 @@
 """Group relative policy optimisation with a shared prefix.
 
 One step: sample `samples_per_prompt` responses of every prompt, reward them, compare each with its group, and update
-the policy. Sampling, the old-policy pass, the reference pass and the actor pass all encode each prompt once.
+the policy. Sampling, the reference pass and the actor pass all encode each prompt once; so does the old policy's, which is
+left out where the actor's own log-probabilities are those (`GRPOConfig.why_old_pass`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
-from megatron_ext.losses.grpo import groups_with_signal, grpo_loss
-from megatron_ext.losses.off_policy import effective_share, mismatch, off_policy_weights
+from megatron_ext.losses.grpo import groups_with_signal
+from megatron_ext.losses.off_policy import effective_share
 from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler, InOrder
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
+from recipes.grpo.objective import objective
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
@@ -69,6 +72,8 @@ class GRPOTrainer(Trainer):
             self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
             self.sampler = RolloutSampler(session, self._source(), reward)
         self.recorder = Recorder(session)
+        off_policy = None if settings.off_policy is None else settings.off_policy.terms
+        self.loss = partial(objective, terms=settings.terms, off_policy=off_policy)
         self.reference = None
         if settings.initial_policy_kl_penalty:
             self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
@@ -82,7 +87,12 @@ class GRPOTrainer(Trainer):
         return MegatronSource(self.engine.module, decode, settings.rollout_tokens)
 
     def fit(self) -> None:
-        settings = self.settings
+        settings, why = self.settings, self.config.why_old_pass
+        self.session.say(
+            f"old log-probabilities come from a pass of their own before the update: {why}"
+            if why
+            else "old log-probabilities are those of the update's own forward pass: one optimizer step follows a batch"
+        )
         interval = settings.val_check_interval if self.validation else 0
         fit(self, Schedule("GRPO", settings.max_steps, interval, settings.save_interval, validates_first=True))
 
@@ -101,14 +111,16 @@ class GRPOTrainer(Trainer):
                 updates, metrics["train_rollouts/rejected"] = self.batches.without_rejected(
                     updates, settings.off_policy.reject_above
                 )
+            recorded = self.recorder.wants(step)
             with timers("actor_update"):
-                steps = [self.run_training(microbatches) for microbatches in updates]
-            if self.recorder.wants(step):
+                steps, trained = zip(*[self.run_training(m, recorded) for m in updates], strict=True)
+            if recorded:
                 with timers("rollout_dump"):
-                    self.recorder.record(step, rollouts, updates)
+                    self.recorder.record(step, rollouts, trained)
             metrics |= _of_step(steps)
             groups = [m.batch.groups for microbatches in updates for m in microbatches]
-            passes = 2 if self.reference is None else 3  # of the sampling, the initial and the trained policy
+            # Of the trained policy; of the sampling and of the initial one.
+            passes = 1 + (self.config.why_old_pass is not None) + (self.reference is not None)
             executed = passes * sum(g.num_tokens for g in groups)
             repeated = passes * sum(g.num_repeated_tokens for g in groups)
         executed, repeated = self.session.sum_over_data(executed, repeated)
@@ -135,9 +147,12 @@ class GRPOTrainer(Trainer):
         self.order.load_state_dict(state["sampler"])
 
     def score_rollouts(self, microbatches: list[GRPOMicrobatch]) -> list[GRPOMicrobatch]:
-        """With the log-probabilities of the sampling policy and, with a KL penalty, of the initial one."""
-        old = self.engine.score(microbatches)
-        reference: Sequence[Tensor | None] = [None] * len(microbatches)
+        """With the log-probabilities of the sampling policy, where they are asked before the update, and, with a KL penalty, of
+        the initial one."""
+        old: Sequence[Tensor | None] = [None] * len(microbatches)
+        reference = old
+        if self.config.why_old_pass is not None:
+            old = self.engine.score(microbatches)
         if self.reference is not None:
             with self.reference.used():
                 reference = self.engine.score(microbatches)
@@ -146,12 +161,19 @@ class GRPOTrainer(Trainer):
             for microbatch, o, r in zip(microbatches, old, reference, strict=True)
         ]
 
-    def run_training(self, microbatches: list[GRPOMicrobatch]) -> dict[str, float]:
-        """One optimizer step."""
-        metrics = self.engine.update(microbatches, self._loss)
+    def run_training(
+        self, microbatches: list[GRPOMicrobatch], keep_old: bool
+    ) -> tuple[dict[str, float], list[GRPOMicrobatch]]:
+        """One optimizer step. Returns its metrics and the microbatches, with old log-probabilities in any case if they are to be
+        kept."""
+        if keep_old and self.config.why_old_pass is None:
+            metrics, old = self.engine.update_and_score(microbatches, self.loss)
+            microbatches = [replace(m, old_logprobs=o) for m, o in zip(microbatches, old, strict=True)]
+        else:
+            metrics = self.engine.update(microbatches, self.loss)
         if "importance_squared" in metrics:
             metrics["effective_samples"] = effective_share(metrics["importance"], metrics.pop("importance_squared"))
-        return {f"train_optim/{name}": value for name, value in metrics.items()}
+        return {f"train_optim/{name}": value for name, value in metrics.items()}, microbatches
 
     def run_validation(self, step: int) -> dict[str, float]:
         """Mean reward of one answer to each of the held-out prompts."""
@@ -161,28 +183,6 @@ class GRPOTrainer(Trainer):
             rewards = self.sampler.validation_rewards(mine, rank, ranks, step)
             total, count = self.session.sum_over_data(rewards.sum().item(), len(mine))
         return {"val_rollouts/reward": total / count}
-
-    def _loss(self, microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
-        groups, weights = microbatch.batch.groups, microbatch.weights
-        of_both = microbatch.old_logprobs, microbatch.sampled_logprobs, weights
-        seen, importance = mismatch(*of_both), None
-        if self.settings.off_policy is not None:
-            terms = self.settings.off_policy.terms
-            importance, more = off_policy_weights(*of_both, groups.response_ids, groups.num_responses, terms)
-            seen |= more
-        loss, metrics = grpo_loss(
-            logprobs,
-            microbatch.old_logprobs,
-            microbatch.advantages,
-            weights,
-            self.settings.terms,
-            ref_logprobs=microbatch.ref_logprobs,
-            entropy=entropy,
-            response_ids=groups.response_ids,
-            num_responses=groups.num_responses,
-            importance=importance,
-        )
-        return loss, metrics | seen
 
     def _show(self, step: int, rollouts: Rollouts) -> None:
         """A few responses, on rank 0."""

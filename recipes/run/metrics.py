@@ -137,7 +137,10 @@ METRICS = {
     "timers/generate": Metric("GRPO", "seconds", "Sampling and rewards."),
     "timers/rollout_dump": Metric("GRPO, with trainer.grpo.rollout_dump", "seconds", "Writing rollouts down."),
     "timers/old_and_reference_logprobs": Metric(
-        "GRPO", "seconds", "Passes without gradient over the rollout: of the sampling and of the initial policy."
+        "GRPO",
+        "seconds",
+        "Passes without gradient over the rollout: of the sampling policy, where the update's own pass does not do, and of the "
+        "initial one.",
     ),
     "timers/actor_update": Metric("GRPO", "seconds", "Passes with gradient, and the optimizer."),
     "timers/optimizer_step": Metric("SFT, LFTF", "seconds", "Packing, passes and the optimizer."),

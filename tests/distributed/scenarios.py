@@ -125,12 +125,21 @@ def _layout_case(device: torch.device, case: LayoutCase) -> dict[str, Any]:
     result["metrics"] = engine.reduce_metrics(engine.run(microbatches, grpo))
     result["gradients"] = {name: p.main_grad.clone() for name, p in model.named_parameters()}
     result["norms"] = _norms(engine, device)
+    for name, old in ("asked", result["scores"]), ("not asked", [None] * len(microbatches)):
+        engine.zero_grad()
+        of_policy = [replace(m, old_logprobs=o) for m, o in zip(microbatches, old, strict=True)]
+        metrics = engine.reduce_metrics(engine.run(of_policy, grpo))
+        result[name] = metrics, {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    engine.zero_grad()
+    engine.run(microbatches, grpo)
     result["report"] = engine.step()
     result["stepped"] = copies(model)
     engine.zero_grad()
     engine.run(microbatches, lambda microbatch, logprobs, entropy: (logprobs.sum() * math.nan, {}))
     result["refused"] = refuses_step(engine)
     result["after refusal"] = copies(model)
+    result["scores before"] = engine.score(microbatches)
+    result["told"], result["scores told"] = engine.update_and_score(of_policy, grpo)
     return result
 
 

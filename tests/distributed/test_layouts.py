@@ -215,6 +215,19 @@ def test_scores_equal_one_ranks_on_every_stage(layout: Layout, reference: Refere
                 assert relative_error(found, expected) <= BOUND
 
 
+def test_an_update_whose_own_pass_says_the_old_log_probabilities_is_bitwise_that_with_a_pass_before(layout: Layout):
+    """And it hands them back, on every stage."""
+    for _, _, results in layout.cases:
+        for result in results:
+            (metrics, gradients), (same, found) = result["asked"], result["not asked"]
+            assert same == metrics and metrics["ratio"] > 0 and metrics["clip_fraction"] == 0
+            assert found.keys() == gradients.keys()
+            assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+            assert set(result["told"]) == {*metrics, "grad_norm", "lr"}
+            for told, before in zip(result["scores told"], result["scores before"], strict=True):
+                assert torch.equal(told, before) and not told.requires_grad
+
+
 def test_a_step_equals_one_ranks(layout: Layout, reference: Reference):
     """Clipped by the norm of the WHOLE gradient, which every rank reports."""
     for _, name, results in layout.cases:

@@ -20,13 +20,18 @@ def executed_rows(task, folder, *overrides):
     return json.loads((folder / "rows.json").read_text()), metrics(folder / "run")[0]
 
 
-def test_rows_of_all_three_passes(task, tmp_path):
-    grouped, told = executed_rows(task, tmp_path / "grouped")
-    repeated, told_repeated = executed_rows(task, tmp_path / "repeated", "model.prefix_grouping=false")
+REJECT = "trainer.grpo.off_policy={reject_above: 100}"
+
+
+@pytest.mark.parametrize(("overrides", "passes"), [((), 2), ((REJECT,), 3)], ids=["without old", "with old"])
+def test_rows_of_all_passes(overrides, passes, task, tmp_path):
+    """The reference's and the actor's; the old policy's, too, where a response may be left out for it."""
+    grouped, told = executed_rows(task, tmp_path / "grouped", *overrides)
+    repeated, told_repeated = executed_rows(task, tmp_path / "repeated", "model.prefix_grouping=false", *overrides)
     microbatches = 2  # 4 prompts, 2 in each
-    assert len(grouped) == len(repeated) == 3 * microbatches
-    for old, reference, actor in (grouped[:2], grouped[2:4], grouped[4:]), (repeated[:2], repeated[2:4], repeated[4:]):
-        assert old == reference == actor
+    for rows in grouped, repeated:
+        assert len(rows) == passes * microbatches
+        assert rows == passes * rows[:microbatches]
     assert sum(grouped) == told["train_optim/tokens_executed"]
     assert sum(repeated) == told_repeated["train_optim/tokens_executed"]
     assert sum(grouped) < 0.45 * sum(repeated)  # 4 responses of 8 tokens behind some 100 tokens of prompt

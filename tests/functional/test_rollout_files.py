@@ -114,6 +114,33 @@ def test_a_run_replayed_from_its_files_is_the_run_bitwise(task, dumped, tmp_path
             assert group["responses"] == copy["responses"] and group["prompt_tokens"] == copy["prompt_tokens"]
 
 
+def test_a_pass_before_the_update_changes_no_bit_of_the_run(task, dumped, tmp_path):
+    """With a bound that no response passes there is one: the same numbers at every step, and the same is written down."""
+    found = {}
+    for name, off_policy, said in (
+        ("without", "{}", "old log-probabilities are those of the update's own forward pass"),
+        (
+            "with",
+            "{reject_above: 100}",
+            "before the update: trainer.grpo.off_policy.reject_above=100.0 leaves out responses",
+        ),
+    ):
+        out = tmp_path / name
+        done = replay(task, out, dumped[0], f"++trainer.grpo.off_policy={off_policy}", "trainer.grpo.rollout_dump={}")
+        assert done.code == 0 and said in done.out, done.err
+        steps = [read_step(path).groups for path in step_files(out / "rollouts").values()]
+        found[name] = metrics(out), [[group["responses"] for _, group in groups] for groups in steps]
+    (rows, answers), (asked, same) = found.values()
+    assert answers == same and len(rows) == STEPS
+    counted = (*TIMES, "train_optim/tokens_executed", "train_optim/tokens_repeated", "train_rollouts/rejected")
+    for row, other in zip(rows, asked, strict=True):
+        assert row["train_optim/tokens_executed"] * 3 == other["train_optim/tokens_executed"] * 2
+        assert other["train_rollouts/rejected"] == 0 and row["train_optim/ratio"] == pytest.approx(1, abs=1e-6)
+        assert {k: v for k, v in row.items() if not k.startswith(counted)} == {
+            k: v for k, v in other.items() if not k.startswith(counted)
+        }
+
+
 def test_it_is_replayed_on_another_number_of_ranks(task, dumped, tmp_path):
     out, _ = dumped
     done = replay(task, tmp_path / "again", out / "rollouts", "trainer.devices=1", "model.micro_batch_size=4")

@@ -24,6 +24,9 @@ def test_a_grpo_step_is_read_whole():
     )
     assert (quiet.reference_copy, quiet.scoring_passes, quiet.share_prefix) == (False, 1, False)
     assert (quiet.prompt, quiet.response) == (7, 9)
+    for penalty, passes in ((0, 0), (0.01, 1)):  # an update's own pass says the old log-probabilities
+        once = ["trainer.grpo.num_prompts_per_grpo_step=64", f"trainer.grpo.initial_policy_kl_penalty={penalty}"]
+        assert job_of(read_config("grpo", once)).scoring_passes == passes
 
 
 def test_sft_and_lftf_are_read_whole():

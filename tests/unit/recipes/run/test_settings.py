@@ -195,6 +195,25 @@ def test_forms_of_the_kl_penalty_reach_the_loss(kind, key, field):
         build_grpo(*chosen, "trainer.grpo.initial_policy_kl_penalty=0")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ([], None),
+        (["trainer.grpo.reference_policy_kl_type=k1", "++trainer.grpo.use_kl_in_reward=true"], None),
+        (["++trainer.grpo.off_policy={level: sequence}"], None),
+        (
+            ["trainer.grpo.num_prompts_per_grpo_step=64"],
+            r"2 optimizer steps follow a batch \(trainer.grpo.num_prompts_per_grpo_step=64, and model.global_batch_size=512 "
+            r"takes 32 prompts\)",
+        ),
+        (["++trainer.grpo.off_policy={reject_above: 2}"], "trainer.grpo.off_policy.reject_above=2.0 leaves out responses"),
+    ],
+)  # fmt: skip
+def test_a_pass_before_the_update_has_a_reason(overrides, why):
+    found = build_grpo(*overrides).why_old_pass
+    assert found is None if why is None else re.match(why, found)
+
+
 def test_beginnings_cannot_be_shared_without_sharing():
     with pytest.raises(
         ValueError, match="min_shared_tokens=4 shares beginnings, model.prefix_grouping=false shares nothing"
