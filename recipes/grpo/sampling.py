@@ -1,4 +1,4 @@
-"""What the YAML of GRPO may say of how responses are sampled and written down."""
+"""What the YAML of GRPO may say of where responses come from, how they are sampled, weighed and written down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from megatron_ext.rollouts import SamplingParams
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from recipes.cli.config import at_least
 
-__all__ = ["OffPolicySection", "RolloutDumpSection", "RolloutSection", "SamplingSection", "ValidationSamplingSection"]
+__all__ = [
+    "LengthSection", "OffPolicySection", "RolloutDumpSection", "RolloutSection", "SamplingSection", "ValidationSamplingSection",
+]  # fmt: skip
 
 
 @dataclass
@@ -77,6 +79,12 @@ class ValidationSamplingSection(SamplingSection):
                     f"trainer.grpo.validation_sampling_params.{name}={value} does nothing beside "
                     "use_greedy=true: set that to false"
                 )
+
+
+@dataclass
+class LengthSection:
+    # Longest response, in tokens; it is cut off there. Raise it where train_rollouts/truncated is high.
+    max_length: int = 1024
 
 
 @dataclass
@@ -159,6 +167,55 @@ class RolloutSection:
             raise UserError(
                 f"trainer.grpo.rollout.{said[0]} is for servers, and trainer.grpo.rollout.source={self.source} has none: set "
                 "source=vllm, or leave it out"
+            )
+
+    def check(self, nodes: int, train_path: str | None, video: bool, rollout_tokens: int | None) -> None:
+        """Against the rest of the configuration.
+
+        Args:
+            nodes: trainer.num_nodes.
+            train_path: data.train_path.
+            video: whether data.video is set.
+            rollout_tokens: trainer.grpo.rollout_tokens.
+
+        Raises:
+            UserError: the source and something else do not go together.
+        """
+        if self.source == "vllm":
+            self._check_servers(nodes, video, rollout_tokens)
+        if self.source == "file":
+            if train_path is not None:
+                raise UserError(
+                    f"data.train_path={train_path}, and trainer.grpo.rollout.source=file brings its own prompts: set "
+                    "data.train_path=null"
+                )
+            if video:
+                raise UserError(
+                    "trainer.grpo.rollout.source=file reads text alone, and data.video is set: leave data.video out, or sample"
+                )
+        elif train_path is None:
+            raise UserError("data.train_path is null: name the file with the prompts to train on")
+
+    def _check_servers(self, nodes: int, video: bool, rollout_tokens: int | None) -> None:
+        if rollout_tokens is not None:
+            raise UserError(
+                f"trainer.grpo.rollout_tokens={rollout_tokens} bounds our own sampler, and trainer.grpo.rollout.source=vllm asks "
+                "servers: set it to null"
+            )
+        if video:
+            raise UserError(
+                "trainer.grpo.rollout.source=vllm samples text alone, and data.video is set: use source=megatron, or leave "
+                "data.video out"
+            )
+        if nodes > 1 and self.start and self.host in ("127.0.0.1", "localhost", "::1"):
+            raise UserError(
+                f"trainer.grpo.rollout.host={self.host} is reached from its own node alone, and trainer.num_nodes={nodes}: "
+                "name an interface of the nodes' network"
+            )
+        if nodes > 1 and self.weights_dir is None:
+            raise UserError(
+                f"trainer.grpo.rollout.weights_dir is not set, and trainer.num_nodes={nodes}: name a folder on a disk that all "
+                "nodes and servers see"
             )
 
     def _of_servers(self) -> list[Field]:

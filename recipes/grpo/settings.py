@@ -15,6 +15,7 @@ from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
 from recipes.grpo.sampling import (
+    LengthSection,
     OffPolicySection,
     RolloutDumpSection,
     RolloutSection,
@@ -31,20 +32,7 @@ from recipes.run.settings import (
     check_video,
 )
 
-__all__ = [
-    "GRPOConfig",
-    "GRPOData",
-    "GRPOModel",
-    "GRPOSettings",
-    "GRPOTrainerSection",
-    "LengthSection",
-]
-
-
-@dataclass
-class LengthSection:
-    # Longest response, in tokens; it is cut off there. Raise it where train_rollouts/truncated is high.
-    max_length: int = 1024
+__all__ = ["GRPOConfig", "GRPOData", "GRPOModel", "GRPOSettings", "GRPOTrainerSection"]
 
 
 @dataclass
@@ -239,8 +227,9 @@ class GRPOConfig:
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
             )
         self._check_rollout_tokens()
-        self._check_servers()
-        self._check_file()
+        grpo.rollout.check(
+            self.trainer.num_nodes, self.data.train_path, self.data.video is not None, grpo.rollout_tokens
+        )
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "
@@ -265,44 +254,6 @@ class GRPOConfig:
                 f"trainer.grpo.rollout_tokens={grpo.rollout_tokens} is less than {lanes * pages * PAGE}: for each pipeline "
                 f"stage one response of trainer.grpo.length_params.max_length={grpo.length_params.max_length} must fit with a "
                 f"prompt of data.max_prompt_length={self.data.max_prompt_length}, in pages of {PAGE}"
-            )
-
-    def _check_servers(self) -> None:
-        rollout, nodes = self.trainer.grpo.rollout, self.trainer.num_nodes
-        if rollout.source != "vllm":
-            return
-        if (tokens := self.trainer.grpo.rollout_tokens) is not None:
-            raise UserError(
-                f"trainer.grpo.rollout_tokens={tokens} bounds our own sampler, and trainer.grpo.rollout.source=vllm asks "
-                "servers: set it to null"
-            )
-        if self.data.video is not None:
-            raise UserError(
-                "trainer.grpo.rollout.source=vllm samples text alone, and data.video is set: use source=megatron, or leave "
-                "data.video out"
-            )
-        if nodes > 1 and rollout.start and rollout.host in ("127.0.0.1", "localhost", "::1"):
-            raise UserError(
-                f"trainer.grpo.rollout.host={rollout.host} is reached from its own node alone, and trainer.num_nodes={nodes}: "
-                "name an interface of the nodes' network"
-            )
-        if nodes > 1 and rollout.weights_dir is None:
-            raise UserError(
-                f"trainer.grpo.rollout.weights_dir is not set, and trainer.num_nodes={nodes}: name a folder on a disk that all "
-                "nodes and servers see"
-            )
-
-    def _check_file(self) -> None:
-        from_file, path = self.trainer.grpo.rollout.source == "file", self.data.train_path
-        if from_file and path is not None:
-            raise UserError(
-                f"data.train_path={path}, and trainer.grpo.rollout.source=file brings its own prompts: set data.train_path=null"
-            )
-        if not from_file and path is None:
-            raise UserError("data.train_path is null: name the file with the prompts to train on")
-        if from_file and self.data.video is not None:
-            raise UserError(
-                "trainer.grpo.rollout.source=file reads text alone, and data.video is set: leave data.video out, or sample"
             )
 
     @property
