@@ -36,8 +36,9 @@ def main(cfg: dict, loggers) -> None:
     recorded = load_recorded(config, inputs.tokenizer) if config.trainer.grpo.rollout.source == "file" else []
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
+    code = {"trainer.grpo.reward": reward_file(config.trainer.grpo.reward)}
     rows = {"data.train_path": train, "data.validation_path": validation, "trainer.grpo.rollout.path": recorded}
-    contents = Contents(inputs, rows, code={"trainer.grpo.reward": reward_file(config.trainer.grpo.reward)})
+    contents = Contents(inputs, rows, code, in_order=["trainer.grpo.rollout.path"])
     with Session.start(inputs, loggers, contents) as session:
         if recorded:
             session.say(

@@ -145,14 +145,13 @@ def old_logprobs(microbatches: Iterable[GRPOMicrobatch]) -> Scores:
 
 
 def with_scores(group: dict[str, Any], scores: Scores) -> dict[str, Any]:
-    """With the trainer's log-probabilities of each response, null where another response of the tree has the token's, and how far
-    they are from the sampler's."""
+    """With the trainer's log-probabilities of each response, and how far they are from the sampler's."""
     responses = []
     for sample, response in enumerate(group["responses"]):
-        found = scores.get((group["number"], sample), {})
+        found = scores[group["number"], sample]
         said = [x for p in response["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
-        apart = [abs(found[i] - x) for i, x in enumerate(said) if x is not None and i in found]
+        apart = [abs(found[i] - x) for i, x in enumerate(said) if x is not None]
         mismatch = {"mean": sum(apart) / len(apart), "max": max(apart)} if apart else None
-        old = [found.get(i) for i in range(len(said))]
+        old = [found[i] for i in range(len(said))]
         responses.append({**response, "old_logprobs": old, "mismatch": mismatch})
     return {**group, "responses": responses}

@@ -39,6 +39,7 @@ class Contents:
     Args:
         rows: what has been read, by the key that names its file: rows of `recipes.data.rows`, or plain tuples and lists.
         code: files of one's own functions, by the key that names them.
+        in_order: keys whose rows are used once, one after the other: behind those that there were may come others.
 
     Attributes:
         found: by key of the configuration, as JSON.
@@ -49,14 +50,20 @@ class Contents:
         inputs: Inputs,
         rows: Mapping[str, Sequence[Any]] = NOTHING,
         code: Mapping[str, Path | None] = NOTHING,
+        in_order: Sequence[str] = (),
     ):
+        self._in_order = in_order
         self._inputs, self._code = inputs, {key: path for key, path in code.items() if path is not None}
         self._rows = {key: found for key, found in rows.items() if found}
         self.found: dict[str, dict[str, Any]] = {}
         if inputs.tokenizer is not None:
             self.found[TOKENIZER] = inputs.tokenizer.digests()
-        for key, found in self._rows.items():
-            self.found[key] = asdict(rows_digest([getattr(row, "content", row) for row in found]))
+        for key in self._rows:
+            self.found[key] = asdict(self._digest(key))
+
+    def _digest(self, key: str, rows: int | None = None) -> RowsDigest:
+        """Of the first rows; None: of all."""
+        return rows_digest([getattr(row, "content", row) for row in self._rows[key][:rows]])
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -149,9 +156,11 @@ class Contents:
         place, now = f"{key}={self._value(key)}", self.found.get(key)
         if now is None:
             raise UserError(f"{key} is not set, and was when the run began: {ANOTHER}set it, or choose a new folder")
+        if key in self._in_order and now["rows"] > (rows := before["rows"]):
+            now = now | asdict(self._digest(key, rows))
         if now["whole"] != before["whole"]:
             where = self._first_difference(key, now, before)
-            if now.get("file") != before.get("file"):
+            if now.get("file") is None or now["file"] != before.get("file"):
                 raise UserError(
                     f"{place} holds other rows than when the run began: {where}: {ANOTHER}put them back, or choose a new folder"
                 )

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 
-__all__ = ["LogProcess"]
+__all__ = ["LoggedTable", "LogProcess"]
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,9 @@ and write nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from megatron_ext.files import write_whole
@@ -11,8 +14,9 @@ from megatron_ext.runtime.metrics import MetricsLog
 from recipes.run.inputs import Inputs
 from recipes.run.log_process import LogProcess
 from recipes.run.run_folder import claim_run_folder, cut_metrics
+from recipes.run.settings import ExpManagerSection
 
-__all__ = ["open_run_log"]
+__all__ = ["mlflow_arguments", "open_run_log"]
 
 
 def open_run_log(inputs: Inputs, loggers: LogProcess, last: int) -> MetricsLog:
@@ -33,9 +37,18 @@ def open_run_log(inputs: Inputs, loggers: LogProcess, last: int) -> MetricsLog:
         "create_checkpoint_callback": False,
         "seconds_to_sleep": 0,
     }
-    place = {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').absolute()}"}
-    loggers.open(keys, place | manager.mlflow_logger_kwargs if manager.create_mlflow_logger else None)
+    loggers.open(keys, mlflow_arguments(manager, folder) if manager.create_mlflow_logger else None)
     remove_unfinished(inputs.checkpoints.folder)
     cut_metrics(folder, last)
     write_whole(folder / "config.yaml", yaml.safe_dump(inputs.resolved, sort_keys=False))
     return MetricsLog(folder, [loggers])
+
+
+def mlflow_arguments(manager: ExpManagerSection, folder: Path) -> dict[str, Any]:
+    """Of Lightning's MLFlowLogger: what the configuration says, and without a place in it all is kept in the run's folder. MLflow
+    itself would put files, such as tables, into the folder that the process was started in."""
+    if "tracking_uri" in manager.mlflow_logger_kwargs:
+        return manager.mlflow_logger_kwargs
+    home = folder.absolute()
+    place = {"tracking_uri": f"sqlite:///{home / 'mlflow.db'}", "artifact_location": (home / "mlflow").as_uri()}
+    return place | manager.mlflow_logger_kwargs

@@ -118,7 +118,7 @@ class ExpManagerSection(FolderSection):
     # Arguments of Lightning's WandbLogger.
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     # Log to MLflow, too (pip install mlflow); mlflow_logger_kwargs may hold {experiment_name: ..., tracking_uri: ...},
-    # without a URI it is mlflow.db of this folder.
+    # without a URI it is mlflow.db of this folder, with files in mlflow/ beside it.
     create_mlflow_logger: bool = False
     # Arguments of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)

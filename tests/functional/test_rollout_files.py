@@ -141,6 +141,42 @@ def test_a_pass_before_the_update_changes_no_bit_of_the_run(task, dumped, tmp_pa
         }
 
 
+LAYOUTS = {
+    "tp2": ["model.tensor_model_parallel_size=2", "++model.sequence_parallel=true", "model.micro_batch_tokens=420"],
+    "pp2, trees": [
+        "model.pipeline_model_parallel_size=2", "model.min_shared_tokens=1", "trainer.grpo.sampling_params.top_k=2",
+    ],
+    "cp2": ["model.context_parallel_size=2", "model.micro_batch_tokens=420"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_replays_itself_bitwise_and_one_rank_replays_it_to_rounding(layout, task, tmp_path):
+    keys, steps = [f"++{key.lstrip('+')}" for key in LAYOUTS[layout]], ["trainer.grpo.max_steps=2"]
+    out, again, alone = (tmp_path / name for name in ("out", "again", "alone"))
+    done = task.grpo(out, *steps, *keys, "trainer.grpo.rollout_dump={}")
+    assert done.code == 0, done.err
+    for folder, changes in (again, ["trainer.grpo.rollout_dump={}", *keys]), (alone, ["trainer.devices=1"]):
+        done = replay(task, folder, out, *steps, *changes)
+        assert done.code == 0, done.err
+    rows, same = ([{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in metrics(f)] for f in (out, again))
+    assert len(rows) == 2 and rows == same and all(row["train_optim/grad_norm"] for row in rows)
+    for row, one in zip(rows, metrics(alone), strict=True):
+        for key in ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/reward", "train_optim/kl"):
+            assert one[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), key
+    for step, path in step_files(out / "rollouts").items():
+        there = read_step(step_files(again / "rollouts")[step])
+        for (_, group), (_, copy) in zip(read_step(path).groups, there.groups, strict=True):
+            assert group["responses"] == copy["responses"]
+            first = {}
+            for answer in group["responses"]:
+                (passage,), old = answer["passages"], answer["old_logprobs"]
+                assert all(type(x) is float and x <= 0 for x in old) and len(old) == len(passage["tokens"])
+                for end in range(1, len(old) + 1):  # tokens behind the same ones have the same log-probability
+                    begin = tuple(passage["tokens"][:end])
+                    assert first.setdefault(begin, old[end - 1]) == pytest.approx(old[end - 1], abs=1e-5)
+
+
 def test_it_is_replayed_on_another_number_of_ranks(task, dumped, tmp_path):
     out, _ = dumped
     done = replay(task, tmp_path / "again", out / "rollouts", "trainer.devices=1", "model.micro_batch_size=4")
@@ -219,3 +255,22 @@ def test_what_cannot_be_replayed_is_refused(task, dumped, tmp_path):
     ):
         done = replay(task, tmp_path / "no", path, *overrides)
         assert done.code == 2 and message in done.error_lines[0], done.err
+
+
+def test_a_replay_that_is_stopped_or_made_longer_is_the_one_that_was_not(task, dumped, tmp_path):
+    """Only the steps of trainer.grpo.max_steps are read of the folder: more of them do not make it another run."""
+    keep, resume = ["trainer.grpo.save_interval=2", "trainer.grpo.rollout_dump={}"], "exp_manager.resume_if_exists=true"
+    straight, longer = tmp_path / "straight", tmp_path / "longer"
+    for out, more in (straight, []), (longer, ["trainer.grpo.max_steps=2"]), (longer, [resume]):
+        done = replay(task, out, dumped[0], *keep, *more)
+        assert done.code == 0, done.err
+    assert "going on after step 2 from" in done.out
+    rows, same = (
+        [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in metrics(f)] for f in (straight, longer)
+    )
+    assert len(rows) == STEPS and rows == same
+    assert list(step_files(longer / "rollouts")) == [1, 2, 3, 4]
+    done = replay(task, longer, dumped[0], *keep, resume, "trainer.grpo.max_steps=3")
+    assert (
+        done.code == 2 and "holds other rows than when the run began: it has 12 rows, and had 16" in done.error_lines[0]
+    )

@@ -52,7 +52,8 @@ def read(path, tokenizer, load=load_pairs, config=SFTConfig, **more) -> Contents
         config, resolved, StopRequests(None, looks=False), ParallelSizes(), path.parent, tokenizer=tokenizer,
         pretrained=more.pop("pretrained", None),
     )  # fmt: skip
-    contents = Contents(inputs, {TRAIN: load(path, tokenizer, LIMIT, **more)})
+    in_order = more.pop("in_order", ())
+    contents = Contents(inputs, {TRAIN: load(path, tokenizer, LIMIT, **more)}, in_order=in_order)
     contents.complete()
     return contents
 
@@ -93,6 +94,22 @@ def test_an_edited_row_is_named_with_its_line(tmp_path, plain):
     assert f"row {number + 1} (line {number + 2}) is the first that differs" in message
     rows.append(rows[0])
     assert "it has 41 rows, and had 40" in refusal(read(write_rows(path, *rows), plain), before)
+
+
+def test_rows_that_are_used_in_order_may_become_more(tmp_path, plain):
+    """Those that there were must be what they were; fewer are others."""
+    rows, count = sums(40), random.randrange(1, 40)
+
+    def in_order(*rows) -> Contents:
+        return read(write_rows(tmp_path / "sft.jsonl", *rows), plain, in_order=[TRAIN])
+
+    before = in_order(*rows[:count])
+    check(in_order(*rows), before)
+    assert f"it has {count} rows, and had 40" in refusal(before, in_order(*rows))
+    number = random.randrange(count)
+    rows[number]["response"] += " 3"
+    message = refusal(in_order(*rows), before)
+    assert f"holds other rows than when the run began: row {number + 1} (line {number + 1}) is the first" in message
 
 
 def test_what_a_file_is_called_and_how_it_is_written_does_not_matter(tmp_path, plain):
