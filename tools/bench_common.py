@@ -78,7 +78,7 @@ def device_and_threads(threads: int | None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
+def _seconds(function: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -87,22 +87,30 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
+    begin = clock()
     function()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
-def interleave(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    variants: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round: A B C, B C A, C A B, ... after one round that is not counted.
 
     A slow moment of the machine then hits all variants, and each comes first and last equally often.
+
+    Args:
+        clock: of the CPU; `time.process_time` counts what this process computed, for a machine that others use, too.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(repeats + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds = _seconds(variants[name], device)
+            seconds = _seconds(variants[name], device, clock)
             if number:
                 times[name].append(seconds)
     return times

@@ -14,6 +14,7 @@ Nothing is timed before the reference has said the same in all forms, bitwise, a
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -99,6 +100,9 @@ def main() -> None:
     add_common_options(parser, ("256,8,64", "1024,8,128"), repeats=11, name="offload")
     for name, size in (("layers", 4), ("hidden", 512), ("heads", 8), ("ffn", 1536), ("vocab", 8192)):
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="count what this process computes, where others compute, too"
+    )
     args = parser.parse_args()
     shapes = parse_shapes(args.shapes)
     device_and_threads(args.threads)
@@ -115,7 +119,8 @@ def main() -> None:
             raise SystemExit("the reference does not say the same in all forms; nothing was timed")
         if said["own_pass"][1] != said["device"][1]:
             raise SystemExit("without the old policy's pass the update is another one; nothing was timed")
-        times = interleave(steps, args.repeats, device)
+        clock = time.process_time if args.processor_time else time.perf_counter
+        times = interleave(steps, args.repeats, device, clock)
         cost = {form: ratios(times, form, "device") for form in FORMS if form != "device"}
         rows.append((",".join(map(str, shape)), *(f"{cost[form]:.3f}" for form in cost)))
         results.append({"shape": shape, "seconds": times, "ratio": {f: vars(c) for f, c in cost.items()}})
@@ -125,7 +130,9 @@ def main() -> None:
         ("P, G, S", "reference on the host", "moments on the host", "without the old policy's pass"),
         rows,
     )
-    settings = {name: getattr(args, name) for name in ("layers", "hidden", "heads", "ffn", "vocab", "repeats")}
+    settings = {
+        name: getattr(args, name) for name in ("layers", "hidden", "heads", "ffn", "vocab", "repeats", "processor_time")
+    }
     write_json(args.json, record(**settings) | {"offload": results})
 
 

@@ -4,6 +4,7 @@ their probability."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from recipes.run.session import Session
 
 __all__ = ["Recorder"]
 
-# (number of the prompt in the step, number of the sample) -> {place of a token in the response: its log-probability}.
-Scores = dict[tuple[int, int], dict[int, float]]
+# (number of the prompt in the step, number of the sample) -> the log-probability of each token.
+Scores = dict[tuple[int, int], list[float]]
 # What a row's prompt is made of, which is there in tokens and text already.
 PROMPT_KEYS = frozenset(("prompt", "messages", "tools", "response", "responses"))
 
@@ -136,11 +137,10 @@ def passage_json(passage: Passage) -> dict[str, Any]:
 def old_logprobs(microbatches: Iterable[GRPOMicrobatch]) -> Scores:
     """Of the policy that sampled, by the trainer's own pass, to seven digits."""
     found: Scores = {}
-    for microbatch in microbatches:
-        groups = microbatch.batch.groups
-        tensors = groups.response_ids, groups.response_token_index, microbatch.old_logprobs
-        for response, place, value in zip(*(tensor.tolist() for tensor in tensors), strict=True):
-            found.setdefault(microbatch.numbers[response], {})[place] = float(f"{value:.7g}")
+    for microbatch in microbatches:  # prompts are never empty: all tokens are predicted
+        values = (float(f"{value:.7g}") for value in microbatch.old_logprobs.tolist())
+        for number, length in zip(microbatch.numbers, microbatch.batch.groups.response_lengths, strict=True):
+            found[number] = list(itertools.islice(values, length))
     return found
 
 
@@ -148,10 +148,9 @@ def with_scores(group: dict[str, Any], scores: Scores) -> dict[str, Any]:
     """With the trainer's log-probabilities of each response, and how far they are from the sampler's."""
     responses = []
     for sample, response in enumerate(group["responses"]):
-        found = scores[group["number"], sample]
+        old = scores[group["number"], sample]
         said = [x for p in response["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
-        apart = [abs(found[i] - x) for i, x in enumerate(said) if x is not None]
+        apart = [abs(mine - x) for mine, x in zip(old, said, strict=True) if x is not None]
         mismatch = {"mean": sum(apart) / len(apart), "max": max(apart)} if apart else None
-        old = [found[i] for i in range(len(said))]
         responses.append({**response, "old_logprobs": old, "mismatch": mismatch})
     return {**group, "responses": responses}

@@ -108,7 +108,7 @@ CASES: dict[str, Case] = {
             (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
             (SHOWN, "copy"): 1,  # at the first step
             (RECORDED, "copy"): 4,
-            (SCORES, "copy"): 6,  # three of the one stream of each step
+            (SCORES, "copy"): 2,  # of the one stream of each step
             (f"{REWARDS}._rollout_metrics", "value"): 4,
             (f"{REWARDS}.run_validation", "value"): 2,
         },

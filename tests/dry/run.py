@@ -64,7 +64,7 @@ NECESSARY: dict[tuple[str, str], str] = {
     (STOP, "value"): "whether any rank has been asked to stop, once a step",
     (SHOWN, "copy"): "rewards of the responses that a table shows",
     (RECORDED, "copy"): "rewards and advantages that are written down",
-    (SCORES, "copy"): "old log-probabilities that are written down, with the tokens that they are of",
+    (SCORES, "copy"): "old log-probabilities that are written down",
     (REJECTED, "copy"): "off_policy.reject_above: how many tokens and responses are left, which normalise the loss",
     (f"{REWARDS}._rollout_metrics", "value"): "the mean reward, and how many groups learn anything, for the log",
     (f"{REWARDS}.run_validation", "value"): "the mean reward, for the log",
