@@ -56,19 +56,27 @@ class RolloutSampler:
 
     def rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         """Of this data-parallel rank's prompts in this step; the same however ranks are laid out."""
+        self.has_taken(step - 1)
+        requests = self.requests(prompts, step)
+        return self.scored(prompts, requests, self.source.sample(requests))
+
+    def requests(self, prompts: list[Prompt], step: int) -> list[Request]:
+        """For the responses that this rank has made in this step."""
         settings = self.settings
         params = settings.sampling(self.session.inputs.tokenizer.stop_ids)
         first = self.session.data_rank * len(prompts)
-        mine = _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
-        self._has_taken(self.source, step - 1)
-        requests = Request.each(
-            [p.for_model() for p in prompts[mine]],
-            settings.samples_per_prompt,
-            params,
-            (self.config.model.seed, step),
-            first + mine.start,
-        )
-        trajectories = self.source.sample(requests)
+        mine = self._mine(prompts)
+        key = self.config.model.seed, step
+        given = [p.for_model() for p in prompts[mine]]
+        return Request.each(given, settings.samples_per_prompt, params, key, first + mine.start)
+
+    def scored(self, prompts: list[Prompt], requests: list[Request], trajectories: list[list[Trajectory]]) -> Rollouts:
+        """With rewards and advantages.
+
+        Args:
+            requests, trajectories: of this rank.
+        """
+        settings, mine = self.settings, self._mine(prompts)
         if isinstance(self.source, RecordedSource):
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
         else:
@@ -86,14 +94,20 @@ class RolloutSampler:
         rewards = [r for _, part in parts for r in part]
         return trajectories, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
 
-    def _has_taken(self, source: Source, steps: int) -> None:
-        """The source shall sample with the weights behind so many steps."""
-        source.update_weights(steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update)
+    def _mine(self, prompts: list[Prompt]) -> slice:
+        """Those that this context-parallel rank has sampled."""
+        return _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
+
+    def has_taken(self, steps: int, source: Source | None = None) -> None:
+        """The source, or another one, shall sample with the weights behind so many steps."""
+        (source or self.source).update_weights(
+            steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update
+        )
 
     def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
         """fp64 [prompts, 1]: of one answer to each, behind this step. Their numbers are `first`, `first + stride`, ..., and draw
         the same at every validation."""
-        self._has_taken(self.answers, step)
+        self.has_taken(step, self.answers)
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
         requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]

@@ -150,6 +150,9 @@ class RolloutSection:
     # How far log-probabilities of the canary may be from the trainer's, in nats on average, before the run is stopped;
     # null: 1e-4 in fp32, 0.01 in fp16, 0.1 in bf16.
     tolerance: Speed[float | None] = None
+    # With trainer.grpo.max_staleness, what becomes of responses in flight when new weights come. keep: servers go on with
+    # them; abort: servers end them, and what they have said is continued by new requests. Each token is of one version.
+    in_flight: Speed[str] = VllmOptions.in_flight
 
     def __post_init__(self):
         if self.source not in ("megatron", "vllm", "file"):
@@ -169,20 +172,19 @@ class RolloutSection:
                 "source=vllm, or leave it out"
             )
 
-    def check(self, nodes: int, train_path: str | None, video: bool, rollout_tokens: int | None) -> None:
+    def check(self, nodes: int, train_path: str | None, video: bool) -> None:
         """Against the rest of the configuration.
 
         Args:
             nodes: trainer.num_nodes.
             train_path: data.train_path.
             video: whether data.video is set.
-            rollout_tokens: trainer.grpo.rollout_tokens.
 
         Raises:
             UserError: the source and something else do not go together.
         """
         if self.source == "vllm":
-            self._check_servers(nodes, video, rollout_tokens)
+            self._check_servers(nodes, video)
         if self.source == "file":
             if train_path is not None:
                 raise UserError(
@@ -196,12 +198,7 @@ class RolloutSection:
         elif train_path is None:
             raise UserError("data.train_path is null: name the file with the prompts to train on")
 
-    def _check_servers(self, nodes: int, video: bool, rollout_tokens: int | None) -> None:
-        if rollout_tokens is not None:
-            raise UserError(
-                f"trainer.grpo.rollout_tokens={rollout_tokens} bounds our own sampler, and trainer.grpo.rollout.source=vllm asks "
-                "servers: set it to null"
-            )
+    def _check_servers(self, nodes: int, video: bool) -> None:
         if video:
             raise UserError(
                 "trainer.grpo.rollout.source=vllm samples text alone, and data.video is set: use source=megatron, or leave "

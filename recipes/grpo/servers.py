@@ -30,8 +30,20 @@ def vllm_source(session: Session, engine: Engine, prompts: Sequence[Prompt]) -> 
         ids=tuple(tokenizer.encode(PROBE)),
         canary=tuple(canary if len(canary) > 1 else canary * 2),
         gather_weights=engine.gather_weights,
+        decode=tokenizer.decode_response,
     )
-    source = VllmSource(engine.module, session.config.trainer.grpo.rollout.options, home)
+    settings = session.config.trainer.grpo
+    source = VllmSource(engine.module, settings.rollout.options, home, ahead=settings.max_staleness > 0)
     session.at_end(source.close)
     session.say("responses come from vLLM servers: a run that is stopped and goes on samples others than it would have")
+    if settings.max_staleness:
+        weighed = (
+            "and are weighed for it"
+            if settings.off_policy
+            else "which nothing makes up for: see trainer.grpo.off_policy"
+        )
+        session.say(
+            f"responses are sampled by weights of up to {settings.max_staleness} steps before, {weighed}; a run that goes on "
+            "samples anew what was in flight"
+        )
     return source

@@ -52,7 +52,7 @@ class GRPOSettings:
     reward: Any
     # Tokens whose keys and values sampling holds at most on a rank, in pages of 32, a prompt's once for all its responses;
     # what has no room waits. null: no bound, the whole step is sampled at once. Set it where memory is short.
-    # For rollout.source=megatron.
+    # For our own sampler: rollout.source=vllm does not ask.
     rollout_tokens: Speed[int | None] = None
     # GRPO steps between validations, and one before the first step; 0: never.
     val_check_interval: Record[int] = 0
@@ -100,6 +100,9 @@ class GRPOSettings:
     # Weights for tokens whose sampler gave them other probabilities than the trainer does, such as another engine
     # (docs/rollouts.md); null: none.
     off_policy: OffPolicySection | None = None
+    # How many steps older than those that are trained the weights may be that sample: 0: servers wait while a step is
+    # trained; 1 and more: they sample the next steps meanwhile, for rollout.source=vllm. off_policy makes up for it.
+    max_staleness: int = 0
     sampling_params: SamplingSection = field(default_factory=SamplingSection)
     validation_sampling_params: Record[ValidationSamplingSection] = field(default_factory=ValidationSamplingSection)
     length_params: LengthSection = field(default_factory=LengthSection)
@@ -115,7 +118,7 @@ class GRPOSettings:
         at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
-            "initial_policy_kl_penalty", "ratio_eps", "log_samples",
+            "initial_policy_kl_penalty", "ratio_eps", "log_samples", "max_staleness",
         )  # fmt: skip
         if self.samples_per_prompt < 2:
             raise UserError(
@@ -126,6 +129,11 @@ class GRPOSettings:
             raise UserError(
                 "trainer.grpo.sampling_params.use_greedy=true makes all responses of a group alike, which teaches "
                 "nothing; set it to false (validation has trainer.grpo.validation_sampling_params)"
+            )
+        if self.max_staleness and self.rollout.source != "vllm":
+            raise UserError(
+                f"trainer.grpo.max_staleness={self.max_staleness} is for servers, which have weights of their own, and "
+                f"trainer.grpo.rollout.source={self.rollout.source}: set source=vllm, or max_staleness=0"
             )
         if self.offload_reference_policy and not self.initial_policy_kl_penalty:
             raise UserError(
@@ -227,9 +235,7 @@ class GRPOConfig:
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
             )
         self._check_rollout_tokens()
-        grpo.rollout.check(
-            self.trainer.num_nodes, self.data.train_path, self.data.video is not None, grpo.rollout_tokens
-        )
+        grpo.rollout.check(self.trainer.num_nodes, self.data.train_path, self.data.video is not None)
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "

@@ -20,6 +20,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler, InOrder
+from recipes.grpo.ahead import AheadSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
 from recipes.grpo.objective import objective
 from recipes.grpo.recorded import RecordedSource
@@ -71,6 +72,7 @@ class GRPOTrainer(Trainer):
             batch, *rank = place
             self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
             self.sampler = RolloutSampler(session, self._source(), reward)
+        self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
         self.recorder = Recorder(session)
         off_policy = None if settings.off_policy is None else settings.off_policy.terms
         self.loss = partial(objective, terms=settings.terms, off_policy=off_policy)
@@ -101,10 +103,12 @@ class GRPOTrainer(Trainer):
         settings, timers = self.settings, self.session.timers
         with timers("step"):
             with timers("generate"):
-                rollouts = self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
+                rollouts = self._rollouts(step)
             self._show(step, rollouts)
             updates, packing = self.batches.updates(rollouts)
             metrics = self._rollout_metrics(rollouts) | packing
+            if self.ahead is not None:
+                metrics |= self.ahead.staleness(step, rollouts)
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
                 updates = [self.score_rollouts(microbatches) for microbatches in updates]
             if settings.off_policy is not None and settings.off_policy.reject_above is not None:
@@ -131,6 +135,11 @@ class GRPOTrainer(Trainer):
         # Throughput in tokens of the plain form, so that runs with and without grouping compare.
         metrics["train_optim/tokens_per_second"] = repeated / metrics["timers/step"]
         return metrics
+
+    def _rollouts(self, step: int) -> Rollouts:
+        if self.ahead is not None:
+            return self.ahead.rollouts(step)
+        return self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
 
     def summary(self, metrics: dict[str, float]) -> str:
         parts = [f"reward {metrics['train_rollouts/reward']:.3f}"]

@@ -62,6 +62,19 @@ METRICS = {
         "share",
         "Effective sample size of the tokens over their number, by the weights before they are bounded: 1 where all are alike.",
     ),
+    "train_rollouts/staleness": Metric(
+        "GRPO, with trainer.grpo.max_staleness",
+        "steps",
+        "How many steps older than those that are trained the weights were that sampled, over all sampled tokens.",
+    ),
+    "train_rollouts/staleness_max": Metric(
+        "GRPO, with trainer.grpo.max_staleness", "steps", "Of the oldest token; at most trainer.grpo.max_staleness."
+    ),
+    "train_rollouts/mixed_weights": Metric(
+        "GRPO, with trainer.grpo.max_staleness",
+        "share",
+        "Responses whose tokens were sampled by weights of several steps.",
+    ),
     "train_rollouts/rejected": Metric(
         "GRPO, with trainer.grpo.off_policy.reject_above", "share", "Responses left out of the update."
     ),

@@ -319,6 +319,12 @@ class Session:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.tolist()
 
+    def largest_over_data(self, value: float) -> float:
+        """The largest over data-parallel ranks."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return largest.item()
+
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = True) -> tqdm:
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then

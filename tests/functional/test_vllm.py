@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.rollouts import FinishReason, Request, SamplingParams
 from megatron_ext.rollouts.vllm import VllmError, process, source
-from megatron_ext.rollouts.vllm.fleet import WrongWeightsError
+from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.options import KEY_VARIABLE
 from tests.conftest import fresh_generator
 from tests.gpt_cases import randomize

@@ -1,4 +1,4 @@
-"""GRPO on responses of a real vLLM, which is killed on the way."""
+"""GRPO on responses of real vLLM servers, which are killed on the way: step after step, and ahead of training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recipes.grpo.dump_files import read_step, step_files
 from tests.recipe_runs import Running, Task, metrics, run
 from tests.vllm_cases import NEEDS_VLLM, PYTHON
 
@@ -45,22 +46,31 @@ def steps(out: Path) -> list[int]:
     return [row["step"] for row in metrics(out) if "train_rollouts/reward" in row] if out.exists() else []
 
 
-def test_a_run_goes_on_when_its_server_is_killed(tmp_path):
-    """Two tensor-parallel ranks, of which the first alone asks."""
-    task = Task(tmp_path)
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    task = Task(tmp_path_factory.mktemp("task"))
     made = run("tools/make_word_problems.py", "--out", task.data, "--seed", 5, "--sft", 64, "--train", 48, "--test", 8)
     assert made.code == 0, made.err
-    done = task.sft(tmp_path / "sft", *HEADS)
+    done = task.sft(task.folder / "sft", *HEADS)
     assert done.code == 0, done.err
-    out, weights = tmp_path / "grpo", tmp_path / "weights"
-    command = [
-        "recipes/train_grpo.py", "--config-name", "grpo_tiny", *task.grpo_overrides(out), *HEADS, "trainer.grpo.max_steps=8",
-        "model.tensor_model_parallel_size=2", f"data.validation_path={task.data / 'test.jsonl'}",
-        "trainer.grpo.val_check_interval=4",
-        f"+trainer.grpo.rollout={{source: vllm, start: 1, python: {PYTHON}, weights_dir: {weights}, "
-        "arguments: [--enforce-eager]}",
+    return task
+
+
+def command(task: Task, out: Path, weights: Path, servers: int, *overrides: str) -> list[str]:
+    return [
+        "recipes/train_grpo.py", "--config-name", "grpo_tiny", *task.grpo_overrides(out), *HEADS,
+        f"data.validation_path={task.data / 'test.jsonl'}", "trainer.grpo.val_check_interval=4",
+        f"+trainer.grpo.rollout={{source: vllm, start: {servers}, python: {PYTHON}, weights_dir: {weights}, "
+        "arguments: [--enforce-eager]}", *overrides,
     ]  # fmt: skip
-    with Running(*command) as running:
+
+
+def test_a_run_goes_on_when_its_server_is_killed(task, tmp_path):
+    """Two tensor-parallel ranks, of which the first alone asks."""
+    out, weights = tmp_path / "grpo", tmp_path / "weights"
+    with Running(
+        *command(task, out, weights, 1, "trainer.grpo.max_steps=8", "model.tensor_model_parallel_size=2")
+    ) as running:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(steps(out)) >= 3, running, 600)
         (guard,) = guards(running)
         (server,) = guard.children()
@@ -75,3 +85,50 @@ def test_a_run_goes_on_when_its_server_is_killed(tmp_path):
     assert not guard.is_running() and not server.is_running()
     assert not list(weights.iterdir()), "the weights of the run were left behind"
     assert "samples others than it would have" in finished.out
+
+
+def ages(dump) -> dict[int, set[float]]:
+    """By step, of how many steps before it the weights were that sampled; a step is an update here."""
+    found = {}
+    for step, path in step_files(dump).items():
+        answers = [answer for _, group in read_step(path).groups for answer in group["responses"]]
+        found[step] = {step - 1 - p["weight_version"] for answer in answers for p in answer["passages"]}
+    return found
+
+
+def test_servers_sample_ahead_of_replicas_of_two_stages(task, tmp_path):
+    """Two servers, two pipeline stages, two replicas: one server is killed, the run is stopped and goes on, and at last all of it
+    is replayed without servers."""
+    out, weights = tmp_path / "grpo", tmp_path / "weights"
+    layout = ["trainer.devices=4", "model.pipeline_model_parallel_size=2", "trainer.grpo.rollout_dump={}"]
+    ahead = ["trainer.grpo.max_staleness=2", "trainer.grpo.off_policy={}", "trainer.grpo.rollout_tokens=4096"]
+    common = [*layout, *ahead, "trainer.grpo.save_interval=4"]
+    with Running(*command(task, out, weights, 2, *common, "trainer.grpo.max_steps=5")) as running:
+        wait_for(lambda: (out / "metrics.jsonl").exists() and len(steps(out)) >= 2, running, 600)
+        first, second = guards(running)
+        os.kill(first.children()[0].pid, signal.SIGKILL)
+        finished = running.wait(600)
+    assert finished.code == 0, finished.err[-3000:]
+    assert "sampled by weights of up to 2 steps before, and are weighed for it" in finished.out
+    again = command(task, out, weights, 1, *common, "trainer.grpo.max_steps=8", "exp_manager.resume_if_exists=true")
+    with Running(*again) as running:
+        finished = running.wait(600)
+    assert finished.code == 0, finished.err[-3000:]
+    assert not list(weights.iterdir()), "the weights of the run were left behind"
+    rows = [row for row in metrics(out) if "train_rollouts/reward" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    found = ages(out / "rollouts")
+    assert found[1] == {0} and found[6] == {0}, "nothing is older where sampling begins"
+    assert all(max(found[step]) <= 2 for step in found) and 2 in found[4] | found[5] | found[8]
+    assert [row["train_rollouts/staleness_max"] for row in rows] == [max(found[step]) for step in range(1, 9)]
+    assert all(0 < row["train_optim/importance"] < 2 for row in rows)
+    lines = [g["line"] for path in step_files(out / "rollouts").values() for _, g in read_step(path).groups]
+    assert len(lines) == 32 and len(set(lines)) == 32, "each prompt of an epoch once, across the stop"
+    replayed = task.grpo(
+        tmp_path / "again", *HEADS, *layout, "trainer.grpo.off_policy={}", "trainer.grpo.max_steps=5",
+        "data.train_path=null", f"++trainer.grpo.rollout={{source: file, path: {out}}}",
+    )  # fmt: skip
+    assert replayed.code == 0, replayed.err
+    for row, copy in zip(rows[:5], metrics(tmp_path / "again"), strict=True):
+        assert row["train_optim/grad_norm"] == copy["train_optim/grad_norm"], row["step"]
+        assert row["train_optim/sampler_logprob_diff"] == copy["train_optim/sampler_logprob_diff"]

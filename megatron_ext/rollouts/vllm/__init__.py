@@ -2,6 +2,6 @@
 
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
-from megatron_ext.rollouts.vllm.source import Home, VllmSource
+from megatron_ext.rollouts.vllm.source import Begun, Home, VllmSource
 
-__all__ = ["Home", "VllmError", "VllmOptions", "VllmSource"]
+__all__ = ["Begun", "Home", "VllmError", "VllmOptions", "VllmSource"]

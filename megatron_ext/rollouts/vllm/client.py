@@ -82,7 +82,7 @@ class Connection:
             raise GivenUpError(f"{self.url}{path} says {status}")
         if status >= 500:
             raise BrokenError(f"{self.url}{path} says {status}: {_message(answer)}")
-        if status in (401, 403):
+        if status == 401:
             raise VllmError(
                 f"{self.url} refuses the key: set {KEY_VARIABLE} to the one that the server was started with"
             )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 import httpx
 
-from megatron_ext.errors import DivergedError
 from megatron_ext.rollouts.requests import Request
 from megatron_ext.rollouts.trajectories import Trajectory
-from megatron_ext.rollouts.vllm.canary import TEMPERATURE, Canary
+from megatron_ext.rollouts.vllm.canary import Canary
+from megatron_ext.rollouts.vllm.checks import Probe, check_canary, introduce
 from megatron_ext.rollouts.vllm.client import BrokenError, Connection, opened, with_patience
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import (
@@ -29,20 +29,16 @@ from megatron_ext.rollouts.vllm.protocol import (
     VllmError,
     as_calls,
     completion_body,
+    in_order,
     read_completion,
 )
 
-__all__ = ["OLDEST_VLLM", "Fleet", "Probe", "Weights", "WrongWeightsError"]
+__all__ = ["Fleet", "Weights"]
 
 logger = logging.getLogger(__name__)
 
-OLDEST_VLLM = (0, 32)  # older ones have not been tried, and have no tags on their weights
 ROUNDS = 5  # in which servers that lost their weights are asked again
 SHORT_PATIENCE = 5.0  # seconds, for one server while others answer
-
-
-class WrongWeightsError(DivergedError):
-    """A server's weights are not those that are trained."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +55,6 @@ class Weights:
     canary: Canary
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a server must agree about.
-
-    Attributes:
-        text, ids: the tokenizer's, without special tokens.
-        max_length: tokens of prompt and response.
-        tolerance: of the canary, in nats.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    max_length: int
-    tolerance: float
-
-
 class Fleet:
     """
     Args:
@@ -87,6 +67,8 @@ class Fleet:
     Attributes:
         names: by URL, what the server calls its model.
         tags: by URL, of the weights that it was given last.
+        down: servers that are not asked now.
+        run: what all tags of this run have in them.
     """
 
     def __init__(
@@ -101,6 +83,9 @@ class Fleet:
         self.names: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.down: set[str] = set()
+        self.run = secrets.token_hex(8)
+        self._newest: Weights | None = None
+        self._lock = threading.Lock()  # for giving weights
         self._served: set[str] = set()  # by whom weights have been taken before
 
     def introduce(self) -> None:
@@ -111,14 +96,34 @@ class Fleet:
         """
         asyncio.run(self._with_all(self._introduce, self.urls, self.options.patience, must=True))
 
-    def update(self, weights: Weights) -> None:
+    def update(self, weights: Weights, in_flight: str = "abort") -> None:
         """Give all servers these weights; one that does not answer is left out until the next update, if another does.
+
+        Args:
+            in_flight: see `VllmOptions`.
 
         Raises:
             VllmError: none has them.
             WrongWeightsError: the canary died.
         """
-        asyncio.run(self._update(weights))
+        with self._lock:
+            self._newest = weights
+            asyncio.run(self._update(weights, in_flight))
+
+    def mend(self) -> None:
+        """Give the newest weights to servers that answer and have others, such as those that were started again.
+
+        Raises:
+            VllmError: one cannot take them.
+            WrongWeightsError: the canary died.
+        """
+        with self._lock:
+            asyncio.run(self._mend(self._newest))
+
+    def version_of(self, tag: str) -> int | None:
+        """How many updates the weights of this tag have had; None: this run has not given them."""
+        version, _, rest = tag.partition(".")
+        return int(version) if rest.partition(".")[0] == self.run else None
 
     def complete(self, requests: Sequence[Request], weights: Weights) -> list[list[Trajectory]]:
         """For each request its samples, in order, each from a server with these weights.
@@ -148,48 +153,45 @@ class Fleet:
                 logger.warning("%s is left out until the next update of the weights: %s", url, result)
 
     async def _introduce(self, server: Connection) -> None:
-        if not await server.is_healthy():
-            raise GivenUpError(f"{server.url} does not answer")
-        version = str((await server.get("/version"))["version"])
-        numbers = re.match(r"(\d+)\.(\d+)", version)
-        if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_VLLM:
-            raise VllmError(f"{server.url} is vLLM {version}: {'.'.join(map(str, OLDEST_VLLM))} or newer is needed")
-        await server.get("/weight_info")  # of the routes that replace weights
-        card = (await server.get("/v1/models"))["data"][0]
-        self.names[server.url] = card["id"]
-        if card["max_model_len"] < self.probe.max_length:
-            raise VllmError(
-                f"{server.url} takes {card['max_model_len']} tokens, model.encoder_seq_length={self.probe.max_length}: start it "
-                f"with --max-model-len {self.probe.max_length}"
-            )
-        asked = {"model": card["id"], "prompt": self.probe.text, "add_special_tokens": False}
-        found = (await server.post("/tokenize", asked))["tokens"]
-        if tuple(found) != self.probe.ids:
-            raise VllmError(
-                f"{server.url} has another tokenizer than this run: {self.probe.text!r} is {found} there and "
-                f"{list(self.probe.ids)} here; start it with this run's model"
-            )
+        self.names[server.url] = await introduce(server, self.probe)
 
-    async def _update(self, weights: Weights) -> None:
+    async def _update(self, weights: Weights, in_flight: str) -> None:
         if len(self.urls) > 1 and self.tags:
-            await self._with_all(self._give, self.urls, SHORT_PATIENCE, False, weights)
+            await self._with_all(self._give, self.urls, SHORT_PATIENCE, False, weights, in_flight)
             if len(self.down) < len(self.urls):
                 return
-        await self._with_all(self._give, self.urls, self.options.patience, True, weights)
+        await self._with_all(self._give, self.urls, self.options.patience, True, weights, in_flight)
 
-    async def _give(self, server: Connection, weights: Weights) -> None:
-        """What is in flight, of a connection that was lost, is given up first: nothing begins with the old weights and ends with
-        the new."""
+    async def _mend(self, weights: Weights) -> None:
+        async with opened(self.key, SHORT_PATIENCE) as http:
+            tags = await asyncio.gather(*(self._tag(Connection(http, url)) for url in self.urls))
+        lost = [
+            url for url, tag in zip(self.urls, tags, strict=True) if tag and self.version_of(tag) != weights.version
+        ]
+        if lost:
+            logger.warning("%s: it gets the newest weights, after it was away", ", ".join(lost))
+            await self._with_all(self._give, lost, SHORT_PATIENCE, False, weights)
+
+    async def _tag(self, server: Connection) -> str | None:
+        """Of the weights that it has; None: it does not answer."""
         try:
-            await server.post("/pause?mode=abort")
+            return str((await server.get("/weight_info"))["weight_version"])
+        except GivenUpError:
+            return None
+
+    async def _give(self, server: Connection, weights: Weights, in_flight: str = "abort") -> None:
+        """While the server is paused nothing is sampled. Requests in flight that are kept lose their keys and values, and are
+        computed anew by the new weights: vLLM 0.32 puts them back in the queue."""
+        try:
+            await server.post(f"/pause?mode={in_flight}")
             await self._reload(server, weights.folder)
             cleared = await server.post("/reset_prefix_cache")
             if not cleared["success"]:
                 raise GivenUpError(f"{server.url} did not clear its prefix cache")
-            tag = f"{weights.version}.{secrets.token_hex(4)}"
+            tag = f"{weights.version}.{self.run}.{secrets.token_hex(4)}"
             await server.post("/update_weight_version", {"new_version": tag})
             await server.post("/resume")
-            await self._check(server, weights.canary)
+            await check_canary(server, self.names[server.url], weights.canary, self.probe.tolerance)
         except BrokenError as error:
             if await server.is_healthy():
                 raise VllmError(f"{server.url} cannot take the weights in {weights.folder}: {error}") from error
@@ -209,30 +211,6 @@ class Fleet:
                 f"model? Its log says more ({error})"
             ) from error
 
-    async def _check(self, server: Connection, canary: Canary) -> None:
-        name, tolerance = self.names[server.url], self.probe.tolerance
-        of_text = canary.text_difference(await server.post("/v1/completions", canary.prompt_body(name)))
-        if of_text > tolerance:
-            raise WrongWeightsError(
-                f"{server.url} has not the trainer's weights: its log-probabilities of the canary differ from the trainer's by "
-                f"{of_text:.3g} nats on average, at most {tolerance:g} was expected (trainer.grpo.rollout.tolerance)"
-            )
-        scaled, unscaled = canary.sample_differences(
-            await server.post("/v1/completions", canary.sample_body(name)),
-        )
-        if scaled > tolerance >= unscaled:
-            raise VllmError(
-                f"{server.url} gives log-probabilities from before the temperature: start it with --logprobs-mode "
-                "processed_logprobs"
-            )
-        if scaled > tolerance:
-            raise WrongWeightsError(
-                f"{server.url} samples the canary's next token at temperature {TEMPERATURE:g} with log-probabilities that "
-                f"differ from the trainer's by {scaled:.3g} nats on average, at most {tolerance:g} was expected; the text "
-                f"before it differs by {of_text:.3g}: is something cached from older weights, or does the server add "
-                "penalties or filters of its own (--generation-config vllm)?"
-            )
-
     async def _complete(self, requests: list[Request], weights: Weights) -> list[list[Trajectory]]:
         calls = list(as_calls(requests))
         found: dict[int, list[Trajectory]] = {}
@@ -245,7 +223,7 @@ class Fleet:
             trusted = {url for url, is_kept in zip(used, kept, strict=True) if is_kept}
             found |= {i: samples for i, (url, samples) in zip(todo, answers, strict=True) if url in trusted}
             if len(found) == len(calls):
-                return _in_order(requests, calls, found)
+                return in_order(requests, calls, [found[i] for i in range(len(calls))])
             logger.warning(
                 "%s has been started again: %d of %d answers are asked for once more",
                 ", ".join(sorted(set(used) - trusted)), len(calls) - len(found), len(calls),
@@ -276,23 +254,10 @@ class Fleet:
 
     async def _still_has(self, server: Connection, weights: Weights) -> bool:
         """Whether a server has had the same weights all the time. If not, it needs them, unless a peer has given them to it."""
-        try:
-            tag = (await server.get("/weight_info"))["weight_version"]
-        except GivenUpError:
-            tag = None
-        if tag == self.tags.get(server.url):
+        tag = await self._tag(server)
+        if tag is not None and tag == self.tags.get(server.url):
             return True
         self.tags.pop(server.url, None)
-        if tag and str(tag).startswith(f"{weights.version}."):
+        if tag and tag.startswith(f"{weights.version}."):
             self.tags[server.url] = tag
         return False
-
-
-def _in_order(
-    requests: list[Request], calls: list[ServerCall], found: dict[int, list[Trajectory]]
-) -> list[list[Trajectory]]:
-    """Each sample once."""
-    result: list[dict[int, Trajectory]] = [{} for _ in requests]
-    for i, call in enumerate(calls):
-        result[call.number].update(zip(call.samples, found[i], strict=True))
-    return [[samples[i] for i in range(request.samples)] for request, samples in zip(requests, result, strict=True)]

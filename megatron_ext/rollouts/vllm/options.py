@@ -38,6 +38,8 @@ class VllmOptions:
         patience: seconds in which some server must answer, or begin to.
         max_restarts: how often each server is started again.
         tolerance: see TOLERANCES; None: by the type of the weights.
+        in_flight: what becomes of requests in flight when new weights come: "keep", they go on with these; "abort", servers end
+            them, and what they have said is continued by new requests.
     """
 
     urls: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ class VllmOptions:
     patience: float = 600.0
     max_restarts: int = 3
     tolerance: float | None = None
+    in_flight: str = "keep"
     name: str = field(default="policy", init=False)
 
     def __post_init__(self):
@@ -73,6 +76,7 @@ class VllmOptions:
             (bool(own), f"arguments: the run says {', '.join(own)} itself; leave it out"),
             (self.timeout <= 0 or self.patience <= 0, "timeout and patience must be positive"),
             (self.max_restarts < 0, f"max_restarts={self.max_restarts} must not be negative"),
+            (self.in_flight not in ("keep", "abort"), f"in_flight must be keep or abort, got {self.in_flight!r}"),
             (self.tolerance is not None and self.tolerance <= 0, f"tolerance={self.tolerance} must be positive"),
             (
                 bool(self.urls) and self.weights_dir is None and not self.is_local,

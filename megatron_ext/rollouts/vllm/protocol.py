@@ -15,7 +15,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.rollouts.requests import Request, SamplingParams
 from megatron_ext.rollouts.trajectories import FinishReason, Trajectory
 
-__all__ = ["GivenUpError", "ServerCall", "VllmError", "as_calls", "check_request", "completion_body", "read_completion"]
+__all__ = [
+    "GivenUpError", "ServerCall", "VllmError", "as_calls", "check_request", "check_tokens", "completion_body", "in_order",
+    "read_completion", "reason_of",
+]  # fmt: skip
 
 
 class VllmError(UserError):
@@ -34,12 +37,19 @@ class ServerCall:
         number: of the request that it is a part of; all calls of one go to one server while that lives.
         samples: numbers of the samples, in order.
         limit: the most tokens that each may have.
+        said: what its one sample has said before; `limit` is what it has left.
     """
 
     number: int
     request: Request
     samples: tuple[int, ...]
     limit: int
+    said: tuple[int, ...] = ()
+
+    @property
+    def prompt(self) -> list[int]:
+        """What is continued."""
+        return [*self.request.prompt, *self.said]
 
 
 def as_calls(requests: Sequence[Request]) -> Iterator[ServerCall]:
@@ -83,7 +93,7 @@ def completion_body(model: str, call: ServerCall) -> dict[str, Any]:
     params = call.request.params
     return {
         "model": model,
-        "prompt": list(call.request.prompt),
+        "prompt": call.prompt,
         "n": len(call.samples),
         "max_tokens": call.limit,
         "temperature": 0.0 if params.use_greedy else params.temperature,
@@ -128,19 +138,29 @@ def _trajectory(choice: dict[str, Any], call: ServerCall, weight_version: int | 
     if choice["prompt_token_ids"] != list(call.request.prompt):
         raise VllmError("the answer is to another prompt than the tokens that were sent")
     tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    check_tokens(tokens, logprobs, 1, limit)
+    reason = reason_of(choice["finish_reason"], choice["stop_reason"], tokens, limit, params)
+    return Trajectory.of_response(tokens, logprobs, reason, weight_version)
+
+
+def check_tokens(tokens: list[int], logprobs: list[float], least: int, most: int) -> None:
+    """
+    Raises:
+        VllmError: not as many as they may be, or not with one finite log-probability for each.
+    """
     if not all(type(token) is int for token in tokens):
         raise VllmError("the tokens of a response are not numbers")
     if len(logprobs) != len(tokens):
         raise VllmError(f"a response of {len(tokens)} tokens has {len(logprobs)} log-probabilities, not as many")
-    if not 1 <= len(tokens) <= limit:
-        raise VllmError(f"a response has {len(tokens)} tokens, 1 to {limit} were asked for")
+    if not least <= len(tokens) <= most:
+        raise VllmError(f"a response has {len(tokens)} tokens, {least} to {most} were asked for")
     if bad := [x for x in logprobs if not isinstance(x, (int, float)) or not math.isfinite(x) or x > 1e-3]:
         raise VllmError(f"a response has a log-probability of {bad[0]}")
-    reason = _reason(choice["finish_reason"], choice["stop_reason"], tokens, limit, params)
-    return Trajectory.of_response(tokens, logprobs, reason, weight_version)
 
 
-def _reason(finish: str, stop: int | str | None, tokens: list[int], limit: int, params: SamplingParams) -> FinishReason:
+def reason_of(
+    finish: str, stop: int | str | None, tokens: list[int], limit: int, params: SamplingParams
+) -> FinishReason:
     """
     Raises:
         VllmError: it ends where nothing ends it.
@@ -161,3 +181,13 @@ def _reason(finish: str, stop: int | str | None, tokens: list[int], limit: int, 
         f"a response ended at token {tokens[-1]} (finish_reason {finish!r}, stop_reason {stop!r}), which ends none: its ends "
         f"are {sorted(params.ends)} and {list(params.stop_strings)}; start the server with --generation-config vllm"
     )
+
+
+def in_order(
+    requests: Sequence[Request], calls: Sequence[ServerCall], found: Sequence[Sequence[Trajectory]]
+) -> list[list[Trajectory]]:
+    """Each sample of each request once, from the answers to their calls."""
+    result: list[dict[int, Trajectory]] = [{} for _ in requests]
+    for call, samples in zip(calls, found, strict=True):
+        result[call.number].update(zip(call.samples, samples, strict=True))
+    return [[samples[i] for i in range(request.samples)] for request, samples in zip(requests, result, strict=True)]

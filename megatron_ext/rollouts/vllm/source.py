@@ -1,7 +1,8 @@
 """Rollouts from vLLM servers, which get the weights that are trained after every update.
 
 Works under tensor, sequence, pipeline, context and data parallelism. The first rank of each model-parallel group alone talks to
-servers about responses and tells its peers; rank 0 alone starts servers and gives them weights.
+servers about responses and tells its peers; rank 0 alone starts servers and gives them weights, but for servers that were
+started again while all ranks wait for responses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +21,21 @@ from megatron.core import parallel_state
 from megatron_ext.hf.export import export_hf
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.rollouts.requests import Request
+from megatron_ext.rollouts.responses import Decode
 from megatron_ext.rollouts.trajectories import Trajectory
 from megatron_ext.rollouts.vllm.canary import CANARY_TOKENS, Canary
-from megatron_ext.rollouts.vllm.fleet import Fleet, Probe, Weights
+from megatron_ext.rollouts.vllm.checks import Probe
+from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
+from megatron_ext.rollouts.vllm.flight import Flight, Keeper
 from megatron_ext.rollouts.vllm.options import KEY_VARIABLE, VllmOptions
 from megatron_ext.rollouts.vllm.process import ServerProcesses
 from megatron_ext.rollouts.vllm.protocol import check_request
 from megatron_ext.runtime.collectives import broadcast_object, together
 
-__all__ = ["Home", "VllmSource"]
+__all__ = ["Begun", "Home", "VllmSource"]
+
+# The samples of each request, on the rank that asks for them; None elsewhere.
+Begun = Future[list[list[Trajectory]]] | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Home:
         text, ids: the same in letters and in tokens, without special ones; servers must agree.
         canary: tokens of a text like those that are sampled, at least 2.
         gather_weights: waits until this rank has all of its weights.
+        decode: for stop strings of responses that are sampled ahead.
     """
 
     logs: Path
@@ -48,6 +57,7 @@ class Home:
     ids: tuple[int, ...]
     canary: tuple[int, ...]
     gather_weights: Callable[[], None] = lambda: None
+    decode: Decode | None = None
 
 
 class VllmSource:
@@ -56,17 +66,20 @@ class VllmSource:
         model: this rank's pipeline stage, without a DDP wrapper.
         options: of the servers. Nothing is started, and nobody asked, before `update_weights`.
         home: what belongs to the run.
+        ahead: whether responses may be in flight when new weights come, see `begin`.
     """
 
-    def __init__(self, model: PrefixGroupedGPT, options: VllmOptions, home: Home):
-        self.model, self.options, self.home = model, options, home
+    def __init__(self, model: PrefixGroupedGPT, options: VllmOptions, home: Home, ahead: bool = False):
+        self.model, self.options, self.home, self.ahead = model, options, home, ahead
         self.dtype = str(model.model_config.dtype).removeprefix("torch.")
         self.max_length = model.model_config.encoder_seq_length
         tolerance = options.tolerance_of(self.dtype)
-        self._probe = Probe(home.text, home.ids, self.max_length, tolerance)
+        self._probe = Probe(home.text, home.ids, self.max_length, tolerance, spans=ahead)
         self._is_first = dist.get_rank() == 0
         self._processes: ServerProcesses | None = None
         self._fleet: Fleet | None = None
+        self._flight: Flight | None = None  # of the first rank of a model-parallel group
+        self._keeper: Keeper | None = None  # rank 0's
         self._weights: Weights | None = None
         self._root: Path | None = None
 
@@ -106,9 +119,9 @@ class VllmSource:
         Raises:
             UserError: a request that a server cannot answer, or one of `Fleet.complete`.
         """
-        assert self._weights is not None, "update_weights comes first"
-        for request in requests:
-            check_request(request, self.max_length)
+        if self.ahead:
+            return self.finish(self.begin(requests, self._weights.version))
+        self._check(requests)
         group = parallel_state.get_model_parallel_group()
         found = None
         with together(group):
@@ -116,12 +129,54 @@ class VllmSource:
                 found = self._fleet.complete(requests, self._weights)
         return broadcast_object(found, 0, group) or []
 
+    def begin(self, requests: Sequence[Request], oldest: int) -> Begun:
+        """Have the samples of each request made while this process goes on. Updates of the weights may come meanwhile, see
+        `VllmOptions.in_flight`; every token is told the version of its own.
+
+        Args:
+            oldest: no token is of weights with fewer updates.
+
+        Raises:
+            UserError: a request that a server cannot answer.
+        """
+        assert self.ahead, "it was not made to sample ahead"
+        self._check(requests)
+        if parallel_state.get_model_parallel_group().rank() != 0 or not requests:
+            return None
+        if self._flight is None:
+            self._flight = Flight(self._fleet, self.home.decode, _replica())
+        return self._flight.begin(requests, oldest)
+
+    def finish(self, begun: Begun) -> list[list[Trajectory]]:
+        """Wait for what has begun. Every rank of a model-parallel group calls it, in one order.
+
+        Raises:
+            VllmError: no server answers, or not what was asked.
+            WrongWeightsError: the canary died on a server that was started again.
+        """
+        group, found = parallel_state.get_model_parallel_group(), None
+        with together(group):
+            if begun is not None:
+                found = begun.result()
+            if self._keeper is not None:
+                self._keeper.check()
+        return broadcast_object(found, 0, group) or []
+
     def close(self) -> None:
         """End the servers that were started, and remove the weights. Not every rank need call it, nor at the same time."""
+        if self._flight is not None:
+            self._flight.close()
         if self._processes is not None:
             self._processes.close()
+        if self._keeper is not None:  # it does not wait for servers that have ended
+            self._keeper.close()
         if self._is_first and self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        assert self._weights is not None, "update_weights comes first"
+        for request in requests:
+            check_request(request, self.max_length)
 
     def _make_root(self) -> None:
         with together():
@@ -138,7 +193,9 @@ class VllmSource:
             self._begin(weights.folder)
         elif self._processes is not None:
             self._processes.newest = weights.folder
-        self._fleet.update(weights)
+        self._fleet.update(weights, self.options.in_flight)
+        if self.ahead and self._keeper is None:
+            self._keeper = Keeper(self._fleet)
         if self._processes is not None:
             self._processes.have_answered = True
 
@@ -155,10 +212,15 @@ class VllmSource:
     def _tell_others(self) -> None:
         """Who the servers are, and which weights they have, to all that ask them."""
         fleet = self._fleet
-        told = None if not self._is_first else (fleet.urls, fleet.key, fleet.names, fleet.tags, fleet.down)
-        urls, key, names, tags, down = broadcast_object(told)
+        told = None if not self._is_first else (fleet.urls, fleet.key, fleet.run, fleet.names, fleet.tags, fleet.down)
+        urls, key, run, names, tags, down = broadcast_object(told)
         if self._is_first:
             return
         if fleet is None:
             fleet = self._fleet = Fleet(self.options, urls, key, self._probe)
-        fleet.names, fleet.tags, fleet.down = names, tags, down
+        fleet.run, fleet.names, fleet.tags, fleet.down = run, names, tags, down
+
+
+def _replica() -> int:
+    """Of this rank's model-parallel group."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)

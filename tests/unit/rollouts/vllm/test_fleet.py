@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_ext.rollouts import Request, SamplingParams
-from megatron_ext.rollouts.vllm.fleet import Fleet, Probe, Weights, WrongWeightsError
+from megatron_ext.rollouts.vllm.checks import Probe, WrongWeightsError
+from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
 from tests.vllm_cases import recorded
