@@ -10,14 +10,17 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 
 import torch
 
 from megatron_ext.rollouts.vllm.canary import Canary
 from tests.vllm_cases import recorded
 
-__all__ = ["Faulty", "faulty_server", "recorded_canary"]
+__all__ = ["Faulty", "Handler", "faulty_server", "recorded_canary", "served"]
 
+
+T = TypeVar("T", bound="Faulty")
 
 RECORDS = ("version", "models", "tokens", "weight_info")
 
@@ -43,8 +46,8 @@ class Faulty(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, handler: type[Handler] | None = None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.faults: list[int | str] = []
         self.tag = "default"
         self.asked: Counter[str] = Counter()
@@ -59,9 +62,13 @@ class Faulty(ThreadingHTTPServer):
         """A client that is gone is what is tested."""
 
 
+def faulty_server() -> contextlib.AbstractContextManager[Faulty]:
+    return served(Faulty())
+
+
 @contextlib.contextmanager
-def faulty_server() -> Iterator[Faulty]:
-    server = Faulty()
+def served(server: T) -> Iterator[T]:
+    """While it answers."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -72,27 +79,29 @@ def faulty_server() -> Iterator[Faulty]:
         thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Faulty
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self._count()
         status, answer = self.server.records.get(self.path, (200, {}))
-        self._answer(status, answer | {"weight_version": self.server.tag} if self.path == "/weight_info" else answer)
+        self.answer(status, answer | {"weight_version": self.server.tag} if self.path == "/weight_info" else answer)
 
     def do_POST(self) -> None:
         self._count()
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+        self.posted(json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null"))
+
+    def posted(self, body: dict | None) -> None:
         if self.path == "/update_weight_version":
             self.server.tag = body["new_version"]
         if self.path != "/v1/completions":
-            self._answer(*self.server.records.get(self.path, (200, {"success": True})))
+            self.answer(*self.server.records.get(self.path, (200, {"success": True})))
         elif "prompt_logprobs" in body:
-            self._answer(200, recorded("canary")["answer"])
+            self.answer(200, recorded("canary")["answer"])
         elif body["prompt"] == recorded("canary")["body"]["prompt"] and "n" in body and body["max_tokens"] == 1:
             choices = [{"token_ids": [1], "logprobs": {"token_logprobs": [0.0]}} for _ in range(body["n"])]
-            self._answer(200, {"choices": choices})
+            self.answer(200, {"choices": choices})
         else:
             self._complete(body)
 
@@ -106,23 +115,27 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "forget":
             self.server.tag = "default"
         if fault in (None, "forget"):
-            self._answer(200, answer)
+            self.answer(200, answer)
         elif fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
+            self.reset()
         elif fault == "cut":
-            self._answer(200, answer, cut=100)
+            self.answer(200, answer, cut=100)
         elif fault == "no json":
-            self._answer(200, "<html>")
+            self.answer(200, "<html>")
         else:
-            self._answer(fault, {"error": {"message": "so it is"}})
+            self.answer(fault, {"error": {"message": "so it is"}})
+
+    def reset(self) -> None:
+        """As a process that is killed does."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
 
     def _count(self) -> None:
         with self.server.lock:
             self.server.asked[self.path.partition("?")[0]] += 1
 
-    def _answer(self, status: int, content: object, cut: int | None = None) -> None:
+    def answer(self, status: int, content: object, cut: int | None = None) -> None:
         data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))

@@ -12,11 +12,13 @@ import json
 import tempfile
 from pathlib import Path
 
+import httpx
 import torch
 
 from megatron_ext.rollouts import Request, SamplingParams
 from megatron_ext.rollouts.vllm.client import opened
 from megatron_ext.rollouts.vllm.protocol import as_calls, completion_body
+from megatron_ext.rollouts.vllm.spans import ROUTE, generate_body
 from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
 from tests.harness import ROOT
 from tests.vllm_cases import home_of, make_model, make_tokenizer, source_of
@@ -43,12 +45,35 @@ def bodies(prompt: list[int]) -> dict[str, tuple[str, dict | None]]:
     }  # fmt: skip
 
 
+async def spans(http: httpx.AsyncClient, url: str, prompt: list[int]) -> dict:
+    """An answer that has lived through an update of the weights, and was ended in the midst by the next."""
+    (call,) = as_calls([Request(prompt, 2, SamplingParams(max_new_tokens=240))])
+    body = generate_body("policy", call)
+    before = await said(http, url)
+    asked = asyncio.ensure_future(http.post(url + ROUTE, json=body))
+    for number, mode in enumerate(("keep", "abort"), 1):
+        while (await said(http, url)) < before + 60 * number:
+            await asyncio.sleep(0.02)
+        await http.post(f"{url}/pause?mode={mode}")
+        await http.post(f"{url}/update_weight_version", json={"new_version": f"{number}.run.tag"})
+        await http.post(f"{url}/resume")
+    answer = await asked
+    return {"path": ROUTE, "body": body, "status": answer.status_code, "answer": answer.json()}
+
+
+async def said(http: httpx.AsyncClient, url: str) -> float:
+    """Tokens that have been sampled for answers of which not all are there yet, and others."""
+    lines = (await http.get(f"{url}/metrics")).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
 async def ask(key: str, url: str, asked: dict[str, tuple[str, dict | None]]) -> dict[str, dict]:
     answers = {}
     async with opened(key, 60) as http:
         for name, (path, body) in asked.items():
             answer = await http.request("GET" if body is None else "POST", url + path, json=body)
             answers[name] = {"path": path, "body": body, "status": answer.status_code, "answer": answer.json()}
+        answers["spans"] = await spans(http, url, [5, 7, 3, 9, 11, 6])
         refused = await http.post(f"{url}/pause", headers={"Authorization": "Bearer other"})
         answers["wrong_key"] = {"path": "/pause", "status": refused.status_code, "answer": refused.json()}
     return answers
