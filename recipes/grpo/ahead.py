@@ -88,7 +88,7 @@ class AheadSampler:
     def _begin(self, step: int) -> _Step:
         prompts = [self.prompts[i] for i in self._drawing.next()]
         requests = self.sampler.requests(prompts, step)
-        return _Step(prompts, requests, self._source.begin(requests, self._oldest(step)))
+        return _Step(prompts, requests, self._source.begin(requests, self._oldest(step), priority=step))
 
     def _oldest(self, step: int) -> int:
         """The fewest updates that weights may have had which sample for a step."""

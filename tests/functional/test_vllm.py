@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.models.prompt_streams import text_logits
 from megatron_ext.rollouts import FinishReason, Request, SamplingParams
 from megatron_ext.rollouts.vllm import VllmError, process, source
 from megatron_ext.rollouts.vllm.checks import WrongWeightsError
@@ -177,6 +182,55 @@ def test_a_server_that_is_killed_in_the_middle_of_a_step(served):
     randomize(served.model, served.rng)
     served.update()
     served.check()
+
+
+def ask_server(served: Served, method: str, path: str) -> str:
+    fleet = served.source._fleet
+    return httpx.request(method, f"{fleet.urls[0]}{path}", headers={"Authorization": f"Bearer {fleet.key}"}).text
+
+
+def progress(served: Served) -> float:
+    """Tokens that the server has sampled."""
+    said = ask_server(served, "GET", "/metrics").splitlines()
+    return sum(float(line.split()[-1]) for line in said if line.startswith("vllm:generation_tokens_total"))
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort"])
+def test_what_is_in_flight_goes_on_with_new_weights_and_each_token_has_its_version(served, in_flight: str, monkeypatch):
+    """Twice; and half of it waits in the server when the first update comes."""
+    monkeypatch.setattr(served.source, "ahead", True)
+    monkeypatch.setattr(served.source, "options", replace(served.source.options, in_flight=in_flight))
+    served.update()
+    requests = served.requests(16, SamplingParams(max_new_tokens=120))
+    before, first = progress(served), served.version
+    begun = served.source.begin(requests, first)
+    weights = {first: copy.deepcopy(served.model.state_dict())}
+    for number in (1, 2):
+        while progress(served) < before + 1000 * number:
+            time.sleep(0.02)
+        ask_server(served, "POST", "/pause?mode=keep")  # until the weights come, so that the answers wait for them
+        with torch.no_grad():
+            served.model.decoder.layers[1].mlp.linear_fc2.weight.add_(0.02)
+        served.update()
+        weights[served.version] = copy.deepcopy(served.model.state_dict())
+    found = served.source.finish(begun)
+    assert [[len(t) for t in group] for group in found] == [[120] * 16] * len(requests)
+    responses = [(r.prompt, t) for r, group in zip(requests, found, strict=True) for t in group]
+    assert {p.weight_version for _, t in responses for p in t.passages} == set(weights)
+    assert any(len(t.passages) > 1 for _, t in responses)
+    apart = {True: [0.0], False: []}  # by whether the weights are those of the label
+    for version, state in weights.items():
+        served.model.load_state_dict(state)
+        for prompt, t in responses:
+            logits = text_logits(served.model, [*prompt, *t.tokens])[len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(t.tokens).unsqueeze(1)).squeeze(1)
+            versions = torch.tensor([p.weight_version for p in t.passages for _ in p.tokens])
+            difference = (expected - torch.tensor(t.logprobs)).abs()
+            apart[True] += difference[versions == version].tolist()
+            apart[False] += difference[versions != version].tolist()
+    served.source._keeper.close()  # the other tests do without
+    monkeypatch.setattr(served.source, "_keeper", None)
+    assert max(apart[True]) < BOUND < sum(apart[False]) / len(apart[False])
 
 
 @pytest.mark.parametrize("served", ["llama"], indirect=True)

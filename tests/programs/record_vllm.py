@@ -48,7 +48,7 @@ def bodies(prompt: list[int]) -> dict[str, tuple[str, dict | None]]:
 async def spans(http: httpx.AsyncClient, url: str, prompt: list[int]) -> dict:
     """An answer that has lived through an update of the weights, and was ended in the midst by the next."""
     (call,) = as_calls([Request(prompt, 2, SamplingParams(max_new_tokens=240))])
-    body = generate_body("policy", call)
+    body = generate_body("policy", call, 0)
     before = await said(http, url)
     asked = asyncio.ensure_future(http.post(url + ROUTE, json=body))
     for number, mode in enumerate(("keep", "abort"), 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from megatron_ext.errors import DivergedError
 from megatron_ext.rollouts.vllm.canary import TEMPERATURE, Canary
 from megatron_ext.rollouts.vllm.client import Connection
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, VllmError
-from megatron_ext.rollouts.vllm.spans import ROUTE, probe_body, read_label
+from megatron_ext.rollouts.vllm.spans import FIRST, ROUTE, probe_body, read_label
 
 __all__ = ["OLDEST_VLLM", "Probe", "WrongWeightsError", "check_canary", "introduce"]
 
@@ -72,23 +73,25 @@ async def introduce(server: Connection, probe: Probe) -> str:
     return card["id"]
 
 
-async def check_canary(server: Connection, name: str, canary: Canary, tolerance: float) -> None:
+async def check_canary(server: Connection, name: str, canary: Canary, probe: Probe) -> None:
     """
     Args:
         name: what the server calls its model.
-        tolerance: nats.
 
     Raises:
         WrongWeightsError: the server's weights are others.
         VllmError: it gives log-probabilities of another kind.
     """
-    of_text = canary.text_difference(await server.post("/v1/completions", canary.prompt_body(name)))
+    tolerance, place = probe.tolerance, {"priority": FIRST} if probe.spans else {}
+    bodies = canary.prompt_body(name) | place, canary.sample_body(name) | place
+    of_text, sampled = await asyncio.gather(*(server.post("/v1/completions", body) for body in bodies))
+    of_text = canary.text_difference(of_text)
     if of_text > tolerance:
         raise WrongWeightsError(
             f"{server.url} has not the trainer's weights: its log-probabilities of the canary differ from the trainer's by "
             f"{of_text:.3g} nats on average, at most {tolerance:g} was expected (trainer.grpo.rollout.tolerance)"
         )
-    scaled, unscaled = canary.sample_differences(await server.post("/v1/completions", canary.sample_body(name)))
+    scaled, unscaled = canary.sample_differences(sampled)
     if scaled > tolerance >= unscaled:
         raise VllmError(
             f"{server.url} gives log-probabilities from before the temperature: start it with --logprobs-mode "

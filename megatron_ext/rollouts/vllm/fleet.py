@@ -38,6 +38,7 @@ __all__ = ["Fleet", "Weights"]
 logger = logging.getLogger(__name__)
 
 ROUNDS = 5  # in which servers that lost their weights are asked again
+HEAD_START = 0.05  # seconds for the canary to be in the queue before what is in flight goes on
 SHORT_PATIENCE = 5.0  # seconds, for one server while others answer
 
 
@@ -190,8 +191,13 @@ class Fleet:
                 raise GivenUpError(f"{server.url} did not clear its prefix cache")
             tag = f"{weights.version}.{self.run}.{secrets.token_hex(4)}"
             await server.post("/update_weight_version", {"new_version": tag})
-            await server.post("/resume")
-            await check_canary(server, self.names[server.url], weights.canary, self.probe.tolerance)
+            check = asyncio.ensure_future(check_canary(server, self.names[server.url], weights.canary, self.probe))
+            try:
+                await asyncio.sleep(HEAD_START)
+                await server.post("/resume")
+                await check
+            finally:
+                check.cancel()
         except BrokenError as error:
             if await server.is_healthy():
                 raise VllmError(f"{server.url} cannot take the weights in {weights.folder}: {error}") from error

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -24,11 +24,19 @@ from megatron_ext.rollouts.trajectories import FinishReason, Trajectory
 from megatron_ext.rollouts.vllm.client import CONNECTIONS, Connection, opened, with_patience
 from megatron_ext.rollouts.vllm.fleet import Fleet
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, ServerCall, VllmError, as_calls, in_order
-from megatron_ext.rollouts.vllm.spans import ROUTE, generate_body, read_generated
+from megatron_ext.rollouts.vllm.spans import FIRST, ROUTE, generate_body, read_generated
 
 __all__ = ["Flight", "Keeper"]
 
 PAUSE = 2.0  # seconds between looks at the servers
+
+
+@dataclass(frozen=True)
+class Terms:
+    """See `Flight.begin`."""
+
+    oldest: int
+    priority: int
 
 
 class Flight:
@@ -49,16 +57,17 @@ class Flight:
         self._thread = threading.Thread(target=self._run, name="rollouts in flight", daemon=True)
         self._thread.start()
 
-    def begin(self, requests: Sequence[Request], oldest: int) -> Future[list[list[Trajectory]]]:
-        """Ask for the samples of each request, in order. Where there is not room for all, those of older weights come first.
+    def begin(self, requests: Sequence[Request], oldest: int, priority: int = FIRST) -> Future[list[list[Trajectory]]]:
+        """Ask for the samples of each request, in order.
 
         Args:
             oldest: no token is of weights with fewer updates.
+            priority: where there is not room for all, here or in the server, lower numbers come first.
 
         Returns:
             A future, which raises VllmError where no server answers, or not what was asked.
         """
-        return asyncio.run_coroutine_threadsafe(self._all(list(requests), oldest), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._all(list(requests), Terms(oldest, priority)), self._loop)
 
     def close(self) -> None:
         """Give up whatever is in flight."""
@@ -79,12 +88,12 @@ class Flight:
                 self._loop.run_until_complete(self._http.aclose())
             self._loop.close()
 
-    async def _all(self, requests: list[Request], oldest: int) -> list[list[Trajectory]]:
+    async def _all(self, requests: list[Request], terms: Terms) -> list[list[Trajectory]]:
         if self._http is None:
             self._http = opened(self.fleet.key, self.fleet.options.timeout)
         calls = list(as_calls(requests))
         homes = [self._home(request) for request in requests]
-        tasks = [asyncio.ensure_future(self._samples(call, homes[call.number], oldest)) for call in calls]
+        tasks = [asyncio.ensure_future(self._samples(call, homes[call.number], terms)) for call in calls]
         try:
             found = in_order(requests, calls, await asyncio.gather(*tasks))
             return [
@@ -105,9 +114,9 @@ class Flight:
         self._load[home] += request.samples
         return home
 
-    async def _samples(self, call: ServerCall, home: str, oldest: int) -> list[Trajectory]:
+    async def _samples(self, call: ServerCall, home: str, terms: Terms) -> list[Trajectory]:
         """What each sample of a call says to its end, behind `call.said`."""
-        found = dict(zip(call.samples, await self._ask(call, home, oldest), strict=True))
+        found = dict(zip(call.samples, await self._ask(call, home, terms), strict=True))
         silent = tuple(sample for sample, part in found.items() if not part.passages)
         rest = [replace(call, samples=silent)] if silent else []
         rest += [
@@ -115,29 +124,29 @@ class Flight:
             for sample, part in found.items()
             if part.finish_reason is FinishReason.ABORTED and part.passages
         ]
-        tails = await asyncio.gather(*(self._samples(next_call, home, oldest) for next_call in rest))
+        tails = await asyncio.gather(*(self._samples(next_call, home, terms) for next_call in rest))
         for next_call, parts in zip(rest, tails, strict=True):
             for sample, part in zip(next_call.samples, parts, strict=True):
                 found[sample] = Trajectory((*found[sample].passages, *part.passages), part.finish_reason)
         return list(found.values())
 
-    async def _ask(self, call: ServerCall, home: str, oldest: int) -> list[Trajectory]:
+    async def _ask(self, call: ServerCall, home: str, terms: Terms) -> list[Trajectory]:
         """One HTTP request, tried until it is answered."""
 
         async def attempt(failures: int) -> list[Trajectory]:
             up = [url for url in self.fleet.urls if url not in self.fleet.down] or self.fleet.urls
             place = up.index(home) if home in up else 0
             server = Connection(self._http, up[(place + failures) % len(up)])
-            answer = await server.post(ROUTE, generate_body(self.fleet.names[server.url], call))
+            answer = await server.post(ROUTE, generate_body(self.fleet.names[server.url], call, terms.priority))
             try:
                 parts = read_generated(answer, call, self.fleet.version_of)
             except VllmError as error:
                 raise VllmError(f"{server.url}: {error}") from error
-            if any(passage.weight_version < oldest for part in parts for passage in part.passages):
+            if any(passage.weight_version < terms.oldest for part in parts for passage in part.passages):
                 raise GivenUpError(f"{server.url} has sampled with weights of too long ago")
             return parts
 
-        async with self._turns.turn(oldest):
+        async with self._turns.turn(terms.priority):
             return await with_patience(self.fleet.options.patience, attempt, self.fleet.hopeless)
 
     def _cut(self, request: Request, sample: int, whole: Trajectory) -> Trajectory:

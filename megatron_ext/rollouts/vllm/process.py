@@ -117,7 +117,7 @@ class ServerProcesses:
             "--served-model-name", options.name, "--host", options.host, "--port", str(self._ports[number]),
             "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--generation-config", "vllm",
             "--logprobs-mode", "processed_logprobs", "--middleware", "megatron_ext_key.KeyOnEveryRoute",
-            "--enable-scale-out", "--uvicorn-log-level", "warning", *options.arguments,
+            "--enable-scale-out", "--scheduling-policy", "priority", "--uvicorn-log-level", "warning", *options.arguments,
         ]  # fmt: skip
 
     def _environment(self, number: int) -> dict[str, str]:

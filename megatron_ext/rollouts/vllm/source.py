@@ -30,6 +30,7 @@ from megatron_ext.rollouts.vllm.flight import Flight, Keeper
 from megatron_ext.rollouts.vllm.options import KEY_VARIABLE, VllmOptions
 from megatron_ext.rollouts.vllm.process import ServerProcesses
 from megatron_ext.rollouts.vllm.protocol import check_request
+from megatron_ext.rollouts.vllm.spans import FIRST
 from megatron_ext.runtime.collectives import broadcast_object, together
 
 __all__ = ["Begun", "Home", "VllmSource"]
@@ -129,12 +130,13 @@ class VllmSource:
                 found = self._fleet.complete(requests, self._weights)
         return broadcast_object(found, 0, group) or []
 
-    def begin(self, requests: Sequence[Request], oldest: int) -> Begun:
+    def begin(self, requests: Sequence[Request], oldest: int, priority: int = FIRST) -> Begun:
         """Have the samples of each request made while this process goes on. Updates of the weights may come meanwhile, see
         `VllmOptions.in_flight`; every token is told the version of its own.
 
         Args:
             oldest: no token is of weights with fewer updates.
+            priority: lower numbers come first, over all ranks.
 
         Raises:
             UserError: a request that a server cannot answer.
@@ -145,7 +147,7 @@ class VllmSource:
             return None
         if self._flight is None:
             self._flight = Flight(self._fleet, self.home.decode, _replica())
-        return self._flight.begin(requests, oldest)
+        return self._flight.begin(requests, oldest, priority)
 
     def finish(self, begun: Begun) -> list[list[Trajectory]]:
         """Wait for what has begun. Every rank of a model-parallel group calls it, in one order.
@@ -193,7 +195,7 @@ class VllmSource:
             self._begin(weights.folder)
         elif self._processes is not None:
             self._processes.newest = weights.folder
-        self._fleet.update(weights, self.options.in_flight)
+        self._fleet.update(weights, self.options.in_flight if self.ahead else "abort")
         if self.ahead and self._keeper is None:
             self._keeper = Keeper(self._fleet)
         if self._processes is not None:

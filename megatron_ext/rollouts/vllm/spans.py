@@ -19,9 +19,11 @@ from megatron_ext.rollouts.vllm.protocol import (
     reason_of,
 )
 
-__all__ = ["ROUTE", "ForgottenError", "generate_body", "probe_body", "read_generated", "read_label"]
+__all__ = ["FIRST", "ROUTE", "ForgottenError", "generate_body", "probe_body", "read_generated", "read_label"]
 
 ROUTE = "/inference/v1/generate"
+# The priority of what the run waits for; higher numbers come later. A server without priorities refuses all but 0.
+FIRST = -1
 # Of a completion: the rest is what vLLM calls sampling parameters, under the same names.
 NOT_OF_SAMPLING = ("model", "prompt", "return_token_ids")
 
@@ -30,17 +32,20 @@ class ForgottenError(GivenUpError):
     """Weights that this run has not given have sampled: the server was started again."""
 
 
-def generate_body(model: str, call: ServerCall) -> dict[str, Any]:
+def generate_body(model: str, call: ServerCall, priority: int) -> dict[str, Any]:
     """The same as `completion_body`, for the other route."""
     body = completion_body(model, call)
     params = {name: value for name, value in body.items() if name not in NOT_OF_SAMPLING}
-    return {"model": model, "token_ids": body["prompt"], "sampling_params": params, "return_token_ids": True}
+    return {
+        "model": model, "token_ids": body["prompt"], "sampling_params": params, "return_token_ids": True,
+        "priority": priority,
+    }  # fmt: skip
 
 
 def probe_body(model: str) -> dict[str, Any]:
     """Asks for one token, whatever it is."""
     params = {"max_tokens": 1, "ignore_eos": True, "logprobs": 0}
-    return {"model": model, "token_ids": [0], "sampling_params": params, "return_token_ids": True}
+    return {"model": model, "token_ids": [0], "sampling_params": params, "return_token_ids": True, "priority": FIRST}
 
 
 def read_label(answer: Any) -> str:

@@ -45,6 +45,8 @@ def test_the_reference_page_is_up_to_date():
         ("trainer.grpo.length_params.max_length=0", "max_new_tokens must be at least 1"),
         ("++trainer.grpo.rollout_tokens=-1", "rollout_tokens=-1 must be at least 1"),
         ("++trainer.grpo.rollout_tokens=50", "rollout_tokens=50 is less than"),
+        ("++trainer.grpo.max_staleness=-1", "max_staleness=-1 must be at least 0"),
+        ("++trainer.grpo.max_staleness=1", "max_staleness=1 is for servers, which have weights of their own"),
         ("++trainer.grpo.rollout_micro_batch_size=4", "is no more: set trainer.grpo.rollout_tokens"),
         ("++trainer.grpo.rollout.source=vlm", "rollout.source must be megatron, vllm or file, got 'vlm'"),
         (
@@ -107,13 +109,18 @@ VLLM = ["++trainer.grpo.rollout.source=vllm", "++trainer.grpo.rollout.start=2"]
 
 def test_every_key_of_servers_reaches_them():
     keys = ["python=/p", "host=10.0.0.1", "cuda_devices=['6','7']", "arguments=[--x]", "weights_dir=/w"]
-    keys += ["timeout=1", "patience=2", "max_restarts=7", "tolerance=0.5"]
+    keys += ["timeout=1", "patience=2", "max_restarts=7", "tolerance=0.5", "in_flight=abort"]
     rollout = build_grpo(*VLLM, *(f"++trainer.grpo.rollout.{key}" for key in keys)).trainer.grpo.rollout
     assert rollout.options == VllmOptions(
         start=2, python="/p", host="10.0.0.1", cuda_devices=("6", "7"), arguments=("--x",), weights_dir="/w", timeout=1.0,
-        patience=2.0, max_restarts=7, tolerance=0.5,
+        patience=2.0, max_restarts=7, tolerance=0.5, in_flight="abort",
     )  # fmt: skip
     assert build_grpo(*VLLM).trainer.grpo.rollout.options == VllmOptions(start=2)
+
+
+def test_what_our_own_sampler_holds_is_no_matter_where_servers_sample():
+    """`grpo.yaml` sets it: who wants servers need not take it back."""
+    assert build_grpo(*VLLM, "++trainer.grpo.rollout_tokens=9999").trainer.grpo.rollout.source == "vllm"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,6 @@ def test_every_key_of_servers_reaches_them():
     [
         (["trainer.num_nodes=2"], "rollout.host=127.0.0.1 is reached from its own node alone, and trainer.num_nodes=2"),
         (["trainer.num_nodes=2", "++trainer.grpo.rollout.host=10.0.0.1"], "rollout.weights_dir is not set, and"),
-        (["++trainer.grpo.rollout_tokens=9999"], "rollout_tokens=9999 bounds our own sampler"),
         (["++trainer.grpo.rollout.urls=['http://127.0.0.1:1']"], "trainer.grpo.rollout: give either urls"),
     ],
 )

@@ -28,6 +28,7 @@ URL = "http://127.0.0.1:8000"
         ({"start": 1, "patience": -1.0}, "positive"),
         ({"start": 1, "max_restarts": -1}, "max_restarts"),
         ({"start": 1, "tolerance": 0.0}, "tolerance"),
+        ({"start": 1, "in_flight": "wait"}, "must be keep or abort, got 'wait'"),
         ({"urls": (URL, "http://node7:8000")}, "weights_dir"),
     ],
 )

@@ -23,7 +23,7 @@ def recorded_call(said: int = 0) -> tuple[ServerCall, dict]:
     cut = len(ids) - said
     (call,) = as_calls([Request(ids[:cut], params["n"], SamplingParams(params["max_tokens"]))])
     call = ServerCall(call.number, call.request, call.samples, call.limit, tuple(ids[cut:]))
-    assert generate_body("policy", call) == record["body"], "it was recorded with another body"
+    assert generate_body("policy", call, 0) == record["body"], "it was recorded with another body"
     return call, record["answer"]
 
 
