@@ -203,7 +203,7 @@ def test_what_is_in_flight_goes_on_with_new_weights_and_each_token_has_its_versi
     served.update()
     requests = served.requests(16, SamplingParams(max_new_tokens=120))
     before, first = progress(served), served.version
-    begun = served.source.begin(requests, first)
+    begun = served.source.begin(requests, first, priority=1)  # behind the canary
     weights = {first: copy.deepcopy(served.model.state_dict())}
     for number in (1, 2):
         while progress(served) < before + 1000 * number:
