@@ -186,7 +186,8 @@ def test_a_server_that_is_killed_in_the_middle_of_a_step(served):
 
 def ask_server(served: Served, method: str, path: str) -> str:
     fleet = served.source._fleet
-    return httpx.request(method, f"{fleet.urls[0]}{path}", headers={"Authorization": f"Bearer {fleet.key}"}).text
+    headers = {"Authorization": f"Bearer {fleet.key}"}
+    return httpx.request(method, f"{fleet.urls[0]}{path}", headers=headers, timeout=300).text
 
 
 def progress(served: Served) -> float:
