@@ -15,9 +15,10 @@ from typing import TypeVar
 import torch
 
 from megatron_ext.rollouts.vllm.canary import Canary
+from megatron_ext.rollouts.vllm.checks import Probe
 from tests.vllm_cases import recorded
 
-__all__ = ["Faulty", "Handler", "faulty_server", "recorded_canary", "served"]
+__all__ = ["Faulty", "Handler", "faulty_server", "recorded_canary", "recorded_probe", "served"]
 
 
 T = TypeVar("T", bound="Faulty")
@@ -32,6 +33,12 @@ def recorded_canary() -> Canary:
     told = record["answer"]["choices"][0]["prompt_logprobs"][1:]
     expected = tuple(entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], told, strict=True))
     return Canary(tuple(tokens), expected, torch.zeros(32), torch.zeros(32))
+
+
+def recorded_probe() -> Probe:
+    """What the recorded server agrees about."""
+    tokens = recorded("tokens")
+    return Probe(tokens["body"]["prompt"], tuple(tokens["answer"]["tokens"]), 256, 1e-4)
 
 
 class Faulty(ThreadingHTTPServer):

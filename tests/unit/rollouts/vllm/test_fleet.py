@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from megatron_ext.rollouts import Request, SamplingParams
-from megatron_ext.rollouts.vllm.checks import Probe, WrongWeightsError
+from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
 from tests.vllm_cases import recorded
-from tests.vllm_faults import Faulty, faulty_server, recorded_canary
+from tests.vllm_faults import Faulty, faulty_server, recorded_canary, recorded_probe
 
 PARAMS = SamplingParams(max_new_tokens=8, temperature=2.0, top_k=5)
-TOKENS = recorded("tokens")
-PROBE = Probe(TOKENS["body"]["prompt"], tuple(TOKENS["answer"]["tokens"]), 256, 1e-4)
 
 
 def requests(count: int) -> list[Request]:
@@ -33,7 +31,7 @@ def fleet_of(count: int = 1, hopeless=lambda: None, **options) -> Iterator[tuple
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(faulty_server()) for _ in range(count)]
         urls = tuple(server.url for server in servers)
-        fleet = Fleet(VllmOptions(urls=urls, **({"patience": 30.0} | options)), urls, "key", PROBE, hopeless)
+        fleet = Fleet(VllmOptions(urls=urls, **({"patience": 30.0} | options)), urls, "key", recorded_probe(), hopeless)
         fleet.names = dict.fromkeys(urls, "policy")
         weights = Weights(Path("/somewhere"), 3, recorded_canary())
         fleet.update(weights)

@@ -18,8 +18,7 @@ from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
 from megatron_ext.rollouts.vllm.flight import Flight, Keeper, Turns
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
-from tests.unit.rollouts.vllm.test_fleet import PROBE
-from tests.vllm_faults import recorded_canary
+from tests.vllm_faults import recorded_canary, recorded_probe
 from tests.vllm_pausing import Pausing, pausing_server, token_of
 
 LENGTH = 12
@@ -37,7 +36,7 @@ class Served:
     def __init__(self, servers: list[Pausing], first: int = 0, **options):
         urls = tuple(server.url for server in servers)
         self.servers = servers
-        self.fleet = Fleet(VllmOptions(urls=urls, **({"patience": 30.0} | options)), urls, "key", PROBE)
+        self.fleet = Fleet(VllmOptions(urls=urls, **({"patience": 30.0} | options)), urls, "key", recorded_probe())
         self.fleet.names = dict.fromkeys(urls, "policy")
         self.update(3)
         self.flight = Flight(self.fleet, letters, first)
