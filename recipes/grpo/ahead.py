@@ -20,7 +20,7 @@ __all__ = ["AheadSampler"]
 
 
 @dataclass
-class _Step:
+class StepAhead:
     """What is sampled for one step."""
 
     prompts: list[Prompt]
@@ -43,7 +43,7 @@ class AheadSampler:
             self.settings.num_prompts_per_grpo_step // sampler.config.prompts_per_update
         )  # of the weights, in a step
         self._drawing: EpochSampler | None = None
-        self._begun: deque[_Step] = deque()
+        self._begun: deque[StepAhead] = deque()
 
     def rollouts(self, step: int) -> Rollouts:
         """Of this data-parallel rank's next prompts; the servers have the weights of before this step, and go on with the next
@@ -85,10 +85,10 @@ class AheadSampler:
             "train_rollouts/mixed_weights": mixed / count,
         }
 
-    def _begin(self, step: int) -> _Step:
+    def _begin(self, step: int) -> StepAhead:
         prompts = [self.prompts[i] for i in self._drawing.next()]
         requests = self.sampler.requests(prompts, step)
-        return _Step(prompts, requests, self._source.begin(requests, self._oldest(step), priority=step))
+        return StepAhead(prompts, requests, self._source.begin(requests, self._oldest(step), priority=step))
 
     def _oldest(self, step: int) -> int:
         """The fewest updates that weights may have had which sample for a step."""
