@@ -1,11 +1,11 @@
 """Records of the forward passes of sampling: what a pass writes into pages of keys and values, and what its rows read.
 
 Prefill runs prompts, and what is known of their responses, as one packed stream with attention as in training. Decoding runs
-one row per response; each row sees its prompt's pages and its own. Rotated keys are kept, so positions never have to be
-worked out again.
+one row per response, or several where it has observed tokens; each row sees its prompt's pages and its own up to itself. Rotated
+keys are kept, so positions never have to be worked out again.
 
-Shape legend: t rows of the prefill's stream, r responses (decode rows, padding rows at the end), n query and m key/value
-heads of this tensor-parallel rank, d head dimension.
+Shape legend: t rows of the prefill's stream, r decode rows (padding rows at the end), n query and m key/value heads of this
+tensor-parallel rank, d head dimension.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class PrefillStep(_Step):
 
 @dataclass(frozen=True)
 class Row:
-    """One response of a decoding step.
+    """One token of a response in a decoding step.
 
     Attributes:
-        prompt, own: pages of its prompt and of what it has said; `own` has room for the token that it runs.
+        prompt, own: pages of its prompt and of what it has said; `own` has room for the token that is run.
         prompt_length: tokens of the prompt.
-        length: tokens of its own, with that one.
+        length: tokens of its own, up to that one.
     """
 
     prompt: Table
@@ -90,13 +90,17 @@ class Row:
 
 
 class DecodeStep(_Step):
-    """Record of one decoding step: row i runs the last token of response i. The first rows of the stream are these; the others
-    are padding."""
+    """Record of one decoding step. The first rows of the stream are these; the others are padding. Rows of one response are
+    neighbours, in order, and none of its tokens before them is missing in its pages."""
 
     def __init__(self, pool: PagePool, rows: Sequence[Row]):
         super().__init__(pool)
         self.rows = rows
-        self._stretches = [stretch for stretch in (self._own(), self._shared()) if len(stretch.rows)]
+        self._readers: dict[Table, list[int]] = {}  # rows of each response
+        for i, row in enumerate(rows):
+            self._readers.setdefault(row.own, []).append(i)
+        stretches = self._own(), self._own_of_several(), self._shared()
+        self._stretches = [stretch for stretch in stretches if stretch is not None and len(stretch.rows)]
         self._written: Tensor | None = None
         self._reads: dict[tuple[int | None, bool], list[tuple[Reads, Tensor | None]]] = {}
 
@@ -123,16 +127,32 @@ class DecodeStep(_Step):
         return self._reads[key]
 
     def _own(self) -> Stretch:
-        """The pages of responses, each read by one row."""
+        """The pages of responses, each read by one row. Those that several read are holes here."""
         count = self.pool.bottom.high
         rows, start = np.full((count, 1), -1), np.zeros(count, dtype=np.int64)
-        pages = np.array([page for row in self.rows for page in row.own.pages])
-        counts = np.array([len(row.own.pages) for row in self.rows])
-        row_of = np.repeat(np.arange(len(counts)), counts)
+        single = [mine[0] for mine in self._readers.values() if len(mine) == 1]
+        pages = np.array([page for row in single for page in self.rows[row].own.pages], dtype=np.int64)
+        counts = np.array([len(self.rows[row].own.pages) for row in single], dtype=np.int64)
+        row_of = np.repeat(np.array(single, dtype=np.int64), counts)
         number = np.arange(len(pages)) - np.repeat(counts.cumsum() - counts, counts)  # of each page in its response
         rows[pages, 0] = row_of
         start[pages] = np.array([row.prompt_length for row in self.rows])[row_of] + PAGE * number
         return Stretch(0, rows, start, np.full(count, np.iinfo(np.int64).max))
+
+    def _own_of_several(self) -> Stretch | None:
+        """The pages of responses that run several tokens."""
+        several = {table: mine for table, mine in self._readers.items() if len(mine) > 1}
+        if not several:
+            return None
+        pages = np.array([page for table in several for page in table.pages])
+        rows = np.full((len(pages), max(map(len, several.values()))), -1)
+        start, at = np.zeros(len(pages), dtype=np.int64), 0
+        for table, mine in several.items():
+            count = len(table.pages)
+            rows[at : at + count, : len(mine)] = mine
+            start[at : at + count] = self.rows[mine[0]].prompt_length + PAGE * np.arange(count)
+            at += count
+        return Stretch(0, rows, start, np.full(len(pages), np.iinfo(np.int64).max), pages)
 
     def _shared(self) -> Stretch:
         """The pages of prompts, each read by the rows of all responses that are decoded."""

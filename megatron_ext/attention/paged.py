@@ -35,19 +35,21 @@ HIDDEN = -1e30  # a score that no other is less than; -inf would make numbers of
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Pages that lie side by side, and who reads them.
+    """Pages, and who reads them.
 
     Attributes:
-        first: number of the first page in the pool.
+        first: number of the first page in the pool, where they lie side by side.
         rows: int [p, g], -1 for nobody.
         start: int [p], the place on its path of each page's first key.
         stop: int [p], the place behind the last key that is there.
+        pages: int [p], their numbers, where they do not lie side by side: then they are copied.
     """
 
     first: int
     rows: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    pages: np.ndarray | None = None
 
     def reads(self, places: np.ndarray, window: int | None, whole_apart: bool, device: torch.device) -> list[Reads]:
         """What is read of them.
@@ -62,7 +64,7 @@ class Stretch:
         low = np.zeros_like(high) if window is None else np.clip(asks - window - self.start[:, None], 0, PAGE)
         seen = low < high
         if not whole_apart:
-            return [Reads.of(self.first, None, self.rows, low, high, len(places), device)] if seen.any() else []
+            return [Reads.of(self.first, self.pages, self.rows, low, high, len(places), device)] if seen.any() else []
         whole = (low == 0) & (high == PAGE)
         cut = seen & ~whole
         found = []
@@ -71,11 +73,12 @@ class Stretch:
             # Neighbours with the same readers, as the pages of a prompt are, make one block: fewer results to merge.
             begins = np.flatnonzero(np.append(True, (rows[1:] != rows[:-1]).any(1)))
             lengths = tuple(np.diff(np.append(begins, len(rows))).tolist())
-            found.append(Reads.of(self.first, None, rows[begins], None, None, len(places), device, lengths))
+            found.append(Reads.of(self.first, self.pages, rows[begins], None, None, len(places), device, lengths))
         if cut.any():
             pages = np.flatnonzero(cut.any(1))
             rows = np.where(cut[pages], self.rows[pages], -1)
-            found.append(Reads.of(self.first, pages, rows, low[pages], high[pages], len(places), device))
+            numbers = pages if self.pages is None else self.pages[pages]
+            found.append(Reads.of(self.first, numbers, rows, low[pages], high[pages], len(places), device))
         return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from megatron_ext.errors import UserError
 from megatron_ext.models.media import MediaPrompt
+from megatron_ext.rollouts.trajectories import Passage
 
-__all__ = ["Request", "SamplingParams"]
+__all__ = ["Environment", "Request", "SamplingParams"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,30 @@ class SamplingParams:
         return frozenset() if self.ignore_eos else frozenset(self.stop_token_ids)
 
 
+class Environment(Protocol):
+    """What answers the model when a turn of it has ended, for all samples of one request.
+
+    Asked on the first rank of a model-parallel group alone, and from several threads at once for several samples.
+    """
+
+    def begin(self, sample: int) -> None:
+        """A trajectory begins, or begins anew because a server has lost it."""
+        ...
+
+    def observe(self, sample: int, passages: Sequence[Passage]) -> Sequence[int] | None:
+        """
+        Args:
+            passages: of the trajectory, the last one just sampled and ended by itself.
+
+        Returns:
+            Tokens that the model reads before it goes on; None: nothing follows.
+
+        Raises:
+            UserError: it cannot answer, which ends the run.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Responses wanted of one prompt.
@@ -73,7 +99,9 @@ class Request:
         params: how they are sampled.
         key: what the random numbers of this prompt's responses are drawn from, beside the sample's number: e.g. (seed, step,
             the prompt's number in the step). The same key draws the same, whatever else is sampled beside.
-        limits: for each sample the most tokens it may have, at most `params.max_new_tokens`; None: that for all.
+        limits: for each sample the most tokens it may have, observed ones too, at most `params.max_new_tokens`; None: that for
+            all.
+        environment: what answers its turns; None: a response is one turn.
     """
 
     prompt: Sequence[int] | MediaPrompt
@@ -81,6 +109,7 @@ class Request:
     params: SamplingParams
     key: tuple[int, ...] = (0,)
     limits: tuple[int, ...] | None = None
+    environment: Environment | None = None
 
     def __post_init__(self):
         if self.samples < 1:

@@ -27,6 +27,7 @@ from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import next_position, pack_prompts
 from megatron_ext.models.prompt_streams import StageRun, check_lengths
 from megatron_ext.rollouts.choosing import choose_tokens
+from megatron_ext.rollouts.observing import begin, observe
 from megatron_ext.rollouts.requests import Request, SamplingParams
 from megatron_ext.rollouts.responses import Decode, Response
 from megatron_ext.rollouts.scheduler import Lane, Sampled, check_fits, deal
@@ -74,6 +75,7 @@ class MegatronSource:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.lanes = [Lane(PagePool(pool, device_type(device) == "cpu")) for _ in range(stages)]
         responses = deal(requests, self.lanes, self.decode)
+        begin(responses)
         turns = [_Turn(self.model, lane, device) for lane in self.lanes]
         while not all(turn.done for turn in turns):
             for piece in range(len(pieces_of(self.model))):
@@ -126,8 +128,8 @@ class _Turn:
         self.stage_run = self.chosen = None
         if entered := self.lane.enter():
             self.stage_run = self._prefill(entered)
-        elif sampled := self.lane.step():
-            self.stage_run = self._decode(sampled)
+        elif running := self.lane.step():
+            self.stage_run = self._decode(running)
 
     def run(self, piece: int) -> None:
         """On the last stage the last piece's logits become tokens, which are sent on their way."""
@@ -143,6 +145,8 @@ class _Turn:
         tokens, logprobs = self.chosen.values().tolist()
         for response, token, logprob in zip(self.asked, tokens, logprobs, strict=True):
             response.add(int(token), logprob)
+        if awaiting := [response for response in self.asked if response.awaits]:
+            observe(awaiting)
 
     def _prefill(self, entered: list[Sampled]) -> StageRun:
         """Prompts, each once, with what their responses have said before they stepped back."""
@@ -166,22 +170,30 @@ class _Turn:
                 again = said[segment.group][segment.response]
                 kept.append((segment.start, segment.length, again.own))
                 last[again] = end
+        for sampled in entered:
+            sampled.written = len(sampled.response.tokens)
         self.asked = [sampled.response for sampled in entered]
         ends = torch.tensor([last[sampled] for sampled in entered], device=self.device)
         record = PrefillStep(batch.groups, self.lane.pool, kept)
         return StageRun(self.model, batch.tokens, batch.position_ids, record, ends, batch.media)
 
-    def _decode(self, sampled: list[Sampled]) -> StageRun:
-        """Everybody's last token."""
-        self.asked = [s.response for s in sampled]
-        pad = [0] * (-len(sampled) % self.multiple)
-        tokens = [s.response.tokens[-1] for s in sampled]
-        positions = [
-            next_position(s.response.request.prompt, self.scheme) + len(s.response.tokens) - 1 for s in sampled
-        ]
-        tokens, positions = torch.tensor([tokens + pad, positions + pad]).to(self.device).unbind()
-        record = DecodeStep(self.lane.pool, [s.row for s in sampled])
-        return StageRun(self.model, tokens, positions, record, torch.arange(len(sampled), device=self.device))
+    def _decode(self, running: list[tuple[Sampled, int]]) -> StageRun:
+        """Everybody's last token, and what was observed before it. Who has more to observe is not asked yet."""
+        self.asked, tokens, positions, rows, ends = [], [], [], [], []
+        for sampled, stop in running:
+            response = sampled.response
+            behind = next_position(response.request.prompt, self.scheme)
+            rows += sampled.rows(stop)
+            tokens += response.tokens[sampled.written : stop]
+            positions += range(behind + sampled.written, behind + stop)
+            sampled.written = stop
+            if stop == len(response.tokens):
+                self.asked.append(response)
+                ends.append(len(rows) - 1)
+        pad = [0] * (-len(rows) % self.multiple)
+        given = torch.tensor([tokens + pad, positions + pad]).to(self.device)
+        ends = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        return StageRun(self.model, *given.unbind(), DecodeStep(self.lane.pool, rows), ends)
 
 
 def _choose(logits: Tensor, responses: list[Response]) -> Tensor:

@@ -19,6 +19,8 @@ __all__ = ["PREFILL_TOKENS", "Lane", "Sampled", "check_fits", "deal"]
 
 # Tokens that are run together before any response of theirs is sampled; a longer prompt is run alone.
 PREFILL_TOKENS = 8192
+# Tokens of one response that are run at once where it has observed some: as many rows read its pages side by side.
+OBSERVED_TOKENS = 64
 
 
 @dataclass(eq=False)
@@ -41,16 +43,18 @@ class Sampled:
 
     Attributes:
         own: its pages, while it is sampled.
+        written: of its tokens, those whose keys and values are in them.
     """
 
     prompt: _Prompt
     response: Response
     own: Table | None = None
+    written: int = 0
 
-    @property
-    def row(self) -> Row:
-        """Its place in a decoding step that runs its last token."""
-        return Row(self.prompt.table, self.own, self.prompt.length, len(self.response.tokens))
+    def rows(self, stop: int) -> list[Row]:
+        """Its places in a decoding step that runs its tokens up to this one."""
+        lengths = range(self.written + 1, stop + 1)
+        return [Row(self.prompt.table, self.own, self.prompt.length, length) for length in lengths]
 
 
 @dataclass(eq=False)
@@ -110,20 +114,24 @@ class Lane:
         tokens = min(max(expected, len(response.tokens) + 1), response.limit)
         return pages_of(tokens) - len(sampled.own.pages if sampled.own else ())
 
-    def step(self) -> list[Sampled]:
-        """Those whose next token is sampled now, each with room for its last one. Where pages run out the newest steps back."""
-        index = 0
-        while index < len(self.running):
-            sampled = self.running[index]
-            tokens = len(sampled.response.tokens)
-            if pages_of(tokens) > len(sampled.own.pages):
-                if not self.pool.fits(1):
+    def step(self) -> list[tuple[Sampled, int]]:
+        """Those that run now, each with how many of its tokens will have been run, and room for those: the last one, and what
+        it has observed, as much as may run at once. Where pages run out the newest steps back."""
+        running: list[tuple[Sampled, int]] = []
+        more = PREFILL_TOKENS
+        while len(running) < len(self.running):
+            sampled = self.running[len(running)]
+            new = min(len(sampled.response.tokens) - sampled.written, OBSERVED_TOKENS, 1 + more)
+            tokens = sampled.written + new
+            if (needed := pages_of(tokens) - len(sampled.own.pages)) > 0:
+                if not self.pool.fits(needed):
                     self._step_back()
                     continue
                 self.pool.extend(sampled.own, tokens)
-            index += 1
+            more -= new - 1
+            running.append((sampled, tokens))
         self.pool.tidy()
-        return list(self.running)
+        return running
 
     def leave(self) -> None:
         """Take those out that have ended."""
@@ -142,7 +150,7 @@ class Lane:
 
     def _free(self, sampled: Sampled) -> None:
         self.pool.free(sampled.own)
-        sampled.own = None
+        sampled.own, sampled.written = None, 0
         sampled.prompt.running -= 1
         if not sampled.prompt.running:
             self.pool.free(sampled.prompt.table)
