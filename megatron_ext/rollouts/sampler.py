@@ -109,6 +109,7 @@ class _Turn:
 
     def __init__(self, model: PrefixGroupedGPT, lane: Lane, device: torch.device):
         self.model, self.lane, self.device = model, lane, device
+        self.last_piece = len(pieces_of(model)) - 1
         self.multiple = stream_multiple(model.model_config)
         self.scheme = model.model_config.position_embedding.scheme
         self.asked: list[Response] = []
@@ -132,16 +133,19 @@ class _Turn:
             self.stage_run = self._decode(running)
 
     def run(self, piece: int) -> None:
-        """On the last stage the last piece's logits become tokens, which are sent on their way."""
-        if self.stage_run is not None and (logits := self.stage_run.piece(piece)) is not None:
-            self.chosen = LastValues(_choose(logits, self.asked), parallel_state.get_model_parallel_group())
+        """On the last stage the last piece's logits become tokens, which are sent on their way. All ranks begin to wait for them
+        here, so that what they broadcast stands in one order for all of them."""
+        if self.stage_run is None:
+            return
+        logits = self.stage_run.piece(piece)
+        if piece == self.last_piece:
+            empty = torch.empty(2, len(self.asked), device=self.device)
+            chosen = empty if logits is None else _choose(logits, self.asked)
+            self.chosen = LastValues(chosen, parallel_state.get_model_parallel_group())
 
     def _take_tokens(self) -> None:
         """The last stage's last rank decides for all, its tensor-parallel peers included: a cumulative sum on a GPU need not be
         the same twice, and ranks that disagree about one token would wait for each other for ever."""
-        if self.chosen is None:
-            empty = torch.empty(2, len(self.asked), device=self.device)
-            self.chosen = LastValues(empty, parallel_state.get_model_parallel_group())
         tokens, logprobs = self.chosen.values().tolist()
         for response, token, logprob in zip(self.asked, tokens, logprobs, strict=True):
             response.add(int(token), logprob)

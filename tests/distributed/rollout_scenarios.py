@@ -14,7 +14,24 @@ from tests.distributed.scenarios import copies
 from tests.distributed.sharding import load_full
 from tests.gpt_cases import randomize, small_config
 
-__all__ = ["RolloutCase", "rollouts"]
+__all__ = ["Reckoning", "RolloutCase", "rollouts"]
+
+
+class Reckoning:
+    """An environment whose answers are reckoned from all that was said before: twice to each trajectory."""
+
+    asked = 0  # of this process
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def begin(self, sample: int) -> None:
+        """It keeps nothing of a trajectory."""
+
+    def observe(self, sample: int, passages) -> list[int] | None:
+        type(self).asked += 1
+        said = sum(token * (i + 1) for i, token in enumerate(t for p in passages for t in p.tokens))
+        return None if len(passages) > 3 else [(said + sample * i * i) % 61 for i in range(self.length)]
 
 
 @dataclass
@@ -33,7 +50,8 @@ class RolloutCase:
 
 
 def rollouts(device: torch.device, case: RolloutCase) -> dict[str, Any]:
-    """Tokens and log-probabilities by budget, how often responses stepped back, and how many each lane sampled."""
+    """Tokens and log-probabilities by budget, how often responses stepped back, how many each lane sampled, and how often this
+    rank has asked an environment."""
     model = build_gpt(small_config(**case.fields), device)
     if isinstance(case.weights, int):
         randomize(model, torch.Generator().manual_seed(case.weights))
@@ -49,4 +67,4 @@ def rollouts(device: torch.device, case: RolloutCase) -> dict[str, Any]:
         found.append([[(t.tokens, t.logprobs) for t in group] for group in answers])
         back.append(sum(lane.stepped_back for lane in source.lanes))
         lanes.append([lane.pool.peak for lane in source.lanes])
-    return {"weights": weights, "found": found, "stepped back": back, "lanes": lanes}
+    return {"weights": weights, "found": found, "stepped back": back, "lanes": lanes, "asked": Reckoning.asked}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from megatron_ext.attention.pages import PAGE
 from megatron_ext.rollouts import Request, SamplingParams
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.rollout_scenarios import RolloutCase, rollouts
+from tests.distributed.rollout_scenarios import Reckoning, RolloutCase, rollouts
 from tests.harness import run_ranks
 
 MODEL = {"num_layers": 4, "share_embeddings_and_output_weights": False, "num_query_groups": 4}
@@ -27,19 +29,22 @@ ONE = 5 * PAGE  # the longest prompt and one of its responses
 
 @pytest.fixture(scope="module")
 def one_rank():
-    """Prompts of many lengths, five responses each, which end early, late or by a token; more prompts than lanes, and fewer."""
+    """Prompts of many lengths, five responses each, which end early, late or by a token; more prompts than lanes, and fewer. The
+    first one and every other have an environment."""
     rng = fresh_generator()
 
     def draw(low: int, high: int, count: int) -> list[int]:
         return torch.randint(low, high, (count,), generator=rng).tolist()
 
-    params = SamplingParams(LONGEST, (7,), temperature=1.2, top_p=0.95)
+    params = SamplingParams(LONGEST, (7, 19, 43), temperature=1.2, top_p=0.95)
     prompts = [draw(0, 61, length) for length in draw(2, 45, 6)]
     requests = [r.limited(draw(1, LONGEST + 1, 5)) for r in Request.each(prompts, 5, params, tuple(draw(0, 999, 2)))]
+    requests = [replace(r, environment=None if i % 2 else Reckoning(3 + 7 * i)) for i, r in enumerate(requests)]
     case = RolloutCase(MODEL, draw(0, 2**31, 1)[0], requests, [None, 2 * ONE, ONE])
     (result,) = run_ranks(rollouts, 1, case)
     for found in result["found"][1:]:
         assert tokens(found) == tokens(result["found"][0])
+    assert result["asked"] > 0
     case.weights = result["weights"]
     return case, result["found"][0]
 
@@ -60,6 +65,8 @@ def test_equals_one_rank_one_at_a_time(name, one_rank):
     for requests in (source.requests, source.requests[:1]):
         case = RolloutCase(fields, source.weights, requests, budgets)
         ranks = run_ranks(rollouts, sizes.tensor * sizes.pipeline * sizes.context, case, sizes=sizes)
+        model_parallel = sizes.tensor * sizes.pipeline
+        assert [rank["asked"] > 0 for rank in ranks] == [i % model_parallel == 0 for i in range(len(ranks))]
         for rank in ranks:
             for found, lanes in zip(rank["found"], rank["lanes"], strict=True):
                 assert tokens(found) == tokens(expected)[: len(requests)]
