@@ -10,22 +10,19 @@ number for each response. In YAML:
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from megatron_ext.errors import UserError
-from recipes.cli.config import ConfigError, build
+from recipes.cli.config import ConfigError
+from recipes.cli.named import Registry, describe
 from recipes.data.rows import Prompt
 from recipes.grpo.exact_answer import ExactAnswer
 
@@ -36,9 +33,8 @@ KEY = "trainer.grpo.reward"
 # What people call a reward's arguments.
 RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
-_REGISTRY: dict[str, Callable] = {}
 # Modules that register rewards of ours, beside this one.
-SHIPPED = ("recipes.grpo.reward_server",)
+REGISTRY = Registry(KEY, "reward", "function", ("recipes.grpo.reward_server",))
 
 
 class RewardError(UserError):
@@ -51,16 +47,7 @@ def register_reward(name: str) -> Callable[[T], T]:
     It is either a function (responses, rows, **options), or a class whose instances are rewards and whose arguments are
     the options; those of a dataclass are checked like any other configuration.
     """
-    if "." in name or ":" in name:
-        raise UserError(f"a reward's name has no '.' and no ':', which mark the path of a function; got {name!r}")
-    if name in _REGISTRY:
-        raise UserError(f"there is a reward {name!r} already; choose another name")
-
-    def register(reward: T) -> T:
-        _REGISTRY[name] = reward
-        return reward
-
-    return register
+    return REGISTRY.register(name)
 
 
 @dataclass(frozen=True)
@@ -83,23 +70,8 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     Raises:
         ConfigError: an unknown name, a module that does not import, wrong options.
     """
-    if not isinstance(spec, (str, Mapping)) or not isinstance(name := _name(spec), str) or not name:
-        raise ConfigError(f"{KEY} must be a name or a mapping with name and options, got {spec!r}")
-    for module in SHIPPED:
-        importlib.import_module(module)
-    options = {} if isinstance(spec, str) else {str(k): v for k, v in spec.items() if k != "name"}
-    if name in _REGISTRY:
-        target = _REGISTRY[name]
-    elif "." in name or ":" in name:
-        target = _import(name)
-    else:
-        close = get_close_matches(name, _REGISTRY, n=1)
-        guess = f"; did you mean {close[0]}? There" if close else "; there"
-        raise ConfigError(
-            f"{KEY}: unknown reward {name}{guess} are {', '.join(sorted(_REGISTRY))}, and any function by its "
-            "path, package.module.function"
-        )
-    reward = _with_options(name, target, options)
+    name, target, options = REGISTRY.find(spec)
+    reward = REGISTRY.with_options(name, target, options)
     _check_order(name, reward)
     return _Named(name, reward)
 
@@ -120,10 +92,7 @@ def row_keys(reward: Reward) -> Collection[str] | None:
 
 def reward_file(spec: str | Mapping[str, Any]) -> Path | None:
     """Where a reward of one's own is written, once it has been got; None for ours."""
-    name = _name(spec)
-    module = sys.modules.get(name.rpartition(":" if ":" in name else ".")[0])
-    written = None if name in _REGISTRY else getattr(module, "__file__", None)
-    return Path(written) if written else None
+    return REGISTRY.file(spec)
 
 
 def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:
@@ -156,7 +125,7 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> lis
     except UserError as error:
         raise RewardError(f"reward {name}: {error}") from error
     except Exception as error:
-        raise RewardError(f"reward {name} failed: {_describe(error)}") from error
+        raise RewardError(f"reward {name} failed: {describe(error)}") from error
     if len(values) != len(responses):
         raise RewardError(
             f"reward {name} gave {len(values)} values for {len(responses)} responses; it must give one for each"
@@ -207,46 +176,6 @@ class Length:
         return [max(0.0, 1 - abs(n - self.target) / self.target) for n in lengths]
 
 
-def _name(spec: str | Mapping[str, Any]) -> Any:
-    return spec if isinstance(spec, str) else spec.get("name")
-
-
-def _import(path: str) -> Callable:
-    """The function at `package.module.function` or `package.module:function`."""
-    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
-    if not module_name or not attribute:
-        raise ConfigError(f"{KEY}={path} is not the path of a function: write package.module.function")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            reason = f"there is no module {error.name}; is its folder on PYTHONPATH?"
-        else:
-            reason = f"importing {module_name} failed: {_describe(error)}"
-        raise ConfigError(f"{KEY}={path}: {reason}") from error
-    if not hasattr(module, attribute):
-        close = get_close_matches(attribute, [n for n, v in vars(module).items() if callable(v)], n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{KEY}={path}: module {module_name} has no {attribute}{guess}")
-    target = getattr(module, attribute)
-    if not callable(target):
-        raise ConfigError(f"{KEY}={path} is not a function but {type(target).__name__}")
-    return target
-
-
-def _with_options(name: str, target: Callable, options: dict[str, Any]) -> Reward:
-    if is_dataclass(target) and isinstance(target, type):
-        return build(target, options, KEY)
-    is_class = isinstance(target, type)
-    _check_options(name, target, options, () if is_class else (None, None))
-    if not is_class:
-        return partial(target, **options)
-    try:
-        return target(**options)
-    except Exception as error:
-        raise ConfigError(f"{KEY}: {name} refuses its options: {_describe(error)}") from error
-
-
 def _check_order(name: str, reward: Reward) -> None:
     """Refuse a reward that takes what it is called with the other way round: some compute on without an error."""
     try:
@@ -255,25 +184,6 @@ def _check_order(name: str, reward: Reward) -> None:
         return
     if names and (names[0] in ROWS or names[-1] in RESPONSES and len(names) == 2):
         raise ConfigError(f"{KEY}: {name} takes ({', '.join(names)}), but rewards are called with (responses, rows)")
-
-
-def _check_options(name: str, target: Callable, options: dict[str, Any], arguments: tuple) -> None:
-    """Refuse options that `target`, called with `arguments` before them, would not take."""
-    try:
-        signature = inspect.signature(target)
-    except ValueError:  # written in C
-        return
-    names = list(signature.parameters)[len(arguments) :]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for key in options:
-        if key not in names and not takes_any:
-            close = get_close_matches(key, names, n=1)
-            guess = f"did you mean {KEY}.{close[0]}?" if close else f"{name} has {', '.join(names) or 'no options'}"
-            raise ConfigError(f"unknown key {KEY}.{key}; {guess}")
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        raise ConfigError(f"{KEY}: {name}: {error}; its options are {', '.join(names) or 'none'}") from error
 
 
 def _number(value: Any, index: int, name: str) -> float:
@@ -291,15 +201,6 @@ def _number(value: Any, index: int, name: str) -> float:
     if not math.isfinite(number):
         raise RewardError(f"reward {name} gave {number} for response {index}; it must be finite")
     return number
-
-
-def _describe(error: BaseException) -> str:
-    """Kind, first line and place of an error in somebody else's code."""
-    text = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-    if isinstance(error, SyntaxError):  # says its place itself
-        return text
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _short(value: Any) -> str:
