@@ -1,4 +1,4 @@
-"""A response while it is sampled: what it has said and observed, the numbers behind what it will say, and whether it has ended."""
+"""A response while it is sampled: what it has said and observed, the numbers behind what it will say, whether it has ended."""
 
 from __future__ import annotations
 

@@ -6,12 +6,13 @@ Every complaint about a row names its file and line, and every key of a row is r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data.chat import Chat
+from recipes.data.conversation import Conversation
 from recipes.data.errors import DataError, at
 from recipes.data.jsonl import check_text, numbered_rows
 from recipes.data.keys import HARMLESS, check_keys, remedy
@@ -22,14 +23,15 @@ if TYPE_CHECKING:  # reading text needs no torch
     from megatron_ext.models.media import MediaPrompt
     from recipes.data.video import Clip, VideoReader
 
-__all__ = ["Pair", "Prompt", "load_pairs", "load_prompts"]
+__all__ = ["Opening", "Pair", "Prompt", "load_pairs", "load_prompts"]
 
 PLAIN = RowsSection()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, and its video.
+    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, and the conversation that it
+    is, if it is no plain text.
 
     Where there is a video, `placeholder` stands among the tokens once for each of the video's tokens.
     """
@@ -39,6 +41,7 @@ class Prompt:
     line: int
     clip: Clip | None = None
     placeholder: int = -1
+    talk: Conversation | None = None
 
     @property
     def content(self) -> tuple:
@@ -89,6 +92,38 @@ class Pair:
         return self.prompt.clip
 
 
+@dataclass(frozen=True)
+class Opening:
+    """Something else than the row itself that says what its prompt is.
+
+    Attributes:
+        write: (row) -> messages or plain text; raises ValueError for a row that is none of its own.
+        tools: offered in all prompts.
+        keys: of rows, that it reads; None: it does not say.
+    """
+
+    write: Callable[[Mapping[str, Any]], Any]
+    tools: Sequence[Mapping[str, Any]] = ()
+    keys: Collection[str] | None = ()
+
+    def of(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The row with that as its prompt or messages.
+
+        Raises:
+            DataError: a row that is none of its own, or has tools beside.
+        """
+        with at(where):
+            prompt = self.write(row)
+        read = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+        if isinstance(prompt, str):
+            if self.tools:
+                raise DataError(f"{where}: tools are offered by a chat template, and the prompt is plain text: write messages")
+            return read | {"prompt": prompt}
+        if self.tools and read.get("tools") is not None:
+            raise DataError(f"{where}: the row has tools, and the environment offers its own: leave them out")
+        return read | {"messages": [*prompt]} | ({"tools": [*self.tools]} if self.tools else {})
+
+
 def load_prompts(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -96,6 +131,7 @@ def load_prompts(
     video: VideoReader | None = None,
     section: RowsSection = PLAIN,
     reward_keys: Collection[str] | None = None,
+    opening: Opening | None = None,
 ) -> list[Prompt]:
     """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant.
 
@@ -103,13 +139,18 @@ def load_prompts(
 
     Args:
         reward_keys: what the reward reads of a row beside; None: it does not say.
+        opening: what makes prompts of rows; None: they are there.
     """
     prompts = []
-    reader = _Rows(path, tokenizer, video, section)
+    reader = _Rows(path, tokenizer, video, section, opening)
+    if opening is not None:
+        reward_keys = None if None in (opening.keys, reward_keys) else {*reward_keys, *opening.keys}
     for row in reader:
         check_keys(row.read, reader.used[row.kind], row.where, reward_keys)
+        talk = None
         if row.kind == "messages":
-            tokens = reader.chat.encode_prompt(reader.chat.read(row.read, row.where), row.where)
+            talk = reader.chat.read(row.read, row.where)
+            tokens = reader.chat.encode_prompt(talk, row.where)
         else:
             text = check_text(row.read["prompt"], "prompt", row.where)
             with at(row.where):
@@ -122,7 +163,7 @@ def load_prompts(
                 f"{row.where}: the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}: "
                 "shorten it or raise the limit"
             )
-        prompts.append(prompt)
+        prompts.append(replace(prompt, talk=talk))
     return prompts
 
 
@@ -191,8 +232,15 @@ class _Rows:
         used: by kind, keys that are read.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, video: VideoReader | None, section: RowsSection):
-        self.path, self.tokenizer, self.video, self.section = path, tokenizer, video, section
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        video: VideoReader | None,
+        section: RowsSection,
+        opening: Opening | None = None,
+    ):
+        self.path, self.tokenizer, self.video, self.section, self.opening = path, tokenizer, video, section, opening
         self.chat = Chat(tokenizer, section.chat_template_kwargs, section.ignored_keys)
         media = {"video", "features"}
         self.used = {"prompt": {"prompt", *media}, "messages": {"messages", "tools", "chat_template_kwargs", *media}}
@@ -201,6 +249,7 @@ class _Rows:
         ignored = set(self.section.ignored_keys)
         for line, row in numbered_rows(self.path):
             where, read = f"{self.path}:{line}", {key: value for key, value in row.items() if key not in ignored}
+            read = read if self.opening is None else self.opening.of(read, where)
             yield _Row(row, read, _kind(read, where), line, where)
         named = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self.section, key)]
         if named and not self.chat.used:

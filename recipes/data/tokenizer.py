@@ -159,6 +159,18 @@ class Tokenizer:
         """The text with its special tokens, to be read: it shows where turns begin and end."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def text_of(self, token: int) -> str:
+        """One token's, special or not."""
+        return self.decode_whole([token])
+
+    def without_special(self, text: str) -> str:
+        """The text with no special token's text in it, for what is not ours, such as a tool's output."""
+        names = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special]
+        while any(name in text for name in names):  # taking one out may make another
+            for name in names:
+                text = text.replace(name, "")
+        return text
+
     def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """The text that a response adds to its prompt. Alone it would be another one: a SentencePiece tokenizer takes the
         space off the first word of a text."""

@@ -1,0 +1,123 @@
+"""How a chat template writes calls of tools, found by asking it, and calls read out of what a model says.
+
+Models are trained on calls as their template writes them, and templates differ in what stands around a call and in what its
+parts are named: Qwen's `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, Llama 3's `{"name": ..., "parameters":
+{...}}`, Mistral's `[TOOL_CALLS] [{...}]`. So the template is given a call whose name and argument nobody writes, and JSON is
+looked for that holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.data.errors import DataError
+from recipes.data.template import ChatTemplate
+from recipes.environments.environment import ToolCall
+
+__all__ = ["ToolFormat", "call_id"]
+
+NAME, ARGUMENT, VALUE = "qzxname", "qzxargument", "qzxvalue"
+_DECODER = json.JSONDecoder()
+
+
+def call_id(turn: int, number: int) -> str:
+    """Nine letters and digits, which Mistral's templates insist on."""
+    return f"call{turn % 1000:03d}{number % 100:02d}"
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """
+    Attributes:
+        marker: stands before a call's JSON; empty: the JSON is all that is said.
+        name_key, arguments_key: what the parts of that are named.
+        as_text: arguments are the text of a JSON object.
+    """
+
+    marker: str
+    name_key: str
+    arguments_key: str
+    as_text: bool
+
+    @classmethod
+    def of(cls, template: ChatTemplate) -> ToolFormat:
+        """
+        Raises:
+            DataError: the template writes no calls, or no JSON of a name and arguments.
+        """
+        function = {"name": NAME, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        asked = {"role": "user", "content": "a"}
+        call = {"id": call_id(0, 0), "type": "function", "function": {"name": NAME, "arguments": {ARGUMENT: VALUE}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tools = [{"type": "function", "function": function}]
+        before = template.render([asked], True, tools)
+        whole = template.render([asked, said], False, tools)
+        said = whole[len(before) :] if whole.startswith(before) else whole[whole.rfind(NAME) - 400 :]
+        for start in (i for i, character in enumerate(said) if character == "{"):
+            if found := _of_call(said, start):
+                head = said[:start].rstrip().rstrip("[").split()
+                return cls(head[-1] if head else "", *found)
+        raise DataError(
+            f"the chat template of {template.path} writes a call of a tool not as JSON with its name and arguments: choose another "
+            "in data.chat_template, or give the environment a method calls(text) that reads them"
+        )
+
+    def calls(self, text: str, turn: int) -> list[ToolCall]:
+        """The calls in a turn, in order; those that cannot be read have a complaint.
+
+        Args:
+            text: special tokens included.
+            turn: its number, for their ids.
+        """
+        return [
+            ToolCall(*found, id=call_id(turn, number), complaint=complaint)
+            for number, (found, complaint) in enumerate(self._found(text))
+        ]
+
+    def _found(self, text: str) -> Iterator[tuple[tuple[str, Mapping[str, Any]], str | None]]:
+        if self.marker:
+            parts = text.split(self.marker)[1:]
+        else:
+            parts = [text] if text.lstrip().startswith("{") else []
+        for part in parts:
+            try:
+                value, _ = _DECODER.raw_decode(part.lstrip())
+            except (ValueError, RecursionError) as error:
+                yield ("", {}), f"no JSON: {error}"
+                continue
+            for call in value if isinstance(value, list) else [value]:
+                yield self._read(call)
+
+    def _read(self, call: Any) -> tuple[tuple[str, Mapping[str, Any]], str | None]:
+        name = call.get(self.name_key) if isinstance(call, dict) else None
+        if not isinstance(name, str):
+            return ("", {}), f'no object with a "{self.name_key}", a text'
+        arguments = call.get(self.arguments_key, {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                pass
+        if not isinstance(arguments, dict):
+            return (name, {}), f'"{self.arguments_key}" is no object'
+        return (name, arguments), None
+
+
+def _of_call(text: str, start: int) -> tuple[str, str, bool] | None:
+    """(key of the name, key of the arguments, whether those are text) of the JSON that begins here, if it is the call."""
+    try:
+        value, _ = _DECODER.raw_decode(text, start)
+    except ValueError:
+        return None
+    names = [key for key, x in value.items() if x == NAME]
+    for key, x in value.items():
+        try:
+            as_text, x = isinstance(x, str), json.loads(x) if isinstance(x, str) else x
+        except ValueError:
+            continue
+        if names and x == {ARGUMENT: VALUE}:
+            return names[0], key, as_text
+    return None
