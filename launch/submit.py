@@ -187,7 +187,8 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     """What the recipe itself would refuse, on every rank; what the planner says of it."""
     from megatron_ext.models.placement import Placement
     from recipes.cli.config import build
-    from recipes.grpo.rewards import get_reward
+    from recipes.environments.registry import get_environment
+    from recipes.grpo.rewards import reward_for
     from recipes.run.pretrained import Pretrained, configure
     from recipes.run.run_folder import check_run_folder
 
@@ -209,10 +210,18 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
             checkpoint.check(typed.model)
     if recipe.asks_reward:
         reward = reward_to_serve(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
-        name = reward.get("name", "") if isinstance(reward, dict) else reward
-        if not (isinstance(name, str) and ("." in name or ":" in name)):  # one's own need not be importable here
-            get_reward(reward)
+        environment = typed.trainer.grpo.environment
+        if not is_own(environment):  # one's own need not be importable here
+            environment = get_environment(environment)
+            if not is_own(reward):
+                reward_for(reward, environment)
     return check_memory(args, typed) if recipe.planned else None
+
+
+def is_own(spec: Any) -> bool:
+    """Whether it names something by its path."""
+    name = spec.get("name", "") if isinstance(spec, dict) else spec
+    return isinstance(name, str) and ("." in name or ":" in name)
 
 
 def reward_to_serve(text: str) -> Any:

@@ -13,8 +13,9 @@ from pathlib import Path
 def main(cfg: dict, loggers) -> None:
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
+    from recipes.environments.registry import environment_file, get_environment
     from recipes.grpo.recorded import load_recorded
-    from recipes.grpo.rewards import check_rows, get_reward, reward_file, row_keys
+    from recipes.grpo.rewards import check_rows, reward_file, reward_for, row_keys
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
     from recipes.run.contents import Contents
@@ -23,29 +24,36 @@ def main(cfg: dict, loggers) -> None:
     from recipes.run.session import Session
 
     config = configure(GRPOConfig, cfg)
-    reward = get_reward(config.trainer.grpo.reward)
+    grpo = config.trainer.grpo
+    environment = get_environment(grpo.environment)
+    reward = reward_for(grpo.reward, environment)
     inputs = Inputs.check(config)
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)
     keys = row_keys(reward)
     train, validation = (
-        load_prompts(path, inputs.tokenizer, limit, video, config.data, keys) if path else []
+        load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, environment and environment.opening)
+        if path
+        else []
         for path in (config.data.train_path, config.data.validation_path)
     )
-    recorded = load_recorded(config, inputs.tokenizer) if config.trainer.grpo.rollout.source == "file" else []
+    recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
-    code = {"trainer.grpo.reward": reward_file(config.trainer.grpo.reward)}
+    code = {
+        "trainer.grpo.reward": reward_file(grpo.reward),
+        "trainer.grpo.environment": environment_file(grpo.environment),
+    }
     rows = {"data.train_path": train, "data.validation_path": validation, "trainer.grpo.rollout.path": recorded}
     contents = Contents(inputs, rows, code, in_order=["trainer.grpo.rollout.path"])
     with Session.start(inputs, loggers, contents) as session:
         if recorded:
             session.say(
-                f"responses and rewards come from {config.trainer.grpo.rollout.path}; trainer.grpo.reward scores answers to "
+                f"responses and rewards come from {grpo.rollout.path}; trainer.grpo.reward scores answers to "
                 "data.validation_path alone"
             )
-        GRPOTrainer(session, reward, train, validation, recorded).fit()
+        GRPOTrainer(session, reward, train, validation, recorded, environment).fit()
 
 
 if __name__ == "__main__":

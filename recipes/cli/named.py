@@ -55,6 +55,13 @@ class Registry:
 
         return remember
 
+    @property
+    def names(self) -> list[str]:
+        """Of ours, sorted."""
+        for module in self.modules:
+            importlib.import_module(module)
+        return sorted(self._known)
+
     def name(self, spec: Spec) -> str:
         """
         Raises:
@@ -75,17 +82,16 @@ class Registry:
             ConfigError: an unknown name, a module that does not import.
         """
         name = self.name(spec)
-        for module in self.modules:
-            importlib.import_module(module)
+        known = self.names
         options = {} if isinstance(spec, str) else {str(k): v for k, v in spec.items() if k != "name"}
         if name in self._known:
             return name, self._known[name], options
         if "." in name or ":" in name:
             return name, self._import(name), options
-        close = get_close_matches(name, self._known, n=1)
+        close = get_close_matches(name, known, n=1)
         guess = f"; did you mean {close[0]}? There" if close else "; there"
         raise ConfigError(
-            f"{self.key}: unknown {self.kind} {name}{guess} are {', '.join(sorted(self._known))}, and any {self.noun} by its "
+            f"{self.key}: unknown {self.kind} {name}{guess} are {', '.join(known)}, and any {self.noun} by its "
             f"path, package.module.{self.noun}"
         )
 

@@ -30,8 +30,8 @@ PLAIN = RowsSection()
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, and the conversation that it
-    is, if it is no plain text.
+    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, and the conversation that
+    it is, if it is no plain text.
 
     Where there is a video, `placeholder` stands among the tokens once for each of the video's tokens.
     """
@@ -117,7 +117,9 @@ class Opening:
         read = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
         if isinstance(prompt, str):
             if self.tools:
-                raise DataError(f"{where}: tools are offered by a chat template, and the prompt is plain text: write messages")
+                raise DataError(
+                    f"{where}: tools are offered by a chat template, and the prompt is plain text: write messages"
+                )
             return read | {"prompt": prompt}
         if self.tools and read.get("tools") is not None:
             raise DataError(f"{where}: the row has tools, and the environment offers its own: leave them out")

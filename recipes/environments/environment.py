@@ -1,16 +1,16 @@
 """What an environment is: it writes the prompt of a row, answers the model's turns, and says when a conversation has ended.
 
-    class Doubling(Environment):
-        row_keys = ("number",)
-        gives_reward = True
+class Doubling(Environment):
+    row_keys = ("number",)
+    gives_reward = True
 
-        def start(self, row):
-            return [{"role": "user", "content": f"Double {row['number']}."}]
+    def start(self, row):
+        return [{"role": "user", "content": f"Double {row['number']}."}]
 
-        def step(self, talk):
-            if talk.said == str(2 * talk.row["number"]):
-                return End(1.0)
-            return Observation([{"role": "user", "content": "No. Again."}]) if len(talk.turns) < 3 else End(0.0)
+    def step(self, talk):
+        if talk.said == str(2 * talk.row["number"]):
+            return End(1.0)
+        return Observation([{"role": "user", "content": "No. Again."}]) if len(talk.turns) < 3 else End(0.0)
 """
 
 from __future__ import annotations

@@ -11,12 +11,17 @@ from recipes.cli.config import ConfigError
 from recipes.environments.environment import End, Environment, Messages, Observation, Talk
 from recipes.environments.registry import KEY, register_environment
 
-__all__ = ["GuessNumber", "question"]
+__all__ = ["GuessNumber", "answer", "question"]
 
 
 def question(highest: int) -> str:
     """What the model is asked."""
     return f"Guess my number, from 1 to {highest}."
+
+
+def answer(guess: int | None, secret: int) -> str:
+    """What it hears of a guess that was wrong; None: of a turn without a number."""
+    return "A number, please." if guess is None else "Higher." if guess < secret else "Lower."
 
 
 @register_environment("guess_number")
@@ -49,10 +54,10 @@ class GuessNumber(Environment):
 
     def step(self, talk: Talk) -> Observation | End:
         secret, before = talk.row["secret"], len(talk.turns) - 1
-        guess = re.search(r"\d{1,9}", talk.said)
-        if guess and int(guess[0]) == secret:
+        found = re.search(r"\d{1,9}", talk.said)
+        guess = int(found[0]) if found else None
+        if guess == secret:
             return End(1.0 - self.haste * before)
         if before + 1 >= self.turns:
             return End(0.0)
-        hint = "A number, please." if guess is None else "Higher." if int(guess[0]) < secret else "Lower."
-        return Observation([{"role": "user", "content": hint}])
+        return Observation([{"role": "user", "content": answer(guess, secret)}])

@@ -1,8 +1,8 @@
 """Environments by name, or one's own by dotted path.
 
-    environment: calculator
-    environment: {name: guess_number, turns: 4}
-    environment: my_package.my_module.MyEnvironment
+environment: calculator
+environment: {name: guess_number, turns: 4}
+environment: my_package.my_module.MyEnvironment
 """
 
 from __future__ import annotations

@@ -63,9 +63,10 @@ def answer_tokens(
             f"in the chat template of {tokenizer.path} the end of a turn and what follows are one token: it cannot be said where "
             "a turn ends; name another in data.chat_template"
         )
-    tokenizer.check_whole(rendered, whole)
+    tail = whole[len(begin) :]
+    tokenizer.check_whole(rendered[at:], tail)
     end = () if ended_by in tokenizer.stop_ids else begin[-1:]
-    return _not_empty((*end, *whole[len(begin) :]))
+    return _not_empty((*end, *tail))
 
 
 def _messages(tokenizer: Tokenizer, answer: Messages) -> list[dict[str, Any]]:

@@ -61,8 +61,8 @@ class ToolFormat:
                 head = said[:start].rstrip().rstrip("[").split()
                 return cls(head[-1] if head else "", *found)
         raise DataError(
-            f"the chat template of {template.path} writes a call of a tool not as JSON with its name and arguments: choose another "
-            "in data.chat_template, or give the environment a method calls(text) that reads them"
+            f"the chat template of {template.path} writes a call of a tool not as JSON with its name and arguments: choose "
+            "another in data.chat_template, or give the environment a method calls(text) that reads them"
         )
 
     def calls(self, text: str, turn: int) -> list[ToolCall]:

@@ -24,9 +24,12 @@ from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
 from recipes.cli.named import Registry, describe
 from recipes.data.rows import Prompt
+from recipes.environments.registry import Named
 from recipes.grpo.exact_answer import ExactAnswer
 
-__all__ = ["Reward", "RewardError", "check_rows", "get_reward", "register_reward", "reward_file", "row_keys", "score"]
+__all__ = [
+    "Reward", "RewardError", "check_rows", "get_reward", "register_reward", "reward_file", "reward_for", "row_keys", "score",
+]  # fmt: skip
 
 Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
 KEY = "trainer.grpo.reward"
@@ -76,13 +79,32 @@ def get_reward(spec: str | Mapping[str, Any]) -> Reward:
     return _Named(name, reward)
 
 
-def row_keys(reward: Reward) -> Collection[str] | None:
+def reward_for(spec: str | Mapping[str, Any] | None, environment: Named | None) -> Reward | None:
+    """The reward beside an environment; None where that gives it.
+
+    Raises:
+        ConfigError: both give one, or none does; or as `get_reward`.
+    """
+    gives = environment is not None and environment.kind.gives_reward
+    if gives and spec is not None:
+        raise ConfigError(
+            f"{KEY}={spec}, and trainer.grpo.environment={environment.name} gives rewards itself: set {KEY}=null"
+        )
+    if not gives and spec is None:
+        among = ", ".join(REGISTRY.names)
+        raise ConfigError(f"{KEY} is not set: name what scores responses, {among} or the path of a function of yours")
+    return None if spec is None else get_reward(spec)
+
+
+def row_keys(reward: Reward | None) -> Collection[str] | None:
     """Which keys a reward reads of a row beside the prompt, if it says so in an attribute `row_keys`; None: it is handed the row
     and does not say.
 
     Raises:
         ConfigError: an attribute that is no list of keys.
     """
+    if reward is None:
+        return ()
     target = reward.reward
     keys = getattr(target.func if isinstance(target, partial) else target, "row_keys", None)
     if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
@@ -90,18 +112,18 @@ def row_keys(reward: Reward) -> Collection[str] | None:
     return keys
 
 
-def reward_file(spec: str | Mapping[str, Any]) -> Path | None:
-    """Where a reward of one's own is written, once it has been got; None for ours."""
-    return REGISTRY.file(spec)
+def reward_file(spec: str | Mapping[str, Any] | None) -> Path | None:
+    """Where a reward of one's own is written, once it has been got; None for ours, and for none."""
+    return None if spec is None else REGISTRY.file(spec)
 
 
-def check_rows(reward: Reward, prompts: Sequence[Prompt], path: str) -> None:
+def check_rows(reward: Reward | None, prompts: Sequence[Prompt], path: str) -> None:
     """Let a reward refuse rows before the run starts, if it has a method `check(row)` that raises for a bad one.
 
     Raises:
         RewardError: with the file and line of the first row that it refuses.
     """
-    check = getattr(reward.reward, "check", None)
+    check = None if reward is None else getattr(reward.reward, "check", None)
     for prompt in prompts if check else ():
         try:
             check(prompt.row)

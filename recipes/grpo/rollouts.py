@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -14,6 +14,9 @@ from megatron_ext.rollouts import Request, Source, Trajectory
 from megatron_ext.runtime.collectives import broadcast, gather_objects, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
+from recipes.environments.registry import Named
+from recipes.environments.tool_calls import ToolFormat
+from recipes.grpo.conversations import Conversations
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.rewards import Reward, score
 from recipes.grpo.settings import GRPOConfig
@@ -44,12 +47,23 @@ class RolloutSampler:
     Args:
         session: the run.
         source: what samples; one that is read from a file brings rewards, too.
-        reward: see `recipes.grpo.rewards`.
+        reward: see `recipes.grpo.rewards`; None where environments give it.
+        environment: what answers the turns of a response; None: it has one.
         answers: what samples answers to the prompts of a validation; None: the same.
     """
 
-    def __init__(self, session: Session, source: Source, reward: Reward, answers: Source | None = None):
+    def __init__(
+        self,
+        session: Session,
+        source: Source,
+        reward: Reward | None,
+        environment: Named | None = None,
+        answers: Source | None = None,
+    ):
         self.session, self.source, self.reward, self.answers = session, source, reward, answers or source
+        self.environment, self.tools = environment, None
+        if environment is not None and environment.kind.tools:
+            self.tools = ToolFormat.of(session.inputs.tokenizer.template)
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.context_size = parallel_state.get_context_parallel_world_size()
@@ -68,7 +82,8 @@ class RolloutSampler:
         mine = self._mine(prompts)
         key = self.config.model.seed, step
         given = [p.for_model() for p in prompts[mine]]
-        return Request.each(given, settings.samples_per_prompt, params, key, first + mine.start)
+        requests = Request.each(given, settings.samples_per_prompt, params, key, first + mine.start)
+        return self._with_environments(requests, prompts[mine])
 
     def scored(self, prompts: list[Prompt], requests: list[Request], trajectories: list[list[Trajectory]]) -> Rollouts:
         """With rewards and advantages.
@@ -80,7 +95,7 @@ class RolloutSampler:
         if isinstance(self.source, RecordedSource):
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
         else:
-            rewards = self._rewards(prompts[mine], trajectories)
+            rewards = self._rewards(requests, prompts[mine], trajectories)
         trajectories, rewards = self._from_all_context_ranks(trajectories, rewards)
         advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
         return Rollouts(prompts, trajectories, rewards, advantages)
@@ -111,24 +126,49 @@ class RolloutSampler:
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
         requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]
-        return self._rewards(prompts, self.answers.sample(requests))
+        requests = self._with_environments(requests, prompts)
+        return self._rewards(requests, prompts, self.answers.sample(requests))
 
-    def _rewards(self, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
+    def _with_environments(self, requests: list[Request], prompts: list[Prompt]) -> list[Request]:
+        if self.environment is None:
+            return requests
+        tokenizer, turns = self.session.inputs.tokenizer, self.settings.max_turns
+        return [
+            replace(request, environment=Conversations(self.environment, tokenizer, prompt, self.tools, turns))
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+
+    def _rewards(self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
         """Rewards [prompts, samples] in fp64, computed once per model-parallel group and told to its other ranks."""
         samples = len(trajectories[0]) if trajectories else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
         rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
         with together(group):
             if group.rank() == 0:
-                texts = response_texts(self.session.inputs.tokenizer, prompts, trajectories)
-                rows = [p.row for p in prompts for _ in range(samples)]
-                values = score(self.reward, texts, rows)
-                rewards.copy_(torch.tensor(values, dtype=torch.float64).view_as(rewards))
+                values = torch.zeros(len(prompts) * samples, dtype=torch.float64)
+                if self.environment is not None:
+                    values += torch.tensor(
+                        [r.environment.reward(i) for r in requests for i in range(samples)], dtype=torch.float64
+                    )
+                if self.reward is not None:
+                    texts = self._answers(requests, prompts, trajectories)
+                    rows = [p.row for p in prompts for _ in range(samples)]
+                    values += torch.tensor(score(self.reward, texts, rows), dtype=torch.float64)
+                rewards.copy_(values.view_as(rewards))
         return broadcast(rewards, 0, group)
+
+    def _answers(
+        self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]
+    ) -> list[str]:
+        """What a reward reads, prompt by prompt: the text that each trajectory adds to that of its prompt, or its last turn."""
+        if self.environment is not None:
+            pairs = zip(requests, trajectories, strict=True)
+            return [r.environment.answer(i, t) for r, group in pairs for i, t in enumerate(group)]
+        return response_texts(self.session.inputs.tokenizer, prompts, trajectories)
 
 
 def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> list[str]:
-    """What a reward reads, prompt by prompt: the text that each trajectory adds to that of its prompt."""
+    """Prompt by prompt the text that each trajectory adds to that of its prompt."""
     pairs = zip(prompts, trajectories, strict=True)
     return [tokenizer.decode_response(p.tokens, t.tokens) for p, group in pairs for t in group]
 

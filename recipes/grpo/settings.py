@@ -14,6 +14,7 @@ from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
+from recipes.environments.registry import SINGLE_TURN
 from recipes.grpo.sampling import (
     LengthSection,
     OffPolicySection,
@@ -48,8 +49,14 @@ class GRPOSettings:
     # Responses of each prompt, which are compared with each other: at least 2, usually 8 to 64.
     samples_per_prompt: int
     # What scores responses: exact_answer, regex, length, http, the dotted path of a function of yours, or {name: one of
-    # them, and its options}. docs/extending.md has how to write one.
-    reward: Any
+    # them, and its options}. docs/extending.md has how to write one. null where an environment gives rewards itself.
+    reward: Any = None
+    # What answers the model when it has spoken: single_turn, nothing; calculator, a tool; guess_number, a game; the dotted path
+    # of a class of yours, or {name: one of them, and its options}. docs/environments.md has how to write one.
+    environment: Any = SINGLE_TURN
+    # Turns that a response has at most; null: as many as its environment goes on for. All of them and what is observed
+    # in between count in length_params.max_length.
+    max_turns: int | None = None
     # Tokens whose keys and values sampling holds at most on a rank, in pages of 32, a prompt's once for all its responses;
     # what has no room waits. null: no bound, the whole step is sampled at once. Set it where memory is short.
     # For our own sampler: rollout.source=vllm does not ask.
@@ -115,11 +122,16 @@ class GRPOSettings:
     rollout_dump: Record[RolloutDumpSection | None] = None
 
     def __post_init__(self):
-        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens")
+        at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens", "max_turns")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
             "initial_policy_kl_penalty", "ratio_eps", "log_samples", "max_staleness",
         )  # fmt: skip
+        if self.max_turns is not None and self.environment == SINGLE_TURN:
+            raise UserError(
+                f"trainer.grpo.max_turns={self.max_turns} is for environments, and trainer.grpo.environment={SINGLE_TURN} has "
+                "one turn: set it to null, or name an environment"
+            )
         if self.samples_per_prompt < 2:
             raise UserError(
                 f"trainer.grpo.samples_per_prompt={self.samples_per_prompt}: a response is compared with the others of "

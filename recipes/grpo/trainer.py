@@ -20,6 +20,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler, InOrder
+from recipes.environments.registry import Named
 from recipes.grpo.ahead import AheadSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
 from recipes.grpo.objective import objective
@@ -41,18 +42,20 @@ class GRPOTrainer(Trainer):
     """
     Args:
         session: the run.
-        reward: see `recipes.grpo.rewards`.
+        reward: see `recipes.grpo.rewards`; None where environments give it.
         train, validation: prompts; validation may be empty.
         recorded: in place of `train`, prompts with their responses and rewards.
+        environment: what answers the turns of a response; None: it has one.
     """
 
     def __init__(
         self,
         session: Session,
-        reward: Reward,
+        reward: Reward | None,
         train: list[Prompt],
         validation: list[Prompt],
         recorded: Sequence[RecordedGroup] = (),
+        environment: Named | None = None,
     ):
         self.session = session
         self.config: GRPOConfig = session.config
@@ -67,11 +70,11 @@ class GRPOTrainer(Trainer):
             self.train = [group.for_prompt() for group in recorded]
             self.order = InOrder(*place)
             source = RecordedSource(recorded, settings.num_prompts_per_grpo_step)
-            self.sampler = RolloutSampler(session, source, reward, answers=self._source())
+            self.sampler = RolloutSampler(session, source, reward, environment, answers=self._source())
         else:
             batch, *rank = place
             self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
-            self.sampler = RolloutSampler(session, self._source(), reward)
+            self.sampler = RolloutSampler(session, self._source(), reward, environment)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
         self.recorder = Recorder(session)
         off_policy = None if settings.off_policy is None else settings.off_policy.terms
@@ -202,18 +205,20 @@ class GRPOTrainer(Trainer):
             session.write_table(step, "train_rollouts/samples", COLUMNS, rows)
 
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        lengths = [len(t) for group in rollouts.trajectories for t in group]
-        cut = sum(t.truncated for group in rollouts.trajectories for t in group)
-        reward, length, cut, useful, responses, prompts = self.session.sum_over_data(
-            rollouts.rewards.sum().item(), sum(lengths), cut, groups_with_signal(rollouts.rewards).sum().item(),
-            len(lengths), len(rollouts.prompts),
-        )  # fmt: skip
-        return {
-            "train_rollouts/reward": reward / responses,
-            "train_rollouts/response_length": length / responses,
-            "train_rollouts/truncated": cut / responses,
-            "train_rollouts/groups_with_signal": useful / prompts,
+        everything = [t for group in rollouts.trajectories for t in group]
+        sums = {
+            "reward": rollouts.rewards.sum().item(),
+            "response_length": sum(map(len, everything)),
+            "truncated": sum(t.truncated for t in everything),
+            "turns": sum(p.sampled for t in everything for p in t.passages),
+            "observed_length": sum(len(p.tokens) for t in everything for p in t.passages if not p.sampled),
         }
+        useful = groups_with_signal(rollouts.rewards).sum().item()
+        *found, useful, responses, prompts = self.session.sum_over_data(
+            *sums.values(), useful, len(everything), len(rollouts.prompts)
+        )
+        means = {f"train_rollouts/{name}": x / responses for name, x in zip(sums, found, strict=True)}
+        return means | {"train_rollouts/groups_with_signal": useful / prompts}
 
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -27,7 +27,13 @@ METRICS = {
     "train_rollouts/response_length": Metric(
         "GRPO",
         "tokens",
-        "Mean length of the sampled responses, their end token included.",
+        "Mean length of the responses, their end token and what they observed included.",
+    ),
+    "train_rollouts/turns": Metric(
+        "GRPO", "turns", "Mean of what a response said at a time: 1 without an environment."
+    ),
+    "train_rollouts/observed_length": Metric(
+        "GRPO", "tokens", "Mean of what a response read of its environment, which is context and never trained."
     ),
     "train_rollouts/truncated": Metric(
         "GRPO",
