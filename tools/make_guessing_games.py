@@ -1,8 +1,8 @@
 """Write the task of `environment: guess_number`: games for GRPO, and conversations for the warm start.
 
-In the conversations every guess is drawn at random, whatever has been answered, so what SFT teaches is how to speak and not how to
-play: with 4 guesses at 16 numbers the warm start finds 1 - (15/16)^4 = 23 % of them. GRPO sees nothing but whether the number was
-found; halving finds 15 of 16.
+In the conversations every guess is drawn at random, whatever has been answered, so what SFT teaches is how to speak and not how
+to play: with 4 guesses at 16 numbers the warm start finds 1 - (15/16)^4 = 23 % of them. GRPO sees nothing but whether the number
+was found; halving finds 15 of 16.
 
     python tools/make_guessing_games.py --out runs/games --seed 1
     python recipes/train_sft.py --config-name sft_tiny data.train_path=runs/games/sft.jsonl \\
@@ -32,13 +32,16 @@ TEMPLATE = (
 
 
 def conversation(rng: random.Random, highest: int, turns: int) -> list[dict[str, str]]:
-    secret, messages = rng.randint(1, highest), [{"role": "user", "content": question(highest)}]
-    for turn in range(turns):
+    """It ends with the guess that is right, or with the last one."""
+    secret, messages = rng.randint(1, highest), []
+    heard = question(highest)
+    for _ in range(turns):
         guess = rng.randint(1, highest)
-        messages.append({"role": "assistant", "content": str(guess)})
-        if guess == secret or turn == turns - 1:
-            return messages
-        messages.append({"role": "user", "content": answer(guess, secret)})
+        messages += [{"role": "user", "content": heard}, {"role": "assistant", "content": str(guess)}]
+        if guess == secret:
+            break
+        heard = answer(guess, secret)
+    return messages
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -62,7 +65,10 @@ def main() -> None:
     rng = random.Random(args.seed)
     talks = [conversation(rng, args.highest, args.turns) for _ in range(args.sft)]
     write(args.out / "sft.jsonl", [{"messages": talk} for talk in talks])
-    write(args.out / "train.jsonl", [{"secret": rng.randint(1, args.highest), "highest": args.highest} for _ in range(args.train)])
+    write(
+        args.out / "train.jsonl",
+        [{"secret": rng.randint(1, args.highest), "highest": args.highest} for _ in range(args.train)],
+    )
     texts = [f"{m['role']}: {m['content']}" for talk in talks for m in talk] + ["A number, please."]
     train_tokenizer(args.out / "tokenizer", texts, 320)
     (args.out / "tokenizer/chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")

@@ -49,17 +49,17 @@ class ToolFormat:
             DataError: the template writes no calls, or no JSON of a name and arguments.
         """
         function = {"name": NAME, "description": "a", "parameters": {"type": "object", "properties": {}}}
-        asked = {"role": "user", "content": "a"}
         call = {"id": call_id(0, 0), "type": "function", "function": {"name": NAME, "arguments": {ARGUMENT: VALUE}}}
-        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}
         tools = [{"type": "function", "function": function}]
         before = template.render([asked], True, tools)
         whole = template.render([asked, said], False, tools)
-        said = whole[len(before) :] if whole.startswith(before) else whole[whole.rfind(NAME) - 400 :]
-        for start in (i for i, character in enumerate(said) if character == "{"):
-            if found := _of_call(said, start):
-                head = said[:start].rstrip().rstrip("[").split()
-                return cls(head[-1] if head else "", *found)
+        text = whole[len(before) :] if whole.startswith(before) else whole[whole.rfind(NAME) - 400 :]
+        for start in (i for i, character in enumerate(text) if character == "{"):
+            if found := _of_call(text, start):
+                head = _common_end(text[:start], _earlier(template, [asked, said], call["id"], tools, text[start:]))
+                words = head.rstrip().rstrip("[").split()
+                return cls(words[-1] if words else "", *found)
         raise DataError(
             f"the chat template of {template.path} writes a call of a tool not as JSON with its name and arguments: choose "
             "another in data.chat_template, or give the environment a method calls(text) that reads them"
@@ -104,6 +104,26 @@ class ToolFormat:
         if not isinstance(arguments, dict):
             return (name, {}), f'"{self.arguments_key}" is no object'
         return (name, arguments), None
+
+
+def _earlier(template: ChatTemplate, talk: list[dict], name: str, tools: list[dict], call: str) -> str | None:
+    """What stands before the call once the conversation has gone on: some write a turn's thinking, even none, in the last one
+    alone. None: the template refuses such a conversation."""
+    more = {"role": "tool", "tool_call_id": name, "content": "a"}, {"role": "assistant", "content": "a"}
+    try:
+        whole = template.render([*talk, *more, {"role": "user", "content": "a"}], False, tools)
+    except DataError:
+        return None
+    return whole[: whole.rfind(call[: call.index(VALUE)])]
+
+
+def _common_end(a: str, b: str | None) -> str:
+    if b is None:
+        return a
+    count = next(
+        (i for i, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y), min(len(a), len(b))
+    )
+    return a[len(a) - count :]
 
 
 def _of_call(text: str, start: int) -> tuple[str, str, bool] | None:
