@@ -36,8 +36,8 @@ __all__ = [
     "sharing_pays",
 ]
 
-# Every group as `PrefixTree.from_nested` reads it: (P, [S1, S2, ...]), or deeper.
-Lengths = Sequence[tuple[int, Sequence[Nested]]]
+# Every group as `PrefixTree.from_nested` reads it, (P, [S1, S2, ...]) or deeper; or its tree.
+Lengths = Sequence[tuple[int, Sequence[Nested]] | PrefixTree]
 
 # A product y = x w has two products in its backward, of the same size.
 BACKWARD_OVER_FORWARD = 2
@@ -135,7 +135,7 @@ def attention_pairs(lengths: Lengths, share_prefix: bool = True, window: int | N
 
 
 def _trees(lengths: Lengths) -> list[PrefixTree]:
-    return [PrefixTree.from_nested(group) for group in lengths]
+    return [group if isinstance(group, PrefixTree) else PrefixTree.from_nested(group) for group in lengths]
 
 
 def attention_flops(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.flops import ModelShape, ideal_speedup, sharing_pays
+from megatron_ext.flops import ModelShape
 from megatron_ext.losses.grpo import token_weights
 from megatron_ext.losses.off_policy import rejected_responses
 from megatron_ext.models.config import stream_multiple
@@ -21,11 +20,10 @@ from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Microbatch
 from recipes.grpo.rollouts import Rollouts, in_parts
 from recipes.grpo.settings import GRPOConfig
+from recipes.grpo.sharing import Shared, Sharing
 from recipes.run.session import Session
 
 __all__ = ["BatchMaker", "GRPOMicrobatch"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ class BatchMaker:
         self.local_prompts = self.settings.num_prompts_per_grpo_step // session.data_size
         self.local_update_prompts = self.config.prompts_per_update // session.data_size
         self.level = "token" if self.settings.token_level_loss else "sequence"
-        self._shared_last: bool | None = None
+        self.sharing = Sharing(self.config.model)
 
     def updates(self, rollouts: Rollouts) -> tuple[list[list[GRPOMicrobatch]], dict[str, float]]:
         """The microbatches of each optimizer step on this rank, and what their packing is worth."""
@@ -75,41 +73,21 @@ class BatchMaker:
                 groups = range(first, first + self.local_update_prompts)
                 parts = [Part(g, tuple(range(self.settings.samples_per_prompt))) for g in groups]
                 cuts = [cut for _, cut in in_parts(parts, model.micro_batch_size)]
-                share, before = (
-                    self._shares_prefix(rollouts.lengths(groups)),
-                    self.session.data_rank * self.local_prompts,
-                )
-                updates.append(self._microbatches(rollouts, cuts, share, before))
+                shared, before = self.sharing.of(rollouts, groups), self.session.data_rank * self.local_prompts
+                updates.append(self._microbatches(rollouts, cuts, shared, before))
             return updates, {}
         everything, data = self._from_all_data_ranks(rollouts), self.session
         count = self.local_update_prompts * data.data_size
         updates, kept = [], []
         for first in range(0, len(everything.prompts), count):
-            lengths = everything.lengths(range(first, first + count))
-            share = self._shares_prefix(lengths)
-            packed = pack_groups(lengths, model.micro_batch_tokens, data.data_size, self.shape, share)
+            groups = range(first, first + count)
+            shared, lengths = self.sharing.of(everything, groups), everything.lengths(groups)
+            packed = pack_groups(lengths, model.micro_batch_tokens, data.data_size, self.shape, shared.prefix)
             cuts = [[Part(first + p.group, p.responses) for p in cut] for cut in packed[data.data_rank]]
-            updates.append(self._microbatches(everything, cuts, share))
-            if share:
+            updates.append(self._microbatches(everything, cuts, shared))
+            if shared.prefix:
                 kept.append(saving_kept(lengths, [cut for rank in packed for cut in rank]))
         return updates, {"train_optim/saving_kept": sum(kept) / len(kept)} if kept else {}
-
-    def _shares_prefix(self, lengths: list[tuple[int, list[int]]]) -> bool:
-        """model.prefix_grouping, and for "auto" what the operations promise; a changed choice is logged."""
-        setting = self.config.model.prefix_grouping
-        if setting != "auto":
-            return setting
-        if self.config.model.min_shared_tokens is not None:
-            return True  # asked for, and what a tree saves is not told by these lengths
-        share = sharing_pays(self.shape, lengths)
-        if share != self._shared_last:
-            logger.info(
-                "prefix grouping is %s: counting operations it is %.2f times as fast",
-                "on" if share else "off",
-                ideal_speedup(self.shape, lengths),
-            )
-            self._shared_last = share
-        return share
 
     def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
         """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
@@ -122,7 +100,7 @@ class BatchMaker:
         return Rollouts(prompts, trajectories, rewards, advantages)
 
     def _microbatches(
-        self, rollouts: Rollouts, cuts: list[list[Part]], share_prefix: bool, before: int = 0
+        self, rollouts: Rollouts, cuts: list[list[Part]], shared: Shared, before: int = 0
     ) -> list[GRPOMicrobatch]:
         """A stream for each cut, each token weighted by the counts of the GLOBAL batch.
 
@@ -140,8 +118,8 @@ class BatchMaker:
                     model.position_embedding.scheme,
                     stream_multiple(model),
                     self.session.device,
-                    share_prefix=share_prefix,
-                    min_shared=model.min_shared_tokens if share_prefix else None,
+                    share_prefix=shared.prefix,
+                    min_shared=shared.beginnings,
                 )
             )
             masks.append([self._trained(t) for group in found for t in group])

@@ -197,16 +197,21 @@ class GRPOModel(TrainedModel):
     # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
     # counting operations promises less than 1.05 times the speed.
     prefix_grouping: Speed[bool | str] = "auto"
-    # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns
-    # of a conversation or steps of an agent; prefix_grouping: auto is then on. null: they share the prompt only.
-    min_shared_tokens: Speed[int | None] = None
+    # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns of a
+    # conversation or steps of an agent. "auto": where responses have several turns, and counting operations promises 1.05
+    # times the speed. null: they share the prompt only.
+    min_shared_tokens: Speed[int | str | None] = "auto"
 
     def __post_init__(self):
         super().__post_init__()
-        at_least("model", self, 1, "micro_batch_tokens", "min_shared_tokens")
+        at_least("model", self, 1, "micro_batch_tokens")
+        if isinstance(self.min_shared_tokens, int):
+            at_least("model", self, 1, "min_shared_tokens")
+        elif self.min_shared_tokens not in ("auto", None):
+            raise UserError(f"model.min_shared_tokens must be auto, a number or null, got {self.min_shared_tokens!r}")
         if self.prefix_grouping not in (True, False, "auto"):
             raise UserError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
-        if self.prefix_grouping is False and self.min_shared_tokens is not None:
+        if self.prefix_grouping is False and isinstance(self.min_shared_tokens, int):
             raise UserError(
                 f"model.min_shared_tokens={self.min_shared_tokens} shares beginnings, model.prefix_grouping=false shares "
                 "nothing: set one of them otherwise"
