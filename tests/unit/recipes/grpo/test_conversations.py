@@ -61,7 +61,7 @@ def test_two_turns_with_a_tool_are_trained_as_a_tree_like_one_by_one(tokenizer, 
     (said,) = source.sample([Request(prompt.tokens, 3, params, (int(rng.initial_seed()),), environment=talks[0])])
     for number, trajectory in enumerate(said):
         first, heard, last = trajectory.passages
-        text = tokenizer.decode_response(prompt.tokens, first.tokens)
+        text = tokenizer.decode_whole(first.tokens)
         end = "" if first.tokens[-1] == tokenizer.eos_id else EOS
         result = f"{end}<start>user:<result>{3 * len(text)}</result><eos><start>assistant:"
         assert not heard.sampled and heard.tokens == tuple(tokenizer.encode(result))
