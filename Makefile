@@ -80,7 +80,7 @@ env: ## make or update .venv; nothing to do when setup.py and its pins are uncha
 	rm -f $(VENV)/stamp; touch $(VENV)/installing; \
 	echo "Installing into $(VENV): about 3 GB, some minutes"; \
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(PINS))"; \
-	$(PIP) -e '.[recipes,test]'; \
+	$(PIP) -e '.[recipes,test,gym]'; \
 	rm -f $(VENV)/installing; echo "$$want" > $(VENV)/stamp
 
 # An environment of its own, because vLLM pins what we pin otherwise. Made anew unless its stamp says that it was finished. The build

@@ -39,6 +39,9 @@ setup(
             "tqdm",  # progress bar over global steps
             "av>=18,<19",  # FFmpeg 8 in one wheel: decodes clips; 17 does not turn PNG by its EXIF, 19 opens otherwise
         ],
+        "gym": [
+            "reasoning-gym>=0.1.19",  # procedural problems with verifiers; it pins what it needs exactly, so it stands apart
+        ],
         # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
         "te": [
             "transformer-engine[pytorch]>=2.9,<2.21",  # fused layers and Adam; below 2.12 with megatron-core 0.16

@@ -1,6 +1,6 @@
 """Write the task of `environment: guess_number`: games for GRPO, and conversations for the warm start.
 
-In the conversations a share of the guesses (`--careful`) halves what is left, and the others are drawn at random, whatever was
+In the conversations a share of the guesses (`--careful`) heeds the last answer, and the others are drawn at random, whatever was
 answered: SFT teaches how to speak, and to play badly. GRPO sees nothing but whether the number was found. With 4 guesses at 16
 numbers, guessing at random finds 1 - (15/16)^4 = 23 % of them, and halving 15 of 16.
 
@@ -36,12 +36,12 @@ def conversation(rng: random.Random, highest: int, turns: int, careful: float) -
     secret, messages = rng.randint(1, highest), []
     heard, low, high = question(highest), 1, highest
     for _ in range(turns):
-        guess = (low + high) // 2 if rng.random() < careful else rng.randint(1, highest)
+        guess = rng.randint(low, high) if rng.random() < careful else rng.randint(1, highest)
         messages += [{"role": "user", "content": heard}, {"role": "assistant", "content": str(guess)}]
         if guess == secret:
             break
         heard = answer(guess, secret)
-        low, high = (max(low, guess + 1), high) if guess < secret else (low, min(high, guess - 1))
+        low, high = (guess + 1, highest) if guess < secret else (1, guess - 1)
     return messages
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--highest", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4, help="guesses of a game")
     parser.add_argument(
-        "--careful", type=float, default=0.25, help="share of the warm start's guesses that halve what is left"
+        "--careful", type=float, default=0.25, help="share of the warm start's guesses that heed the answer"
     )
     parser.add_argument("--sft", type=int, default=4000, help="conversations for the warm start")
     parser.add_argument("--train", type=int, default=2000, help="games for GRPO")

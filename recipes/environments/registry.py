@@ -65,6 +65,11 @@ def register_environment(name: str) -> Callable[[T], T]:
     return REGISTRY.register(name)
 
 
+@register_environment(SINGLE_TURN)
+class SingleTurn(Environment):
+    """A response is all that the model says. There is nothing to answer, so nobody is asked."""
+
+
 def get_environment(spec: str | Mapping[str, Any]) -> Named | None:
     """
     Returns:
@@ -73,15 +78,14 @@ def get_environment(spec: str | Mapping[str, Any]) -> Named | None:
     Raises:
         ConfigError: an unknown name, a module that does not import, something else than an `Environment`, wrong options.
     """
-    if spec == SINGLE_TURN:
-        return None
     name, target, options = REGISTRY.find(spec)
     if not (isinstance(target, type) and issubclass(target, Environment)):
         raise ConfigError(f"{KEY}: {name} is no subclass of recipes.environments.environment.Environment")
     make = partial(REGISTRY.with_options, name, target, options)
-    return Named(name, make, make())
+    kind = make()
+    return None if target is SingleTurn else Named(name, make, kind)
 
 
 def environment_file(spec: str | Mapping[str, Any]) -> Path | None:
     """Where one of one's own is written, once it has been got; None for ours."""
-    return None if spec == SINGLE_TURN else REGISTRY.file(spec)
+    return REGISTRY.file(spec)

@@ -37,7 +37,7 @@ KEY = "trainer.grpo.reward"
 RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
 # Modules that register rewards of ours, beside this one.
-REGISTRY = Registry(KEY, "reward", "function", ("recipes.grpo.reward_server",))
+REGISTRY = Registry(KEY, "reward", "function", ("recipes.grpo.reward_server", "recipes.grpo.reasoning_gym"))
 
 
 class RewardError(UserError):
