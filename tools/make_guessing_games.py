@@ -1,8 +1,8 @@
 """Write the task of `environment: guess_number`: games for GRPO, and conversations for the warm start.
 
-In the conversations a share of the guesses (`--careful`) heeds the last answer, and the others are drawn at random, whatever was
-answered: SFT teaches how to speak, and to play badly. GRPO sees nothing but whether the number was found. With 4 guesses at 16
-numbers, guessing at random finds 1 - (15/16)^4 = 23 % of them, and halving 15 of 16.
+The warm start plays badly in a known way: a share of its guesses (`--stubborn`) says the last one again, which was wrong. The
+others heed the last answer. A model that imitates them inherits the habit. GRPO sees nothing but whether the number was found:
+what it can gain at once is to drop the habit, and then to halve what is left, which finds 15 of 16 numbers with 4 guesses.
 
     python tools/make_guessing_games.py --out runs/games --seed 1
     python recipes/train_sft.py --config-name sft_tiny data.train_path=runs/games/sft.jsonl \\
@@ -31,12 +31,14 @@ TEMPLATE = (
 )
 
 
-def conversation(rng: random.Random, highest: int, turns: int, careful: float) -> list[dict[str, str]]:
+def conversation(rng: random.Random, highest: int, turns: int, stubborn: float) -> list[dict[str, str]]:
     """It ends with the guess that is right, or with the last one."""
     secret, messages = rng.randint(1, highest), []
     heard, low, high = question(highest), 1, highest
-    for _ in range(turns):
-        guess = rng.randint(low, high) if rng.random() < careful else rng.randint(1, highest)
+    guess = rng.randint(low, high)
+    for turn in range(turns):
+        if turn and rng.random() >= stubborn:
+            guess = rng.randint(low, high)
         messages += [{"role": "user", "content": heard}, {"role": "assistant", "content": str(guess)}]
         if guess == secret:
             break
@@ -56,18 +58,18 @@ def main() -> None:
     parser.add_argument("--highest", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4, help="guesses of a game")
     parser.add_argument(
-        "--careful", type=float, default=0.25, help="share of the warm start's guesses that heed the answer"
+        "--stubborn", type=float, default=0.7, help="share of the warm start's later guesses that repeat"
     )
     parser.add_argument("--sft", type=int, default=4000, help="conversations for the warm start")
     parser.add_argument("--train", type=int, default=2000, help="games for GRPO")
     args = parser.parse_args()
-    if args.highest < 2 or min(args.turns, args.sft, args.train) < 1 or not 0 <= args.careful <= 1:
-        parser.error("--highest must be at least 2, --turns and the counts of rows at least 1, --careful in 0..1")
+    if args.highest < 2 or min(args.turns, args.sft, args.train) < 1 or not 0 <= args.stubborn <= 1:
+        parser.error("--highest must be at least 2, --turns and the counts of rows at least 1, --stubborn in 0..1")
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty; choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
-    talks = [conversation(rng, args.highest, args.turns, args.careful) for _ in range(args.sft)]
+    talks = [conversation(rng, args.highest, args.turns, args.stubborn) for _ in range(args.sft)]
     write(args.out / "sft.jsonl", [{"messages": talk} for talk in talks])
     write(
         args.out / "train.jsonl",

@@ -1,7 +1,7 @@
 """Write problems of a reasoning-gym task, for `trainer.grpo.reward=reasoning_gym`.
 
-Rows are `{"messages" or "prompt", "reasoning_gym": {"task", "answer", "metadata"}}`. No question is in both files. Needs the extra
-`gym`.
+Rows are `{"messages" or "prompt", "reasoning_gym": {"task", "answer", "metadata"}}`. No question is in both files. Needs the
+extra `gym`.
 
     python tools/make_reasoning_gym.py --task chain_sum --out runs/sums --options '{min_terms: 2, max_terms: 2}'
     python recipes/train_grpo.py --config-name grpo_tiny data.train_path=runs/sums/train.jsonl \\

@@ -41,13 +41,9 @@ def test_rows_are_scored_by_the_tasks_verifier(tmp_path, rng, chat):
         first, sign, second = prompt.row["messages"][1]["content"].removesuffix(" =").split()[-3:]
         answers.append(int(first) + int(second) * {"+": 1, "-": -1}[sign])
         assert EOS in chat.decode_whole(prompt.tokens)
-    for text, expected in (
-        ("so <answer>{}</answer>", 1),
-        ("{}", 0),
-        ("<answer>1{}</answer>", 0),
-        ("<answer>x</answer>", 0),
-    ):
-        assert score(reward, [text.format(a) for a in answers], rows) == [expected] * 30
+    for text, right in (("so <answer>{}</answer>", 1), ("{}", 0), ("<answer>x</answer>", 0)):
+        assert score(reward, [text.format(a) for a in answers], rows) == [right] * 30
+    assert max(score(reward, [f"<answer>1{abs(a)}</answer>" for a in answers], rows)) < 1
     assert score(get_reward({"name": "reasoning_gym", "tag": None}), [f" {a}\n" for a in answers], rows) == [1] * 30
 
 
