@@ -1,8 +1,10 @@
 """Rollouts: requests in, trajectories out, token ids only; sources that answer them, our own sampler first."""
 
-from megatron_ext.rollouts.requests import Request, SamplingParams
+from megatron_ext.rollouts.requests import Request, SamplingParams, TokenEnvironment
 from megatron_ext.rollouts.sampler import MegatronSource
 from megatron_ext.rollouts.source import Source
 from megatron_ext.rollouts.trajectories import FinishReason, Passage, Trajectory
 
-__all__ = ["FinishReason", "MegatronSource", "Passage", "Request", "SamplingParams", "Source", "Trajectory"]
+__all__ = [
+    "FinishReason", "MegatronSource", "Passage", "Request", "SamplingParams", "Source", "TokenEnvironment", "Trajectory",
+]  # fmt: skip

@@ -10,7 +10,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.models.media import MediaPrompt
 from megatron_ext.rollouts.trajectories import Passage
 
-__all__ = ["Environment", "Request", "SamplingParams"]
+__all__ = ["Request", "SamplingParams", "TokenEnvironment"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class SamplingParams:
         return frozenset() if self.ignore_eos else frozenset(self.stop_token_ids)
 
 
-class Environment(Protocol):
-    """What answers the model when a turn of it has ended, for all samples of one request.
+class TokenEnvironment(Protocol):
+    """What answers the model in token ids when a turn of it has ended, for all samples of one request.
 
     Asked on the first rank of a model-parallel group alone, and from several threads at once for several samples.
     """
@@ -109,7 +109,7 @@ class Request:
     params: SamplingParams
     key: tuple[int, ...] = (0,)
     limits: tuple[int, ...] | None = None
-    environment: Environment | None = None
+    environment: TokenEnvironment | None = None
 
     def __post_init__(self):
         if self.samples < 1:

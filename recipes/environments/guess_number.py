@@ -21,7 +21,7 @@ def question(highest: int) -> str:
 
 def answer(guess: int | None, secret: int) -> str:
     """What it hears of a guess that was wrong; None: of a turn without a number."""
-    return "A number, please." if guess is None else "Higher." if guess < secret else "Lower."
+    return "A number, please." if guess is None else f"{'Higher' if guess < secret else 'Lower'} than {guess}."
 
 
 @register_environment("guess_number")

@@ -86,7 +86,11 @@ def test_games_are_played_by_their_rules(games, played):
                 if heard is None:
                     continue
                 assert set(heard) == {"tokens", "observed"} and said["tokens"][-1] == tokenizer.eos_id
-                hint = "A number, please." if guess is None else "Higher." if guess < game["secret"] else "Lower."
+                hint = (
+                    "A number, please."
+                    if guess is None
+                    else f"{'Higher' if guess < game['secret'] else 'Lower'} than {guess}."
+                )
                 assert guess != game["secret"]
                 assert tokenizer.decode_whole(heard["tokens"]) == f"user: {hint}{EOS}assistant:"
                 context += heard["tokens"]

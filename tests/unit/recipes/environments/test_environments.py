@@ -84,12 +84,12 @@ def test_a_guess_is_answered_until_it_is_right_or_the_last(rng):
     game, row = GuessNumber(turns=3, haste=0.25), {"secret": secret, "highest": highest}
     assert game.start(row)[0]["content"] == f"Guess my number, from 1 to {highest}."
     turns: tuple[Turn, ...] = ()
-    for said, hint in (("1?", "Higher."), ("none", "A number, please.")):
+    for said, hint in (("1?", "Higher than 1."), ("none", "A number, please.")):
         turns += (Turn(said),)
         assert game.step(Talk(row, turns)) == Observation([{"role": "user", "content": hint}])
     assert game.step(Talk(row, (*turns, Turn(f"it is {secret}")))) == End(0.5)
     assert game.step(Talk(row, (*turns, Turn(f"{secret + 1}")))) == End(0.0)
-    assert game.step(Talk(row, (Turn(f"{secret + 1}"),))).answer[0]["content"] == "Lower."
+    assert game.step(Talk(row, (Turn(f"{secret + 1}"),))).answer[0]["content"] == f"Lower than {secret + 1}."
     assert game.step(Talk(row, (Turn(str(secret)),))) == End(1.0)
     with pytest.raises(ValueError, match=r"secret=0 must be a whole number from 1 to highest=5"):
         game.start({"secret": 0, "highest": 5})
