@@ -84,14 +84,15 @@ def source_of(model: PrefixGroupedGPT, home: Home, **options) -> Iterator[VllmSo
 def largest_difference(
     model: PrefixGroupedGPT, requests: Sequence[Request], found: Sequence[Sequence[Trajectory]]
 ) -> float:
-    """|sampler - trainer| log-probability, over all tokens."""
+    """|sampler - trainer| log-probability, over all sampled tokens."""
     largest = 0.0
     for request, samples in zip(requests, found, strict=True):
         for sample in samples:
             tokens, start = torch.tensor(sample.tokens), len(request.prompt) - 1
             logits = text_logits(model, [*request.prompt, *sample.tokens])[start:-1] / request.params.temperature
             expected = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-            largest = max(largest, (expected - torch.tensor(sample.logprobs)).abs().max().item())
+            difference = (expected - torch.tensor(sample.logprobs))[torch.tensor(sample.mask)]
+            largest = max(largest, difference.abs().max().item())
     return largest
 
 

@@ -9,7 +9,7 @@ from megatron_ext.rollouts.draws import ResponseDraws
 from megatron_ext.rollouts.requests import Request
 from megatron_ext.rollouts.trajectories import FinishReason, Passage, Trajectory
 
-__all__ = ["Decode", "Response"]
+__all__ = ["NO_TOKENS", "TURN_ENDS", "Decode", "Response"]
 
 # (tokens of the prompt, tokens of the response) -> the text that the response adds to that of its prompt.
 Decode = Callable[[Sequence[int], Sequence[int]], str]
@@ -17,6 +17,7 @@ Decode = Callable[[Sequence[int], Sequence[int]], str]
 CUT = 4
 # What ends a turn, behind which an environment may go on.
 TURN_ENDS = (FinishReason.STOP, FinishReason.STOP_STRING)
+NO_TOKENS = "an environment answers with no token: give one at least, or None where a trajectory ends"
 
 
 class Response:
@@ -25,6 +26,7 @@ class Response:
         request: what asks for it.
         sample: its number among the request's samples.
         decode: for stop strings.
+        before: what it has said and observed before the turn that is looked at.
 
     Attributes:
         tokens, logprobs: what it has said, and what it has observed in between, whose log-probabilities are 0.
@@ -32,13 +34,13 @@ class Response:
         draws: the random number behind each token.
     """
 
-    def __init__(self, request: Request, sample: int, decode: Decode | None = None):
+    def __init__(self, request: Request, sample: int, decode: Decode | None = None, before: Sequence[int] = ()):
         self.request, self.sample, self.params, self.limit = request, sample, request.params, request.limit(sample)
         self.draws = ResponseDraws((*request.key, sample))
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
+        self.tokens: list[int] = list(before)
+        self.logprobs: list[float] = [0.0] * len(before)
         self.finish_reason: FinishReason | None = None
-        self._observed: list[slice] = []
+        self._observed: list[slice] = [slice(0, len(before))] if before else []
         self._ends, self._decode = request.params.ends, decode
 
     @property
@@ -68,7 +70,7 @@ class Response:
         if tokens is None:
             return
         if not tokens:
-            raise UserError("an environment answers with no token: give one at least, or None where a trajectory ends")
+            raise UserError(NO_TOKENS)
         if len(self.tokens) + len(tokens) >= self.limit:
             self.finish_reason = FinishReason.LENGTH
             return
@@ -80,7 +82,8 @@ class Response:
     def passages(self, weight_version: int | None) -> list[Passage]:
         found, start = [], 0
         for seen in self._observed:
-            found += [self._said(start, seen.start, weight_version), Passage(self.tokens[seen])]
+            found += [self._said(start, seen.start, weight_version)] if start < seen.start else []
+            found.append(Passage(self.tokens[seen]))
             start = seen.stop
         if start < len(self.tokens):
             found.append(self._said(start, len(self.tokens), weight_version))

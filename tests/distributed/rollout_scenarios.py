@@ -13,25 +13,9 @@ from megatron_ext.rollouts import MegatronSource, Request
 from tests.distributed.scenarios import copies
 from tests.distributed.sharding import load_full
 from tests.gpt_cases import randomize, small_config
+from tests.sampling import Reckoning
 
-__all__ = ["Reckoning", "RolloutCase", "rollouts"]
-
-
-class Reckoning:
-    """An environment whose answers are reckoned from all that was said before: twice to each trajectory."""
-
-    asked = 0  # of this process
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def begin(self, sample: int) -> None:
-        """It keeps nothing of a trajectory."""
-
-    def observe(self, sample: int, passages) -> list[int] | None:
-        type(self).asked += 1
-        said = sum(token * (i + 1) for i, token in enumerate(t for p in passages for t in p.tokens))
-        return None if len(passages) > 3 else [(said + sample * i * i) % 61 for i in range(self.length)]
+__all__ = ["RolloutCase", "rollouts"]
 
 
 @dataclass

@@ -11,8 +11,9 @@ from megatron_ext.attention.pages import PAGE
 from megatron_ext.rollouts import Request, SamplingParams
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.rollout_scenarios import Reckoning, RolloutCase, rollouts
+from tests.distributed.rollout_scenarios import RolloutCase, rollouts
 from tests.harness import run_ranks
+from tests.sampling import Reckoning
 
 MODEL = {"num_layers": 4, "share_embeddings_and_output_weights": False, "num_query_groups": 4}
 LAYOUTS = {

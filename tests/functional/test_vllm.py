@@ -24,6 +24,7 @@ from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.options import KEY_VARIABLE
 from tests.conftest import fresh_generator
 from tests.gpt_cases import randomize
+from tests.sampling import Reckoning
 from tests.vllm_cases import NEEDS_VLLM, home_of, largest_difference, make_model, make_tokenizer, source_of
 
 pytestmark = [pytest.mark.functional, pytest.mark.vllm, NEEDS_VLLM]
@@ -113,6 +114,33 @@ def test_each_sample_has_its_own_limit(served):
     (request,) = served.requests(4, SamplingParams(max_new_tokens=20), (9,))
     found = served.source.sample([request.limited([20, 1, 7, 1])])
     assert [len(t) for t in found[0]] == [20, 1, 7, 1]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["at once", "in flight"])
+def test_turns_are_said_and_what_answers_them_is_read(served, ahead: bool):
+    """Every answer is that to what was said before it, and log-probabilities behind it are those of all that stands there."""
+    environment = Reckoning(9, served.vocab_size)
+    params = SamplingParams(max_new_tokens=60, stop_token_ids=tuple(range(0, served.vocab_size, 3)))
+    requests = [replace(r, environment=environment) for r in served.requests(5, params, (3, 50))]
+    if ahead:
+        found = served.source.finish(served.source.begin(requests, served.version))
+    else:
+        found = served.source.sample(requests)
+    turns = []
+    for trajectory in (t for group in found for t in group):
+        passages = trajectory.passages
+        assert [p.sampled for p in passages] == [i % 2 == 0 for i in range(len(passages))]
+        numbers = {sample for sample in range(5) if _is_played(environment, sample, passages)}
+        assert numbers, "no sample's environment has answered like that"
+        ended = passages[-1].tokens[-1] in params.ends
+        assert trajectory.finish_reason == (FinishReason.STOP if ended and len(passages) == 5 else FinishReason.LENGTH)
+        turns.append(len(passages))
+    assert max(turns) == 5 and environment.asked >= sum(n // 2 for n in turns)
+    assert largest_difference(served.model, requests, found) < BOUND
+
+
+def _is_played(environment: Reckoning, sample: int, passages) -> bool:
+    return all(list(passages[i].tokens) == environment.answer(sample, passages[:i]) for i in range(1, len(passages), 2))
 
 
 def _swap_layers(new: dict, old: dict) -> dict:

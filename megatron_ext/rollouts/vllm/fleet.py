@@ -22,6 +22,7 @@ from megatron_ext.rollouts.trajectories import Trajectory
 from megatron_ext.rollouts.vllm.canary import Canary
 from megatron_ext.rollouts.vllm.checks import Probe, check_canary, introduce
 from megatron_ext.rollouts.vllm.client import BrokenError, Connection, opened, with_patience
+from megatron_ext.rollouts.vllm.conversing import converse
 from megatron_ext.rollouts.vllm.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import (
     GivenUpError,
@@ -223,11 +224,11 @@ class Fleet:
         for _ in range(ROUNDS):
             todo = [i for i in range(len(calls)) if i not in found]
             async with opened(self.key, self.options.timeout) as http:
-                answers = await asyncio.gather(*(self._answer(http, calls[i], weights) for i in todo))
-                used = sorted({url for url, _ in answers})
+                answers = await asyncio.gather(*(self._conversations(http, calls[i], weights) for i in todo))
+                used = sorted(set().union(*(urls for urls, _ in answers)))
                 kept = await asyncio.gather(*(self._still_has(Connection(http, url), weights) for url in used))
             trusted = {url for url, is_kept in zip(used, kept, strict=True) if is_kept}
-            found |= {i: samples for i, (url, samples) in zip(todo, answers, strict=True) if url in trusted}
+            found |= {i: samples for i, (urls, samples) in zip(todo, answers, strict=True) if urls <= trusted}
             if len(found) == len(calls):
                 return in_order(requests, calls, [found[i] for i in range(len(calls))])
             logger.warning(
@@ -240,6 +241,19 @@ class Fleet:
                 self._give, lost, SHORT_PATIENCE if others else self.options.patience, not others, weights
             )
         raise VllmError(f"servers lost their weights {ROUNDS} times while they sampled one step: see their logs")
+
+    async def _conversations(
+        self, http: httpx.AsyncClient, call: ServerCall, weights: Weights
+    ) -> tuple[set[str], list[Trajectory]]:
+        """Who has answered, and what each sample says and observes to its end."""
+        used: set[str] = set()
+
+        async def turn(call: ServerCall) -> list[Trajectory]:
+            url, samples = await self._answer(http, call, weights)
+            used.add(url)
+            return samples
+
+        return used, await converse(call, turn)
 
     async def _answer(
         self, http: httpx.AsyncClient, call: ServerCall, weights: Weights

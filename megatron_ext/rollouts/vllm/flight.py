@@ -22,6 +22,7 @@ from megatron_ext.rollouts.requests import Request
 from megatron_ext.rollouts.responses import Decode, Response
 from megatron_ext.rollouts.trajectories import FinishReason, Trajectory
 from megatron_ext.rollouts.vllm.client import CONNECTIONS, Connection, opened, with_patience
+from megatron_ext.rollouts.vllm.conversing import converse
 from megatron_ext.rollouts.vllm.fleet import Fleet
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, ServerCall, VllmError, as_calls, in_order
 from megatron_ext.rollouts.vllm.spans import FIRST, ROUTE, generate_body, read_generated
@@ -93,13 +94,9 @@ class Flight:
             self._http = opened(self.fleet.key, self.fleet.options.timeout)
         calls = list(as_calls(requests))
         homes = [self._home(request) for request in requests]
-        tasks = [asyncio.ensure_future(self._samples(call, homes[call.number], terms)) for call in calls]
+        tasks = [asyncio.ensure_future(self._conversations(call, homes[call.number], terms)) for call in calls]
         try:
-            found = in_order(requests, calls, await asyncio.gather(*tasks))
-            return [
-                [self._cut(request, sample, whole) for sample, whole in enumerate(samples)]
-                for request, samples in zip(requests, found, strict=True)
-            ]
+            return in_order(requests, calls, await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
@@ -113,6 +110,15 @@ class Flight:
         home = min([url for url in turned if url not in self.fleet.down] or turned, key=self._load.__getitem__)
         self._load[home] += request.samples
         return home
+
+    async def _conversations(self, call: ServerCall, home: str, terms: Terms) -> list[Trajectory]:
+        """What each sample of a call says and observes to its end."""
+
+        async def turn(call: ServerCall) -> list[Trajectory]:
+            parts = await self._samples(call, home, terms)
+            return [self._cut(call, sample, part) for sample, part in zip(call.samples, parts, strict=True)]
+
+        return await converse(call, turn)
 
     async def _samples(self, call: ServerCall, home: str, terms: Terms) -> list[Trajectory]:
         """What each sample of a call says to its end, behind `call.said`."""
@@ -149,16 +155,16 @@ class Flight:
         async with self._turns.turn(terms.priority):
             return await with_patience(self.fleet.options.patience, attempt, self.fleet.hopeless)
 
-    def _cut(self, request: Request, sample: int, whole: Trajectory) -> Trajectory:
-        """Where two requests have said a stop string together, no server has seen it: the response ends there."""
-        if not request.params.stop_strings or len(whole.passages) < 2:
-            return whole
-        response = Response(request, sample, self.decode)
-        for token, logprob in zip(whole.tokens, whole.logprobs, strict=True):
+    def _cut(self, call: ServerCall, sample: int, turn: Trajectory) -> Trajectory:
+        """Where two requests have said a stop string together, no server has seen it: the turn ends there."""
+        if not call.request.params.stop_strings or len(turn.passages) < 2:
+            return turn
+        response = Response(call.request, sample, self.decode, call.said)
+        for token, logprob in zip(turn.tokens, turn.logprobs, strict=True):
             response.add(token, logprob)
             if response.finish_reason is FinishReason.STOP_STRING:
-                return _beginning(whole, len(response.tokens))
-        return whole
+                return _beginning(turn, len(response.tokens) - len(call.said))
+        return turn
 
 
 def _beginning(whole: Trajectory, length: int) -> Trajectory:

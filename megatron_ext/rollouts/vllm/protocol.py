@@ -135,7 +135,7 @@ def _trajectory(choice: dict[str, Any], call: ServerCall, weight_version: int | 
     params, limit = call.request.params, call.limit
     if choice["finish_reason"] in ("abort", "error"):
         raise GivenUpError(f"a response was given up ({choice['finish_reason']})")
-    if choice["prompt_token_ids"] != list(call.request.prompt):
+    if choice["prompt_token_ids"] != call.prompt:
         raise VllmError("the answer is to another prompt than the tokens that were sent")
     tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     check_tokens(tokens, logprobs, 1, limit)

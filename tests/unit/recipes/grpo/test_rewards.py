@@ -153,7 +153,7 @@ def test_bad_paths(module):
 def test_unknown_names_list_the_known_ones():
     message = refused("exact_anser")
     assert "did you mean exact_answer?" in message
-    assert "exact_answer, http, length, regex" in message and "package.module.function" in message
+    assert "exact_answer, http, length, reasoning_gym, regex" in message and "package.module.function" in message
     assert "qqqq" in refused("qqqq")
 
 

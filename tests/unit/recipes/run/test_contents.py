@@ -20,6 +20,7 @@ from megatron_ext.runtime.checkpoint_files import self_checksum
 from megatron_ext.runtime.distributed import ParallelSizes
 from recipes.bias.settings import LFTFConfig
 from recipes.cli.stopping import StopRequests
+from recipes.data.conversation import Conversation
 from recipes.data.digests import PARTS, RowsDigest, rows_digest, sampled_digest
 from recipes.data.rows import Pair, Prompt, load_pairs, load_prompts
 from recipes.data.tokenizer import load_tokenizer
@@ -172,6 +173,7 @@ CHANGES = {
     Prompt: {
         "tokens": ((1, 3), True), "row": ({"answer": "y"}, True), "line": (2, False), "placeholder": (8, True),
         "clip": (None, True),
+        "talk": (Conversation(()), False),  # what the row, the configuration and the environment's file make of it
     },
     Pair: {"prompt": (dataclasses.replace(PROMPT, tokens=(5,)), True), "response": ((4,), True), "learnt": ((False,), True)},
     # Its file is compared by content, its settings are the configuration's.
