@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from megatron_ext.errors import UserError
 
-__all__ = ["FinishReason", "Passage", "Trajectory"]
+__all__ = ["FinishReason", "Passage", "Trajectory", "last_turn"]
 
 
 class FinishReason(StrEnum):
@@ -98,9 +98,22 @@ class Trajectory:
         return [x for p in self.passages for x in (p.logprobs if p.sampled else (0.0,) * len(p.tokens))]
 
     @property
+    def turns(self) -> int:
+        """How often something was said. A turn may be several passages, of weights of several versions."""
+        sampled = [passage.sampled for passage in self.passages]
+        return sum(now and not before for before, now in zip([False, *sampled], sampled, strict=False))
+
+    @property
     def truncated(self) -> bool:
         """Whether it was cut off, and did not end by itself."""
         return self.finish_reason in (FinishReason.LENGTH, FinishReason.ABORTED)
 
     def __len__(self) -> int:
         return sum(len(passage.tokens) for passage in self.passages)
+
+
+def last_turn(passages: Sequence[Passage]) -> tuple[list[int], list[int]]:
+    """(tokens before it, its own) of the turn with which passages end."""
+    begin = max((i + 1 for i, passage in enumerate(passages) if not passage.sampled), default=0)
+    before, own = ([t for p in part for t in p.tokens] for part in (passages[:begin], passages[begin:]))
+    return before, own

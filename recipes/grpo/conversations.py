@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.rollouts import Passage, Trajectory
+from megatron_ext.rollouts import Passage, Trajectory, last_turn
 from recipes.cli.named import describe
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
@@ -76,10 +76,9 @@ class Conversations:
 
     def _turn(self, open_: _Conversation, passages: Sequence[Passage]) -> Turn:
         """The last one that was sampled."""
-        *before, last = passages
-        context = [*self.prompt.tokens, *(token for passage in before for token in passage.tokens)]
-        text = self.tokenizer.decode_response(context, last.tokens)
-        whole = self.tokenizer.decode_whole(last.tokens)
+        before, own = last_turn(passages)
+        text = self.tokenizer.decode_response([*self.prompt.tokens, *before], own)
+        whole = self.tokenizer.decode_whole(own)
         calls = self._call("calls", open_.environment.calls, whole)
         if calls is None:
             calls = [] if self.tools is None else self.tools.calls(whole, len(open_.turns))

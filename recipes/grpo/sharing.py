@@ -49,7 +49,7 @@ class Sharing:
         lengths = rollouts.lengths(groups)
         shared = Shared(sharing_pays(self.shape, lengths) if prefix == "auto" else True)
         times = ideal_speedup(self.shape, lengths)
-        if beginnings == "auto" and any(len(t.passages) > 1 for g in groups for t in rollouts.trajectories[g]):
+        if beginnings == "auto" and any(t.turns > 1 for g in groups for t in rollouts.trajectories[g]):
             trees = model_flops(self.shape, [_tree(rollouts, g) for g in groups], True).total
             without = model_flops(self.shape, lengths, shared.prefix).total
             if without >= LEAST_SPEEDUP * trees:

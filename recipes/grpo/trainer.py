@@ -210,7 +210,7 @@ class GRPOTrainer(Trainer):
             "reward": rollouts.rewards.sum().item(),
             "response_length": sum(map(len, everything)),
             "truncated": sum(t.truncated for t in everything),
-            "turns": sum(p.sampled for t in everything for p in t.passages),
+            "turns": sum(t.turns for t in everything),
             "observed_length": sum(len(p.tokens) for t in everything for p in t.passages if not p.sampled),
         }
         useful = groups_with_signal(rollouts.rewards).sum().item()

@@ -10,7 +10,7 @@ import torch
 from megatron_ext.attention.pages import PAGE
 from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
-from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
+from megatron_ext.rollouts import MegatronSource, Passage, Request, SamplingParams, Trajectory, last_turn
 from megatron_ext.rollouts.choosing import choose_tokens
 from megatron_ext.rollouts.draws import ResponseDraws
 from tests.gpt_cases import randomize, small_config
@@ -118,3 +118,10 @@ def test_a_trajectory_ends_where_nothing_could_be_said_behind_the_answer(rng, wo
     assert [t.finish_reason for t in group] == ["stop", "length", "length"]
     with pytest.raises(UserError, match="an environment answers with no token"):
         MegatronSource(model).sample([replace(request, environment=Drawn(rng, [[0], [1], [1]]))])
+
+
+def test_a_turn_may_be_several_passages():
+    """Of weights of several versions, as where servers get new ones meanwhile."""
+    said = [Passage((1, 2), (-1.0, -1.0), 3), Passage((3,), (-1.0,), 4), Passage((8, 9)), Passage((4,), (-1.0,), 4)]
+    assert [Trajectory(said[:n], "stop").turns for n in range(1, 5)] == [1, 1, 1, 2]
+    assert last_turn(said) == ([1, 2, 3, 8, 9], [4]) and last_turn(said[:2]) == ([], [1, 2, 3])
