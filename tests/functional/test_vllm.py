@@ -117,11 +117,13 @@ def test_each_sample_has_its_own_limit(served):
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["at once", "in flight"])
-def test_turns_are_said_and_what_answers_them_is_read(served, ahead: bool):
+def test_turns_are_said_and_what_answers_them_is_read(served, ahead: bool, monkeypatch):
     """Every answer is that to what was said before it, and log-probabilities behind it are those of all that stands there."""
     environment = Reckoning(9, served.vocab_size)
     params = SamplingParams(max_new_tokens=60, stop_token_ids=tuple(range(0, served.vocab_size, 3)))
     requests = [replace(r, environment=environment) for r in served.requests(5, params, (3, 50))]
+    monkeypatch.setattr(served.source, "ahead", ahead)
+    served.update()
     if ahead:
         found = served.source.finish(served.source.begin(requests, served.version))
     else:
