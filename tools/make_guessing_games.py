@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--highest", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4, help="guesses of a game")
     parser.add_argument(
-        "--stubborn", type=float, default=0.7, help="share of the warm start's later guesses that repeat"
+        "--stubborn", type=float, default=0.9, help="share of the warm start's later guesses that repeat"
     )
     parser.add_argument("--sft", type=int, default=4000, help="conversations for the warm start")
     parser.add_argument("--train", type=int, default=2000, help="games for GRPO")
