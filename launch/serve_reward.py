@@ -22,8 +22,8 @@ import yaml
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_whole
 from recipes.cli.errors import user_errors
-from recipes.grpo.reward_server import reward_server
-from recipes.grpo.rewards import get_reward
+from recipes.rewards.registry import get_reward
+from recipes.rewards.server import reward_server
 
 
 @user_errors()

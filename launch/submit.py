@@ -188,7 +188,7 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     from megatron_ext.models.placement import Placement
     from recipes.cli.config import build
     from recipes.environments.registry import get_environment
-    from recipes.grpo.rewards import reward_for
+    from recipes.rewards.registry import reward_for
     from recipes.run.pretrained import Pretrained, configure
     from recipes.run.run_folder import check_run_folder
 

@@ -15,9 +15,9 @@ def main(cfg: dict, loggers) -> None:
     from recipes.data.video import VideoReader
     from recipes.environments.registry import environment_file, get_environment
     from recipes.grpo.recorded import load_recorded
-    from recipes.grpo.rewards import check_rows, reward_file, reward_for, row_keys
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
+    from recipes.rewards.registry import check_rows, reward_file, reward_for, row_keys
     from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure

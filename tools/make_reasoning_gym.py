@@ -21,7 +21,7 @@ import yaml
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from megatron_ext.errors import UserError  # noqa: E402
-from recipes.grpo.reasoning_gym import load_reasoning_gym, verifier  # noqa: E402
+from recipes.rewards.reasoning_gym import load_reasoning_gym, verifier  # noqa: E402
 
 SYSTEM = "Think, then give the final answer alone between <answer> and </answer>."
 

@@ -18,8 +18,8 @@ from recipes.environments.registry import Named
 from recipes.environments.tool_calls import ToolFormat
 from recipes.grpo.conversations import Conversations
 from recipes.grpo.recorded import RecordedSource
-from recipes.grpo.rewards import Reward, score
 from recipes.grpo.settings import GRPOConfig
+from recipes.rewards.registry import Reward, score
 from recipes.run.session import Session
 
 __all__ = ["RolloutSampler", "Rollouts", "in_parts", "response_texts"]
@@ -47,7 +47,7 @@ class RolloutSampler:
     Args:
         session: the run.
         source: what samples; one that is read from a file brings rewards, too.
-        reward: see `recipes.grpo.rewards`; None where environments give it.
+        reward: see `recipes.rewards.registry`; None where environments give it.
         environment: what answers the turns of a response; None: it has one.
         answers: what samples answers to the prompts of a validation; None: the same.
     """

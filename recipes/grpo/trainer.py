@@ -27,11 +27,11 @@ from recipes.grpo.objective import objective
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
-from recipes.grpo.rewards import Reward
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
 from recipes.grpo.samples import COLUMNS, shown, table
 from recipes.grpo.servers import vllm_source
 from recipes.grpo.settings import GRPOConfig
+from recipes.rewards.registry import Reward
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
 
@@ -42,7 +42,7 @@ class GRPOTrainer(Trainer):
     """
     Args:
         session: the run.
-        reward: see `recipes.grpo.rewards`; None where environments give it.
+        reward: see `recipes.rewards.registry`; None where environments give it.
         train, validation: prompts; validation may be empty.
         recorded: in place of `train`, prompts with their responses and rewards.
         environment: what answers the turns of a response; None: it has one.

@@ -32,7 +32,7 @@ ALLOWED = {
     "bias": {"errors"},
 }
 # The rooms of recipes. Algorithms do not know each other; scripts and planning know all of them.
-RECIPE_ROOMS = ("registry", "cli", "data", "environments", "run")
+RECIPE_ROOMS = ("registry", "cli", "data", "environments", "rewards", "run")
 ALGORITHMS = ("sft", "grpo", "bias", "niah")
 FOREIGN = {
     "nemo",

@@ -12,7 +12,7 @@ from recipes.environments.calculator import Calculator, calculate
 from recipes.environments.environment import End, Environment, Observation, Talk, ToolCall, Turn
 from recipes.environments.guess_number import GuessNumber
 from recipes.environments.registry import get_environment
-from recipes.grpo.rewards import reward_for
+from recipes.rewards.registry import reward_for
 
 
 class Mine(Environment):

@@ -25,7 +25,7 @@ from recipes.cli.config import ConfigError
 from recipes.cli.named import Registry, describe
 from recipes.data.rows import Prompt
 from recipes.environments.registry import Named
-from recipes.grpo.exact_answer import ExactAnswer
+from recipes.rewards.exact_answer import ExactAnswer
 
 __all__ = [
     "Reward", "RewardError", "check_rows", "get_reward", "register_reward", "reward_file", "reward_for", "row_keys", "score",
@@ -37,7 +37,7 @@ KEY = "trainer.grpo.reward"
 RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
 # Modules that register rewards of ours, beside this one.
-REGISTRY = Registry(KEY, "reward", "function", ("recipes.grpo.reward_server", "recipes.grpo.reasoning_gym"))
+REGISTRY = Registry(KEY, "reward", "function", ("recipes.rewards.server", "recipes.rewards.reasoning_gym"))
 
 
 class RewardError(UserError):

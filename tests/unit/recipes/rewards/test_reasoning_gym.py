@@ -7,7 +7,7 @@ import json
 import pytest
 
 from recipes.data.tokenizer import load_tokenizer
-from recipes.grpo.rewards import RewardError, check_rows, get_reward, row_keys, score
+from recipes.rewards.registry import RewardError, check_rows, get_reward, row_keys, score
 from tests.data_cases import EOS, TEMPLATE, write_tokenizer
 from tests.recipe_runs import run
 

@@ -1,6 +1,6 @@
 r"""The reward exact_answer: where a response states its answer, and whether that is the row's.
 
-An answer counts as a whole (`recipes.grpo.notation`): no number is picked out of a text that says more than it.
+An answer counts as a whole (`recipes.rewards.notation`): no number is picked out of a text that says more than it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
-from recipes.grpo.notation import SCALES, Answer, agree, read
-from recipes.grpo.spelling import closing_brace
+from recipes.rewards.notation import SCALES, Answer, agree, read
+from recipes.rewards.spelling import closing_brace
 
 __all__ = ["ENOUGH_RESPONSES", "ExactAnswer"]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from recipes.cli.config import ConfigError
 from recipes.data.rows import Prompt
-from recipes.grpo.exact_answer import ENOUGH_RESPONSES
-from recipes.grpo.rewards import RewardError, check_rows, get_reward, score
+from recipes.rewards.exact_answer import ENOUGH_RESPONSES
+from recipes.rewards.registry import RewardError, check_rows, get_reward, score
 
 
 def reward(response: str, answer, **options) -> float:
@@ -403,7 +403,7 @@ def test_a_marker_of_ones_own():
 
 
 def scored(exact, responses, answer, caplog) -> list[str]:
-    with caplog.at_level(logging.WARNING, logger="recipes.grpo.exact_answer"):
+    with caplog.at_level(logging.WARNING, logger="recipes.rewards.exact_answer"):
         caplog.clear()
         score(exact, responses, [{"answer": answer}] * len(responses))
     return caplog.messages

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from recipes.cli.config import ConfigError
-from recipes.grpo.rewards import KEY, register_reward
+from recipes.rewards.registry import KEY, register_reward
 
 __all__ = ["ReasoningGym", "load_reasoning_gym", "verifier"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import recipes.grpo.reward_server  # noqa: F401  registers http
+import recipes.rewards.server  # noqa: F401  registers http
 from recipes.cli.config import ConfigError
 from recipes.data.rows import Prompt
-from recipes.grpo.rewards import RewardError, check_rows, get_reward, register_reward, row_keys, score
+from recipes.rewards.registry import RewardError, check_rows, get_reward, register_reward, row_keys, score
 
 numbers = itertools.count()
 

@@ -15,8 +15,8 @@ import urllib.request
 import pytest
 
 from recipes.cli.config import ConfigError
-from recipes.grpo.reward_server import URL_VARIABLE, HttpReward, reward_server
-from recipes.grpo.rewards import RewardError, get_reward, score
+from recipes.rewards.registry import RewardError, get_reward, score
+from recipes.rewards.server import URL_VARIABLE, HttpReward, reward_server
 from tests.harness import ROOT
 
 

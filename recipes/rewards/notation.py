@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from recipes.grpo.spelling import plain
+from recipes.rewards.spelling import plain
 
 __all__ = ["SCALES", "Answer", "agree", "read"]
 

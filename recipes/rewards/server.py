@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from recipes.cli.config import ConfigError
-from recipes.grpo.rewards import KEY, Reward, RewardError, register_reward, score
+from recipes.rewards.registry import KEY, Reward, RewardError, register_reward, score
 
 __all__ = ["URL_VARIABLE", "HttpReward", "reward_server"]
 
