@@ -6,7 +6,7 @@ what it can gain at once is to drop the habit, and then to halve what is left, w
 
     python tools/make_guessing_games.py --out runs/games --seed 1
     python recipes/train_sft.py --config-name sft_tiny data.train_path=runs/games/sft.jsonl \\
-        model.tokenizer=runs/games/tokenizer model.loss_on_prompt=false data.train_on_turns=all \\
+        model.tokenizer=runs/games/tokenizer model.loss_on_prompt=false data.train_on_turns=all trainer.sft.max_steps=1000 \\
         exp_manager.explicit_log_dir=runs/games_sft
     python recipes/train_grpo.py --config-name grpo_guess_tiny data.train_path=runs/games/train.jsonl \\
         pretrained_checkpoint.restore_from_path=runs/games_sft/checkpoints/final
