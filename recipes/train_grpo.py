@@ -14,6 +14,7 @@ def main(cfg: dict, loggers) -> None:
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
     from recipes.environments.registry import environment_file, get_environment
+    from recipes.grpo.conversations import check_template
     from recipes.grpo.recorded import load_recorded
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
@@ -39,6 +40,7 @@ def main(cfg: dict, loggers) -> None:
         for path in (config.data.train_path, config.data.validation_path)
     )
     recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
+    check_template(environment, inputs.tokenizer, train or validation, grpo.sampling(inputs.tokenizer.stop_ids).ends)
     check_rows(reward, train, config.data.train_path)
     check_rows(reward, validation, config.data.validation_path)
     code = {

@@ -97,10 +97,12 @@ class DecodeStep(_Step):
         super().__init__(pool)
         self.rows = rows
         self._readers: dict[Table, list[int]] = {}  # rows of each response
+        self._prompt_readers: dict[Table, list[int]] = {}
         for i, row in enumerate(rows):
             self._readers.setdefault(row.own, []).append(i)
-        stretches = self._own(), self._own_of_several(), self._shared()
-        self._stretches = [stretch for stretch in stretches if stretch is not None and len(stretch.rows)]
+            self._prompt_readers.setdefault(row.prompt, []).append(i)
+        stretches = [self._own(), *self._of_several(), self._shared()]
+        self._stretches = [stretch for stretch in stretches if len(stretch.rows)]
         self._written: Tensor | None = None
         self._reads: dict[tuple[int | None, bool], list[tuple[Reads, Tensor | None]]] = {}
 
@@ -139,28 +141,28 @@ class DecodeStep(_Step):
         start[pages] = np.array([row.prompt_length for row in self.rows])[row_of] + PAGE * number
         return Stretch(0, rows, start, np.full(count, np.iinfo(np.int64).max))
 
-    def _own_of_several(self) -> Stretch | None:
-        """The pages of responses that run several tokens."""
-        several = {table: mine for table, mine in self._readers.items() if len(mine) > 1}
-        if not several:
-            return None
-        pages = np.array([page for table in several for page in table.pages])
-        rows = np.full((len(pages), max(map(len, several.values()))), -1)
-        start, at = np.zeros(len(pages), dtype=np.int64), 0
-        for table, mine in several.items():
-            count = len(table.pages)
-            rows[at : at + count, : len(mine)] = mine
-            start[at : at + count] = self.rows[mine[0]].prompt_length + PAGE * np.arange(count)
-            at += count
-        return Stretch(0, rows, start, np.full(len(pages), np.iinfo(np.int64).max), pages)
+    def _of_several(self) -> list[Stretch]:
+        """The pages of responses that run several tokens, and those of their prompts, apart from others: more rows read them."""
+        observing = [mine for mine in self._readers.values() if len(mine) > 1]
+        if not observing:
+            return []
+        own, prompts, open_end = [], [], np.iinfo(np.int64).max
+        for mine in observing:
+            row = self.rows[mine[0]]
+            own += [(page, mine, row.prompt_length + PAGE * i, open_end) for i, page in enumerate(row.own.pages)]
+        for table in dict.fromkeys(self.rows[mine[0]].prompt for mine in observing):
+            mine = self._prompt_readers[table]
+            stop = self.rows[mine[0]].prompt_length
+            prompts += [(page, mine, PAGE * i, stop) for i, page in enumerate(self.pool.place(table))]
+        return [_apart(own), _apart(prompts)]
 
     def _shared(self) -> Stretch:
-        """The pages of prompts, each read by the rows of all responses that are decoded."""
-        readers: dict[Table, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            readers.setdefault(row.prompt, []).append(i)
+        """The pages of prompts, each read by the rows of all responses that are decoded. Those of which a response runs several
+        tokens are holes here."""
+        observing = {self.rows[mine[0]].prompt for mine in self._readers.values() if len(mine) > 1}
+        readers = {table: mine for table, mine in self._prompt_readers.items() if table not in observing}
         count, first = self.pool.top.high, self.pool.capacity - self.pool.top.high
-        rows = np.full((count, max(map(len, readers.values()))), -1)
+        rows = np.full((count, max(map(len, readers.values()), default=1)), -1)
         start, stop = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         for table, mine in readers.items():
             at = np.array(self.pool.place(table)) - first
@@ -168,3 +170,11 @@ class DecodeStep(_Step):
             start[at] = PAGE * np.arange(len(at))
             stop[at] = self.rows[mine[0]].prompt_length
         return Stretch(first, rows, start, stop)
+
+
+def _apart(pages: Sequence[tuple[int, list[int], int, int]]) -> Stretch:
+    """Of pages that do not lie side by side: (number, rows that read it, place of its first key, place behind its last)."""
+    numbers, readers, start, stop = zip(*pages, strict=True)
+    longest = max(map(len, readers))
+    rows = np.array([[*mine, *[-1] * (longest - len(mine))] for mine in readers])
+    return Stretch(0, rows, np.array(start), np.array(stop), np.array(numbers))

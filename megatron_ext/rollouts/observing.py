@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 from megatron_ext.rollouts.responses import Response
 from megatron_ext.runtime.collectives import broadcast_object, together
 
-__all__ = ["begin", "observe"]
+__all__ = ["THREADS", "begin", "observe"]
 
-# Environments that are asked at once: they may wait for tools of theirs.
-AT_ONCE = 32
+# Of environments that are asked at once: they may wait for tools of theirs.
+THREADS = ThreadPoolExecutor(32, "environments")
 
 
 def begin(responses: Sequence[Sequence[Response]]) -> None:
@@ -42,6 +42,5 @@ def _on_first(ask: Callable[[Response], Any], responses: Sequence[Response]) -> 
     answers = None
     with together(group):
         if group.rank() == 0:
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                answers = list(pool.map(ask, responses))
+            answers = list(THREADS.map(ask, responses))
     return broadcast_object(answers, 0, group)

@@ -115,6 +115,10 @@ class Opening:
         with at(where):
             prompt = self.write(row)
         read = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+        if not isinstance(prompt, (str, list, tuple)):
+            raise DataError(
+                f"{where}: the environment's start gave {str(prompt)[:40]!r}: it must give messages or a text"
+            )
         if isinstance(prompt, str):
             if self.tools:
                 raise DataError(

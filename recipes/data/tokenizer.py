@@ -165,11 +165,19 @@ class Tokenizer:
 
     def without_special(self, text: str) -> str:
         """The text with no special token's text in it, for what is not ours, such as a tool's output."""
-        names = [str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special]
-        while any(name in text for name in names):  # taking one out may make another
-            for name in names:
-                text = text.replace(name, "")
-        return text
+        names = tuple(str(t) for t in self._tokenizer.added_tokens_decoder.values() if t.special)
+        lasts, longest, kept = {name[-1] for name in names}, max(map(len, names), default=0), []
+        for character in text:  # what is taken out may make another of what stands around it
+            kept.append(character)
+            if character in lasts:
+                tail = "".join(kept[-longest:])
+                if hit := max((name for name in names if tail.endswith(name)), key=len, default=""):
+                    del kept[-len(hit) :]
+        return "".join(kept)
+
+    def is_special(self, token: int) -> bool:
+        known = self._tokenizer.added_tokens_decoder.get(token)
+        return known is not None and known.special
 
     def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """The text that a response adds to its prompt. Alone it would be another one: a SentencePiece tokenizer takes the

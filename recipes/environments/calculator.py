@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["Calculator", "calculate"]
 LONGEST = 200  # characters of an expression
 LARGEST = 2**256
 DIGITS = 12  # of a number that is not whole
+ONLY = "only numbers, + - * / // % ** and parentheses are known"
+_KNOWN = re.compile(r"[\d\s.+\-*/%()eE]*", re.ASCII)
 
 
 @register_environment("calculator")
@@ -75,6 +78,8 @@ def calculate(expression: str) -> str:
     if len(expression) > LONGEST:
         raise ValueError(f"the expression is longer than {LONGEST} characters")
     spelt = expression.translate({ord("×"): "*", ord("÷"): "/", ord("−"): "-", ord("^"): "**"})
+    if not _KNOWN.fullmatch(spelt):
+        raise ValueError(ONLY)
     try:
         tree = ast.parse(spelt.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -97,7 +102,7 @@ def _value(node: ast.expr) -> Fraction:
             return _power(left, right)
         if type(node.op) in _BINARY:
             return _bounded(Fraction(_BINARY[type(node.op)](left, right)))
-    raise ValueError("only numbers, + - * / // % ** and parentheses are known")
+    raise ValueError(ONLY)
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -133,11 +133,17 @@ class Environment:
         Raises:
             ValueError: the row is none of this environment's.
         """
-        return row["messages"] if row.get("messages") is not None else row["prompt"]
+        for key in ("messages", "prompt"):
+            if row.get(key) is not None:
+                return row[key]
+        raise ValueError("the row has neither prompt nor messages")
 
     def step(self, talk: Talk) -> Observation | End:
         """Answer the turn that has just ended. It is not asked about a turn that was cut off."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """The conversation is over, or given up: it ended, was cut off, or begins anew because a server has died."""
 
     def calls(self, text: str) -> list[ToolCall] | None:
         """Read the calls of tools in a turn's text, special tokens included; None: as the chat template writes them."""

@@ -54,7 +54,7 @@ class GuessNumber(Environment):
 
     def step(self, talk: Talk) -> Observation | End:
         secret, before = talk.row["secret"], len(talk.turns) - 1
-        found = re.search(r"\d{1,9}", talk.said)
+        found = re.search(r"\d{1,9}", talk.said.rpartition("</think>")[2])
         guess = int(found[0]) if found else None
         if guess == secret:
             return End(1.0 - self.haste * before)

@@ -7,9 +7,9 @@ environment: my_package.my_module.MyEnvironment
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ class Named:
             EnvironmentFailedError: it fails.
         """
         try:
-            return self.make().start(row)
+            return self.make().start(copy.deepcopy(row))
         except ValueError as error:
             raise DataError(f"environment {self.name}: {error}") from error
         except Exception as error:
@@ -81,7 +81,12 @@ def get_environment(spec: str | Mapping[str, Any]) -> Named | None:
     name, target, options = REGISTRY.find(spec)
     if not (isinstance(target, type) and issubclass(target, Environment)):
         raise ConfigError(f"{KEY}: {name} is no subclass of recipes.environments.environment.Environment")
-    make = partial(REGISTRY.with_options, name, target, options)
+    if isinstance(target.row_keys, str) or not all(isinstance(key, str) for key in target.row_keys or ()):
+        raise ConfigError(f"{KEY}: {name}.row_keys={target.row_keys!r} must be a list of keys, or None")
+
+    def make() -> Environment:
+        return REGISTRY.with_options(name, target, copy.deepcopy(options))
+
     kind = make()
     return None if target is SingleTurn else Named(name, make, kind)
 

@@ -7,7 +7,8 @@ speaks again is taken from the template, which is given a turn that nobody says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from recipes.data.conversation import Conversation, read_conversation
@@ -22,7 +23,12 @@ SAID = "qzxsaidxzq"
 
 
 def answer_tokens(
-    tokenizer: Tokenizer, prompt: Conversation | None, turns: Sequence[Turn], answer: Messages | str, ended_by: int
+    tokenizer: Tokenizer,
+    prompt: Conversation | None,
+    turns: Sequence[Turn],
+    answer: Messages | str,
+    ended_by: int,
+    ends: Collection[int],
 ) -> tuple[int, ...]:
     """What the model reads before it speaks again.
 
@@ -31,6 +37,7 @@ def answer_tokens(
         turns: so far, the last one not answered yet.
         answer: messages, or text where the prompt is one.
         ended_by: the last token of the last turn.
+        ends: tokens that end turns.
 
     Raises:
         DataError: the answer is none, the template does not write it, or no turn ends as sampling does.
@@ -49,10 +56,11 @@ def answer_tokens(
         talk += [_stub(turn), *_messages(tokenizer, turn.answer)]
     talk += [_stub(turns[-1]), *messages]
     rendered = tokenizer.template.render(talk, True, prompt.tools, prompt.variables)
-    at = _end_of_turn(tokenizer, rendered)
+    at = _end_of_turn(tokenizer, rendered, ends)
     behind = squeeze(rendered[at:])
     for message in messages:
-        if squeeze(message.get("content", "")) not in behind:
+        content = message.get("content", "")  # some templates write it as JSON text
+        if not any(squeeze(form) in behind for form in (content, json.dumps(content, ensure_ascii=False)[1:-1])):
             raise DataError(
                 f"the chat template of {tokenizer.path} does not write the content of a message of the {message['role']}'s: give "
                 "it a role that the template knows, or name another in data.chat_template"
@@ -65,16 +73,26 @@ def answer_tokens(
         )
     tail = whole[len(begin) :]
     tokenizer.check_whole(rendered[at:], tail)
-    end = () if ended_by in tokenizer.stop_ids else begin[-1:]
+    end = (
+        () if ended_by == begin[-1] else begin[-1:]
+    )  # a stop string has no end, and another token is not the template's
     return _not_empty((*end, *tail))
 
 
 def _messages(tokenizer: Tokenizer, answer: Messages) -> list[dict[str, Any]]:
-    """As a row's are read, without special tokens in their contents: a tool's output must not end a turn."""
+    """As a row's are read, without special tokens in any of their texts: a tool's output must not end a turn."""
     if not answer:
         raise DataError("the answer has no messages")
     found = read_conversation({"messages": list(answer)}, (), "the answer").messages
-    return [m | {"content": tokenizer.without_special(m["content"])} if "content" in m else m for m in found]
+    return [_plain(tokenizer, message) for message in found]
+
+
+def _plain(tokenizer: Tokenizer, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_plain(tokenizer, key): _plain(tokenizer, x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(tokenizer, x) for x in value]
+    return tokenizer.without_special(value) if isinstance(value, str) else value
 
 
 def _stub(turn: Turn) -> dict[str, Any]:
@@ -88,7 +106,7 @@ def _stub(turn: Turn) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
-def _end_of_turn(tokenizer: Tokenizer, rendered: str) -> int:
+def _end_of_turn(tokenizer: Tokenizer, rendered: str, ends: Collection[int]) -> int:
     """Behind the token that ends the last turn."""
     said = rendered.rfind(SAID)
     if said < 0:
@@ -96,8 +114,12 @@ def _end_of_turn(tokenizer: Tokenizer, rendered: str) -> int:
             f"the chat template of {tokenizer.path} does not write the assistant's message once another follows: name another in "
             "data.chat_template"
         )
-    ends = [(rendered.find(text, said), text) for text in map(tokenizer.text_of, tokenizer.stop_ids)]
-    places = [at + len(text) for at, text in ends if at >= 0]
+    found = [(token, rendered.find(tokenizer.text_of(token), said)) for token in ends]
+    found = [(token, at) for token, at in found if at >= 0]
+    special = [
+        (token, at) for token, at in found if tokenizer.is_special(token)
+    ]  # others may stand in a call's own text
+    places = [at + len(tokenizer.text_of(token)) for token, at in special or found]
     if not places:
         raise DataError(
             f"the chat template of {tokenizer.path} ends the assistant's message with none of the tokens that end a response: "

@@ -9,6 +9,7 @@ looked for that holds them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["ToolFormat", "call_id"]
 
 NAME, ARGUMENT, VALUE = "qzxname", "qzxargument", "qzxvalue"
 _DECODER = json.JSONDecoder()
+_WORD = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 def call_id(turn: int, number: int) -> str:
@@ -54,7 +56,7 @@ class ToolFormat:
         tools = [{"type": "function", "function": function}]
         before = template.render([asked], True, tools)
         whole = template.render([asked, said], False, tools)
-        text = whole[len(before) :] if whole.startswith(before) else whole[whole.rfind(NAME) - 400 :]
+        text = whole[len(before) :] if whole.startswith(before) else whole[max(0, whole.rfind(NAME) - 400) :]
         for start in (i for i, character in enumerate(text) if character == "{"):
             if found := _of_call(text, start):
                 head = _common_end(text[:start], _earlier(template, [asked, said], call["id"], tools, text[start:]))
@@ -83,18 +85,22 @@ class ToolFormat:
         else:
             parts = [text] if text.lstrip().startswith("{") else []
         for part in parts:
+            said = part.lstrip()
             try:
-                value, _ = _DECODER.raw_decode(part.lstrip())
-            except (ValueError, RecursionError) as error:
+                value, end = _DECODER.raw_decode(said)
+                json.dumps(value, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:  # half of a surrogate pair among them
                 yield ("", {}), f"no JSON: {error}"
                 continue
             for call in value if isinstance(value, list) else [value]:
                 yield self._read(call)
+            if "{" in said[end:]:
+                yield ("", {}), "another call behind it has no beginning of its own"
 
     def _read(self, call: Any) -> tuple[tuple[str, Mapping[str, Any]], str | None]:
         name = call.get(self.name_key) if isinstance(call, dict) else None
-        if not isinstance(name, str):
-            return ("", {}), f'no object with a "{self.name_key}", a text'
+        if not isinstance(name, str) or not _WORD.fullmatch(name):
+            return ("", {}), f'no object with a "{self.name_key}" of letters, digits and . _ -'
         arguments = call.get(self.arguments_key, {})
         if isinstance(arguments, str):
             try:

@@ -15,8 +15,7 @@ from megatron_ext.runtime.collectives import broadcast, gather_objects, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
 from recipes.environments.registry import Named
-from recipes.environments.tool_calls import ToolFormat
-from recipes.grpo.conversations import Conversations
+from recipes.grpo.conversations import Conversations, tool_format
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.settings import GRPOConfig
 from recipes.rewards.registry import Reward, score
@@ -61,9 +60,7 @@ class RolloutSampler:
         answers: Source | None = None,
     ):
         self.session, self.source, self.reward, self.answers = session, source, reward, answers or source
-        self.environment, self.tools = environment, None
-        if environment is not None and environment.kind.tools:
-            self.tools = ToolFormat.of(session.inputs.tokenizer.template)
+        self.environment, self.tools = environment, tool_format(environment, session.inputs.tokenizer)
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.context_size = parallel_state.get_context_parallel_world_size()
@@ -134,8 +131,8 @@ class RolloutSampler:
             return requests
         tokenizer, turns = self.session.inputs.tokenizer, self.settings.max_turns
         return [
-            replace(request, environment=Conversations(self.environment, tokenizer, prompt, self.tools, turns))
-            for request, prompt in zip(requests, prompts, strict=True)
+            replace(r, environment=Conversations(self.environment, tokenizer, p, self.tools, r.params.ends, turns))
+            for r, p in zip(requests, prompts, strict=True)
         ]
 
     def _rewards(self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
@@ -155,6 +152,8 @@ class RolloutSampler:
                     rows = [p.row for p in prompts for _ in range(samples)]
                     values += torch.tensor(score(self.reward, texts, rows), dtype=torch.float64)
                 rewards.copy_(values.view_as(rewards))
+                for conversations in (r.environment for r in requests if r.environment is not None):
+                    conversations.close()
         return broadcast(rewards, 0, group)
 
     def _answers(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from megatron_ext.errors import UserError
+from megatron_ext.rollouts.observing import THREADS
 from megatron_ext.rollouts.responses import NO_TOKENS, TURN_ENDS
 from megatron_ext.rollouts.trajectories import FinishReason, Passage, Trajectory
 from megatron_ext.rollouts.vllm.protocol import ServerCall
@@ -28,7 +30,8 @@ async def converse(call: ServerCall, ask: Ask) -> list[Trajectory]:
     environment = call.request.environment
     if environment is None:
         return await ask(call)
-    await asyncio.gather(*(asyncio.to_thread(environment.begin, sample) for sample in call.samples))
+    ask_environment = partial(asyncio.get_running_loop().run_in_executor, THREADS)
+    await asyncio.gather(*(ask_environment(environment.begin, sample) for sample in call.samples))
     first = await ask(call)
     rest = (_go_on(call, sample, turn, ask) for sample, turn in zip(call.samples, first, strict=True))
     return list(await asyncio.gather(*rest))
@@ -38,7 +41,7 @@ async def _go_on(call: ServerCall, sample: int, turn: Trajectory, ask: Ask) -> T
     """The conversation of one sample, whose first turn is there."""
     environment, passages = call.request.environment, list(turn.passages)
     while turn.finish_reason in TURN_ENDS:
-        seen = await asyncio.to_thread(environment.observe, sample, tuple(passages))
+        seen = await asyncio.get_running_loop().run_in_executor(THREADS, environment.observe, sample, tuple(passages))
         if seen is None:
             break
         if not seen:

@@ -7,12 +7,13 @@ import pytest
 from recipes.data.tokenizer import load_tokenizer
 from tests.data_cases import EOS, FAMILIES, START, TEMPLATE, write_tokenizer
 
-# Llama 3.1: a call is all that a turn is, its arguments are called parameters.
+# Llama 3.1: a call is all that a turn is, its arguments are called parameters, and results are written as JSON.
 LLAMA31 = """
 {%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
 {%- for m in messages %}<start>{{ 'ipython' if m.role == 'tool' else m.role }}:
     {%- if m.tool_calls %}{% set call = m.tool_calls[0].function -%}
         {"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}
+    {%- elif m.role == 'tool' %}{{ m.content | tojson }}
     {%- else %}{{ m.content | trim }}{% endif %}<eos>
 {%- endfor %}{% if add_generation_prompt %}<start>assistant:{% endif %}"""
 # Mistral's newer ones: calls in a list behind a word, each with an id.

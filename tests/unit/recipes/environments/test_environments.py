@@ -16,8 +16,12 @@ from recipes.rewards.registry import reward_for
 
 
 class Mine(Environment):
-    def __init__(self, size: int):
+    def __init__(self, size: list[int]):
         self.size = size
+
+
+class Letters(Environment):
+    row_keys = "number"
 
 
 def draw_expression(rng, depth: int) -> tuple[str, Fraction]:
@@ -55,6 +59,7 @@ def test_the_calculator_is_exact(rng):
         ("(" * 99 + "1" + ")" * 99, "no arithmetic|^$"),
         ("1e999", "only numbers"),
         ("0 ** -1", "division by zero"),
+        ("2if 3else 4", "only numbers"),
         ("9" * 150, "too large"),
     ],
 )
@@ -91,6 +96,7 @@ def test_a_guess_is_answered_until_it_is_right_or_the_last(rng):
     assert game.step(Talk(row, (*turns, Turn(f"{secret + 1}")))) == End(0.0)
     assert game.step(Talk(row, (Turn(f"{secret + 1}"),))).answer[0]["content"] == f"Lower than {secret + 1}."
     assert game.step(Talk(row, (Turn(str(secret)),))) == End(1.0)
+    assert game.step(Talk(row, (Turn(f"<think>1 to {highest}</think>{secret}"),))) == End(1.0)
     with pytest.raises(ValueError, match=r"secret=0 must be a whole number from 1 to highest=5"):
         game.start({"secret": 0, "highest": 5})
 
@@ -99,13 +105,15 @@ def test_names_paths_and_options():
     assert get_environment("single_turn") is None
     named = get_environment({"name": "guess_number", "turns": 2})
     assert named.make().turns == 2 and named.make() is not named.make()
-    assert get_environment({"name": f"{__name__}.Mine", "size": 5}).make().size == 5
+    mine = get_environment({"name": f"{__name__}.Mine", "size": [5]})
+    assert mine.make().size == [5] and mine.make().size is not mine.make().size
     for spec, message in (
         ("guess_numbr", "did you mean guess_number?"),
         ({"name": "guess_number", "turn": 2}, "turn"),
         ({"name": "guess_number", "turns": 0}, "turns=0 must be at least 1"),
         (f"{__name__}.Mine", "size"),
         (f"{__name__}:draw_expression", "is no subclass of"),
+        (f"{__name__}.Letters", "row_keys='number' must be a list of keys"),
         (3, "must be a name or a mapping"),
     ):
         with pytest.raises(ConfigError, match=message):

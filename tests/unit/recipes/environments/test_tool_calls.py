@@ -51,10 +51,15 @@ def test_a_call_that_cannot_be_read_has_a_complaint():
     found = form.calls(said, 2)
     assert [c.name for c in found] == ["", "", "", "g"] and [c.id for c in found] == [call_id(2, i) for i in range(4)]
     assert [c.complaint and c.complaint.split(":")[0] for c in found] == [
-        "no JSON", 'no object with a "name", a text', 'no object with a "name", a text', '"arguments" is no object',
+        "no JSON", 'no object with a "name" of letters, digits and . _ -', 'no object with a "name" of letters, digits and . _ -',
+        '"arguments" is no object',
     ]  # fmt: skip
     (text,) = form.calls('<call>{"name": "f", "arguments": ' + json.dumps('{"a": 1}') + "}", 0)
     assert text.arguments == {"a": 1} and text.complaint is None
+    said = '<call>{"name": "f"}{"name": "g"}</call><call>{"name": "\\ud800"}<call>{"name": "a\\n"}'
+    assert [(c.name, c.complaint and c.complaint[:12]) for c in form.calls(said, 0)] == [
+        ("f", None), ("", "another call"), ("", "no JSON: 'ut"), ("", "no object wi"),
+    ]  # fmt: skip
     (deep,) = bare.calls('{"name":' + "[" * 100_000, 0)
     assert deep.complaint.startswith("no JSON")
 

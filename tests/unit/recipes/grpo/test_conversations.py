@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from functools import partial
 
 import pytest
@@ -11,19 +13,22 @@ from megatron_ext.errors import UserError
 from megatron_ext.losses.grpo import GrpoTerms, token_weights
 from megatron_ext.models import build_gpt
 from megatron_ext.models.media import pack_prompts
-from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
+from megatron_ext.rollouts import MegatronSource, Passage, Request, SamplingParams
+from recipes.data.errors import DataError
 from recipes.data.rows import load_prompts
 from recipes.data.tokenizer import load_tokenizer
 from recipes.environments.calculator import Calculator
 from recipes.environments.environment import End, Environment, Observation, ToolCall
 from recipes.environments.registry import Named
 from recipes.grpo.batches import GRPOMicrobatch
-from recipes.grpo.conversations import Conversations
+from recipes.grpo.conversations import Conversations, check_template, tool_format
 from recipes.grpo.objective import objective
 from tests.data_cases import EOS, FAMILIES, START, write_rows, write_tokenizer
 from tests.gpt_cases import named_gradients, randomize, run, small_config
 from tests.layouts import randn
 from tests.plain_gpt import plain_logprobs
+
+NUMBERS = itertools.count()
 
 
 class Insisting(Calculator):
@@ -57,7 +62,7 @@ def test_two_turns_with_a_tool_are_trained_as_a_tree_like_one_by_one(tokenizer, 
     model.double()
     source = MegatronSource(model, tokenizer.decode_response)
     params = SamplingParams(300, tokenizer.stop_ids, ("e", "t", "1", " "))  # turns of a few tokens
-    talks = [Conversations(named, tokenizer, prompt, None, None) for _ in range(2)]
+    talks = [Conversations(named, tokenizer, prompt, None, (), None) for _ in range(2)]
     (said,) = source.sample([Request(prompt.tokens, 3, params, (int(rng.initial_seed()),), environment=talks[0])])
     for number, trajectory in enumerate(said):
         first, heard, last = trajectory.passages
@@ -117,7 +122,7 @@ def test_rewards_of_turns_add_up_and_turns_are_counted(tokenizer, tmp_path, rng,
     model = build_gpt(small_config(vocab_size=tokenizer.vocab_size, encoder_seq_length=500), world)
     randomize(model, rng)
     params = SamplingParams(200, tokenizer.stop_ids, ("e", "t", "1", " ", "a", "o"))
-    talk = Conversations(named, tokenizer, prompt, None, 3)
+    talk = Conversations(named, tokenizer, prompt, None, (), 3)
     (group,) = MegatronSource(model, tokenizer.decode_response).sample(
         [Request(prompt.tokens, 4, params, (int(rng.initial_seed()),), environment=talk)]
     )
@@ -130,8 +135,13 @@ class Failing(Environment):
     row_keys = ("how",)
     gives_reward = True
 
+    def start(self, row):
+        drawn = next(NUMBERS) if row["how"] == "draws" else 2
+        return [{"role": "user", "content": f"what is {drawn} ?"}]
+
     def step(self, talk):
         answers = {
+            "exit": lambda: sys.exit(0), "number": lambda: Observation(5), "large": lambda: End(10**400),
             "raises": lambda: 1 / 0, "text": lambda: "on", "nan": lambda: End(float("nan")), "none": End,
             "plain": lambda: Observation("on"),
         }  # fmt: skip
@@ -149,12 +159,52 @@ class Failing(Environment):
         ("nan", "environment Failing gave the reward nan; it must be a finite number"),
         ("none", "environment Failing gave the reward None"),
         ("plain", "environment Failing: the prompt is messages and the answer plain text"),
+        ("exit", "environment Failing: step failed: SystemExit: 0"),
+        ("number", "environment Failing: TypeError"),
+        ("large", "environment Failing gave the reward 1000"),
+        ("draws", "start gave another prompt for line 1 than when rows were read"),
     ],
 )
 def test_an_environment_that_fails_stops_the_run_in_a_line(how, message, tokenizer, tmp_path, world):
     named, prompt = prompt_of(tokenizer, tmp_path, Failing, how=how)
     model = build_gpt(small_config(vocab_size=tokenizer.vocab_size, encoder_seq_length=500), world)
     params = SamplingParams(9, tuple(range(tokenizer.vocab_size)))
-    request = Request(prompt.tokens, 1, params, environment=Conversations(named, tokenizer, prompt, None, None))
+    request = Request(prompt.tokens, 1, params, environment=Conversations(named, tokenizer, prompt, None, (), None))
     with pytest.raises(UserError, match=message):
         MegatronSource(model, tokenizer.decode_response).sample([request])
+
+
+class Closing(Environment):
+    closed = 0
+
+    def step(self, talk):
+        talk.row["messages"].append(1)
+        return End()
+
+    def close(self):
+        type(self).closed += 1
+
+
+def test_conversations_have_rows_of_their_own_and_are_closed(tokenizer, tmp_path):
+    named, prompt = prompt_of(tokenizer, tmp_path, Closing)
+    talk = Conversations(named, tokenizer, prompt, None, (), None)
+    said = Passage((tokenizer.eos_id,), (-1.0,))
+    for sample in (0, 1, 0):
+        talk.begin(sample)
+        assert talk.observe(sample, [said]) is None
+    assert len(prompt.row["messages"]) == 1 and Closing.closed == 1, "the first one began anew"
+    talk.close()
+    assert Closing.closed == 3
+
+
+def test_what_a_template_cannot_write_is_refused_before_anything_is_sampled(tokenizer, tmp_path):
+    folder = tmp_path / "llama"
+    llama = load_tokenizer(write_tokenizer(folder, chat_template=FAMILIES["llama"], eos_token=EOS, bos_token=START))
+    named, prompt = prompt_of(tokenizer, tmp_path, Calculator)
+    check_template(named, tokenizer, [prompt], ())
+    with pytest.raises(DataError, match="not as JSON with its name and arguments"):
+        check_template(named, llama, [prompt], ())
+    reads = Named("own", Insisting, Insisting())
+    assert tool_format(reads, llama) is None
+    with pytest.raises(DataError, match="ends the assistant's message with none of the tokens that end a response"):
+        check_template(named, tokenizer, [prompt], (tokenizer.token_id("<pad>", ""),))
