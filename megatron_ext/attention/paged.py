@@ -31,6 +31,9 @@ from megatron_ext.attention.plan import Call, Plan, Rectangle
 __all__ = ["Reads", "Stretch", "paged_attention", "plain_way"]
 
 HIDDEN = -1e30  # a score that no other is less than; -inf would make numbers of holes into none
+# Scores so far below the largest weigh e ** -64 = 2e-28, which fp64 does not see beside 1, instead of nothing: exp of what
+# underflows takes the CPU ten times as long.
+FLOOR = -64.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +217,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float | None)
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores = scores.view(p, m, g, n // m, -1).add_(bias)
     maximum = scores.amax(-1)
-    scores = scores.sub_(maximum.unsqueeze(-1)).exp_()
+    scores = scores.sub_(maximum.unsqueeze(-1)).clamp_(min=FLOOR).exp_()
     denominator = scores.sum(-1)
     out = torch.bmm(scores.view(p * m, g * (n // m), -1), v).view(p, m, g, n // m, d)
     return tuple(x.transpose(1, 2).reshape(p * g, n, *x.shape[4:]) for x in (out, maximum, denominator))

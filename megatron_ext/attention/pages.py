@@ -105,14 +105,18 @@ class PagePool:
         side.tables.add(table)
         return table
 
-    def extend(self, table: Table, tokens: int) -> None:
-        """Pages for so many tokens in all. Ask `fits` before."""
+    def extend(self, table: Table, tokens: int, more: int = 0) -> None:
+        """Pages for so many tokens in all. Ask `fits` before.
+
+        Args:
+            more: pages that others are about to be given: where memory grows, it grows once for all of them.
+        """
         while len(table.pages) < pages_of(tokens):
             table.pages.append(table.side.take())
         assert self.limit is None or self.used <= self.limit, "more pages than there may be"
         self.peak = max(self.peak, self.used)
         if self.bottom.high + self.top.high > self.capacity:
-            self._make_room(table.side)
+            self._make_room(table.side, more)
 
     def free(self, table: Table) -> None:
         """Give its pages back."""
@@ -162,13 +166,13 @@ class PagePool:
             return like.new_zeros(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
         return like.new_zeros(shape)
 
-    def _make_room(self, extended: _Side) -> None:
+    def _make_room(self, extended: _Side, more: int) -> None:
         """For pages that one side has just taken beyond its old ones; it had no holes then."""
         other = self.bottom if extended is self.top else self.top
         if other.holes:
             self._compact(other)
         if self.used > self.capacity:
-            wanted = max(self.used, self.capacity + self.capacity // GROWTH)
+            wanted = max(self.used + more, self.capacity + self.capacity // GROWTH)
             split = self.capacity - self.top.high if extended is self.bottom else self.bottom.high
             self._grow(wanted if self.limit is None else min(wanted, self.limit), split)
 

@@ -202,11 +202,11 @@ class _Turn:
 
 def _choose(logits: Tensor, responses: list[Response]) -> Tensor:
     """logits [r, v] -> fp32 [2, r]: tokens, whose ids are below 2 ** 24, and log-probabilities."""
+    if len({id(response.params) for response in responses}) == 1:  # as of a step's requests: not even compared
+        return _choose_alike(logits, responses)
     alike: dict[SamplingParams, list[int]] = {}
     for i, response in enumerate(responses):
         alike.setdefault(response.params, []).append(i)
-    if len(alike) == 1:
-        return _choose_alike(logits, responses)
     chosen = torch.empty(2, len(responses), device=logits.device)
     for numbers in alike.values():
         rows = torch.tensor(numbers, device=logits.device)

@@ -56,6 +56,11 @@ class Sampled:
         lengths = range(self.written + 1, stop + 1)
         return [Row(self.prompt.table, self.own, self.prompt.length, length) for length in lengths]
 
+    @property
+    def missing(self) -> int:
+        """Pages that its tokens need beside those that it has."""
+        return max(0, pages_of(len(self.response.tokens)) - len(self.own.pages))
+
 
 @dataclass(eq=False)
 class Lane:
@@ -85,6 +90,8 @@ class Lane:
     def enter(self) -> list[Sampled]:
         """Those that get pages now: as many as there is room for beside what those that run are expected to say yet."""
         entered: list[Sampled] = []
+        if not self.waiting:
+            return entered
         tokens, promised = 0, sum(map(self._to_come, self.running))
         while self.waiting:
             new = self.waiting[0]
@@ -118,7 +125,7 @@ class Lane:
         """Those that run now, each with how many of its tokens will have been run, and room for those: the last one, and what
         it has observed, as much as may run at once. Where pages run out the newest steps back."""
         running: list[tuple[Sampled, int]] = []
-        more = PREFILL_TOKENS
+        more, missing = PREFILL_TOKENS, sum(sampled.missing for sampled in self.running)
         while len(running) < len(self.running):
             sampled = self.running[len(running)]
             new = min(len(sampled.response.tokens) - sampled.written, OBSERVED_TOKENS, 1 + more)
@@ -127,7 +134,8 @@ class Lane:
                 if not self.pool.fits(needed):
                     self._step_back()
                     continue
-                self.pool.extend(sampled.own, tokens)
+                missing -= needed
+                self.pool.extend(sampled.own, tokens, more=missing)
             more -= new - 1
             running.append((sampled, tokens))
         self.pool.tidy()

@@ -56,6 +56,22 @@ def test_contents_survive_growing_and_moving(rng):
             check(pool, table, said)
 
 
+def test_memory_grows_once_for_pages_that_are_given_together():
+    for limit in (None, 50):
+        pool = PagePool(limit)
+        tables = [pool.new(shared=False) for _ in range(40)]
+        for table in tables[:8]:
+            pool.extend(table, PAGE)
+        like = torch.empty(0, 2, 4)
+        pool.memory(1, like)
+        pool.extend(tables[8], PAGE, more=31 if limit is None else 100)
+        grown = pool.memory(1, like)
+        assert pool.capacity == (limit or 40)
+        for table in tables[9:]:
+            pool.extend(table, PAGE)
+        assert pool.memory(1, like) is grown
+
+
 def test_holes_are_closed_and_contents_move_with_their_pages(rng):
     for shared in (False, True):
         pool = PagePool(heads_first=not shared)
