@@ -110,16 +110,19 @@ class RolloutSampler:
         """Those that this context-parallel rank has sampled."""
         return _share(len(prompts), parallel_state.get_context_parallel_rank(), self.context_size)
 
-    def has_taken(self, steps: int, source: Source | None = None) -> None:
-        """The source, or another one, shall sample with the weights behind so many steps."""
-        (source or self.source).update_weights(
-            steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update
-        )
+    def has_taken(self, steps: int) -> None:
+        """The source shall sample with the weights behind so many steps."""
+        with self.session.timers("weights"):
+            self.source.update_weights(self._version(steps))
+
+    def _version(self, steps: int) -> int:
+        """Of the weights behind so many steps."""
+        return steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update
 
     def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
         """fp64 [prompts, 1]: of one answer to each, behind this step. Their numbers are `first`, `first + stride`, ..., and draw
         the same at every validation."""
-        self.has_taken(step, self.answers)
+        self.answers.update_weights(self._version(step))
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
         requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]

@@ -154,6 +154,9 @@ METRICS = {
     "val/perplexity": Metric("LFTF", "none", "Perplexity of data.validation_text_path; the guard watches it."),
     "timers/step": Metric("GRPO", "seconds", "The whole step, without validation."),
     "timers/generate": Metric("GRPO", "seconds", "Sampling and rewards."),
+    "timers/weights": Metric(
+        "GRPO", "seconds", "Of generate: giving the weights to what samples, unless a validation has just done so."
+    ),
     "timers/rollout_dump": Metric("GRPO, with trainer.grpo.rollout_dump", "seconds", "Writing rollouts down."),
     "timers/old_and_reference_logprobs": Metric(
         "GRPO",
