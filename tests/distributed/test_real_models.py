@@ -22,9 +22,9 @@ MODELS = {"llama3_1_8b": 8.03, "llama3_1_70b": 70.55, "qwen2_5_7b": 7.62, "qwen2
 RECIPES = ("sft", "grpo", "grpo_video", "lftf")
 NODES = (1, 2, 8, 16)
 LARGE = {"llama3_1_70b", "qwen2_5_72b"}
-TINY = ("sft_tiny", "grpo_tiny", "sft_video_tiny", "grpo_video_tiny", "sft_bias_tiny", "lftf_tiny")
+TINY = ("sft_tiny", "grpo_tiny", "grpo_guess_tiny", "sft_video_tiny", "grpo_video_tiny", "sft_bias_tiny", "lftf_tiny")
 # Architecture from a checkpoint, or models made by the recipe itself: nothing to plan.
-OTHERS = {"eval_bias", "locate_bias", "video_niah"}
+OTHERS = {"eval_bias", "locate_bias", "video_niah", "grpo_smollm2"}
 
 
 def read(recipe: str, model: str, nodes: int):
