@@ -23,7 +23,7 @@ RECIPES = ("sft", "grpo", "grpo_video", "lftf")
 NODES = (1, 2, 8, 16)
 LARGE = {"llama3_1_70b", "qwen2_5_72b"}
 TINY = ("sft_tiny", "grpo_tiny", "grpo_guess_tiny", "sft_video_tiny", "grpo_video_tiny", "sft_bias_tiny", "lftf_tiny")
-# Architecture from a checkpoint, or models made by the recipe itself: nothing to plan.
+# Architecture from a checkpoint, models made by the recipe itself, or one for a CPU: nothing to plan.
 OTHERS = {"eval_bias", "locate_bias", "video_niah", "grpo_smollm2"}
 
 
