@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "launch" / "slurm" / "job.sh"
+WITH_SERVERS = JOB.with_name("job_with_servers.sh")
 # What the job script says itself: (key, option that says it).
 OWN_KEYS = (
     ("exp_manager.explicit_log_dir", "--run-dir"),
@@ -47,9 +48,10 @@ OWN_KEYS = (
 OWN_OPTIONS = ("--nodes", "-N", "--job-name", "-J", "--output", "-o", "--export", "--gpus-per-node", "--ntasks", "-n",
                "--ntasks-per-node", "--array", "-a", "--wrap", "--parsable", "--test-only")  # fmt: skip
 # Variables of the job script that are the options' to set, whatever the environment says.
-OWN_VARIABLES = ("ROOT", "RECIPE", "CONFIG", "RUN_DIR", "GPUS", "CANARY_GPUS", "CONTAINER", "MOUNTS", "REWARD")
+OWN_VARIABLES = ("ROOT", "RECIPE", "CONFIG", "RUN_DIR", "GPUS", "CANARY_GPUS", "CONTAINER", "MOUNTS", "REWARD", "VLLM",
+                 "VLLM_CONTAINER", "VLLM_MOUNTS")  # fmt: skip
 # Variables of the job script that the environment may set; they are shown.
-FREE_VARIABLES = ("PYTHON", "SERVER_PYTHON", "CANARY_SECONDS", "RENDEZVOUS_PORT")
+FREE_VARIABLES = ("PYTHON", "SERVER_PYTHON", "VLLM_PYTHON", "CANARY_SECONDS", "RENDEZVOUS_PORT")
 UNKNOWN_VOCABULARY = 1 << 17
 # Seconds before the end of its time at which a job is told to stop: for saving, and for the step in hand and the one
 # that may begin before it is seen.
@@ -76,6 +78,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--reward-server", metavar="REWARD", help="serve this reward from one more node; GRPO asks it")
     parser.add_argument("--reward-gpus", type=int, default=0, help="of that node")
+    parser.add_argument(
+        "--vllm-nodes", type=int, default=0, help="more nodes, with trainer.grpo.rollout.start vLLM servers on each; GRPO asks them"
+    )
+    parser.add_argument("--vllm-gpus", type=int, help="of each of these nodes (default: --gpus-per-node)")
+    parser.add_argument("--vllm-container", help="image for these nodes (default: --container)")
+    parser.add_argument("--vllm-mounts", help="for that image")
     parser.add_argument("--dry-run", action="store_true", help="show the command, submit nothing")
     parser.add_argument("--test-only", action="store_true", help="let sbatch check it, submit nothing")
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -107,13 +115,17 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Estimate | None:
     if args.reward_server and not RECIPES[args.recipe].asks_reward:
         asking = " and ".join(name for name, recipe in RECIPES.items() if recipe.asks_reward)
         raise UserError(f"--reward-server {args.reward_server}: {args.recipe} asks for no reward, only {asking} does")
-    own = [*OWN_KEYS, ("trainer.grpo.reward", "--reward-server")] if args.reward_server else OWN_KEYS
+    check_servers(args)
+    own = list(OWN_KEYS)
+    own += [("trainer.grpo.reward", "--reward-server")] if args.reward_server else []
+    own += [("trainer.grpo.rollout.rendezvous", "--vllm-nodes")] if args.vllm_nodes else []
     for key, option in own:
         for override in overrides:
             if override.lstrip("+").partition("=")[0] == key:
                 raise UserError(f"{override}: {option} says it for the whole job; leave the override out")
     check_run_dir(args.run_dir)
-    check_container(args.container, args.mounts)
+    check_container(args.container, args.mounts, "")
+    check_container(args.vllm_container, args.vllm_mounts, "vllm-")
     config = composed(args, overrides, processes)
     check_layout(config, args.nodes * processes)
     if not args.container:  # inside, paths may be others
@@ -146,20 +158,38 @@ def check_run_dir(folder: Path) -> None:
         raise UserError(f"--run-dir {folder} cannot be made: {existing} is no folder to write to")
 
 
-def check_container(image: str | None, mounts: str | None) -> None:
+def check_servers(args: argparse.Namespace) -> None:
+    """Options of nodes for vLLM."""
+    if args.vllm_nodes < 0 or (args.vllm_gpus or 0) < 0:
+        raise UserError(f"--vllm-nodes {args.vllm_nodes}, --vllm-gpus {args.vllm_gpus}: they must not be negative")
+    if not args.vllm_nodes:
+        for option in ("vllm_gpus", "vllm_container", "vllm_mounts"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} {getattr(args, option)} is for nodes of vLLM: say how many with --vllm-nodes")
+    elif not RECIPES[args.recipe].samples:
+        sampling = " and ".join(name for name, recipe in RECIPES.items() if recipe.samples)
+        raise UserError(f"--vllm-nodes {args.vllm_nodes}: {args.recipe} samples no responses, only {sampling} does")
+
+
+def check_container(image: str | None, mounts: str | None, whose: str) -> None:
+    """
+    Args:
+        whose: what its options begin with.
+    """
     if mounts and not image:
-        raise UserError(f"--mounts {mounts} is for a container: name one with --container")
+        raise UserError(f"--{whose}mounts {mounts} is for a container: name one with --{whose}container")
     if not image:
         return
     if image.startswith(("/", ".")) or image.endswith(".sqsh"):
         if not Path(image).is_file():
-            raise UserError(f"--container {image} does not exist: name a .sqsh file or registry#image:tag")
+            raise UserError(f"--{whose}container {image} does not exist: name a .sqsh file or registry#image:tag")
     elif image.split() != [image]:
-        raise UserError(f"--container {image!r} is no image: name a .sqsh file or registry#image:tag")
+        raise UserError(f"--{whose}container {image!r} is no image: name a .sqsh file or registry#image:tag")
     for mount in (mounts or "").split(",") if mounts else ():
         source = mount.split(":")[0]
         if not source.startswith("/") or not Path(source).exists():
-            raise UserError(f"--mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
+            raise UserError(f"--{whose}mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
 
 
 def check_data(config: dict) -> None:
@@ -173,14 +203,21 @@ def check_data(config: dict) -> None:
 
 def composed(args: argparse.Namespace, overrides: list[str], processes: int) -> dict:
     """The configuration that the ranks will have, checked as they check it."""
-    reward = ["trainer.grpo.reward=http"] if args.reward_server else []
+    servers = ["trainer.grpo.reward=http"] if args.reward_server else []
+    if args.vllm_nodes:  # the job names the folder after its number
+        servers += [f"trainer.grpo.rollout.rendezvous={quoted(f'{args.run_dir}.slurm')}"]
     own = [
-        *reward,
-        "exp_manager.explicit_log_dir='" + str(args.run_dir).replace("'", "\\'") + "'",
+        *servers,
+        "exp_manager.explicit_log_dir=" + quoted(str(args.run_dir)),
         f"trainer.num_nodes={args.nodes}",
         f"trainer.devices={processes}",
     ]
     return compose(args.config, forced([*overrides, *own]))
+
+
+def quoted(text: str) -> str:
+    """As a value of Hydra's."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
@@ -208,6 +245,8 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
         checkpoint = Pretrained.open(typed.pretrained_checkpoint.restore_from_path)
         if typed.model.vocab_size is not None:
             checkpoint.check(typed.model)
+    if args.vllm_nodes and not args.container and not args.vllm_container:
+        check_vllm(typed.trainer.grpo.rollout.python)
     if recipe.asks_reward:
         reward = reward_to_serve(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
         environment = typed.trainer.grpo.environment
@@ -216,6 +255,14 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
             if not is_own(reward):
                 reward_for(reward, environment)
     return check_memory(args, typed) if recipe.planned else None
+
+
+def check_vllm(python: str) -> None:
+    if os.sep in python and not os.access(python, os.X_OK):
+        raise UserError(
+            f"trainer.grpo.rollout.python={python} is no program, seen from {Path.cwd()}: `make vllm` makes .venv-vllm, or name "
+            "the interpreter of an environment with vLLM in it"
+        )
 
 
 def is_own(spec: Any) -> bool:
@@ -299,18 +346,25 @@ def command(
     parts += args.sbatch
     job = JOB
     if args.reward_server:
-        job = JOB.with_name("job_with_reward_server.sh")
+        job = WITH_SERVERS
         exported["REWARD"] = args.reward_server
-        # Account, partition and time are the first part's. Another name: the job must not wait for its own second part.
-        parts += [
-            ":",
-            "--nodes=1",
-            "--export=ALL",
-            f"--job-name={name}-reward",
-            *([f"--gpus-per-node={args.reward_gpus}"] if args.reward_gpus else []),
-            *args.sbatch,
-        ]
+        parts += part(args, f"{name}-reward", 1, args.reward_gpus)
+    if args.vllm_nodes:
+        job = WITH_SERVERS
+        exported["VLLM"] = "yes"
+        if args.vllm_container:
+            exported["VLLM_CONTAINER"] = args.vllm_container
+            exported |= {"VLLM_MOUNTS": args.vllm_mounts} if args.vllm_mounts else {}
+        gpus = args.gpus_per_node if args.vllm_gpus is None else args.vllm_gpus
+        parts += part(args, f"{name}-vllm", args.vllm_nodes, gpus)
     return [*parts, str(job), "--", *overrides], exported
+
+
+def part(args: argparse.Namespace, name: str, nodes: int, gpus: int) -> list[str]:
+    """One more part of a heterogeneous job. Account, partition and time are the first's. It has a name of its own: the job must
+    not wait for its own other parts."""
+    of_gpus = [f"--gpus-per-node={gpus}"] if gpus else []
+    return [":", f"--nodes={nodes}", "--ntasks-per-node=1", "--export=ALL", f"--job-name={name}", *of_gpus, *args.sbatch]
 
 
 @user_errors()

@@ -148,7 +148,7 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         scoring_passes=(config.why_old_pass is not None) + bool(grpo.initial_policy_kl_penalty),
         reference_copy=bool(grpo.initial_policy_kl_penalty),
         reference_on_host=grpo.offload_reference_policy,
-        rollout=True,
+        rollout=grpo.rollout.source != "vllm",
         rollout_tokens=grpo.rollout_tokens,
         distributed_optimizer=model.optim.sharded,
         moments=model.optim.moments,

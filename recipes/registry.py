@@ -25,6 +25,7 @@ class Recipe:
         resumes: whether exp_manager.resume_if_exists=true goes on after a stop; else it starts anew, in a new folder.
         planned: whether the planner knows its step.
         asks_reward: whether it asks a reward, which a server may give.
+        samples: whether it samples responses, which vLLM servers may.
     """
 
     config: str
@@ -33,6 +34,7 @@ class Recipe:
     resumes: bool = False
     planned: bool = False
     asks_reward: bool = False
+    samples: bool = False
 
     def config_class(self) -> type:
         module, _, name = self.config.partition(":")
@@ -42,7 +44,7 @@ class Recipe:
 RECIPES = {
     "train_sft": Recipe("recipes.sft.settings:SFTConfig", "sft_tiny", "sft", resumes=True, planned=True),
     "train_grpo": Recipe(
-        "recipes.grpo.settings:GRPOConfig", "grpo_tiny", "grpo", resumes=True, planned=True, asks_reward=True
+        "recipes.grpo.settings:GRPOConfig", "grpo_tiny", "grpo", resumes=True, planned=True, asks_reward=True, samples=True
     ),
     "train_lftf": Recipe("recipes.bias.settings:LFTFConfig", "lftf_tiny", "lftf", resumes=True, planned=True),
     "locate_bias": Recipe("recipes.bias.settings:LocateConfig", "locate_bias", "locate"),

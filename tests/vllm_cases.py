@@ -14,7 +14,8 @@ import torch
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.prompt_streams import text_logits
 from megatron_ext.rollouts import Request, Trajectory
-from megatron_ext.rollouts.vllm import Home, VllmOptions, VllmSource
+from megatron_ext.rollouts.vllm import Home, VllmSource
+from megatron_ext.vllm_servers import VllmOptions
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
 from tests.gpt_cases import randomize
 from tests.harness import ROOT

@@ -89,8 +89,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/staleness_cpu.json")
     options = parser.parse_args()
 
-    from megatron_ext.rollouts.vllm import VllmOptions
-    from megatron_ext.rollouts.vllm.process import ServerProcesses
+    from megatron_ext.vllm_servers import ServerProcesses, VllmOptions
 
     found: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as name:

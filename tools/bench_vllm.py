@@ -54,7 +54,8 @@ def served(model, args: argparse.Namespace, folder: Path) -> Iterator:
     """A source with a server that has the model's weights."""
     from make_word_problems import train_tokenizer
 
-    from megatron_ext.rollouts.vllm import Home, VllmOptions, VllmSource
+    from megatron_ext.rollouts.vllm import Home, VllmSource
+    from megatron_ext.vllm_servers import VllmOptions
     from recipes.data.tokenizer import load_tokenizer
 
     train_tokenizer(folder / "tokenizer", [TEXT], 300)

@@ -109,6 +109,12 @@ def print_time(estimated: Estimate) -> None:
         print_table("GB that one rank sends in a step, sampling excepted", tuple(step.sent), values)
     busy = step.flops / estimated.job.world / (step.total - step.sampling) / estimated.hardware.flops
     print(f"\n{step.flops:.3g} operations of all ranks, sampling excepted: {busy:.0%} of the peak in that time")
+    if estimated.job.samples > 1 and not estimated.job.rollout:
+        weights = model_parameters(estimated.job.model) * estimated.job.model.dtype.itemsize
+        print(
+            "Servers sample: their seconds and their GPUs' memory are not planned. Exported weights take "
+            f"{weights / GIB:.1f} GiB in /dev/shm or trainer.grpo.rollout.weights_dir, twice that while they are replaced."
+        )
 
 
 def print_grouping(estimated: Estimate) -> None:

@@ -47,7 +47,7 @@ class Job:
         scoring_passes: forward passes over the batch before it is trained on.
         reference_copy: a second set of weights is kept, for the KL divergence.
         reference_on_host: and where: in the host's memory, and in the gradient buffers while it is used.
-        rollout: the responses are sampled by the model.
+        rollout: the responses are sampled by the model; else others do, whose time and memory are not planned.
         rollout_tokens: tokens whose keys and values sampling holds at most; None: all that there are.
         block: one block trains and all else is frozen (LFTF); the worst one is planned for.
         locates: the gradients of all blocks are held once, before anything trains.

@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.kinds import Speed
 from megatron_ext.losses.off_policy import OffPolicyTerms
 from megatron_ext.rollouts import SamplingParams
-from megatron_ext.rollouts.vllm.options import VllmOptions
+from megatron_ext.vllm_servers.options import VllmOptions
 from recipes.cli.config import at_least
 
 __all__ = [
@@ -126,7 +126,7 @@ class RolloutSection:
     path: str | None = None
     # http://host:port of vLLM servers that run already; their key is read from MEGATRON_EXT_VLLM_KEY. Or start some.
     urls: Speed[list[str]] = field(default_factory=list)
-    # vLLM servers that the run starts beside rank 0, keeps alive and ends; 0: none.
+    # vLLM servers that the run starts beside rank 0, keeps alive and ends; 0: none. With rendezvous: on each machine there.
     start: Speed[int] = 0
     # The interpreter that they run in; `make vllm` makes this one.
     python: Speed[str] = VllmOptions.python
@@ -137,8 +137,11 @@ class RolloutSection:
     cuda_devices: Speed[list[str]] = field(default_factory=list)
     # Further arguments of each server that is started, e.g. [--tensor-parallel-size, "2"].
     arguments: Speed[list[str]] = field(default_factory=list)
-    # Folder in which new weights are left for the servers, which must see it too: on a disk that all nodes share. null: in
-    # the memory of this machine, /dev/shm, which must hold two copies of the model.
+    # Folder on a disk that all nodes share, in which launch/serve_vllm.py waits on machines of the servers' own; on Slurm
+    # launch/submit.py --vllm-nodes sets it. null: servers are started beside rank 0.
+    rendezvous: Speed[str | None] = None
+    # Folder in which new weights are left for the servers, which must see it too: on a disk that all nodes share. null:
+    # rendezvous, or else the memory of this machine, /dev/shm, which must hold two copies of the model.
     weights_dir: Speed[str | None] = None
     # Seconds for one call, which samples all responses of a prompt.
     timeout: Speed[float] = VllmOptions.timeout
@@ -204,6 +207,8 @@ class RolloutSection:
                 "trainer.grpo.rollout.source=vllm samples text alone, and data.video is set: use source=megatron, or leave "
                 "data.video out"
             )
+        if self.rendezvous is not None:
+            return
         if nodes > 1 and self.start and self.host in ("127.0.0.1", "localhost", "::1"):
             raise UserError(
                 f"trainer.grpo.rollout.host={self.host} is reached from its own node alone, and trainer.num_nodes={nodes}: "

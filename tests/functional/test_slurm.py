@@ -8,9 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,15 @@ from tests.harness import ROOT
 from tests.hf_models import write_hollow_weights
 from tests.recipe_runs import metrics, run
 from tests.saved_weights import saved_weights
+from tests.slurm_cluster import TWO_NODES, Job, started
 
 pytestmark = pytest.mark.functional
 
-WAIT = 300.0
-TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--processes", "1"]
 ACROSS = "model.tensor_model_parallel_size=2"  # the two ranks of a tensor-parallel group are on different nodes
-NO_SLURM = 77
 CORES = 64  # of a node of the partition "gpus"
 REWARD = ["--reward-server", "exact_answer", "--reward-gpus", "1"]
+VLLM = ["--vllm-nodes", "2", "--vllm-gpus", "4"]
+SERVED = "trainer.grpo.rollout={source: vllm, start: 2, python: sh}"
 CONFIGS = {"sft": "train_sft", "grpo": "train_grpo", "grpo_video": "train_grpo", "lftf": "train_lftf"}
 JOBS = [(recipe, config, nodes) for config, recipe in CONFIGS.items() for nodes in (1, 2, 8, 16)]
 THERE = ROOT / "README.md"  # nothing looks inside
@@ -42,70 +41,10 @@ TEXTS = [f"data.text_path={THERE}", f"data.validation_text_path={ROOT / 'LICENSE
 NEEDED = {"sft": TRAIN, "grpo": TRAIN, "grpo_video": TRAIN, "lftf": TEXTS}
 
 
-@dataclass
-class Cluster:
-    folder: Path
-
-    @property
-    def env(self) -> dict[str, str]:
-        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-
-    def ask(self, *command: object) -> str:
-        done = subprocess.run([*map(str, command)], env=self.env, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    @property
-    def idle(self) -> bool:
-        return self.ask("sinfo", "-h", "-p", "test", "-o", "%D %t").split() == ["2", "idle"]
-
-    def submit(self, *arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "launch/submit.py", *map(str, arguments)]
-        return subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    def start(self, recipe: str, config: str, run_dir: Path, *overrides: object, nodes: list[str] = TWO_NODES) -> Job:
-        options = ["--recipe", recipe, "--config", config, "--run-dir", run_dir, *nodes]
-        done = self.submit(*options, "--", *overrides)
-        assert done.returncode == 0, done.stderr
-        return Job(self, done.stdout.split()[-1], run_dir)
-
-
-@dataclass
-class Job:
-    cluster: Cluster
-    number: str
-    run_dir: Path
-
-    @property
-    def state(self) -> str:
-        return re.search(r"JobState=(\w+)", self.cluster.ask("scontrol", "show", "job", self.number))[1]
-
-    @property
-    def log(self) -> str:
-        path = Path(f"{self.run_dir}.slurm", f"{self.number}.log")
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def until(self, what, seconds: float = WAIT) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"{self.state}\n{self.log[-3000:]}"
-            assert self.state not in ("FAILED", "CANCELLED", "NODE_FAIL"), self.log[-3000:]
-            time.sleep(0.2)
-
-    def end(self) -> None:
-        self.until(lambda: self.state == "COMPLETED")
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slurm")
-    script = str(ROOT / "launch/test_cluster.sh")
-    done = subprocess.run([script, "start", str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode == NO_SLURM:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    yield Cluster(folder)
-    subprocess.run([script, "stop", str(folder)], check=True)
+    with started(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 def sft_settings(task) -> list[str]:
@@ -334,7 +273,7 @@ def test_slurm_accepts_what_is_submitted(cluster, task, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "config", "nodes"), JOBS)
 def test_slurm_accepts_every_job_of_real_models(cluster, tmp_path, recipe, config, nodes):
-    """On a partition of 17 nodes of 8 GPUs; GRPO also with its reward on one more node."""
+    """On a partition of 17 nodes of 8 GPUs; GRPO also with its reward on one more node, and with vLLM on two more."""
     model = read_config(config.removesuffix("_video"), ["model=qwen3_8b", f"cluster={nodes}x8"]).model
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
     write_hollow_weights(tmp_path)
@@ -343,10 +282,15 @@ def test_slurm_accepts_every_job_of_real_models(cluster, tmp_path, recipe, confi
         "--sbatch=--partition=gpus",
     ]  # fmt: skip
     settings = ["model=qwen3_8b", f"cluster={nodes}x8", f"pretrained_checkpoint.restore_from_path={tmp_path}"]
-    for more, total in [([], nodes)] + [(REWARD, nodes + 1)] * (config == "grpo"):
-        args, overrides = submit.arguments([*map(str, [*options, *more]), "--", *settings, *NEEDED[config]])
+    cases = [([], [], 0)]
+    if config == "grpo":
+        cases.append((REWARD, [], 1))
+    if config == "grpo" and nodes <= 8:
+        cases.append(([*REWARD, *VLLM], [SERVED], 3))
+    for more, said, servers in cases:
+        args, overrides = submit.arguments([*map(str, [*options, *more]), "--", *settings, *said, *NEEDED[config]])
         parts, exported = submit.command(args, overrides, submit.check(args, overrides))
         done = subprocess.run(parts, env=cluster.env | exported, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
-        cores = CORES * nodes + (total > nodes)
+        cores = CORES * nodes + servers
         assert f"using {cores} processors" in done.stderr, done.stderr

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.models.prompt_streams import text_logits
 from megatron_ext.rollouts import FinishReason, Request, SamplingParams
-from megatron_ext.rollouts.vllm import VllmError, process, source
+from megatron_ext.rollouts.vllm import VllmError, source
 from megatron_ext.rollouts.vllm.checks import WrongWeightsError
-from megatron_ext.rollouts.vllm.options import KEY_VARIABLE
+from megatron_ext.vllm_servers import KEY_VARIABLE, ServerProcesses
 from tests.conftest import fresh_generator
 from tests.gpt_cases import randomize
 from tests.sampling import Reckoning
@@ -304,8 +304,8 @@ def test_a_server_with_its_own_flags_is_refused(tmp_path, world, monkeypatch):
         at = command.index("--logprobs-mode")
         return command[:at] + command[at + 2 :]
 
-    own = process.ServerProcesses.command
-    monkeypatch.setattr(process.ServerProcesses, "command", without)
+    own = ServerProcesses.command
+    monkeypatch.setattr(ServerProcesses, "command", without)
     other = Served(tmp_path, "llama", world)
     try:
         with pytest.raises(VllmError, match="start it with --logprobs-mode processed_logprobs"):

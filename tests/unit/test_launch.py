@@ -168,6 +168,10 @@ def test_a_job_is_told_to_stop_early_enough(tmp_path, monkeypatch, capsys):
         (["--run-dir", "/tmp/r", "--container", "a#b", "--mounts", "/tmp:/t,/nosuch:/z"], [], "/nosuch does not exist here"),
         (["--run-dir", "/tmp/r", "--gpus-per-node", "1"], [], "--processes 2 on 1 GPUs: two ranks cannot share one"),
         (["--run-dir", "/tmp/r", "--reward-gpus", "-3"], [], "--reward-gpus -3"),
+        (["--run-dir", "/tmp/r", "--vllm-nodes", "2"], [], "--vllm-nodes 2: train_sft samples no responses, only train_grpo does"),
+        (["--run-dir", "/tmp/r", "--vllm-nodes", "-1"], [], "--vllm-nodes -1"),
+        (["--run-dir", "/tmp/r", "--vllm-gpus", "8"], [], "--vllm-gpus 8 is for nodes of vLLM: say how many with --vllm-nodes"),
+        (["--run-dir", "/tmp/r", "--vllm-container", "a#b"], [], "--vllm-container a#b is for nodes of vLLM"),
         (["--run-dir", "/tmp/r", "--sbatch=--nodes=4"], [], "--sbatch=--nodes=4: submit.py says --nodes itself"),
         (["--run-dir", "/tmp/r", "--sbatch=-N4"], [], "--sbatch=-N4: submit.py says -N4 itself"),
         (["--run-dir", "/tmp/r", "--sbatch=--export=NONE"], [], "--sbatch=--export=NONE: submit.py says --export itself"),
@@ -304,3 +308,31 @@ def test_what_the_ranks_would_refuse_is_refused(tmp_path, refused, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["submit.py", "--dry-run", *asked, *kept, "model=qwen3_8b"])
     assert launcher.main() == 0
     assert shlex.split(capsys.readouterr().out)[-1] == "cluster=2x8"
+
+
+def test_nodes_of_their_own_for_vllm(tmp_path, refused, monkeypatch, capsys):
+    model = read_config("grpo", ["model=qwen3_8b"]).model
+    (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
+    write_hollow_weights(tmp_path)
+    asked = ["--recipe", "train_grpo", "--config", "grpo", "--nodes", "2", "--run-dir", str(tmp_path / "r"), "--vllm-nodes", "3"]
+    kept = ["--", TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=qwen3_8b"]
+    served = "trainer.grpo.rollout={source: vllm, start: 2, python: sh}"
+    assert "trainer.grpo.rollout.rendezvous is for servers" in refused(*asked, *kept)
+    line = refused(*asked, *kept, "trainer.grpo.rollout={source: vllm, urls: ['http://a:1']}")
+    assert "say in start how many on each" in line
+    line = refused(*asked, *kept, "trainer.grpo.rollout={source: vllm, start: 1, python: /nosuch/python}")
+    assert "trainer.grpo.rollout.python=/nosuch/python is no program" in line
+    line = refused(*asked, *kept, served, "trainer.grpo.rollout.rendezvous=/shared/meet")
+    assert "--vllm-nodes says it for the whole job" in line
+    assert "--vllm-mounts /a:/a is for a container: name one with --vllm-container" in refused(
+        *asked, "--vllm-mounts", "/a:/a", *kept, served
+    )
+    more = ["--reward-server", "exact_answer", "--vllm-gpus", "4", "--vllm-container", "a#b", "--sbatch=--account=me"]
+    monkeypatch.setattr(sys, "argv", ["submit.py", "--dry-run", *asked, *more, *kept, served])
+    assert launcher.main() == 0
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", " "))
+    assert {"VLLM=yes", "VLLM_CONTAINER=a#b", "REWARD=exact_answer"} <= set(words)
+    parts = " ".join(words[: words.index(str(ROOT / "launch/slurm/job_with_servers.sh"))]).split(" : ")
+    assert len(parts) == 3 and all("--account=me" in part for part in parts)
+    assert "--nodes=1 " in parts[1] and "-reward" in parts[1] and "--gpus-per-node" not in parts[1]
+    assert "--nodes=3 " in parts[2] and "-vllm" in parts[2] and "--gpus-per-node=4" in parts[2]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from megatron_ext.rollouts.vllm.options import KEY_VARIABLE
+from megatron_ext.vllm_servers.options import KEY_VARIABLE
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, VllmError
 
 __all__ = ["BrokenError", "Connection", "opened", "with_patience"]

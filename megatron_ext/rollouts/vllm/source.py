@@ -27,11 +27,10 @@ from megatron_ext.rollouts.vllm.canary import CANARY_TOKENS, Canary
 from megatron_ext.rollouts.vllm.checks import Probe
 from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
 from megatron_ext.rollouts.vllm.flight import Flight, Keeper
-from megatron_ext.rollouts.vllm.options import KEY_VARIABLE, VllmOptions
-from megatron_ext.rollouts.vllm.process import ServerProcesses
 from megatron_ext.rollouts.vllm.protocol import check_request
 from megatron_ext.rollouts.vllm.spans import FIRST
 from megatron_ext.runtime.collectives import broadcast_object, together
+from megatron_ext.vllm_servers import KEY_VARIABLE, ServerProcesses, ServersElsewhere, VllmOptions
 
 __all__ = ["Begun", "Home", "VllmSource"]
 
@@ -77,7 +76,7 @@ class VllmSource:
         tolerance = options.tolerance_of(self.dtype)
         self._probe = Probe(home.text, home.ids, self.max_length, tolerance, spans=ahead)
         self._is_first = dist.get_rank() == 0
-        self._processes: ServerProcesses | None = None
+        self._processes: ServerProcesses | ServersElsewhere | None = None
         self._fleet: Fleet | None = None
         self._flight: Flight | None = None  # of the first rank of a model-parallel group
         self._keeper: Keeper | None = None  # rank 0's
@@ -85,8 +84,8 @@ class VllmSource:
         self._root: Path | None = None
 
     @property
-    def processes(self) -> ServerProcesses | None:
-        """The servers that this rank has started; None: none."""
+    def processes(self) -> ServerProcesses | ServersElsewhere | None:
+        """The servers that were started for this run, by this rank; None: none."""
         return self._processes
 
     def update_weights(self, version: int) -> None:
@@ -203,10 +202,13 @@ class VllmSource:
 
     def _begin(self, folder: Path) -> None:
         urls, key, hopeless = self.options.urls, os.environ.get(KEY_VARIABLE, ""), lambda: None
-        if self.options.start:
+        if self.options.rendezvous is not None:
+            self._processes = ServersElsewhere(self.options, folder, self.dtype, self.max_length)
+        elif self.options.start:
             self._processes = ServerProcesses(
                 self.options, folder, self.dtype, self.max_length, self.home.logs, self._root
             )
+        if self._processes is not None:
             urls, key, hopeless = self._processes.urls, self._processes.key, self._processes.hopeless
         self._fleet = Fleet(self.options, urls, key, self._probe, hopeless)
         self._fleet.introduce()

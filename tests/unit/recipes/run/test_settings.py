@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.rollouts import SamplingParams
-from megatron_ext.rollouts.vllm import VllmOptions
+from megatron_ext.vllm_servers import VllmOptions
 from recipes.bias.settings import LFTFData
 from recipes.cli.compose import compose, forced
 from recipes.cli.config import build

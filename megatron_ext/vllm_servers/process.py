@@ -1,4 +1,4 @@
-"""vLLM servers that a run starts: they live as long as it does, and are started again when they die."""
+"""vLLM servers on this machine: they live as long as the process that starts them, and are started again when they die."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.rollouts.vllm.options import KEY_VARIABLE, VllmOptions
+from megatron_ext.vllm_servers.options import KEY_VARIABLE, VllmOptions
 
 __all__ = ["ServerProcesses"]
 
@@ -42,7 +42,8 @@ class ServerProcesses:
         dtype: "float32" and the like.
         max_length: tokens of prompt and response.
         logs: folder for what they say.
-        remove: folder that goes when the run is killed.
+        remove: folder that goes when this process is killed; None: none.
+        key: that they ask for; None: one that nobody else knows.
 
     Attributes:
         have_answered: set it once they have: one that ends before is not started again.
@@ -51,7 +52,16 @@ class ServerProcesses:
         UserError: no such interpreter.
     """
 
-    def __init__(self, options: VllmOptions, model: Path, dtype: str, max_length: int, logs: Path, remove: Path):
+    def __init__(
+        self,
+        options: VllmOptions,
+        model: Path,
+        dtype: str,
+        max_length: int,
+        logs: Path,
+        remove: Path | None = None,
+        key: str | None = None,
+    ):
         self.options, self.newest, self.dtype, self.max_length, self.remove = options, model, dtype, max_length, remove
         self._python = options.python if os.sep not in options.python else str(Path(options.python).absolute())
         if os.sep in options.python and not os.access(self._python, os.X_OK):
@@ -59,7 +69,7 @@ class ServerProcesses:
                 f"trainer.grpo.rollout.python={options.python} is no program: `make vllm` makes .venv-vllm, or name the "
                 "interpreter of an environment with vLLM in it"
             )
-        self.key = secrets.token_hex(32)
+        self.key = key or secrets.token_hex(32)
         self._ports = [_free_port(options.host) for _ in range(options.start)]
         self._logs = [logs / f"vllm-{number}.log" for number in range(options.start)]
         self._restarts = [0] * options.start
@@ -128,7 +138,7 @@ class ServerProcesses:
         return UNLESS_SET | kept | ALWAYS | own
 
     def _start(self, number: int) -> subprocess.Popen:
-        guard = [sys.executable, "-I", str(INSIDE / "guard.py"), str(os.getpid()), str(self.remove)]
+        guard = [sys.executable, "-I", str(INSIDE / "guard.py"), str(os.getpid()), str(self.remove or "")]
         with self._logs[number].open("ab") as log:
             return subprocess.Popen(
                 [*guard, *self.command(number)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

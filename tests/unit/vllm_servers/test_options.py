@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.rollouts.vllm.options import TOLERANCES, VllmOptions
+from megatron_ext.vllm_servers.options import TOLERANCES, VllmOptions
 
 URL = "http://127.0.0.1:8000"
 
@@ -30,6 +30,8 @@ URL = "http://127.0.0.1:8000"
         ({"start": 1, "tolerance": 0.0}, "tolerance"),
         ({"start": 1, "in_flight": "wait"}, "must be keep or abort, got 'wait'"),
         ({"urls": (URL, "http://node7:8000")}, "weights_dir"),
+        ({"urls": (URL,), "rendezvous": "/shared/meet"}, "say in start how many on each"),
+        ({"start": 1, "rendezvous": "/shared/meet", "host": "10.0.0.5"}, "leave host out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: dict, words: str):
@@ -40,6 +42,7 @@ def test_what_does_not_go_together_is_refused(given: dict, words: str):
 def test_servers_elsewhere_read_weights_from_a_folder_that_is_named():
     assert str(VllmOptions(urls=("http://node7:8000",), weights_dir="/shared").folder) == "/shared"
     assert str(VllmOptions(urls=(URL,)).folder) == "/dev/shm"
+    assert str(VllmOptions(start=1, rendezvous="/shared/meet").folder) == "/shared/meet"
 
 
 def test_a_tolerance_that_is_said_is_taken():

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.rollouts.vllm.process import INSIDE
+from megatron_ext.vllm_servers.process import INSIDE
 from tests.harness import ROOT
 
 GUARD = str(INSIDE / "guard.py")

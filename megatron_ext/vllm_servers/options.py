@@ -16,6 +16,7 @@ KEY_VARIABLE = "MEGATRON_EXT_VLLM_KEY"
 # that is far below what a wrong tensor does. In 16 bits a step of rounding is 2 ** 13 (fp16) or 2 ** 16 (bf16) times as large,
 # which makes of 5e-7 4e-3 and 3e-2: a small multiple of that.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
+LOCAL = "127.0.0.1"
 # What the run says itself.
 OURS = (
     "--model", "--served-model-name", "--host", "--port", "--dtype", "--max-model-len", "--generation-config", "--logprobs-mode",
@@ -28,12 +29,15 @@ class VllmOptions:
     """
     Attributes:
         urls: servers that somebody else has started.
-        start: servers that the run starts.
+        start: servers that the run starts, or that are started for it on each machine of `rendezvous`.
         python: interpreter that they run in.
         host: interface that they listen on.
         cuda_devices: for each server that is started what it shall see as CUDA_VISIBLE_DEVICES; empty: what the run sees.
         arguments: further ones for each server that is started.
-        weights_dir: where new weights are left for the servers; None: the memory of this machine (/dev/shm).
+        rendezvous: folder in which machines of the servers wait for the run, see `megatron_ext.vllm_servers.elsewhere`; None: servers
+            are started on the run's own.
+        weights_dir: where new weights are left for the servers; None: `rendezvous`, or else the memory of this machine
+            (/dev/shm).
         timeout: seconds for one call: the samples of one prompt.
         patience: seconds in which some server must answer, or begin to.
         max_restarts: how often each server is started again.
@@ -45,9 +49,10 @@ class VllmOptions:
     urls: tuple[str, ...] = ()
     start: int = 0
     python: str = ".venv-vllm/bin/python"
-    host: str = "127.0.0.1"
+    host: str = LOCAL
     cuda_devices: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    rendezvous: str | None = None
     weights_dir: str | None = None
     timeout: float = 1800.0
     patience: float = 600.0
@@ -74,6 +79,14 @@ class VllmOptions:
             ),
             (bool(self.urls) and bool(self.arguments), "arguments are for servers that the run starts, not for urls"),
             (bool(own), f"arguments: the run says {', '.join(own)} itself; leave it out"),
+            (
+                self.rendezvous is not None and not self.start,
+                "rendezvous is for servers that are started on other machines: say in start how many on each",
+            ),
+            (
+                self.rendezvous is not None and self.host != LOCAL,
+                f"host={self.host} and rendezvous: each machine that serves knows its own; leave host out",
+            ),
             (self.timeout <= 0 or self.patience <= 0, "timeout and patience must be positive"),
             (self.max_restarts < 0, f"max_restarts={self.max_restarts} must not be negative"),
             (self.in_flight not in ("keep", "abort"), f"in_flight must be keep or abort, got {self.in_flight!r}"),
@@ -96,7 +109,7 @@ class VllmOptions:
     @property
     def folder(self) -> Path:
         """Where the folder of this run's weights is made."""
-        return Path(self.weights_dir) if self.weights_dir is not None else Path("/dev/shm")
+        return Path(self.weights_dir or self.rendezvous or "/dev/shm")
 
     def tolerance_of(self, dtype: str) -> float:
         """For weights of this type, e.g. "float32"."""

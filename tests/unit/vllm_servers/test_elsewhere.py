@@ -1,0 +1,153 @@
+"""Machines that serve and a run find each other in a folder, and each hears of the other's end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ext.errors import UserError
+from megatron_ext.vllm_servers import ServersElsewhere, VllmOptions
+from megatron_ext.vllm_servers.elsewhere import MACHINES
+from tests.harness import ROOT
+
+PATIENCE = 60.0
+# What a machine starts in place of an interpreter with vLLM: it says what it was told, and stays.
+STAYS = """#!/bin/sh
+echo "$@" "$VLLM_API_KEY"
+exec sleep 600
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "meet"
+    folder.mkdir(mode=0o700)
+    (folder / MACHINES).write_text("a1\na2\n")
+    return folder
+
+
+@pytest.fixture
+def machine(folder: Path):
+    """Starts `launch/serve_vllm.py` as a machine of that name, without any package; all are ended."""
+    started = []
+
+    def start(name: str, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-S", "launch/serve_vllm.py", "--rendezvous", folder, "--name", name]
+        more = more or ("--address", "127.0.0.1")
+        started.append(
+            subprocess.Popen([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def program(folder: Path, text: str) -> str:
+    path = folder / "python"
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def options(folder: Path, python: str, **changes) -> VllmOptions:
+    return VllmOptions(**{"start": 2, "python": python, "rendezvous": str(folder), "patience": PATIENCE} | changes)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def logs(folder: Path, name: str) -> list[str]:
+    return [(folder / f"{name}.logs/vllm-{i}.log").read_text() for i in range(2)]
+
+
+def test_a_run_has_servers_started_on_every_machine(folder, machine):
+    processes = [machine("a1"), machine("a2", "--addresses", "a1=10.0.0.1\na2=localhost")]
+    servers = ServersElsewhere(options(folder, program(folder, STAYS)), Path("/shared/v0"), "float32", 77)
+    assert [url.rpartition(":")[0] for url in servers.urls] == ["http://127.0.0.1"] * 2 + ["http://localhost"] * 2
+    assert len(set(servers.urls)) == 4
+    wait_for(lambda: all(all(logs(folder, name)) for name in ("a1", "a2")))
+    said = [*logs(folder, "a1"), *logs(folder, "a2")]
+    for line, url in zip(said, servers.urls, strict=True):
+        assert "--model /shared/v0 " in line and "--max-model-len 77 " in line and "--dtype float32 " in line
+        assert f"--port {url.rpartition(':')[2]} " in line and line.endswith(f" {servers.key}\n")
+    servers.newest, servers.have_answered = Path("/shared/v3"), True
+    time.sleep(1.5)  # until machines have looked again
+    (victim,) = [p for p in psutil.Process(processes[0].pid).children() if str(servers.urls[0][-5:]) in " ".join(p.cmdline())]
+    victim.kill()
+    wait_for(lambda: "--model /shared/v3 " in logs(folder, "a1")[0])
+    assert servers.hopeless() is None
+    children = [p for process in processes for p in psutil.Process(process.pid).children(recursive=True)]
+    assert len(children) >= 4
+    servers.close()
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0]
+    assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
+
+
+def test_a_machine_that_cannot_serve_says_why(folder, machine):
+    first, second = machine("a1"), machine("a2")
+    ends = program(folder, "#!/bin/sh\necho 'ImportError: no vLLM here'\nexit 1\n")
+    with pytest.raises(UserError, match=r"a[12]: vLLM server 0 has ended before it answered: ImportError: no vLLM here"):
+        servers = ServersElsewhere(options(folder, ends, start=1), Path("/shared/v0"), "float32", 77)
+        wait_for(servers.hopeless)
+        raise UserError(servers.hopeless())
+    for process in (first, second):
+        said = process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 1 and "error: vLLM server 0 has ended before it answered" in said
+
+
+def test_a_program_that_is_none_is_told_to_the_run(folder, machine):
+    machine("a1"), machine("a2")
+    with pytest.raises(UserError, match=r"a[12]: trainer.grpo.rollout.python=/nosuch/python is no program"):
+        ServersElsewhere(options(folder, "/nosuch/python"), Path("/shared/v0"), "float32", 77)
+    assert not (folder / "serve.json").exists()
+
+
+def test_a_machine_that_is_not_there_is_named(folder, machine):
+    machine("a1")
+    with pytest.raises(UserError, match=r"^a2: no vLLM server was started there in 3 s .*launch/serve_vllm.py run there"):
+        ServersElsewhere(options(folder, program(folder, STAYS), patience=3.0), Path("/shared/v0"), "float32", 77)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: folder.chmod(0o750), "can be read by others, and the servers' key stands in it: chmod 700"),
+        (lambda folder: (folder / MACHINES).write_text(""), "names no machine"),
+        (lambda folder: (folder / MACHINES).unlink(), "names no machine"),
+    ],
+)
+def test_a_folder_in_which_nobody_can_meet_is_refused(folder, spoil, words):
+    spoil(folder)
+    with pytest.raises(UserError, match=words):
+        ServersElsewhere(options(folder, "python"), Path("/shared/v0"), "float32", 77)
+    assert not (folder / "serve.json").exists()
+    with pytest.raises(UserError, match="is no folder: make it on a disk that all machines share"):
+        ServersElsewhere(options(folder / "nosuch", "python"), Path("/shared/v0"), "float32", 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("b9", ("--address", "127.0.0.1"), "does not name b9: a run would not wait for it"),
+        ("a1", ("--addresses", "a2=10.0.0.1"), "no address of a1: give --address"),
+    ],
+)
+def test_a_machine_that_nobody_waits_for(machine, name, more, words):
+    process = machine(name, *more)
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 1 and words in said
+    (line,) = said.splitlines()
+    assert line.startswith("error: ")
