@@ -27,7 +27,9 @@ from megatron_ext.vllm_servers import serve
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rendezvous", type=Path, required=True, help="folder that all machines see, the user's alone")
-    parser.add_argument("--name", default=os.environ.get("SLURMD_NODENAME"), help="of this machine, as in the file `machines`")
+    parser.add_argument(
+        "--name", default=os.environ.get("SLURMD_NODENAME"), help="of this machine, as in the file `machines`"
+    )
     parser.add_argument("--address", help="by which the run reaches this machine")
     parser.add_argument("--addresses", help="instead: lines NAME=ADDRESS of all machines")
     args = parser.parse_args()

@@ -79,7 +79,10 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--reward-server", metavar="REWARD", help="serve this reward from one more node; GRPO asks it")
     parser.add_argument("--reward-gpus", type=int, default=0, help="of that node")
     parser.add_argument(
-        "--vllm-nodes", type=int, default=0, help="more nodes, with trainer.grpo.rollout.start vLLM servers on each; GRPO asks them"
+        "--vllm-nodes",
+        type=int,
+        default=0,
+        help="nodes beside these, with trainer.grpo.rollout.start vLLM servers on each",
     )
     parser.add_argument("--vllm-gpus", type=int, help="of each of these nodes (default: --gpus-per-node)")
     parser.add_argument("--vllm-container", help="image for these nodes (default: --container)")
@@ -166,7 +169,9 @@ def check_servers(args: argparse.Namespace) -> None:
         for option in ("vllm_gpus", "vllm_container", "vllm_mounts"):
             if getattr(args, option) is not None:
                 name = option.replace("_", "-")
-                raise UserError(f"--{name} {getattr(args, option)} is for nodes of vLLM: say how many with --vllm-nodes")
+                raise UserError(
+                    f"--{name} {getattr(args, option)} is for nodes of vLLM: say how many with --vllm-nodes"
+                )
     elif not RECIPES[args.recipe].samples:
         sampling = " and ".join(name for name, recipe in RECIPES.items() if recipe.samples)
         raise UserError(f"--vllm-nodes {args.vllm_nodes}: {args.recipe} samples no responses, only {sampling} does")
@@ -189,7 +194,9 @@ def check_container(image: str | None, mounts: str | None, whose: str) -> None:
     for mount in (mounts or "").split(",") if mounts else ():
         source = mount.split(":")[0]
         if not source.startswith("/") or not Path(source).exists():
-            raise UserError(f"--{whose}mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,...")
+            raise UserError(
+                f"--{whose}mounts {mount}: {source or 'nothing'} does not exist here; give /host:/container,..."
+            )
 
 
 def check_data(config: dict) -> None:
@@ -364,7 +371,15 @@ def part(args: argparse.Namespace, name: str, nodes: int, gpus: int) -> list[str
     """One more part of a heterogeneous job. Account, partition and time are the first's. It has a name of its own: the job must
     not wait for its own other parts."""
     of_gpus = [f"--gpus-per-node={gpus}"] if gpus else []
-    return [":", f"--nodes={nodes}", "--ntasks-per-node=1", "--export=ALL", f"--job-name={name}", *of_gpus, *args.sbatch]
+    return [
+        ":",
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        "--export=ALL",
+        f"--job-name={name}",
+        *of_gpus,
+        *args.sbatch,
+    ]
 
 
 @user_errors()

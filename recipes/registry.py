@@ -44,7 +44,13 @@ class Recipe:
 RECIPES = {
     "train_sft": Recipe("recipes.sft.settings:SFTConfig", "sft_tiny", "sft", resumes=True, planned=True),
     "train_grpo": Recipe(
-        "recipes.grpo.settings:GRPOConfig", "grpo_tiny", "grpo", resumes=True, planned=True, asks_reward=True, samples=True
+        "recipes.grpo.settings:GRPOConfig",
+        "grpo_tiny",
+        "grpo",
+        resumes=True,
+        planned=True,
+        asks_reward=True,
+        samples=True,
     ),
     "train_lftf": Recipe("recipes.bias.settings:LFTFConfig", "lftf_tiny", "lftf", resumes=True, planned=True),
     "locate_bias": Recipe("recipes.bias.settings:LocateConfig", "locate_bias", "locate"),

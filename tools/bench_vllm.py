@@ -6,8 +6,8 @@
     python tools/bench_vllm.py weights --repeats 5
 
 sampling: the model of bench_rollouts.py; every response gets its full length, and every round has prompts of its own, which no
-prefix cache knows. The two take turns with as many threads each, one idle while the other samples. What a run would wait for is
-timed: HTTP and JSON, and reading log-probabilities, are in the server's time.
+prefix cache knows. The two take turns with as many threads each; vLLM, which looks for work all the time, is stopped (SIGSTOP)
+while ours samples. What a run would wait for is timed: HTTP and JSON, and reading log-probabilities, are in the server's time.
 weights: a model of 0.5 GB in fp32, in /dev/shm or --folder: `update_weights`, which a run does after every step (export, reload,
 two passes of the canary), the export alone, and `cp` of the exported folder. Nothing else should run.
 """
@@ -20,11 +20,12 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +75,18 @@ def served(model, args: argparse.Namespace, folder: Path) -> Iterator:
         source.close()
 
 
+@contextlib.contextmanager
+def stopped(groups: Sequence[int]) -> Iterator[None]:
+    """Process groups that get no processor meanwhile."""
+    for group in groups:
+        os.killpg(group, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for group in groups:
+            os.killpg(group, signal.SIGCONT)
+
+
 def sampling(args: argparse.Namespace, folder: Path) -> None:
     from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 
@@ -91,9 +104,13 @@ def sampling(args: argparse.Namespace, folder: Path) -> None:
         return turn
 
     with served(model, args, folder) as source:
-        seconds = interleave(
-            {"ours": turns(MegatronSource(model)), "vllm": turns(source)}, args.repeats, torch.device("cpu")
-        )
+        ours = turns(MegatronSource(model))
+
+        def alone() -> None:
+            with stopped(source.processes.pids):
+                ours()
+
+        seconds = interleave({"ours": alone, "vllm": turns(source)}, args.repeats, torch.device("cpu"))
     tokens = args.prompts * args.samples * args.response
     form = "eager" if args.eager else "compiled"
     rows = [

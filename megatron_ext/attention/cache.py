@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ext.attention.function import prefix_grouped_attention
 from megatron_ext.attention.kernels import Scoring, select_kernel
-from megatron_ext.attention.paged import Reads, Stretch, paged_attention, plain_way
+from megatron_ext.attention.paged import StepReads, Stretch, paged_attention, plain_way
 from megatron_ext.attention.pages import PAGE, PagePool, Table
 from megatron_ext.grouping import PrefixGroups
 
@@ -91,11 +91,20 @@ class Row:
 
 class DecodeStep(_Step):
     """Record of one decoding step. The first rows of the stream are these; the others are padding. Rows of one response are
-    neighbours, in order, and none of its tokens before them is missing in its pages."""
+    neighbours, in order, and none of its tokens before them is missing in its pages.
 
-    def __init__(self, pool: PagePool, rows: Sequence[Row]):
+    Args:
+        before: the last step over this pool, whose stretches are taken where the same responses run on the same pages.
+    """
+
+    def __init__(self, pool: PagePool, rows: Sequence[Row], before: DecodeStep | None = None):
         super().__init__(pool)
-        self.rows = rows
+        self.rows, self._changes = rows, pool.changes
+        self._written: Tensor | None = None
+        self._reads: dict[tuple[int | None, bool], StepReads] = {}
+        if before is not None and before._serves(self):
+            self._stretches = before._stretches
+            return
         self._readers: dict[Table, list[int]] = {}  # rows of each response
         self._prompt_readers: dict[Table, list[int]] = {}
         for i, row in enumerate(rows):
@@ -103,8 +112,13 @@ class DecodeStep(_Step):
             self._prompt_readers.setdefault(row.prompt, []).append(i)
         stretches = [self._own(), *self._of_several(), self._shared()]
         self._stretches = [stretch for stretch in stretches if len(stretch.rows)]
-        self._written: Tensor | None = None
-        self._reads: dict[tuple[int | None, bool], list[tuple[Reads, Tensor | None]]] = {}
+
+    def _serves(self, later: DecodeStep) -> bool:
+        """Whether a later step reads the same pages by the same rows."""
+        return (
+            self.pool is later.pool and self._changes == later._changes and len(self.rows) == len(later.rows)
+            and all(a.own is b.own for a, b in zip(self.rows, later.rows, strict=True))
+        )  # fmt: skip
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
@@ -115,17 +129,16 @@ class DecodeStep(_Step):
             at = [(self.pool.place(row.own)[(row.length - 1) // PAGE], (row.length - 1) % PAGE) for row in self.rows]
             self._written = self.pool.flat_rows(*torch.tensor(at).to(q.device).unbind(1), k.size(1))
         self.pool.write(layer, self._written, k[:count], v[:count])
-        reads = self._of_window(scoring.window, not plain_way(kernel), q)
+        reads = self._of_window(scoring.window, not plain_way(kernel), q[:count], k.size(1))
         out = paged_attention(q[:count], *self.pool.memory(layer, k), reads, kernel, scoring)
         return out if count == len(q) else torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
 
-    def _of_window(self, window: int | None, whole_apart: bool, like: Tensor) -> list[tuple[Reads, Tensor | None]]:
+    def _of_window(self, window: int | None, whole_apart: bool, query: Tensor, num_kv_heads: int) -> StepReads:
         key = (window, whole_apart)
         if key not in self._reads:
             places = np.array([row.prompt_length + row.length - 1 for row in self.rows])
-            found = [x for s in self._stretches for x in s.reads(places, window, whole_apart, like.device)]
-            wide = torch.promote_types(like.dtype, torch.float32)
-            self._reads[key] = [(read, None if read.low is None else read.bias(wide)) for read in found]
+            found = [x for s in self._stretches for x in s.reads(places, window, whole_apart, query.device)]
+            self._reads[key] = StepReads.of(found, query, num_kv_heads)
         return self._reads[key]
 
     def _own(self) -> Stretch:

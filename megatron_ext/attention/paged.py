@@ -1,7 +1,7 @@
 """Attention of single rows over pages of keys, where the pages lie: split by page, merged by log-sum-exp.
 
 Every page is one block of a batched product with the rows that read it: a response's own page with one row, a prompt's page
-with those of all its responses. Two ways give a page's partial result (unnormalised output, maximum, sum):
+with those of all its responses. Two ways give partial results (unnormalised output, maximum, sum):
 
     plain      matrix products in torch, fp32 or fp64. It masks, caps scores and slides windows. On the CPU it takes all pages
                in one batch, and is 1.5 to 3 times as fast as a flash kernel that has them in one piece
@@ -14,7 +14,7 @@ tensor-parallel rank, d head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +28,7 @@ from megatron_ext.attention.merge import wide_dtype
 from megatron_ext.attention.pages import PAGE
 from megatron_ext.attention.plan import Call, Plan, Rectangle
 
-__all__ = ["Reads", "Stretch", "paged_attention", "plain_way"]
+__all__ = ["Reads", "StepReads", "Stretch", "paged_attention", "plain_way"]
 
 HIDDEN = -1e30  # a score that no other is less than; -inf would make numbers of holes into none
 # Scores so far below the largest weigh e ** -64 = 2e-28, which fp64 does not see beside 1, instead of nothing: exp of what
@@ -153,38 +153,81 @@ class Reads:
         return torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, HIDDEN)[:, None, :, None]
 
 
+@dataclass(frozen=True, eq=False)
+class StepReads:
+    """All reads of a decoding step.
+
+    Those of the plain way are one list of x query heads with a page each, in the order in which batched products have them: by
+    read, page, key/value head, row and query head. What is done to scores is done to all of them at once.
+
+    Attributes:
+        whole: reads of a kernel.
+        plain: other reads, with their `bias`.
+        heads: int64 [x], row * n + query head, with row r for nobody.
+        asks: the same, with any row in place of nobody.
+        counts: query heads of each of `plain`.
+    """
+
+    whole: tuple[Reads, ...]
+    plain: tuple[tuple[Reads, Tensor], ...]
+    heads: Tensor | None
+    asks: Tensor | None
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reads: Sequence[Reads], query: Tensor, num_kv_heads: int) -> StepReads:
+        """
+        Args:
+            query: [r, n, d].
+        """
+        n = query.size(1)
+        plain = [read for read in reads if read.low is not None]
+        if not plain:
+            return cls(tuple(reads), (), None, None, ())
+        head = torch.arange(n, device=query.device).view(num_kv_heads, 1, -1)
+        every = [(read.rows.view(-1, 1, read.group, 1) * n + head).flatten() for read in plain]  # [p, m, g, n / m]
+        heads, wide = torch.cat(every), wide_dtype(query)
+        return cls(
+            tuple(read for read in reads if read.low is None), tuple((read, read.bias(wide)) for read in plain), heads,
+            heads.clamp(max=len(query) * n - 1), tuple(map(len, every)),
+        )  # fmt: skip
+
+
 def plain_way(kernel: Kernel) -> bool:
     """Whether pages are all read the plain way: where the kernel is for the CPU, or is plain itself."""
     return kernel.device != "cuda"
 
 
 def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reads: Sequence[tuple[Reads, Tensor | None]],
-    kernel: Kernel,
-    scoring: Scoring,
+    query: Tensor, key: Tensor, value: Tensor, reads: StepReads, kernel: Kernel, scoring: Scoring
 ) -> Tensor:
     """
     Args:
         query: [r, n, d].
         key, value: [pages, w, m, d].
-        reads: with their `bias`, None where they are seen whole; each row is in one of them at least.
+        reads: each row is in one of them at least.
 
     Returns:
         [r, n, d] in query's dtype.
     """
-    wide, parts = wide_dtype(query), []
-    scaled = (query if query.dtype == wide else query.to(wide)) * scoring.scale
-    for read, bias in reads:
-        k, v = (x[read.in_place] if read.pages is None else x.index_select(0, read.pages) for x in (key, value))
-        if bias is None:
-            parts.append(_by_kernel(query.index_select(0, read.asks), k, v, read.call, kernel, scoring))
-        else:
-            q = scaled.index_select(0, read.asks).unflatten(0, (-1, read.group))
-            parts.append(_plain(q, k, v, bias, scoring.softcap))
-    return _merged(query, [read.rows for read, _ in reads], parts)
+    parts, rows = [], []
+    for read in reads.whole:
+        k, v = _pages(read, key, value)
+        parts.append(_by_kernel(query.index_select(0, read.asks), k, v, read.call, kernel, scoring))
+        rows.append(read.rows)
+    if reads.plain:
+        parts.append(_plain(query, key, value, reads, scoring))
+        rows.append(torch.arange(len(query), device=query.device))
+    if len(parts) == 1 and not reads.whole:
+        ((out, _, total),) = parts
+        merged = out.div_(total.unsqueeze(-1))
+    else:
+        merged = _merged(query, rows, parts)
+    return merged if merged.dtype == query.dtype else merged.to(query.dtype)
+
+
+def _pages(read: Reads, *memory: Tensor) -> Iterator[Tensor]:
+    return (x[read.in_place] if read.pages is None else x.index_select(0, read.pages) for x in memory)
 
 
 def _merged(query: Tensor, rows: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -199,33 +242,50 @@ def _merged(query: Tensor, rows: Sequence[Tensor], parts: Sequence[tuple[Tensor,
     merged = weight.new_zeros(r + 1, n, d)
     for index, out, share in zip(rows, outs, weight.split([len(x) for x in rows]), strict=True):
         merged.index_add_(0, index, out.mul_(share.unsqueeze(-1)))
-    merged = merged[:r].div_(total[:r].unsqueeze(-1))
-    return merged if merged.dtype == query.dtype else merged.to(query.dtype)
+    return merged[:r].div_(total[:r].unsqueeze(-1))
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q [p, g, n, d] times the scale, k and v [p, w, m, d] -> output [p * g, n, d], maximum and sum [p * g, n], as q wide."""
-    p, g, n, d = q.shape
-    m = k.size(2)
-    # A head's queries are one matrix: those of all rows, and of all query heads that share its keys.
-    q = q.view(p, g, m, n // m, d).transpose(1, 2).reshape(p * m, g * (n // m), d)
-    k, v = (x.transpose(1, 2).reshape(p * m, -1, d) for x in (k, v))  # of pages with heads first a view
-    if k.dtype != q.dtype:
-        k, v = k.to(q.dtype), v.to(q.dtype)
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(p, m, g, n // m, -1).add_(bias)
-    maximum = scores.amax(-1)
-    scores = scores.sub_(maximum.unsqueeze(-1)).clamp_(min=FLOOR).exp_()
-    denominator = scores.sum(-1)
-    out = torch.bmm(scores.view(p * m, g * (n // m), -1), v).view(p, m, g, n // m, d)
-    return tuple(x.transpose(1, 2).reshape(p * g, n, *x.shape[4:]) for x in (out, maximum, denominator))
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, reads: StepReads, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all pages that are read the plain way: output [r, n, d], not divided by the sum, maximum and sum [r, n], as query
+    wide. A row that reads none has nothing."""
+    r, n, d = query.shape
+    wide = wide_dtype(query)
+    scaled = (query if query.dtype == wide else query.to(wide)) * scoring.scale
+    asked = scaled.view(r * n, d).index_select(0, reads.asks)  # [x, d]
+    scores, out = (asked.new_empty(len(asked), width) for width in (PAGE, d))
+    values, begin = [], 0
+    for (read, bias), count in zip(reads.plain, reads.counts, strict=True):
+        k, v = (_matrices(x, wide) for x in _pages(read, key, value))  # [p * m, w, d]
+        # A key/value head's queries are one matrix: those of all rows, and of all query heads that share its keys.
+        mine = slice(begin, begin + count)
+        q, s = (x[mine].view(len(k), -1, x.size(1)) for x in (asked, scores))
+        torch.bmm(q, k.transpose(1, 2), out=s)
+        if scoring.softcap is not None:
+            s.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+        s.view(read.count, -1, read.group, n // key.size(2), PAGE).add_(bias)
+        values.append((v, mine))
+        begin += count
+    largest = scores.new_full(((r + 1) * n,), HIDDEN)  # the last row is nobody's
+    largest.scatter_reduce_(0, reads.heads, scores.amax(-1), "amax")
+    scores.sub_(largest.index_select(0, reads.heads).unsqueeze(-1)).clamp_(min=FLOOR).exp_()
+    total = torch.zeros_like(largest).index_add_(0, reads.heads, scores.sum(-1))
+    for v, mine in values:
+        torch.bmm(scores[mine].view(len(v), -1, PAGE), v, out=out[mine].view(len(v), -1, d))
+    merged = out.new_zeros((r + 1) * n, d).index_add_(0, reads.heads, out)
+    return merged.view(r + 1, n, d)[:r], largest.view(r + 1, n)[:r], total.view(r + 1, n)[:r]
+
+
+def _matrices(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[p, w, m, d] -> [p * m, w, d]: of pages with heads first a view."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, call: Call, kernel: Kernel, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [blocks * g, n, d], k and v [p, w, m, d], every block seen whole; results as of `_plain`."""
+    """q [blocks * g, n, d], k and v [p, w, m, d], every block seen whole; output, maximum and sum."""
     out, lse = planned_attention(q, k.flatten(0, 1), v.flatten(0, 1), Plan((call,)), kernel, scoring)
     return out.to(lse.dtype), lse, torch.ones_like(lse)

@@ -81,13 +81,14 @@ class PagePool:
     Attributes:
         capacity: pages that there is memory for.
         peak: the most that was ever used at once.
+        changes: how often pages were taken, given back or moved: what was worked out of their places holds until then.
         layers: layer -> keys and values, each [p, w, m, d]. In memory the heads of a page come before its rows where kernels want
             one matrix for each head.
     """
 
     def __init__(self, limit: int | None = None, heads_first: bool = True):
         self.limit, self.heads_first = limit, heads_first
-        self.capacity = self.peak = 0
+        self.capacity = self.peak = self.changes = 0
         self.bottom, self.top = _Side(), _Side()
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -111,6 +112,7 @@ class PagePool:
         Args:
             more: pages that others are about to be given: where memory grows, it grows once for all of them.
         """
+        self.changes += 1
         while len(table.pages) < pages_of(tokens):
             table.pages.append(table.side.take())
         assert self.limit is None or self.used <= self.limit, "more pages than there may be"
@@ -120,6 +122,7 @@ class PagePool:
 
     def free(self, table: Table) -> None:
         """Give its pages back."""
+        self.changes += 1
         table.side.tables.remove(table)
         table.side.give(table.pages)
         table.pages = []
@@ -191,6 +194,7 @@ class PagePool:
         self.capacity = capacity
 
     def _compact(self, side: _Side) -> None:
+        self.changes += 1
         moves = side.compact()
         if not moves or not self.layers:
             return

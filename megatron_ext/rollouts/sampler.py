@@ -115,6 +115,7 @@ class _Turn:
         self.asked: list[Response] = []
         self.stage_run: StageRun | None = None
         self.chosen: LastValues | None = None
+        self.decoded: DecodeStep | None = None  # the newest
 
     @property
     def done(self) -> bool:
@@ -197,7 +198,8 @@ class _Turn:
         pad = [0] * (-len(rows) % self.multiple)
         given = torch.tensor([tokens + pad, positions + pad]).to(self.device)
         ends = torch.tensor(ends, dtype=torch.int64, device=self.device)
-        return StageRun(self.model, *given.unbind(), DecodeStep(self.lane.pool, rows), ends)
+        self.decoded = DecodeStep(self.lane.pool, rows, self.decoded)
+        return StageRun(self.model, *given.unbind(), self.decoded, ends)
 
 
 def _choose(logits: Tensor, responses: list[Response]) -> Tensor:

@@ -28,7 +28,8 @@ __all__ = ["MACHINES", "Order", "ServersElsewhere", "serve"]
 
 logger = logging.getLogger(__name__)
 
-MACHINES, ORDER = "machines", "serve.json"
+MACHINES = "machines"
+ORDER = "serve.json"
 PAUSE = 0.5  # seconds between looks
 SAY = 60.0  # seconds after which waiting is told
 
@@ -111,7 +112,8 @@ class ServersElsewhere:
 
     def hopeless(self) -> str | None:
         """Why no server will answer any more; None: one may."""
-        gone = [answer["gone"] for name in self._names if "gone" in (answer := _read(self._folder, name) or {})]
+        answers = {name: _read(self._folder, name) or {} for name in self._names}
+        gone = [f"{name}: {answer['gone']}" for name, answer in answers.items() if "gone" in answer]
         return "; ".join(gone) if len(gone) == len(self._names) else None
 
     def close(self) -> None:
@@ -194,10 +196,14 @@ def _machines(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"rendezvous={folder} is no folder: make it on a disk that all machines share, with mode 700")
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
-        raise UserError(f"rendezvous={folder} can be read by others, and the servers' key stands in it: chmod 700 {folder}")
+        raise UserError(
+            f"rendezvous={folder} can be read by others, and the servers' key stands in it: chmod 700 {folder}"
+        )
     names = (folder / MACHINES).read_text(encoding="utf-8").split() if (folder / MACHINES).exists() else []
     if not names:
-        raise UserError(f"{folder / MACHINES} names no machine: write one a line, each with a launch/serve_vllm.py running")
+        raise UserError(
+            f"{folder / MACHINES} names no machine: write one a line, each with a launch/serve_vllm.py running"
+        )
     return names
 
 

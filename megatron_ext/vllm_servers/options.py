@@ -34,8 +34,8 @@ class VllmOptions:
         host: interface that they listen on.
         cuda_devices: for each server that is started what it shall see as CUDA_VISIBLE_DEVICES; empty: what the run sees.
         arguments: further ones for each server that is started.
-        rendezvous: folder in which machines of the servers wait for the run, see `megatron_ext.vllm_servers.elsewhere`; None: servers
-            are started on the run's own.
+        rendezvous: folder in which the servers' machines wait for the run, see `megatron_ext.vllm_servers.elsewhere`; None:
+            servers are started on the run's own.
         weights_dir: where new weights are left for the servers; None: `rendezvous`, or else the memory of this machine
             (/dev/shm).
         timeout: seconds for one call: the samples of one prompt.

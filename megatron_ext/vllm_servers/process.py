@@ -91,6 +91,11 @@ class ServerProcesses:
         host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
         return [f"http://{host}:{port}" for port in self._ports]
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that watch the servers; each leads the group of its own."""
+        return [guard.pid for guard in self._guards]
+
     def hopeless(self) -> str | None:
         """Why no server will answer any more; None: one may."""
         if len(self._given_up) < self.options.start:

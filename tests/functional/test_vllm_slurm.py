@@ -15,7 +15,10 @@ from tests.vllm_cases import NEEDS_VLLM, PYTHON
 
 pytestmark = [pytest.mark.functional, pytest.mark.vllm, NEEDS_VLLM]
 
-HEADS = ["model.hidden_size=64", "model.num_attention_heads=2"]  # the least that the server for CPUs takes is a head of 32
+HEADS = [
+    "model.hidden_size=64",
+    "model.num_attention_heads=2",
+]  # the least that the server for CPUs takes is a head of 32
 SECONDS = 600.0
 
 
@@ -35,7 +38,9 @@ def servers(meeting: Path) -> list[psutil.Process]:
             continue
         if "vllm.entrypoints.openai.api_server" in line and any(part.startswith(str(meeting)) for part in line):
             found.append(process)
-    return [process for process in found if process.parent() not in found and "guard.py" not in " ".join(process.cmdline())]
+    return [
+        process for process in found if process.parent() not in found and "guard.py" not in " ".join(process.cmdline())
+    ]
 
 
 def test_a_server_on_another_node(cluster, tmp_path):
@@ -61,4 +66,6 @@ def test_a_server_on_another_node(cluster, tmp_path):
     assert "node2 serves" in job.log and "it is started again (1 of 3 times) with v0000" in job.log
     assert (meeting / "machines").read_text() == "node2\n"
     job.until(lambda: not servers(meeting))
-    assert not (meeting / "serve.json").exists() and not list(meeting.glob("megatron-ext-*")), "weights were left behind"
+    assert not (meeting / "serve.json").exists() and not list(meeting.glob("megatron-ext-*")), (
+        "weights were left behind"
+    )

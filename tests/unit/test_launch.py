@@ -168,7 +168,7 @@ def test_a_job_is_told_to_stop_early_enough(tmp_path, monkeypatch, capsys):
         (["--run-dir", "/tmp/r", "--container", "a#b", "--mounts", "/tmp:/t,/nosuch:/z"], [], "/nosuch does not exist here"),
         (["--run-dir", "/tmp/r", "--gpus-per-node", "1"], [], "--processes 2 on 1 GPUs: two ranks cannot share one"),
         (["--run-dir", "/tmp/r", "--reward-gpus", "-3"], [], "--reward-gpus -3"),
-        (["--run-dir", "/tmp/r", "--vllm-nodes", "2"], [], "--vllm-nodes 2: train_sft samples no responses, only train_grpo does"),
+        (["--run-dir", "/tmp/r", "--vllm-nodes", "2"], [], "--vllm-nodes 2: train_sft samples no responses, only train_grpo"),
         (["--run-dir", "/tmp/r", "--vllm-nodes", "-1"], [], "--vllm-nodes -1"),
         (["--run-dir", "/tmp/r", "--vllm-gpus", "8"], [], "--vllm-gpus 8 is for nodes of vLLM: say how many with --vllm-nodes"),
         (["--run-dir", "/tmp/r", "--vllm-container", "a#b"], [], "--vllm-container a#b is for nodes of vLLM"),
@@ -314,7 +314,18 @@ def test_nodes_of_their_own_for_vllm(tmp_path, refused, monkeypatch, capsys):
     model = read_config("grpo", ["model=qwen3_8b"]).model
     (tmp_path / "config.json").write_text(json.dumps(make_hf_config(model)))
     write_hollow_weights(tmp_path)
-    asked = ["--recipe", "train_grpo", "--config", "grpo", "--nodes", "2", "--run-dir", str(tmp_path / "r"), "--vllm-nodes", "3"]
+    asked = [
+        "--recipe",
+        "train_grpo",
+        "--config",
+        "grpo",
+        "--nodes",
+        "2",
+        "--run-dir",
+        str(tmp_path / "r"),
+        "--vllm-nodes",
+        "3",
+    ]
     kept = ["--", TRAIN, f"pretrained_checkpoint.restore_from_path={tmp_path}", "model=qwen3_8b"]
     served = "trainer.grpo.rollout={source: vllm, start: 2, python: sh}"
     assert "trainer.grpo.rollout.rendezvous is for servers" in refused(*asked, *kept)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from megatron_ext.vllm_servers.options import KEY_VARIABLE
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, VllmError
+from megatron_ext.vllm_servers.options import KEY_VARIABLE
 
 __all__ = ["BrokenError", "Connection", "opened", "with_patience"]
 

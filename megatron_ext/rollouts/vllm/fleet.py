@@ -23,7 +23,6 @@ from megatron_ext.rollouts.vllm.canary import Canary
 from megatron_ext.rollouts.vllm.checks import Probe, check_canary, introduce
 from megatron_ext.rollouts.vllm.client import BrokenError, Connection, opened, with_patience
 from megatron_ext.rollouts.vllm.conversing import converse
-from megatron_ext.vllm_servers import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import (
     GivenUpError,
     ServerCall,
@@ -33,6 +32,7 @@ from megatron_ext.rollouts.vllm.protocol import (
     in_order,
     read_completion,
 )
+from megatron_ext.vllm_servers import VllmOptions
 
 __all__ = ["Fleet", "Weights"]
 

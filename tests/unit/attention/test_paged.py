@@ -47,7 +47,6 @@ def test_pages_of_a_prompt_are_one_block_for_a_kernel(rng, world):
     case = PagedCase.draw(rng, 2, 2, 8, torch.float32, [(96, (1, 1)), (64, (1, 1))])
     there = write(case, world, heads_first=False)
     there.pool.tidy()
-    reads = DecodeStep(there.pool, there.rows)._of_window(None, True, case.query)
-    (whole,) = (read for read, bias in reads if bias is None)
+    (whole,) = DecodeStep(there.pool, there.rows)._of_window(None, True, case.query, 2).whole
     (first, second) = (len({r.prompt for r in there.rows}), len(there.rows))
     assert (first, second) == (2, 4) and {2, 3} <= set(whole.lengths)

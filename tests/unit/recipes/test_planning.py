@@ -24,9 +24,13 @@ def test_a_grpo_step_is_read_whole():
     )
     assert (quiet.reference_copy, quiet.scoring_passes, quiet.share_prefix) == (False, 1, False)
     assert (quiet.prompt, quiet.response) == (7, 9)
-    served = job_of(read_config("grpo", ["+trainer.grpo.rollout={source: vllm, start: 1, host: 10.0.0.5, weights_dir: /w}"]))
+    served = job_of(
+        read_config("grpo", ["+trainer.grpo.rollout={source: vllm, start: 1, host: 10.0.0.5, weights_dir: /w}"])
+    )
     assert not served.rollout and estimate(served).step.sampling == 0
-    assert sum(stage.cache for stage in estimate(served).stages) == 0 < sum(stage.cache for stage in estimate(job).stages)
+    assert (
+        sum(stage.cache for stage in estimate(served).stages) == 0 < sum(stage.cache for stage in estimate(job).stages)
+    )
     for penalty, passes in ((0, 0), (0.01, 1)):  # an update's own pass says the old log-probabilities
         once = ["trainer.grpo.num_prompts_per_grpo_step=64", f"trainer.grpo.initial_policy_kl_penalty={penalty}"]
         assert job_of(read_config("grpo", once)).scoring_passes == passes

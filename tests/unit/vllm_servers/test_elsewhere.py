@@ -85,7 +85,9 @@ def test_a_run_has_servers_started_on_every_machine(folder, machine):
         assert f"--port {url.rpartition(':')[2]} " in line and line.endswith(f" {servers.key}\n")
     servers.newest, servers.have_answered = Path("/shared/v3"), True
     time.sleep(1.5)  # until machines have looked again
-    (victim,) = [p for p in psutil.Process(processes[0].pid).children() if str(servers.urls[0][-5:]) in " ".join(p.cmdline())]
+    (victim,) = [
+        p for p in psutil.Process(processes[0].pid).children() if str(servers.urls[0][-5:]) in " ".join(p.cmdline())
+    ]
     victim.kill()
     wait_for(lambda: "--model /shared/v3 " in logs(folder, "a1")[0])
     assert servers.hopeless() is None
@@ -99,7 +101,9 @@ def test_a_run_has_servers_started_on_every_machine(folder, machine):
 def test_a_machine_that_cannot_serve_says_why(folder, machine):
     first, second = machine("a1"), machine("a2")
     ends = program(folder, "#!/bin/sh\necho 'ImportError: no vLLM here'\nexit 1\n")
-    with pytest.raises(UserError, match=r"a[12]: vLLM server 0 has ended before it answered: ImportError: no vLLM here"):
+    with pytest.raises(
+        UserError, match=r"a[12]: vLLM server 0 has ended before it answered: ImportError: no vLLM here"
+    ):
         servers = ServersElsewhere(options(folder, ends, start=1), Path("/shared/v0"), "float32", 77)
         wait_for(servers.hopeless)
         raise UserError(servers.hopeless())
@@ -117,7 +121,9 @@ def test_a_program_that_is_none_is_told_to_the_run(folder, machine):
 
 def test_a_machine_that_is_not_there_is_named(folder, machine):
     machine("a1")
-    with pytest.raises(UserError, match=r"^a2: no vLLM server was started there in 3 s .*launch/serve_vllm.py run there"):
+    with pytest.raises(
+        UserError, match=r"^a2: no vLLM server was started there in 3 s .*launch/serve_vllm.py run there"
+    ):
         ServersElsewhere(options(folder, program(folder, STAYS), patience=3.0), Path("/shared/v0"), "float32", 77)
 
 

@@ -13,8 +13,8 @@ import torch
 from megatron_ext.rollouts import Request, SamplingParams
 from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
-from megatron_ext.vllm_servers.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
+from megatron_ext.vllm_servers.options import VllmOptions
 from tests.vllm_cases import recorded
 from tests.vllm_faults import Faulty, faulty_server, recorded_canary, recorded_probe
 

@@ -16,8 +16,8 @@ from megatron_ext.rollouts.vllm import flight as flight_module
 from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.fleet import Fleet, Weights
 from megatron_ext.rollouts.vllm.flight import Flight, Keeper, Turns
-from megatron_ext.vllm_servers.options import VllmOptions
 from megatron_ext.rollouts.vllm.protocol import VllmError
+from megatron_ext.vllm_servers.options import VllmOptions
 from tests.vllm_faults import recorded_canary, recorded_probe
 from tests.vllm_pausing import Pausing, pausing_server, token_of
 
