@@ -29,18 +29,17 @@ def cluster(tmp_path_factory):
 
 
 def servers(meeting: Path) -> list[psutil.Process]:
-    """Those that answer HTTP."""
+    """Those that answer HTTP, children of what watches them."""
     found = []
     for process in psutil.process_iter():
         try:
-            line = process.cmdline()
+            line, watcher = process.cmdline(), process.parent()
+            ours = any(part.startswith(f"{meeting}/") for part in line) and "vllm.entrypoints.openai.api_server" in line
+            if ours and watcher is not None and any(part.endswith("guard.py") for part in watcher.cmdline()):
+                found.append(process)
         except psutil.Error:
-            continue
-        if "vllm.entrypoints.openai.api_server" in line and any(part.startswith(str(meeting)) for part in line):
-            found.append(process)
-    return [
-        process for process in found if process.parent() not in found and "guard.py" not in " ".join(process.cmdline())
-    ]
+            pass
+    return found
 
 
 def test_a_server_on_another_node(cluster, tmp_path):
