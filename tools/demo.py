@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.run_metrics import read_metrics  # noqa: E402
 
 
 def default_devices() -> int:
@@ -40,10 +43,6 @@ def run(title: str, parts: list[str]) -> float:
     if code:
         sys.exit(code)
     return time.monotonic() - start
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def plot_rewards(metrics: list[dict[str, float]], path: Path) -> None:

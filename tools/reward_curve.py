@@ -10,7 +10,6 @@ number of held-out rows, an accuracy has its binomial standard error.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from bench_common import print_table
 
 from megatron_ext.errors import UserError
 from recipes.cli.errors import user_errors
+from tools.run_metrics import read_metrics
 
 REWARD, HELD_OUT = "train_rollouts/reward", "val_rollouts/reward"
 COLUMNS = {
@@ -36,8 +36,7 @@ def read(run: Path) -> list[dict[str, float]]:
     Raises:
         UserError: not a run of GRPO.
     """
-    log = run if run.is_file() else run / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    rows = read_metrics(run)
     if not any(REWARD in row for row in rows):
         raise UserError(f"{run} is no run of GRPO that has made a step: name its folder (exp_manager.explicit_log_dir)")
     return rows

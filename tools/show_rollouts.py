@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.errors import UserError
 from recipes.cli.errors import user_errors
+from recipes.data.visible import visible
 from recipes.grpo.dump_files import FOLDER, StepDump, read_step, step_files
 
 Answer = tuple[dict[str, Any], int, dict[str, Any]]  # of a prompt, its number among the samples, what it is
@@ -88,8 +89,7 @@ def printed(answers: list[Answer], marks: bool) -> Iterator[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        yield "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    yield from map(visible, text.split("\n"))
 
 
 @user_errors()

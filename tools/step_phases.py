@@ -10,7 +10,6 @@ steps, which pay for warming up, are skipped. Validations are no part of a step.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,13 +20,7 @@ from bench_common import print_table
 
 from megatron_ext.errors import UserError
 from recipes.cli.errors import user_errors
-
-WHOLE = "timers/step"
-REST = "the rest"
-# In `timers/step` or in another of its timers are all but these.
-APART = (WHOLE, "timers/validation")
-# A timer whose seconds are in those of another one, too.
-WITHIN = {"timers/weights": "timers/generate"}
+from tools.run_metrics import REST, WHOLE, read_metrics, seconds_of
 
 
 def phases(run: Path, skip: int) -> dict[str, float]:
@@ -36,18 +29,12 @@ def phases(run: Path, skip: int) -> dict[str, float]:
     Raises:
         UserError: not a run, or it has no step behind those that are skipped.
     """
-    log = run / "metrics.jsonl"
-    if not log.is_file():
-        raise UserError(f"{run} has no metrics.jsonl: name the folder of a run of GRPO (exp_manager.explicit_log_dir)")
-    rows = [row for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if WHOLE in row][skip:]
+    rows = [row for row in read_metrics(run) if WHOLE in row][skip:]
     if not rows:
         raise UserError(f"{run} has no {WHOLE} behind the first {skip} steps: let it run longer, or set --skip lower")
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("timers/") and name not in APART)
-    found = {name: statistics.fmean(row.get(name, 0.0) for row in rows) for name in (WHOLE, *names)}
-    for inner, outer in WITHIN.items():
-        if inner in found:
-            found[outer] -= found[inner]
-    return found | {REST: 2 * found[WHOLE] - sum(found.values())}
+    found = [{WHOLE: row[WHOLE]} | seconds_of(row) for row in rows]
+    names = dict.fromkeys(name for step in found for name in step)
+    return {name: statistics.fmean(step.get(name, 0.0) for step in found) for name in names}
 
 
 @user_errors()

@@ -8,9 +8,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from recipes.data.tokenizer import Tokenizer
+from recipes.data.visible import visible
 from recipes.grpo.rollouts import Rollouts
 
-__all__ = ["COLUMNS", "fitted", "shown", "table", "visible"]
+__all__ = ["COLUMNS", "fitted", "shown", "table"]
 
 COLUMNS = ("reward", "ended by", "tokens", "prompt", "response")
 PROMPTS = 2  # whose best and worst response are shown
@@ -48,14 +49,6 @@ def table(rows: Sequence[Row], width: int | None = None) -> str:
         texts = fitted(visible(row[3]), sizes[3], end_only=True), fitted(visible(row[4]), sizes[4])
         lines.append("  ".join((*map(str.ljust, cell, sizes), texts[0], texts[1].rstrip())))
     return "\n".join(lines)
-
-
-def visible(text: str) -> str:
-    """With everything that could move the cursor, or the reader, written out: \\n, \\x1b, marks of direction."""
-    return "".join(
-        c if c.isprintable() or c in "\u200d\ufe0f" else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
 
 
 def fitted(text: str, width: int, end_only: bool = False) -> str:

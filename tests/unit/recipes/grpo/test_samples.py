@@ -7,7 +7,8 @@ import unicodedata
 
 import pytest
 
-from recipes.grpo.samples import fitted, table, visible
+from recipes.data.visible import visible
+from recipes.grpo.samples import fitted, table
 from recipes.run.log_process import LoggedTable
 
 LETTERS = "abc \u6771\u4eac\u0301é"

