@@ -14,6 +14,7 @@ def main(cfg: dict, loggers) -> None:
     from recipes.data.rows import load_prompts
     from recipes.data.video import VideoReader
     from recipes.environments.registry import environment_file, get_environment
+    from recipes.grpo.choices import advantages_file, objective_file
     from recipes.grpo.conversations import check_template
     from recipes.grpo.recorded import load_recorded
     from recipes.grpo.settings import GRPOConfig
@@ -46,6 +47,8 @@ def main(cfg: dict, loggers) -> None:
     code = {
         "trainer.grpo.reward": reward_file(grpo.reward),
         "trainer.grpo.environment": environment_file(grpo.environment),
+        "trainer.grpo.objective": objective_file(grpo.objective),
+        "trainer.grpo.objective.advantages": advantages_file(grpo.chosen),
     }
     rows = {"data.train_path": train, "data.validation_path": validation, "trainer.grpo.rollout.path": recorded}
     contents = Contents(inputs, rows, code, in_order=["trainer.grpo.rollout.path"])

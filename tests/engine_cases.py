@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ext.losses.grpo import token_weights
+from megatron_ext.losses import token_weights
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
 from tests.gpt_cases import TERMS, Rollout, pack_rollout

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.grouping import PackedTokens, PrefixGroups, pack
-from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses.clipped import Grpo
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT
 from tests.layouts import Lengths, randn
 
@@ -24,7 +25,7 @@ __all__ = [
     "small_config",
 ]
 
-TERMS = GrpoTerms(ratio_clip_min=0.2, ratio_clip_max=0.3, kl_penalty=0.05, entropy_bonus=0.02)
+TERMS = GrpoTerms(Grpo(ratio_clip_max=0.3), kl_penalty=0.05, entropy_bonus=0.02)
 
 
 def small_config(**changes) -> GPTModelConfig:

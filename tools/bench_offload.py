@@ -68,7 +68,7 @@ def make_step(
         own_pass: the update's own forward pass says the old log-probabilities.
     """
     from megatron_ext.grouping import pack
-    from megatron_ext.losses.grpo import GrpoTerms, grpo_loss
+    from megatron_ext.losses import GrpoTerms, grpo_loss
     from megatron_ext.models.config import stream_multiple
     from megatron_ext.runtime.engine import Microbatch
 
@@ -79,7 +79,7 @@ def make_step(
     batch = pack([tokens[:p].tolist()], [responses], stream_multiple(config), device=device)
     advantages = torch.linspace(-1, 1, g, device=device)[batch.groups.response_ids]
     weights = torch.full((g * s,), 1 / (g * s), device=device)
-    terms = GrpoTerms(ratio_clip_min=0.2, ratio_clip_max=0.2, kl_penalty=0.05)
+    terms = GrpoTerms(kl_penalty=0.05)
 
     def step() -> tuple[torch.Tensor, dict[str, float]]:
         (old,) = [None] if own_pass else engine.score([Microbatch(batch)])

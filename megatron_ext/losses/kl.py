@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KL_TYPES", "bounded_exp", "k3", "kl_in_loss", "kl_in_reward", "weighted_k3"]
+__all__ = ["KL_TYPES", "bounded_exp", "k3", "kl_in_loss", "kl_in_reward", "weighted_k3", "with_derivative"]
 
 KL_TYPES = ("k1", "k2", "k3")
 
@@ -37,14 +37,14 @@ KL_TYPES = ("k1", "k2", "k3")
 def bounded_exp(x: Tensor) -> Tensor:
     """e^x; beyond the bound (see above) both value and derivative stay at it, so that a gradient keeps its sign."""
     value = _bounded_above(x.detach()).exp()
-    return _with_derivative(value, value, x)
+    return with_derivative(value, value, x)
 
 
 def k3(d: Tensor) -> Tensor:
     """e^-d - 1 + d: never negative, and 0 at d = 0 alone. Its derivative is 1 - e^-d."""
     at = d.detach()
     excess = torch.expm1(_bounded_above(-at))
-    return _with_derivative(excess + at, -excess, d)
+    return with_derivative(excess + at, -excess, d)
 
 
 def weighted_k3(d: Tensor, log_ratio: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def weighted_k3(d: Tensor, log_ratio: Tensor) -> Tensor:
         [r], with the derivative rho d by log policy, which moves both arguments: rho k3 + rho (1 - e^-d), where e^-d cancels.
     """
     at, ratio = d.detach(), bounded_exp(log_ratio.detach())
-    return _with_derivative(ratio * k3(at), ratio * at, d)
+    return with_derivative(ratio * k3(at), ratio * at, d)
 
 
 def kl_in_loss(kind: str, d: Tensor, log_ratio: Tensor, weighted: bool) -> Tensor:
@@ -84,6 +84,6 @@ def _bounded_above(x: Tensor) -> Tensor:
     return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 4)
 
 
-def _with_derivative(value: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+def with_derivative(value: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
     """`value`, with `derivative` by x; both come without gradient."""
     return value + derivative * (x - x.detach())

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError, of_system
 
-__all__ = ["LastValues", "broadcast", "broadcast_object", "from_last", "gather_objects", "together"]
+__all__ = [
+    "LastValues",
+    "broadcast",
+    "broadcast_object",
+    "from_last",
+    "gather_objects",
+    "gather_rows",
+    "sum_of_all",
+    "together",
+]
 
 
 @contextlib.contextmanager
@@ -50,6 +59,22 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     """Every rank's value, in the order of ranks."""
     values: list[Any] = [None] * _size(group)
     dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_rows(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's rows, as many of each, in the order of ranks."""
+    if group.size() == 1:
+        return values
+    found = values.new_empty(group.size() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(found, values.contiguous(), group=group)
+    return found
+
+
+def sum_of_all(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's added up, in place."""
+    if group.size() > 1:
+        dist.all_reduce(values, group=group)
     return values
 
 

@@ -180,11 +180,20 @@ class Engine:
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
 
+        return self._scores(microbatches, "logprobs")[0]
+
+    def score_with_entropies(self, microbatches: Sequence[Microbatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """`score`, and the entropies [r] of the distributions that tokens were drawn from."""
+        logprobs, entropies = self._scores(microbatches, "logprobs", "entropy")
+        return logprobs, entropies
+
+    def _scores(self, microbatches: Sequence[Microbatch], *names: str) -> list[list[Tensor]]:
         def keep(microbatch, logprobs, entropy):
-            return logprobs.sum(), {"logprobs": logprobs}
+            found = {"logprobs": logprobs, "entropy": entropy}
+            return logprobs.sum(), {name: found[name] for name in names}
 
         outputs = self.run(microbatches, keep, forward_only=True)
-        return self._on_all_stages(microbatches, [metrics["logprobs"] for metrics in outputs])
+        return [self._on_all_stages(microbatches, [metrics[name] for metrics in outputs]) for name in names]
 
     @staticmethod
     def _on_all_stages(microbatches: Sequence[Microbatch], found: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from megatron_ext.errors import UserError
 
-__all__ = ["ConfigError", "at_least", "build", "nearest_key"]
+__all__ = ["ConfigError", "at_least", "build", "nearest_key", "show"]
 
 T = TypeVar("T")
 ABSENT = "???"  # OmegaConf's mark for a value that must be given
@@ -32,7 +32,8 @@ def build(cls: type[T], node: Any, path: str = "") -> T:
     """Fill the dataclass `cls` from a mapping, and the dataclasses within it from the mappings within.
 
     Values are taken as they are, except that a float may be written as an integer or as text (YAML reads 1e-4 as
-    text) and a string as a number (precision: 32). `cls.GONE` names keys of earlier versions, with what to say of each.
+    text) and a string as a number (precision: 32). `cls.GONE` names keys of earlier versions, with what to say of each;
+    `cls.of_earlier_keys` turns a section that has some into one of today.
 
     Args:
         node: an OmegaConf `DictConfig` or plain data.
@@ -76,6 +77,8 @@ def _section(cls: type, node: Any, path: str, known: list[str]) -> Any:
     if not isinstance(node, Mapping):
         raise _wrong(path or "the configuration", node, cls)
     hints = _hints(cls)
+    if hasattr(cls, "of_earlier_keys"):
+        node = cls.of_earlier_keys(node)
     for key in node:
         if key in getattr(cls, "GONE", {}):  # a key of an earlier version, and what has taken its place
             raise ConfigError(f"{_join(path, key)} is no more: {cls.GONE[key]}")
@@ -142,7 +145,7 @@ def _sequence(kind: type, args: tuple, hint: Any, value: Any, key: str, known: l
     else:
         hints = args
     if len(hints) != len(value):
-        raise ConfigError(f"{key} must have {len(hints)} values, got {len(value)}: {_show(value)}")
+        raise ConfigError(f"{key} must have {len(hints)} values, got {len(value)}: {show(value)}")
     return kind(_value(h, v, f"{key}[{i}]", known) for i, (h, v) in enumerate(zip(hints, value, strict=True)))
 
 
@@ -177,7 +180,7 @@ def _unknown(key: str, names: list[str], known: list[str]) -> ConfigError:
 
 def _wrong(key: str, value: Any, hint: Any) -> ConfigError:
     remedy = "; put it in quotes" if isinstance(value, bool) and hint in (str, str | None) else ""
-    return ConfigError(f"{key} must be {_name(hint)}, got {_show(value)}{remedy}")
+    return ConfigError(f"{key} must be {_name(hint)}, got {show(value)}{remedy}")
 
 
 def _all_keys(cls: type, path: str) -> Iterator[str]:
@@ -218,7 +221,7 @@ def _name(hint: Any) -> str:
     return {types.NoneType: "null", bool: "true or false", Any: "any value"}.get(hint) or hint.__name__
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value as YAML would have it, cut to fit a line."""
     text = repr(value)
     if value is None or isinstance(value, bool):

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError, build
 
-__all__ = ["Registry", "describe"]
+__all__ = ["Registry", "Spec", "describe"]
 
 T = TypeVar("T", bound=Callable)
 Spec = str | Mapping[str, Any]
@@ -34,10 +34,11 @@ class Registry:
         kind: what is named, for messages: "reward".
         noun: what one's own are: "function", "class".
         modules: that register ours, beside those that have been imported.
+        takes: with how many arguments a function is called, beside its options.
     """
 
-    def __init__(self, key: str, kind: str, noun: str, modules: Sequence[str] = ()):
-        self.key, self.kind, self.noun, self.modules = key, kind, noun, modules
+    def __init__(self, key: str, kind: str, noun: str, modules: Sequence[str] = (), takes: int = 2):
+        self.key, self.kind, self.noun, self.modules, self.takes = key, kind, noun, modules, takes
         self._known: dict[str, Callable] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -111,7 +112,7 @@ class Registry:
         if is_dataclass(target) and isinstance(target, type):
             return build(target, options, self.key)
         is_class = isinstance(target, type)
-        self._check_options(name, target, options, () if is_class else (None, None))
+        self._check_options(name, target, options, () if is_class else (None,) * self.takes)
         if not is_class:
             return partial(target, **options)
         try:

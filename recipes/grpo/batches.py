@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.flops import ModelShape
-from megatron_ext.losses.grpo import token_weights
+from megatron_ext.losses.high_entropy import high_entropy_tokens
+from megatron_ext.losses.objective import token_weights
 from megatron_ext.losses.off_policy import rejected_responses
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.packing import Part, pack_groups, saving_kept
 from megatron_ext.rollouts import Trajectory
-from megatron_ext.runtime.collectives import gather_objects
+from megatron_ext.runtime.collectives import gather_objects, sum_of_all
 from megatron_ext.runtime.engine import Microbatch
 from recipes.grpo.rollouts import Rollouts, in_parts
 from recipes.grpo.settings import GRPOConfig
@@ -36,6 +38,8 @@ class GRPOMicrobatch(Microbatch):
             None: nothing compares with them.
         old_logprobs: [r], of the policy that sampled; None: it is the one that is trained, whose update says them.
         ref_logprobs: [r], of the initial policy; None where there is no KL penalty.
+        entropies: [r], of the policy that sampled; None where nobody asks.
+        kept: bool [r], tokens that the objective trains; None: all.
         numbers: for each response of the stream (its prompt's number in the step, its own among the prompt's samples).
     """
 
@@ -44,6 +48,8 @@ class GRPOMicrobatch(Microbatch):
     sampled_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    entropies: Tensor | None = None
+    kept: Tensor | None = None
     numbers: Sequence[tuple[int, int]] = ()
 
 
@@ -61,7 +67,8 @@ class BatchMaker:
         self.shape = ModelShape.of(self.config.model)
         self.local_prompts = self.settings.num_prompts_per_grpo_step // session.data_size
         self.local_update_prompts = self.config.prompts_per_update // session.data_size
-        self.level = "token" if self.settings.token_level_loss else "sequence"
+        constant = float(self.config.model.global_batch_size * self.settings.length_params.max_length)
+        self.normalisation = self.settings.chosen.normalisation, constant
         self.sharing = Sharing(self.config.model)
 
     def updates(self, rollouts: Rollouts) -> tuple[list[list[GRPOMicrobatch]], dict[str, float]]:
@@ -137,7 +144,7 @@ class BatchMaker:
                     batch,
                     self.settings.sampling_params.temperature,
                     advantages=advantages[ids].float(),
-                    weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, self.level),
+                    weights=token_weights(ids, batch.loss_mask(mask), count, tokens, responses, *self.normalisation),
                     sampled_logprobs=sampled,
                     numbers=[(before + p.group, i) for p in cut for i in p.responses],
                 )
@@ -163,9 +170,18 @@ class BatchMaker:
             left, everything = left + responses, everything + before
         return kept, 1 - left / max(everything, 1)
 
+    def of_high_entropy(self, microbatches: list[GRPOMicrobatch], share: float) -> list[GRPOMicrobatch]:
+        """An optimizer step's microbatches, of which the objective trains that share of tokens."""
+        add = partial(sum_of_all, group=parallel_state.get_data_parallel_group())
+        kept = high_entropy_tokens(
+            [m.entropies for m in microbatches], [m.weights > 0 for m in microbatches], share, add
+        )
+        return [replace(m, kept=tokens) for m, tokens in zip(microbatches, kept, strict=True)]
+
     def _weighed(self, microbatch: GRPOMicrobatch, mask: Tensor, tokens: float, responses: float) -> GRPOMicrobatch:
         groups = microbatch.batch.groups
-        weights = token_weights(groups.response_ids, mask, groups.num_responses, tokens, responses, self.level)
+        counts = groups.num_responses, tokens, responses
+        weights = token_weights(groups.response_ids, mask, *counts, *self.normalisation)
         return replace(microbatch, weights=weights)
 
     def _trained(self, trajectory: Trajectory) -> list[bool]:

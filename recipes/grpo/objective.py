@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss
-from megatron_ext.losses.off_policy import OffPolicyTerms, mismatch, off_policy_weights
+from megatron_ext.losses.off_policy import OffPolicyTerms, effective_share, mismatch, off_policy_weights
 from recipes.grpo.batches import GRPOMicrobatch
 
-__all__ = ["objective"]
+__all__ = ["as_means", "objective"]
 
 
 def objective(
@@ -28,7 +30,7 @@ def objective(
         off_policy: weights that make up for the sampler; None: none.
 
     Returns:
-        (scalar loss, metrics), which add up over microbatches and ranks.
+        (scalar loss, metrics), which add up over microbatches and ranks; "weight", of the tokens, is what makes means of them.
     """
     m, groups = microbatch, microbatch.batch.groups
     old = logprobs.detach() if m.old_logprobs is None else m.old_logprobs
@@ -50,5 +52,23 @@ def objective(
         response_ids=groups.response_ids,
         num_responses=groups.num_responses,
         importance=importance,
+        kept=m.kept,
     )
-    return loss, metrics | seen
+    return loss, metrics | seen | {"weight": m.weights.sum()}
+
+
+def as_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """An optimizer step's metrics as means over tokens, by weight, whatever it is that divides the loss.
+
+    Args:
+        sums: of `objective`, and of the engine's step.
+    """
+    weight = sums["weight"] or 1.0  # nothing counts
+    means = {
+        name: x if name in ("loss", "grad_norm", "lr") or name.endswith("_max") else x / weight
+        for name, x in sums.items()
+        if name != "weight"
+    }
+    if "importance_squared" in means:
+        means["effective_samples"] = effective_share(means["importance"], means.pop("importance_squared"))
+    return means

@@ -9,12 +9,14 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.losses.grpo import group_advantages
+from megatron_ext.errors import UserError
+from megatron_ext.losses.overlong import overlong_penalty
 from megatron_ext.rollouts import Request, Source, Trajectory
-from megatron_ext.runtime.collectives import broadcast, gather_objects, together
+from megatron_ext.runtime.collectives import broadcast, gather_objects, gather_rows, together
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
 from recipes.environments.registry import Named
+from recipes.grpo.choices import get_advantages
 from recipes.grpo.conversations import Conversations, tool_format
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.settings import GRPOConfig
@@ -88,14 +90,28 @@ class RolloutSampler:
         Args:
             requests, trajectories: of this rank.
         """
-        settings, mine = self.settings, self._mine(prompts)
+        mine = self._mine(prompts)
         if isinstance(self.source, RecordedSource):
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
         else:
             rewards = self._rewards(requests, prompts[mine], trajectories)
         trajectories, rewards = self._from_all_context_ranks(trajectories, rewards)
-        advantages = group_advantages(rewards, settings.normalize_rewards, settings.use_leave_one_out_baseline)
+        lengths = [[len(t) for t in group] for group in trajectories]
+        lengths = torch.tensor(lengths, dtype=torch.float64, device=rewards.device).view_as(rewards)
+        longest, buffer = self.settings.length_params.max_length, self.settings.overlong_buffer
+        advantages = self._advantages(rewards + overlong_penalty(lengths, longest, buffer))
         return Rollouts(prompts, trajectories, rewards, advantages)
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """Of this data-parallel rank's rewards, [prompts, samples]; they may ask all of the step."""
+        everybodys = gather_rows(rewards, parallel_state.get_data_parallel_group())
+        found, first = get_advantages(self.settings.chosen)(everybodys), self.session.data_rank * len(rewards)
+        if found.shape != everybodys.shape:
+            raise UserError(
+                f"trainer.grpo.objective.advantages={self.settings.objective['advantages']} gave {tuple(found.shape)} for "
+                f"rewards of {tuple(everybodys.shape)}: it must give one for each"
+            )
+        return found[first : first + len(rewards)].double()
 
     def _from_all_context_ranks(self, trajectories: list, rewards: Tensor) -> tuple[list, Tensor]:
         """Context-parallel ranks train on the same prompts and sample a part of them each."""

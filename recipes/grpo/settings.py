@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 from megatron_ext.attention.pages import PAGE, pages_of
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Duration, Record, Speed, Training
-from megatron_ext.losses.grpo import GrpoTerms
+from megatron_ext.losses import GrpoTerms, Objective
 from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
 from recipes.environments.registry import SINGLE_TURN
+from recipes.grpo.choices import GRPO, get_objective, of_earlier_keys, said_in_full
 from recipes.grpo.sampling import (
     LengthSection,
     OffPolicySection,
@@ -41,6 +42,7 @@ class GRPOSettings:
     GONE: ClassVar[dict[str, str]] = {
         "rollout_micro_batch_size": "set trainer.grpo.rollout_tokens, the tokens that sampling holds at once"
     }
+    of_earlier_keys = staticmethod(of_earlier_keys)
 
     # GRPO steps of the run: sample, score, update.
     max_steps: Duration[int]
@@ -82,26 +84,19 @@ class GRPOSettings:
     # Weigh k3 in the loss by the importance ratio: the gradient of KL(policy, initial) without bias, also when a rollout
     # serves several updates. TRL's key, which is on there unless said otherwise.
     use_bias_correction_kl: bool = False
-    # Advantages are rewards minus the mean of the OTHER responses of the group (RLOO) instead of all.
-    use_leave_one_out_baseline: bool = False
-    # Divide advantages by the standard deviation of the group's rewards (plus 1e-6). false: groups that differ little
-    # count little.
-    normalize_rewards: bool = True
-    # A token whose probability has moved by more than this share since it was sampled, the way its advantage wants, is
-    # trained no further (PPO's clip); ratio_clip_min and ratio_clip_max set the two sides apart. Matters from the
-    # second update of a rollout.
-    ratio_eps: float = 0.2
-    # How far below 1 the ratio of probabilities counts; null: ratio_eps.
-    ratio_clip_min: float | None = None
-    # How far above 1 (DAPO's clip-higher: 0.28); null: ratio_eps.
-    ratio_clip_max: float | None = None
-    # true: every trained token of the batch weighs the same, so long responses weigh more (DAPO); false: every response
-    # does (DeepSeekMath).
-    token_level_loss: bool = True
-    # One ratio per response, the geometric mean over its tokens; with token_level_loss=false this is GSPO.
-    sequence_level_importance_ratios: bool = False
-    # true: responses cut off at max_length, without an end, are not trained on (DAPO).
-    overlong_filtering: bool = False
+    # What is minimised: grpo, dapo, dr_grpo, dual_clip, gspo, cispo, sapo, gpg, the dotted path of a class of yours, or {name:
+    # one of them, and its options}, normalisation and advantages among them. docs/objective.md has the formulas,
+    # docs/extending.md how to write one.
+    objective: Any = GRPO
+    # true: responses cut off at max_length, without an end, are not trained on. null: as the objective has it, which is true for
+    # dapo.
+    overlong_filtering: bool | None = None
+    # Tokens before max_length in which a response loses up to 1 of what its reward counts (DAPO's soft penalty); the reward
+    # that is logged is without. 0: none. null: as the objective has it, which is a fifth of max_length for dapo, else 0.
+    overlong_buffer: int | None = None
+    # Share of the trained tokens, those of the highest entropy, that the objective trains: 1: all, 0.2 in the paper (arXiv
+    # 2506.01939). KL penalty and entropy bonus still act on all. Below 1 a pass goes before the update.
+    high_entropy_share: float = 1.0
     # eta, taken times the policy's entropy from the loss: positive keeps answers various, negative makes them alike.
     entropy_bonus: float = 0.0
     # Weights for tokens whose sampler gave them other probabilities than the trainer does, such as another engine
@@ -125,7 +120,7 @@ class GRPOSettings:
         at_least("trainer.grpo", self, 1, "max_steps", "num_prompts_per_grpo_step", "rollout_tokens", "max_turns")
         at_least(
             "trainer.grpo", self, 0, "val_check_interval", "save_interval", "gradient_clip_val",
-            "initial_policy_kl_penalty", "ratio_eps", "log_samples", "max_staleness",
+            "initial_policy_kl_penalty", "log_samples", "max_staleness",
         )  # fmt: skip
         if self.max_turns is not None and self.environment == SINGLE_TURN:
             raise UserError(
@@ -152,6 +147,19 @@ class GRPOSettings:
                 "trainer.grpo.offload_reference_policy=true, but trainer.grpo.initial_policy_kl_penalty=0 has no reference "
                 "policy: set one of them otherwise"
             )
+        self.objective = said_in_full(self.objective, self.chosen)
+        if self.overlong_filtering is None:
+            self.overlong_filtering = self.chosen.FILTERS_OVERLONG
+        longest = self.length_params.max_length
+        if self.overlong_buffer is None:
+            self.overlong_buffer = round(self.chosen.OVERLONG_BUFFER * longest)
+        if not 0 <= self.overlong_buffer <= longest:
+            raise UserError(
+                f"trainer.grpo.overlong_buffer={self.overlong_buffer} must lie in [0, "
+                f"trainer.grpo.length_params.max_length={longest}]"
+            )
+        if not 0 < self.high_entropy_share <= 1:
+            raise UserError(f"trainer.grpo.high_entropy_share={self.high_entropy_share} must lie in (0, 1]")
         try:
             self.terms  # noqa: B018  raises on bad coefficients
         except UserError as error:
@@ -169,16 +177,18 @@ class GRPOSettings:
         return section.params("validation_sampling_params", self.length_params.max_length, stop_token_ids)
 
     @property
+    def chosen(self) -> Objective:
+        """The objective that is named."""
+        return get_objective(self.objective)
+
+    @property
     def terms(self) -> GrpoTerms:
-        low, high = self.ratio_clip_min, self.ratio_clip_max
         return GrpoTerms(
-            ratio_clip_min=self.ratio_eps if low is None else low,
-            ratio_clip_max=self.ratio_eps if high is None else high,
+            objective=self.chosen,
             kl_penalty=self.initial_policy_kl_penalty,
             kl_type=self.reference_policy_kl_type,
             kl_in_reward=self.use_kl_in_reward,
             kl_weighted=self.use_bias_correction_kl,
-            sequence_level_ratios=self.sequence_level_importance_ratios,
             entropy_bonus=self.entropy_bonus,
         )
 
@@ -299,6 +309,10 @@ class GRPOConfig:
             return (
                 f"trainer.grpo.off_policy.reject_above={grpo.off_policy.reject_above} leaves out responses before the loss is "
                 "normalised"
+            )
+        if grpo.high_entropy_share < 1:
+            return (
+                f"trainer.grpo.high_entropy_share={grpo.high_entropy_share} asks for the entropies of all tokens first"
             )
         return None
 

@@ -13,17 +13,17 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_ext.losses.grpo import groups_with_signal
-from megatron_ext.losses.off_policy import effective_share
+from megatron_ext.losses.advantages import groups_with_signal
 from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
+from recipes.cli.config import show
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler, InOrder
 from recipes.environments.registry import Named
 from recipes.grpo.ahead import AheadSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
-from recipes.grpo.objective import objective
+from recipes.grpo.objective import as_means, objective
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
@@ -93,6 +93,7 @@ class GRPOTrainer(Trainer):
 
     def fit(self) -> None:
         settings, why = self.settings, self.config.why_old_pass
+        self.session.say("objective: " + ", ".join(f"{key} {show(value)}" for key, value in settings.objective.items()))
         self.session.say(
             f"old log-probabilities come from a pass of their own before the update: {why}"
             if why
@@ -118,6 +119,8 @@ class GRPOTrainer(Trainer):
                 updates, metrics["train_rollouts/rejected"] = self.batches.without_rejected(
                     updates, settings.off_policy.reject_above
                 )
+            if settings.high_entropy_share < 1:
+                updates = [self.batches.of_high_entropy(m, settings.high_entropy_share) for m in updates]
             recorded = self.recorder.wants(step)
             with timers("actor_update"):
                 steps, trained = zip(*[self.run_training(m, recorded) for m in updates], strict=True)
@@ -162,15 +165,17 @@ class GRPOTrainer(Trainer):
         """With the log-probabilities of the sampling policy, where they are asked before the update, and, with a KL penalty, of
         the initial one."""
         old: Sequence[Tensor | None] = [None] * len(microbatches)
-        reference = old
-        if self.config.why_old_pass is not None:
+        reference = entropies = old
+        if self.settings.high_entropy_share < 1:
+            old, entropies = self.engine.score_with_entropies(microbatches)
+        elif self.config.why_old_pass is not None:
             old = self.engine.score(microbatches)
         if self.reference is not None:
             with self.reference.used():
                 reference = self.engine.score(microbatches)
         return [
-            replace(microbatch, old_logprobs=o, ref_logprobs=r)
-            for microbatch, o, r in zip(microbatches, old, reference, strict=True)
+            replace(microbatch, old_logprobs=o, ref_logprobs=r, entropies=e)
+            for microbatch, o, r, e in zip(microbatches, old, reference, entropies, strict=True)
         ]
 
     def run_training(
@@ -183,9 +188,7 @@ class GRPOTrainer(Trainer):
             microbatches = [replace(m, old_logprobs=o) for m, o in zip(microbatches, old, strict=True)]
         else:
             metrics = self.engine.update(microbatches, self.loss)
-        if "importance_squared" in metrics:
-            metrics["effective_samples"] = effective_share(metrics["importance"], metrics.pop("importance_squared"))
-        return {f"train_optim/{name}": value for name, value in metrics.items()}, microbatches
+        return {f"train_optim/{name}": value for name, value in as_means(metrics).items()}, microbatches
 
     def run_validation(self, step: int) -> dict[str, float]:
         """Mean reward of one answer to each of the held-out prompts."""

@@ -112,6 +112,11 @@ METRICS = {
         "share",
         "Trained tokens, by weight, that clipping took the gradient from. High: lower model.optim.lr.",
     ),
+    "train_optim/high_entropy": Metric(
+        "GRPO, with trainer.grpo.high_entropy_share",
+        "share",
+        "Trained tokens, by weight, that the objective trains, those of the highest entropy.",
+    ),
     "train_optim/kl": Metric(
         "GRPO with a KL penalty, LFTF with the loss kl",
         "nats a token",

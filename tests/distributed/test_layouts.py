@@ -189,7 +189,7 @@ def test_loss_and_metrics_equal_one_ranks(layout: Layout, reference: Reference):
     """And every rank knows them, those of other stages included."""
     for _, name, results in layout.cases:
         expected = reference.results[name]["metrics"]
-        assert set(expected) == {"loss", "ratio", "clip_fraction", "kl", "entropy"}
+        assert set(expected) == {"loss", "ratio", "clip_fraction", "kl", "entropy", "weight"}
         for result in results:
             assert result["metrics"] == pytest.approx(expected, rel=BOUND, abs=1e-6)
 
@@ -201,7 +201,7 @@ def test_one_stream_alone_has_the_gradient_of_one_rank(layout: Layout, reference
         assert relative_error(found, expected, floors[name]) <= BOUND, where
     for _, name, results in layout.cases:
         for result in results:
-            assert len(result["alone metrics"]) == 5
+            assert len(result["alone metrics"]) == 6
             assert result["alone metrics"] == pytest.approx(
                 reference.results[name]["alone metrics"], rel=BOUND, abs=1e-6
             )

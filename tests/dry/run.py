@@ -82,7 +82,9 @@ NECESSARY: dict[tuple[str, str], str] = {
 WIDE: dict[str, str] = {
     "megatron_ext/rollouts/choosing.py:choose_tokens": "the cumulative distribution of a large vocabulary",
     METRICS: "sums over microbatches and ranks",
-    **{f"recipes/grpo/rollouts.py:RolloutSampler.{x}": "rewards of any size" for x in ("_rewards",)},
+    **dict.fromkeys(
+        ("recipes/grpo/rollouts.py:RolloutSampler._rewards", "tests/dry/steps.py:advantages"), "rewards of any size"
+    ),
     **{
         f"{IMPORTANCE}:{x}": "differences of blocks that hardly differ"
         for x in ("_difference", "_gradient_squares", "_zeros", "similarity.<locals>.measure")

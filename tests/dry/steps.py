@@ -17,8 +17,11 @@ from megatron_ext.attention.pages import PAGE
 from megatron_ext.blocks.blocks import train_only_block
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
 from megatron_ext.grouping import PackedTokens
-from megatron_ext.losses.grpo import GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses import ADVANTAGES, OBJECTIVES, GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses.advantages import gdpo_advantages, groups_with_signal
+from megatron_ext.losses.high_entropy import high_entropy_tokens
 from megatron_ext.losses.lftf import LOSSES, kept_text_loss, pair_loss
+from megatron_ext.losses.overlong import overlong_penalty
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.config import PositionEmbedding, VisionConfig, stream_multiple
 from megatron_ext.models.media import pack_prompts
@@ -112,7 +115,7 @@ def sft_stage(model: PrefixGroupedGPT, device: torch.device) -> None:
 
 
 def grpo(
-    terms: GrpoTerms, level: str = "token", min_shared: int | None = None, on_host: bool = False, **optim: Any
+    terms: GrpoTerms, level: str | None = None, min_shared: int | None = None, on_host: bool = False, **optim: Any
 ) -> Callable:
     """Old, reference and actor pass, and the update."""
 
@@ -121,21 +124,44 @@ def grpo(
         initial = ReferenceWeights(engine, on_host)
         batch = stream(model, device, min_shared)
         ids, count = batch.groups.response_ids, batch.groups.num_responses
-        weights = token_weights(ids, batch.loss_mask(), count, 13.0, 5.0, level)
+        normalisation = level or terms.objective.normalisation
+        weights = token_weights(ids, batch.loss_mask(), count, 13.0, 5.0, normalisation, 60.0)
         advantages = torch.linspace(-1, 1, count, device=device)[ids]
         drawn = GRPOMicrobatch(batch, 0.9, advantages=advantages, weights=weights)
-        (old,) = engine.score([drawn])
+        (old,), (entropies,) = engine.score_with_entropies([drawn])
+        (kept,) = high_entropy_tokens([entropies], [weights > 0], 0.2)
         with initial.used():
             (reference,) = engine.score([drawn])
 
         def loss(m: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
             return grpo_loss(
-                logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, ids, count,
+                logprobs, m.old_logprobs, m.advantages, m.weights, terms, m.ref_logprobs, entropy, ids, count, None, kept,
             )  # fmt: skip
 
         engine.update([replace(drawn, old_logprobs=old, ref_logprobs=reference)], loss)
 
     return step
+
+
+def objectives(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """Every one of the registry, forward and backward, on tokens that have been scored."""
+    old, reference, gains, weights, entropy = torch.rand(5, 13, device=device)
+    ids = torch.zeros(13, dtype=torch.int64, device=device)
+    for make in OBJECTIVES.values():
+        logprobs = torch.rand(13, device=device).requires_grad_()
+        terms = GrpoTerms(make(), kl_penalty=0.05)
+        loss, _ = grpo_loss(logprobs, old, gains, weights, terms, reference, entropy, ids, 5, weights, weights > 0)
+        loss.backward()
+
+
+def advantages(model: PrefixGroupedGPT, device: torch.device) -> None:
+    """Of every kind, on a step's rewards."""
+    rewards = torch.empty(3, 4, dtype=torch.float64, device=device)
+    for name, of in ADVANTAGES.items():
+        assert of(rewards).shape == rewards.shape, name
+    gdpo_advantages(torch.stack((rewards, rewards), -1), rewards[0, :2])
+    groups_with_signal(rewards)
+    overlong_penalty(rewards, 20, 4)
 
 
 def lftf(model: PrefixGroupedGPT, device: torch.device) -> None:
@@ -202,7 +228,8 @@ STEPS: dict[str, Step] = {
     "grpo, k2": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k2")), UPDATE),
     "grpo, k1 in reward": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k1", kl_in_reward=True)), UPDATE),
     "grpo, weighted k3": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_weighted=True)), UPDATE),
-    "gspo": Step(grpo(GrpoTerms(kl_penalty=0.05, sequence_level_ratios=True), "sequence"), UPDATE),
+    "objectives": Step(objectives, {}),
+    "advantages": Step(advantages, {}),
     "lftf": Step(lftf, UPDATE),
     "sft, unsharded Adam": Step(partial(sft, name="adam"), UPDATE),
     "sft, data-parallel": Step(sft, UPDATE, rank=1, world=2),

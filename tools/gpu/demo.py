@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.grouping import pack
-from megatron_ext.losses.grpo import GrpoTerms, group_advantages, grpo_loss, token_weights
+from megatron_ext.losses import GrpoTerms, group_advantages, grpo_loss, token_weights
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.rollouts import MegatronSource, Request, SamplingParams

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_ext.losses
+from megatron_ext.losses import OBJECTIVES
 from recipes.registry import RECIPES
 from tests.dry.recipes import CASES, recipes
 from tests.dry.run import NECESSARY
@@ -54,6 +55,12 @@ def test_every_objective_has_a_dry_run(taken, ran):
             function = getattr(found, name)
             if inspect.isfunction(function) and "Tensor" in map(str, inspect.get_annotations(function).values()):
                 assert f"megatron_ext/losses/{module.name}.py:{name}" in reached, f"{name} has no dry run"
+
+
+def test_every_name_of_the_registry_has_a_dry_run(taken):
+    for make in OBJECTIVES.values():
+        method = make.policy_loss
+        assert f"{method.__module__.replace('.', '/')}.py:{method.__qualname__}" in taken["objectives"]["places"]
 
 
 def test_every_listed_read_happens(taken, ran):

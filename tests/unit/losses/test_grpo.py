@@ -1,4 +1,4 @@
-"""The GRPO objective: numbers worked out by hand, and the sums that must not depend on how a batch is cut."""
+"""The loss of GRPO: numbers worked out by hand, and the sums that must not depend on how a batch is cut."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.losses.grpo import (
-    GrpoTerms,
-    group_advantages,
-    groups_with_signal,
-    grpo_loss,
-    token_weights,
-)
+from megatron_ext.losses import OBJECTIVES, GrpoTerms, grpo_loss, token_weights
+from megatron_ext.losses.clipped import Grpo, Gspo
 from megatron_ext.losses.logprobs import vocab_parallel_logprobs
 from tests.layouts import randn
 
@@ -49,7 +44,7 @@ def test_clipping_by_hand():
     weights = tensor(0.1, 0.2, 0.3, 0.4, 0.5)
     expected = tensor(-2, -1.3, 1.5, -0.5, 0.8)
     slope = tensor(-2, 0, 1.5, -0.5, 0)  # -A rho where unclipped
-    terms = GrpoTerms(ratio_clip_min=0.2, ratio_clip_max=0.3)
+    terms = GrpoTerms(Grpo(ratio_clip_max=0.3))
     loss, metrics, grad = loss_and_grad(log(1, 1.5, 1.5, 0.5, 0.5), tensor(0, 0, 0, 0, 0), advantages, weights, terms)
     assert close(loss, (weights * expected).sum())
     assert close(loss, -0.2 - 0.26 + 0.45 - 0.2 + 0.4)
@@ -127,7 +122,7 @@ def test_sequence_level_ratios_by_hand():
     ids = torch.tensor([0, 0, 2, 2, 2, 3])
     weights = tensor(0.1, 0.2, 0.3, 0.0, 0.4, 0.5)
     advantages = tensor(1, 1, -1, -1, -1, 1)
-    terms = GrpoTerms(ratio_clip_min=0.5, ratio_clip_max=0.5, sequence_level_ratios=True)
+    terms = GrpoTerms(Gspo(ratio_clip_min=0.5, ratio_clip_max=0.5))
     logprobs = log(1.44, 1.0, 0.81, 99.0, 1.0, 2.0)
     loss, metrics, grad = loss_and_grad(logprobs, old, advantages, weights, terms, response_ids=ids, num_responses=5)
     # Means: sqrt(1.44 * 1) = 1.2, sqrt(0.81 * 1) = 0.9, and 2, which is clipped to 1.5.
@@ -137,17 +132,17 @@ def test_sequence_level_ratios_by_hand():
     assert close(grad, tensor(-0.1 * 1.2, -0.2 * 1.2, 0.3 * 0.9, 0, 0.4 * 0.9, 0))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "constant"])
 def test_sequence_level_ratios_are_gspo_where_a_response_has_one_advantage(level, rng):
     """Value and gradient of the objective written with one ratio for each response, derived through its mean."""
     lengths = torch.tensor([3, 1, 6, 4])
     ids = torch.arange(4).repeat_interleave(lengths)
     r = len(ids)
     mask = torch.rand(r, generator=rng) < 0.7
-    weights = token_weights(ids, mask, 4, int(mask.sum()), 4, level).double()
+    weights = token_weights(ids, mask, 4, int(mask.sum()), 4, level, 12.0).double()
     old, advantages = randn(rng, r), randn(rng, 4)
     logprobs = old + 0.2 * randn(rng, r)
-    terms = GrpoTerms(sequence_level_ratios=True)
+    terms = GrpoTerms(Grpo(sequence_level_ratios=True))
     loss, _, grad = loss_and_grad(logprobs, old, advantages[ids], weights, terms, response_ids=ids, num_responses=4)
     leaf = logprobs.clone().requires_grad_()
     expected = tensor(0).squeeze()
@@ -198,66 +193,11 @@ def test_clipping_takes_the_gradient_of_what_went_far_enough(rng):
     logprobs = old + randn(rng, r)
     ratio = (logprobs - old).exp()
     enough = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - low)
-    _, metrics, grad = loss_and_grad(logprobs, old, advantages, weights, GrpoTerms(low, high))
+    _, metrics, grad = loss_and_grad(
+        logprobs, old, advantages, weights, GrpoTerms(Grpo(ratio_clip_min=low, ratio_clip_max=high))
+    )
     assert torch.allclose(grad, torch.where(enough, 0, -weights * advantages * ratio), rtol=1e-12)
     assert torch.allclose(metrics["clip_fraction"], weights[enough].sum(), rtol=1e-12)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_advantages_by_hand(normalize):
-    rewards = tensor(1, 0, 0, 1, 5, 5, 5, 5).view(2, 4)
-    found = group_advantages(rewards, normalize=normalize)
-    std = math.sqrt(4 * 0.25 / 3)  # of (1, 0, 0, 1), unbiased
-    row = tensor(0.5, -0.5, -0.5, 0.5) / (std + 1e-6 if normalize else 1)
-    assert close(found[0], row)
-    assert torch.count_nonzero(found[1]) == 0  # all alike: nothing to learn, and no division by zero
-
-
-def test_leave_one_out_by_hand():
-    """The baseline is the mean of the others: 3 - (1 + 2) / 2 and so on."""
-    rewards = tensor(1, 2, 3).view(1, 3)
-    assert close(group_advantages(rewards, False, leave_one_out=True), tensor(-1.5, 0, 1.5).view(1, 3))
-    assert close(group_advantages(rewards, True, leave_one_out=True), tensor(-1.5, 0, 1.5).view(1, 3) / (1 + 1e-6))
-
-
-@pytest.mark.parametrize("leave_one_out", [False, True])
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 100.1])
-def test_equal_rewards_that_do_not_average_exactly_teach_nothing(value, leave_one_out):
-    """The mean of eleven times 0.1 is not 0.1 in floating point: that rounding must not be normalised to order 1."""
-    for samples in range(2, 30):
-        rewards = torch.full((1, samples), value)
-        assert torch.count_nonzero(group_advantages(rewards, True, leave_one_out)) == 0
-
-
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_large_rewards_that_differ_by_little_have_the_advantages_of_the_difference(leave_one_out, rng):
-    """Past 2^24, where fp32 has no odd numbers, and up to 2^53."""
-    samples = 4
-    few = torch.randint(8, (5, samples), generator=rng).double()
-    few[0] = tensor(0, 1, 2, 3)
-    expected = group_advantages(few, True, leave_one_out)
-    if not leave_one_out:
-        assert torch.allclose(expected[0], tensor(-1.5, -0.5, 0.5, 1.5) / math.sqrt(5 / 3), atol=2e-6)
-    for offset in (2.0**24, -(2.0**24), 2.0**52):
-        assert torch.equal(group_advantages(few + offset, True, leave_one_out), expected)
-
-
-def test_advantages_of_a_group_do_not_favour_on_average(rng):
-    """Their sum is 0 with either baseline, and normalised ones have standard deviation 1 whatever the unit of rewards."""
-    for unit in (1e-3, 1.0, 1e6):
-        rewards = unit * randn(rng, 7, 5)
-        for leave_one_out in (False, True):
-            assert close(group_advantages(rewards, False, leave_one_out).sum(1) / unit, torch.zeros(7))
-        found = group_advantages(rewards)
-        assert close(found.sum(1), torch.zeros(7)) and (found.std(1) - 1).abs().max() < 1e-2
-        assert torch.equal(found.argsort(1), rewards.argsort(1))
-
-
-def test_single_sample_groups():
-    rewards = tensor(3, 4).view(2, 1)
-    assert torch.count_nonzero(group_advantages(rewards)) == 0
-    with pytest.raises(ValueError, match="use_leave_one_out_baseline needs samples_per_prompt of at least 2"):
-        group_advantages(rewards, leave_one_out=True)
 
 
 IDS = torch.tensor([0, 0, 0, 2, 2, 3])
@@ -278,14 +218,20 @@ def test_sequence_level_weights_by_hand():
     assert weights.tolist() == [0.5, 0.125, 0.125, 0.125, 0.125]
 
 
+def test_constant_weights_by_hand():
+    """Whatever was sampled, and whatever of it counts."""
+    weights = token_weights(IDS, MASK, 4, global_tokens=8, global_responses=2, level="constant", constant=16.0)
+    assert weights.tolist() == [0.0625, 0.0625, 0, 0.0625, 0.0625, 0]
+
+
 def test_a_batch_in_which_nothing_counts_has_no_weight():
-    for level in ("token", "sequence"):
-        assert token_weights(IDS, torch.zeros(6, dtype=torch.bool), 4, 0, 0, level).tolist() == [0.0] * 6
+    for level in ("token", "sequence", "constant"):
+        assert token_weights(IDS, torch.zeros(6, dtype=torch.bool), 4, 0, 0, level, 8.0).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize("sequence_ratios", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_losses_and_metrics_of_microbatches_add_up(level, sequence_ratios, rng):
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+def test_losses_and_metrics_of_microbatches_add_up(level, name, rng):
     """However responses are dealt to microbatches: loss, metrics and gradients are those of the whole batch."""
     lengths = [5, 1, 7, 3, 4]
     ids = torch.arange(5).repeat_interleave(torch.tensor(lengths))
@@ -295,12 +241,12 @@ def test_losses_and_metrics_of_microbatches_add_up(level, sequence_ratios, rng):
     mask = torch.rand(r, generator=rng) < 0.8
     mask[5] = False  # a response without a token that counts
     responses = len(ids[mask].unique())
-    terms = GrpoTerms(kl_penalty=0.1, entropy_bonus=0.05, sequence_level_ratios=sequence_ratios)
+    terms = GrpoTerms(OBJECTIVES[name](), kl_penalty=0.1, entropy_bonus=0.05)
 
     def part(first: int, last: int):
         rows = (ids >= first) & (ids < last)
         local = ids[rows] - first
-        weights = token_weights(local, mask[rows], last - first, int(mask.sum()), responses, level)
+        weights = token_weights(local, mask[rows], last - first, int(mask.sum()), responses, level, 60.0)
         parts = (x[rows] for x in (logprobs, old, advantages))
         return loss_and_grad(*parts, weights.double(), terms, ref[rows], entropy[rows], local, last - first)
 
@@ -318,13 +264,6 @@ def test_losses_and_metrics_of_microbatches_add_up(level, sequence_ratios, rng):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ratio_clip_min": 1.0}, r"ratio_clip_min=1.0 must lie in \[0, 1\)"),
-        (
-            {"ratio_clip_min": 0.8, "ratio_clip_max": 1.28},
-            "look like the bounds of the ratio: they are its distances from 1, so give 0.2 and 0.28",
-        ),
-        ({"ratio_clip_max": -0.1}, "ratio_clip_max=-0.1"),
-        ({"ratio_clip_max": math.nan}, "ratio_clip_max=nan"),
         ({"entropy_bonus": math.nan}, "entropy_bonus=nan must be finite"),
     ],
 )
@@ -338,20 +277,10 @@ def test_refuses_terms_without_what_they_are_made_of_and_an_unknown_level():
         grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(kl_penalty=0.1))
     with pytest.raises(ValueError, match="entropy_bonus=0.1 needs the entropies"):
         grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(entropy_bonus=0.1))
-    with pytest.raises(ValueError, match="needs response_ids and num_responses"):
-        grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(sequence_level_ratios=True), response_ids=IDS[:1])
-    with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'batch'"):
+    with pytest.raises(ValueError, match="need response_ids and num_responses"):
+        grpo_loss(log(1), log(1), tensor(1), tensor(1), GrpoTerms(Gspo()), response_ids=IDS[:1])
+    with pytest.raises(ValueError, match="normalisation must be one of token, sequence, constant, got 'batch'"):
         token_weights(IDS, MASK, 4, 1, 1, "batch")
-
-
-def test_equal_rewards_carry_no_signal_whatever_their_rounding():
-    """0.1 some times over need not average to 0.1 in fp32; its standard deviation is then not 0."""
-    groups = [torch.full((1, n), value) for n in range(2, 33) for value in (0.1, 1 / 3, 0.7, 0.9)]
-    assert any(bool(g.std(1) > 0) for g in groups)
-    for group in groups:
-        assert groups_with_signal(group).tolist() == [False]
-        assert torch.count_nonzero(group_advantages(group)) == 0
-    assert groups_with_signal(torch.tensor([[0.1, 0.1, 0.2]])).tolist() == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.losses.clipped import Gspo
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss
 from megatron_ext.losses.kl import k3, weighted_k3
 
@@ -223,7 +224,7 @@ def test_sequence_level_ratios_take_the_penalty_of_each_token(rng):
     own = (logprobs - old).detach().exp()
     expected = {"k1 in the reward": ratio * (old - ref), "weighted k3": own * (logprobs - ref).detach()}
     for form, closed in expected.items():
-        terms = GrpoTerms(kl_penalty=beta, sequence_level_ratios=True, **FORMS[form])
+        terms = GrpoTerms(Gspo(ratio_clip_min=0.2, ratio_clip_max=0.2), kl_penalty=beta, **FORMS[form])
         loss = grpo_loss(logprobs, old, torch.zeros(r), weights, terms, ref, response_ids=ids, num_responses=4)[0]
         (found,) = torch.autograd.grad(loss, logprobs)
         assert torch.allclose(found, beta * weights * closed, rtol=1e-12, atol=1e-14)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.errors import UserError
-from megatron_ext.losses.grpo import GrpoTerms, token_weights
+from megatron_ext.losses import GrpoTerms, token_weights
 from megatron_ext.models import build_gpt
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.rollouts import MegatronSource, Passage, Request, SamplingParams

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_ext.losses.grpo import GrpoTerms
+from megatron_ext.losses import OBJECTIVES, GrpoTerms
 from megatron_ext.losses.off_policy import OffPolicyTerms
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.engine import Engine
@@ -23,10 +23,11 @@ FORMS = {
     "plain": (GrpoTerms(), None),
     "k3 and entropy": (GrpoTerms(kl_penalty=0.05, entropy_bonus=0.02), None),
     "weighted k3": (GrpoTerms(kl_penalty=0.05, kl_weighted=True), None),
-    "k2, by response": (GrpoTerms(kl_penalty=0.05, kl_type="k2", sequence_level_ratios=True), None),
+    "k2, by response": (GrpoTerms(OBJECTIVES["gspo"](), kl_penalty=0.05, kl_type="k2"), None),
     "k1 in the reward": (GrpoTerms(kl_penalty=0.05, kl_type="k1", kl_in_reward=True), OffPolicyTerms()),
     "sampler's tokens": (GrpoTerms(), OffPolicyTerms("token", "mask", 0.7, 1.3)),
-    "sampler's responses": (GrpoTerms(sequence_level_ratios=True), OffPolicyTerms("sequence")),
+    "sampler's responses": (GrpoTerms(OBJECTIVES["gspo"]()), OffPolicyTerms("sequence")),
+    **{name: (GrpoTerms(make(), kl_penalty=0.05), None) for name, make in OBJECTIVES.items() if name != "grpo"},
     "their mean": (GrpoTerms(entropy_bonus=0.02), OffPolicyTerms("geometric", "mask", 0.8, 1.2)),
 }
 
@@ -61,7 +62,8 @@ def test_a_pass_before_the_update_changes_no_bit_of_it(form, recompute, rng, wor
             metrics = engine.update(given, loss)
         found[name] = metrics, {n: p.detach().clone() for n, p in model.named_parameters()}
     metrics, weights = found["pass"]
-    assert metrics["clip_fraction"] == 0 and metrics["grad_norm"] > 0 and metrics["sampler_logprob_diff"] > 0
+    assert metrics["ratio"] == metrics["weight"] and metrics.get("clip_fraction", 0) == 0
+    assert metrics["grad_norm"] > 0 and metrics["sampler_logprob_diff"] > 0
     for name in ("no pass", "no pass, told"):
         assert found[name][0] == metrics
         assert all(torch.equal(found[name][1][n], w) for n, w in weights.items())

@@ -61,7 +61,9 @@ def test_the_reference_page_is_up_to_date():
             "trainer.grpo: reference_policy_kl_type=k1 in the loss has no effect",
         ),
         ("++trainer.grpo.use_kl_in_reward=true", "use_kl_in_reward=true needs reference_policy_kl_type=k1, got k3"),
-        ("trainer.grpo.ratio_eps=-0.1", "trainer.grpo.ratio_eps=-0.1 must be at least 0"),
+        ("trainer.grpo.ratio_eps=-0.1", "trainer.grpo.objective: grpo: ratio_clip_min=-0.1 must lie in [0, 1)"),
+        ("++trainer.grpo.high_entropy_share=0", "trainer.grpo.high_entropy_share=0.0 must lie in (0, 1]"),
+        ("trainer.grpo.objective=gppo", "trainer.grpo.objective: unknown objective gppo; did you mean "),
         ("trainer.grpo.save_interval=-1", "save_interval=-1 must be at least 0"),
         ("model.micro_batch_size=0", "model.micro_batch_size=0 must be at least 1"),
         ("model.global_batch_size=0", "model.global_batch_size=0 must be at least 1"),
@@ -212,6 +214,7 @@ def test_forms_of_the_kl_penalty_reach_the_loss(kind, key, field):
             r"2 optimizer steps follow a batch \(trainer.grpo.num_prompts_per_grpo_step=64, and model.global_batch_size=512 "
             r"takes 32 prompts\)",
         ),
+        (["++trainer.grpo.high_entropy_share=0.2"], "trainer.grpo.high_entropy_share=0.2 asks for the entropies of all"),
         (["++trainer.grpo.off_policy={reject_above: 2}"], "trainer.grpo.off_policy.reject_above=2.0 leaves out responses"),
     ],
 )  # fmt: skip
