@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.losses import token_weights
+from megatron_ext.models import build_gpt
+from megatron_ext.runtime.engine import Engine
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
-from tests.gpt_cases import TERMS, Rollout, pack_rollout
+from tests.gpt_cases import TERMS, Rollout, make_rollout, pack_rollout, small_config
 
-__all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error"]
+__all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error", "too_long_a_stream"]
 
 
 def counts(rollout: Rollout) -> dict[str, float]:
@@ -68,3 +74,19 @@ def gradient_floor(gradients: dict[str, Tensor]) -> float:
     the sums: measured against their own size it says nothing. A wrong term of one part in a hundred still shows.
     """
     return 0.1 * max(g.abs().max().item() for g in gradients.values())
+
+
+def too_long_a_stream(device: torch.device) -> str:
+    """What is said where a stream needs more than the 24 MB of address space that are left to this rank."""
+    engine = Engine(build_gpt(small_config(encoder_seq_length=1 << 16), device))
+    rollout = make_rollout(torch.Generator().manual_seed(1), [(3, [40960])], 61)
+    microbatches = make_microbatches(rollout, [[0]], {"tokens": 40960, "responses": 1})
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.RLIM_INFINITY))
+    try:
+        engine.run(microbatches, grpo)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "it has run"

@@ -34,6 +34,7 @@ from megatron_ext.rollouts.scheduler import Lane, Sampled, check_fits, deal
 from megatron_ext.rollouts.trajectories import Trajectory
 from megatron_ext.runtime.collectives import LastValues
 from megatron_ext.runtime.pieces import pieces_of
+from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = ["MegatronSource"]
 
@@ -139,6 +140,7 @@ class _Turn:
         if self.stage_run is None:
             return
         logits = self.stage_run.piece(piece)
+        PROGRESS.made()
         if piece == self.last_piece:
             empty = torch.empty(2, len(self.asked), device=self.device)
             chosen = empty if logits is None else _choose(logits, self.asked)

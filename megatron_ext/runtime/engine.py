@@ -5,8 +5,10 @@ The engine knows microbatches and loss functions, not algorithms.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +18,19 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ext.errors import DivergedError
+from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.collectives import broadcast_object, from_last
 from megatron_ext.runtime.grad_norm import clip_gradients, gradient_norm
 from megatron_ext.runtime.optim import OptimConfig, ddp_config, make_optimizer, make_scheduler
 from megatron_ext.runtime.pieces import pieces_of, streams_per_turn
+from megatron_ext.runtime.progress import PROGRESS
 from megatron_ext.runtime.trimmed import TrimmedPipeline, check_all_train, first_trained_stage, process_groups
 from megatron_ext.runtime.weight_gather import WeightGather
 
-__all__ = ["Engine", "Microbatch"]
+__all__ = ["Engine", "Microbatch", "Skipping", "SkippedError"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,31 @@ class Microbatch:
 
     batch: PackedTokens
     temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Optimizer steps that are left out: gradients that are not finite, or too large.
+
+    Attributes:
+        most: in a row; one more is an error.
+        above: the largest norm that is applied, before clipping; None: any that is finite.
+    """
+
+    most: int = 0
+    above: float | None = None
+
+    def why(self, grad_norm: float) -> str | None:
+        """Why a step of this norm is left out; None: it is taken."""
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        if self.above is not None and grad_norm > self.above:
+            return f"the gradient norm is {grad_norm:.4g}, above {self.above:g} (trainer.health.skip_above)"
+        return None
+
+
+class SkippedError(DivergedError):
+    """More optimizer steps in a row were left out than may be."""
 
 
 LossFunction = Callable[[Microbatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -53,15 +83,22 @@ class Engine:
         optim: None for a model that is only run forward, or whose bare `.grad` is wanted.
         total_steps: optimizer steps of the run, for the schedule.
         clip_grad: largest global gradient norm, 0 for none.
+        skipping: which optimizer steps are left out.
 
     Raises:
         UserError: a model in pieces of which some train nothing.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optim: OptimConfig | None = None, total_steps: int = 1, clip_grad: float = 1.0
+        self,
+        model: torch.nn.Module,
+        optim: OptimConfig | None = None,
+        total_steps: int = 1,
+        clip_grad: float = 1.0,
+        skipping: Skipping = Skipping(),
     ):
         self.module = model
+        self.skipping, self._skipped = skipping, 0  # in a row
         self.config = model.config
         self.optimizer = self.scheduler = None
         self.pieces = pieces_of(model)  # with an optimizer, each in its DDP
@@ -106,6 +143,9 @@ class Engine:
 
         Returns:
             The metrics of each microbatch on the last stage, an empty list elsewhere.
+
+        Raises:
+            UserError: memory is full.
         """
 
         streams = [(microbatch, True) for microbatch in microbatches]
@@ -116,9 +156,13 @@ class Engine:
             streams += [(smallest, False)] * (stages - len(streams))
             self.config.microbatch_group_size_per_vp_stage = streams_per_turn(len(streams), stages)
 
+        newest = microbatches[0]
+
         def forward_step(iterator, model):
+            nonlocal newest
             microbatch, counts = next(iterator)
-            batch = microbatch.batch
+            newest, batch = microbatch, microbatch.batch
+            PROGRESS.made()
             if self._detach_input and not forward_only:
                 decoder = self.module.decoder
                 if decoder.input_tensor is not None:
@@ -140,7 +184,7 @@ class Engine:
             return output, reduce
 
         iterators = [iter(streams) for _ in self.pieces]
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), _told_of(lambda: newest.batch):
             outputs = get_forward_backward_func(stages, pieces if pieces > 1 else None)(
                 forward_step_func=forward_step,
                 data_iterator=iterators if pieces > 1 else iterators[0],
@@ -154,14 +198,18 @@ class Engine:
         return outputs[: len(microbatches)]
 
     def update(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> dict[str, float]:
-        """One optimizer step over all microbatches of all data-parallel ranks. Returns the metrics' sums, and `step`'s.
+        """One optimizer step over all microbatches of all data-parallel ranks. Returns the metrics' sums, and `step`'s; of a step
+        that is left out those that are finite.
 
         Raises:
-            DivergedError: the gradient is not finite; no parameter has been changed.
+            SkippedError: see `step`.
         """
         self.zero_grad()
-        outputs = self.run(microbatches, loss_function)
-        return self.reduce_metrics(outputs) | self.step()
+        return self._stepped(self.run(microbatches, loss_function))
+
+    def _stepped(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        metrics = self.reduce_metrics(outputs) | self.step()
+        return {k: v for k, v in metrics.items() if math.isfinite(v)} if metrics["skipped"] else metrics
 
     def update_and_score(
         self, microbatches: Sequence[Microbatch], loss_function: LossFunction
@@ -175,7 +223,7 @@ class Engine:
         self.zero_grad()
         outputs = self.run(microbatches, keep)
         scores = self._on_all_stages(microbatches, [metrics.pop("logprobs") for metrics in outputs])
-        return self.reduce_metrics(outputs) | self.step(), scores
+        return self._stepped(outputs), scores
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
@@ -241,23 +289,47 @@ class Engine:
         self.optimizer.zero_grad()
 
     def step(self) -> dict[str, float]:
-        """Optimizer and scheduler step. Returns grad_norm and lr.
+        """Optimizer and scheduler step. Returns grad_norm, lr, and whether both were left out: skipped, 0 or 1.
 
         Raises:
-            DivergedError: the gradient is not finite; no parameter has been changed.
+            SkippedError: one more in a row than may be left out; no parameter has been changed.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.prepare_grads()
         grad_norm = gradient_norm(self.optimizer, next(self.module.parameters()).device).item()
         # Without a loss scaler Megatron itself would step, and spread the NaN to all weights.
-        if not math.isfinite(grad_norm):
-            raise DivergedError(
-                f"the gradient norm is {grad_norm}: the step was not taken; lower model.optim.lr or check the data"
-            )
+        if why := self.skipping.why(grad_norm):
+            self._skipped += 1
+            if self._skipped > self.skipping.most:
+                times = f" {self._skipped} times in a row" if self.skipping.most else ""
+                raise SkippedError(f"{why}{times}: the step was not taken; lower model.optim.lr or check the data")
+            logger.warning("%s: an optimizer step is left out (%d in a row)", why, self._skipped)
+            return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 1.0}
+        self._skipped = 0
         self.gather_weights()  # nobody has asked for some of them
         clip_gradients(self.optimizer, grad_norm, self.clip_grad)
         self.optimizer.step_with_ready_grads()
         if self._gather is not None:
             self._gather.start()
         self.scheduler.step(increment=1)
-        return {"grad_norm": grad_norm, "lr": float(lr)}
+        return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 0.0}
+
+
+@contextlib.contextmanager
+def _told_of(newest: Callable[[], PackedTokens]) -> Iterator[None]:
+    """Where memory is full, which stream was too much for it, and what helps.
+
+    Raises:
+        UserError: memory is full, on a GPU or not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        groups = newest().groups
+        raise UserError(
+            f"memory is full at a stream of {groups.num_tokens} rows, of which {groups.num_predicted_tokens} predict: lower "
+            "model.micro_batch_tokens or model.micro_batch_size, set model.activations_checkpoint_granularity=full, or take more "
+            f"ranks; tools/plan.py says what fits ({str(error).splitlines()[0][:200]})"
+        ) from error

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_ext.runtime.progress import PROGRESS
+
 __all__ = ["MetricsLog", "Timers"]
 
 
@@ -23,13 +25,14 @@ class Timers:
 
     @contextlib.contextmanager
     def __call__(self, name: str):
-        _synchronize()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
+        with PROGRESS.within(name):
             _synchronize()
-            self.seconds[name] += time.perf_counter() - start
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                _synchronize()
+                self.seconds[name] += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
         """`{"timers/<name>": seconds}` since the last reading."""

@@ -161,7 +161,10 @@ class LFTFTrainer(Trainer):
             train_only_block(self.model, block)
         with session.timers("frozen_pass"):
             self.frozen = self._frozen()  # of the weights that the run began with, also where it goes on
-        self.engine = Engine(self.model, self.config.model.optim, self.steps, settings.gradient_clip_val)
+        health = self.config.trainer.health
+        self.engine = Engine(
+            self.model, self.config.model.optim, self.steps, settings.gradient_clip_val, health.skipping
+        )
         self.progress, self.best = Progress(), self._trained()
         schedule = Schedule(
             "LFTF", self.steps, settings.val_check_interval, settings.save_interval, validates_first=True, validates_last=True

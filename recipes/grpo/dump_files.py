@@ -25,6 +25,7 @@ __all__ = [
     "forget_steps",
     "keep_within",
     "read_step",
+    "step_file",
     "step_files",
     "write_step",
 ]
@@ -59,6 +60,10 @@ def step_files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
+def step_file(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.jsonl.zst"
+
+
 def write_step(folder: Path, header: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
     """Whole or not at all; in place of the file of that step, if there is one.
 
@@ -70,7 +75,7 @@ def write_step(folder: Path, header: Mapping[str, Any], groups: Iterable[Mapping
     """
     import pyarrow
 
-    path = folder / f"step-{header['step']:06d}.jsonl.zst"
+    path = step_file(folder, header["step"])
     try:
         folder.mkdir(exist_ok=True)
         with whole(path) as beside, pyarrow.output_stream(str(beside), compression="zstd") as file:

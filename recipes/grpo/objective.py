@@ -65,10 +65,10 @@ def as_means(sums: Mapping[str, float]) -> dict[str, float]:
     """
     weight = sums["weight"] or 1.0  # nothing counts
     means = {
-        name: x if name in ("loss", "grad_norm", "lr") or name.endswith("_max") else x / weight
+        name: x if name in ("loss", "grad_norm", "lr", "skipped") or name.endswith("_max") else x / weight
         for name, x in sums.items()
         if name != "weight"
     }
-    if "importance_squared" in means:
+    if {"importance", "importance_squared"} <= means.keys():  # not of a step that was left out
         means["effective_samples"] = effective_share(means["importance"], means.pop("importance_squared"))
     return means

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,13 +16,15 @@ from megatron_ext.rollouts import Passage, Trajectory
 from megatron_ext.runtime.collectives import together
 from recipes.data.rows import Prompt
 from recipes.grpo.batches import GRPOMicrobatch
-from recipes.grpo.dump_files import FOLDER, forget_steps, keep_within, write_step
+from recipes.grpo.dump_files import FOLDER, forget_steps, keep_within, step_file, write_step
 from recipes.grpo.rollouts import Rollouts
 from recipes.grpo.settings import GRPOConfig
+from recipes.run.loop import FAILED
 from recipes.run.session import Session
 
 __all__ = ["Recorder"]
 
+T = TypeVar("T")
 # (number of the prompt in the step, number of the sample) -> the log-probability of each token.
 Scores = dict[tuple[int, int], list[float]]
 # What a row's prompt is made of, which is there in tokens and text already.
@@ -38,7 +41,6 @@ class Recorder:
         self.settings = self.config.trainer.grpo
         self.section = self.settings.rollout_dump
         self._begun = False
-        self._header = self._said_of_the_run() if self.section is not None else {}
 
     def wants(self, step: int) -> bool:
         """Whether this step is written."""
@@ -53,39 +55,59 @@ class Recorder:
         Raises:
             UserError: it cannot be written; on every rank.
         """
-        first = parallel_state.get_model_parallel_group().rank() == 0
-        if first and parallel_state.get_context_parallel_rank() == 0:
-            mine = self._groups(rollouts, step), old_logprobs(m for update in updates for m in update)
-            parts = [None] * self.session.data_size if self.session.is_main else None
-            dist.gather_object(mine, parts, dst=0, group=parallel_state.get_data_parallel_group())
+        scores = old_logprobs(m for update in updates for m in update)
+        parts = self._gather((self._groups(rollouts, step, self.section.prompts), scores))
         with together():
             if self.session.is_main:
-                self._write(step, parts)
+                folder = self.session.log_dir / FOLDER
+                if not self._begun:  # a run that goes on makes these steps again
+                    forget_steps(folder, step)
+                    self._begun = True
+                scores = {key: found for _, part in parts for key, found in part.items()}
+                self._write(folder, step, [with_scores(group, scores) for part, _ in parts for group in part])
+                keep_within(folder, self.section.max_bytes)
 
-    def _write(self, step: int, parts: list[tuple[list[dict], Scores]]) -> None:
-        folder, count = self.session.log_dir / FOLDER, self.settings.num_prompts_per_grpo_step
-        if not self._begun:  # a run that goes on makes these steps again
-            forget_steps(folder, step)
-            self._begun = True
-        scores = {key: found for _, part in parts for key, found in part.items()}
-        groups = [with_scores(group, scores) for part, _ in parts for group in part]
-        write_step(folder, {"step": step, "prompts": count, "written": len(groups), **self._header}, groups)
-        keep_within(folder, self.section.max_bytes)
+    def save_batch(self, step: int, rollouts: Rollouts) -> Path:
+        """All rollouts of a step that could not be taken, whatever is recorded of others; a replay reads it. Every rank calls it.
 
-    def _said_of_the_run(self) -> dict[str, Any]:
+        Raises:
+            UserError: it cannot be written; on every rank.
+        """
+        parts, folder = self._gather(self._groups(rollouts, step, None)), self.session.log_dir / FAILED
+        with together():
+            if self.session.is_main:
+                self._write(folder, step, [group for part in parts for group in part])
+        return step_file(folder, step)
+
+    def _gather(self, mine: T) -> list[T] | None:
+        """On rank 0, of every data-parallel replica in order."""
+        parts = [None] * self.session.data_size if self.session.is_main else None
+        first = parallel_state.get_model_parallel_group().rank() == 0
+        if first and parallel_state.get_context_parallel_rank() == 0:
+            dist.gather_object(mine, parts, dst=0, group=parallel_state.get_data_parallel_group())
+        return parts
+
+    def _write(self, folder: Path, step: int, groups: list[dict[str, Any]]) -> None:
         settings, tokenizer = self.settings, self.session.inputs.tokenizer
-        return {
+        header = {
+            "step": step,
+            "prompts": settings.num_prompts_per_grpo_step,
+            "written": len(groups),
             "samples_per_prompt": settings.samples_per_prompt,
             "seed": self.config.model.seed,
             "sampling_params": dataclasses.asdict(settings.sampling_params),
             "max_length": settings.length_params.max_length,
             "vocabulary": tokenizer.digests()["vocabulary"],
         }
+        write_step(folder, header, groups)
 
-    def _groups(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
-        """This rank's share of what is written, as JSON."""
+    def _groups(self, rollouts: Rollouts, step: int, wanted: int | None) -> list[dict[str, Any]]:
+        """This rank's share of what is written, as JSON.
+
+        Args:
+            wanted: prompts of the step; None: all.
+        """
         first = self.session.data_rank * len(rollouts.prompts)
-        wanted = self.section.prompts
         last = len(rollouts.prompts) if wanted is None else max(0, min(len(rollouts.prompts), wanted - first))
         rewards, advantages = rollouts.rewards.tolist(), rollouts.advantages.tolist()
         return [

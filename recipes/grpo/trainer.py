@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class GRPOTrainer(Trainer):
         environment: what answers the turns of a response; None: it has one.
     """
 
+    watched = ("train_optim/grad_norm", "train_rollouts/reward")
+
     def __init__(
         self,
         session: Session,
@@ -63,7 +66,8 @@ class GRPOTrainer(Trainer):
         self.train, self.validation = train, validation
         updates = settings.num_prompts_per_grpo_step // self.config.prompts_per_update
         steps = settings.max_steps * updates
-        self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val)
+        health = self.config.trainer.health
+        self.engine = Engine(session.model, self.config.model.optim, steps, settings.gradient_clip_val, health.skipping)
         self.batches = BatchMaker(session)
         place = settings.num_prompts_per_grpo_step, session.data_rank, session.data_size
         if recorded:
@@ -77,6 +81,7 @@ class GRPOTrainer(Trainer):
             self.sampler = RolloutSampler(session, self._source(), reward, environment)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
         self.recorder = Recorder(session)
+        self.rollouts: Rollouts | None = None  # of the last step
         off_policy = None if settings.off_policy is None else settings.off_policy.terms
         self.loss = partial(objective, terms=settings.terms, off_policy=off_policy)
         self.reference = None
@@ -107,7 +112,7 @@ class GRPOTrainer(Trainer):
         settings, timers = self.settings, self.session.timers
         with timers("step"):
             with timers("generate"):
-                rollouts = self._rollouts(step)
+                self.rollouts = rollouts = self._rollouts(step)
             self._show(step, rollouts)
             updates, packing = self.batches.updates(rollouts)
             metrics = self._rollout_metrics(rollouts) | packing
@@ -146,6 +151,12 @@ class GRPOTrainer(Trainer):
         if self.ahead is not None:
             return self.ahead.rollouts(step)
         return self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
+
+    def rows(self) -> list[str]:
+        return [f"line {prompt.line}" for prompt in self.rollouts.prompts]
+
+    def save_batch(self, step: int) -> Path:
+        return self.recorder.save_batch(step, self.rollouts)
 
     def summary(self, metrics: dict[str, float]) -> str:
         parts = [f"reward {metrics['train_rollouts/reward']:.3f}"]
@@ -225,6 +236,8 @@ class GRPOTrainer(Trainer):
 
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step's optimizer steps as one: means, but the largest where a name ends in "_max"."""
-    values = {name: [update[name] for update in updates] for name in updates[0]}
+    """The metrics of a step's optimizer steps as one: means, but the largest where a name ends in "_max". One that was left out
+    may lack some."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    values = {name: [update[name] for update in updates if name in update] for name in names}
     return {name: max(found) if name.endswith("_max") else sum(found) / len(found) for name, found in values.items()}

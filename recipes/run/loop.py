@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from megatron_ext.runtime.engine import Engine
+from megatron_ext.runtime.engine import Engine, SkippedError
+from megatron_ext.runtime.progress import PROGRESS
 from recipes.run.session import Session
+from recipes.run.spikes import Spikes
 
-__all__ = ["Schedule", "Trainer", "fit"]
+__all__ = ["FAILED", "Schedule", "Trainer", "fit"]
+
+FAILED = "failed"  # folder of batches that a run could not go on with
+
+MOST_ROWS = 16  # that are named in one line
 
 
 class Trainer(ABC):
@@ -21,14 +28,25 @@ class Trainer(ABC):
     Attributes:
         session: the run.
         engine: the model and its optimizer.
+        watched: metrics in which a spike is told.
     """
 
     session: Session
     engine: Engine
+    watched: tuple[str, ...] = ("train_optim/grad_norm",)
 
     @abstractmethod
     def run_step(self, step: int) -> dict[str, float]:
         """Take a step and return its metrics; none if it could not be taken, which ends the training."""
+
+    def rows(self) -> list[str]:
+        """Which rows this rank's share of the last step was made of, as "line 12"."""
+        return []
+
+    def save_batch(self, step: int) -> Path | None:
+        """Write down what the step that has failed was to learn from, so that it can be tried again; None: it cannot be. Every
+        rank calls it."""
+        return None
 
     @abstractmethod
     def run_validation(self, step: int) -> dict[str, float]:
@@ -100,11 +118,18 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
         session.write(0, trainer.run_validation(0) | session.timers.read())
     metrics: dict[str, float] = {}
     stopped = ""
+    spikes = Spikes(trainer.watched, session.config.trainer.health.spike)
     with session.progress(schedule.max_steps, schedule.name, step) as bar:
         while step < schedule.max_steps and not trainer.has_ended() and not stopped:
             step += 1
-            if not (metrics := trainer.run_step(step)):
+            PROGRESS.step = step
+            try:
+                metrics = trainer.run_step(step)
+            except SkippedError as error:  # on every rank
+                _save_for_trying(trainer, step, error)
+            if not metrics:
                 break
+            _tell_spikes(trainer, spikes, step, metrics)
             if schedule.validates(step):
                 metrics |= trainer.run_validation(step)
             metrics |= session.timers.read()
@@ -120,3 +145,25 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
     folder = session.save(engine, step, trainer.state_dict(), metrics, not stopped, trainer.tensors())
     session.say_saved(folder, step, stopped)
     return not stopped
+
+
+def _tell_spikes(trainer: Trainer, spikes: Spikes, step: int, metrics: dict[str, float]) -> None:
+    """Metrics are the same on every rank, so all of them come together here or none."""
+    if found := spikes.look(metrics):
+        rows = trainer.session.gathered(trainer.rows())
+        named = ", ".join(rows[:MOST_ROWS]) + (f" and {len(rows) - MOST_ROWS} more" if len(rows) > MOST_ROWS else "")
+        trainer.session.say(f"a spike at step {step}: {'; '.join(found)}" + (f" ({named})" if rows else ""))
+
+
+def _save_for_trying(trainer: Trainer, step: int, error: SkippedError) -> NoReturn:
+    """The batch, and a checkpoint with the weights that it met: they have not changed since.
+
+    Raises:
+        SkippedError: with the places of both.
+    """
+    session = trainer.session
+    batch = trainer.save_batch(step)
+    folder = session.save(trainer.engine, step, trainer.state_dict(), {}, False, trainer.tensors())
+    session.say_saved(folder, step, "training cannot go on")
+    kept = f"; the batch of step {step} is in {batch}" if batch is not None else ""
+    raise SkippedError(f"{error}{kept}, the weights that it met in {folder}") from error

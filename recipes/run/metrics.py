@@ -94,6 +94,12 @@ METRICS = {
         "none",
         "Norm of the gradient over all parameters, before clipping at gradient_clip_val; in GRPO the mean of updates.",
     ),
+    "train_optim/skipped": Metric(
+        "SFT, GRPO, LFTF",
+        "share",
+        "Optimizer steps left out, because their gradient was not finite or above trainer.health.skip_above. Numbers that were "
+        "not finite are then missing.",
+    ),
     "train_optim/lr": Metric(
         "SFT, GRPO, LFTF", "none", "Learning rate of the step; in GRPO the mean over its updates."
     ),

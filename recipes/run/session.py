@@ -48,6 +48,7 @@ from recipes.run.metrics import unknown_metrics
 from recipes.run.run_folder import held_run_folder
 from recipes.run.run_log import open_run_log
 from recipes.run.settings import TrainedModel
+from recipes.run.watchdog import Watchdog
 
 __all__ = ["Session", "progress_bar"]
 
@@ -150,6 +151,7 @@ class Session:
                 self._lock.check()
                 last = self.resumed[0] if self.resume_from else -1
                 self._metrics, self._loggers = open_run_log(self.inputs, self._loggers, last), None
+        self.at_end(Watchdog(self.log_dir, self.config.trainer.health.hang_seconds).close)
 
     @property
     def log_dir(self) -> Path:
@@ -307,6 +309,13 @@ class Session:
         with together():
             if self._lock is not None:
                 self._lock.check()
+
+    @staticmethod
+    def gathered(mine: list[str]) -> list[str]:
+        """Of all data-parallel ranks, in their order, on every rank."""
+        parts: list[list[str] | None] = [None] * parallel_state.get_data_parallel_world_size()
+        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+        return [x for part in parts for x in part]
 
     @staticmethod
     def agreed(value: Any) -> Any:

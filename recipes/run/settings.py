@@ -15,14 +15,15 @@ from typing import Any
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Layout, Record, Speed, Training
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.runtime.engine import Skipping
 from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.cli.stopping import seconds_of
 from recipes.data.video import VideoSettings
 
 __all__ = [
-    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "Machines", "TrainedModel",
-    "TrainerSection", "check_apart", "check_batch_sizes", "check_video",
+    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "HealthSection", "Machines",
+    "TrainedModel", "TrainerSection", "check_apart", "check_batch_sizes", "check_video",
 ]  # fmt: skip
 
 # Which values of a metric are better, by the last word of its name.
@@ -39,11 +40,40 @@ class Machines:
     num_nodes: Layout[int] = 1
 
 
+@dataclass
+class HealthSection:
+    """When a run is told to be ill, and when it ends for it."""
+
+    # Seconds in which no rank has done anything, not a stream, a token or a write, after which the run ends; every rank then
+    # says where it is. It may take half as long again. null: until torch's collectives give up, after half an hour.
+    hang_seconds: Record[float | None] = 900.0
+    # Optimizer steps in a row that are left out because their gradient is not finite, or above skip_above: parameters stay as
+    # they are. One more ends the run, with its batch and a checkpoint saved. 0: the first one does.
+    max_skipped: Record[int] = 3
+    # The largest norm of a gradient, before clipping, that is applied. null: any that is finite.
+    skip_above: Record[float | None] = None
+
+    # Deviations from the median of the 50 steps before at which the gradient norm, the mean reward of GRPO or the loss of SFT is
+    # told as a spike, with the rows of the step. null: never.
+    spike: Record[float | None] = 10.0
+
+    def __post_init__(self):
+        at_least("trainer.health", self, 0, "max_skipped")
+        for name in ("hang_seconds", "skip_above", "spike"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"trainer.health.{name}={value} must be above 0, or null")
+
+    @property
+    def skipping(self) -> Skipping:
+        return Skipping(self.max_skipped, self.skip_above)
+
+
 @dataclass(kw_only=True)
 class TrainerSection(Machines):
     # "DD:HH:MM:SS" (days:hours:minutes:seconds): then stop after the step in hand, and save, so that resume_if_exists
     # goes on. Set it below the limit of a cluster's job. null: no limit.
     max_time_per_run: Record[str | None] = None
+    health: HealthSection = field(default_factory=HealthSection)
 
     def __post_init__(self):
         seconds_of(self.max_time_per_run)  # raises on another form

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
+from megatron_ext.runtime.collectives import together
 from megatron_ext.runtime.engine import Engine
 from recipes.data.rows import Pair
 from recipes.data.sampler import EpochSampler
-from recipes.run.loop import Schedule, Trainer, fit
+from recipes.run.loop import FAILED, Schedule, Trainer, fit
 from recipes.run.session import Session
 from recipes.sft.batches import SFTMicrobatch, make_microbatches, negative_log_likelihood
 from recipes.sft.settings import SFTConfig
@@ -21,12 +26,16 @@ class SFTTrainer(Trainer):
         train, validation: prompt and response pairs.
     """
 
+    watched = ("train_optim/grad_norm", "train_optim/loss")
+
     def __init__(self, session: Session, train: list[Pair], validation: list[Pair]):
         self.session = session
         self.config: SFTConfig = session.config
         self.train, self.validation = train, validation
         model, settings = self.config.model, self.config.trainer.sft
-        self.engine = Engine(session.model, model.optim, settings.max_steps, settings.gradient_clip_val)
+        skipping = self.config.trainer.health.skipping
+        self.engine = Engine(session.model, model.optim, settings.max_steps, settings.gradient_clip_val, skipping)
+        self.batch: list[Pair] = []  # of the last step, this rank's
         self.sampler = EpochSampler(
             len(train), model.global_batch_size, model.seed, session.data_rank, session.data_size
         )
@@ -38,9 +47,22 @@ class SFTTrainer(Trainer):
 
     def run_step(self, step: int) -> dict[str, float]:
         with self.session.timers("optimizer_step"):
-            microbatches = self._microbatches([self.train[i] for i in self.sampler.next()])
-            metrics = self.engine.update(microbatches, negative_log_likelihood)
+            self.batch = [self.train[i] for i in self.sampler.next()]
+            metrics = self.engine.update(self._microbatches(self.batch), negative_log_likelihood)
         return {f"train_optim/{name}": value for name, value in metrics.items()}
+
+    def rows(self) -> list[str]:
+        return [f"line {pair.prompt.line}" for pair in self.batch]
+
+    def save_batch(self, step: int) -> Path:
+        """Its rows as they were read, for data.train_path."""
+        path = self.session.log_dir / FAILED / f"step-{step:06d}.jsonl"
+        rows = self.session.gathered([json.dumps(pair.prompt.row, ensure_ascii=False) for pair in self.batch])
+        with together():
+            if self.session.is_main:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, "".join(f"{row}\n" for row in rows))
+        return path
 
     def run_validation(self, step: int) -> dict[str, float]:
         mine = self.validation[self.session.data_rank :: self.session.data_size]
@@ -49,7 +71,8 @@ class SFTTrainer(Trainer):
             return {"val/loss": self.engine.reduce_metrics(outputs)["loss"]}
 
     def summary(self, metrics: dict[str, float]) -> str:
-        return f"loss {metrics['train_optim/loss']:.4f}"
+        loss = metrics.get("train_optim/loss")
+        return "the step was left out" if loss is None else f"loss {loss:.4f}"
 
     def state_dict(self) -> dict:
         return {"sampler": self.sampler.state_dict()}

@@ -1,5 +1,6 @@
 """Rewards of a user's own, by dotted path."""
 
+import threading
 from dataclasses import dataclass
 
 
@@ -32,3 +33,7 @@ constant = 3
 
 def gives_nan(responses, rows):
     return [float("nan")] * len(responses)
+
+
+def hangs(responses, rows):
+    threading.Event().wait()

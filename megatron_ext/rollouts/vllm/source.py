@@ -30,6 +30,7 @@ from megatron_ext.rollouts.vllm.flight import Flight, Keeper
 from megatron_ext.rollouts.vllm.protocol import check_request
 from megatron_ext.rollouts.vllm.spans import FIRST
 from megatron_ext.runtime.collectives import broadcast_object, together
+from megatron_ext.runtime.progress import PROGRESS
 from megatron_ext.vllm_servers import KEY_VARIABLE, ServerProcesses, ServersElsewhere, VllmOptions
 
 __all__ = ["Begun", "Home", "VllmSource"]
@@ -106,7 +107,7 @@ class VllmSource:
         export_hf(self.model, folder, tokenizer=self._root / "tokenizer", untied=True)
         canary = Canary.of(self.model, self.home.canary[: min(CANARY_TOKENS, self.max_length - 1)])
         weights = Weights(folder, version, canary)
-        with together():
+        with PROGRESS.bounded(), together():
             if self._is_first:
                 self._give(weights)
         self._tell_others()
@@ -124,7 +125,7 @@ class VllmSource:
         self._check(requests)
         group = parallel_state.get_model_parallel_group()
         found = None
-        with together(group):
+        with PROGRESS.bounded(), together(group):
             if group.rank() == 0 and requests:
                 found = self._fleet.complete(requests, self._weights)
         return broadcast_object(found, 0, group) or []
@@ -156,7 +157,7 @@ class VllmSource:
             WrongWeightsError: the canary died on a server that was started again.
         """
         group, found = parallel_state.get_model_parallel_group(), None
-        with together(group):
+        with PROGRESS.bounded(), together(group):
             if begun is not None:
                 found = begun.result()
             if self._keeper is not None:

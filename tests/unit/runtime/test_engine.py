@@ -10,10 +10,11 @@ import torch
 from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.grouping import unpack
 from megatron_ext.models import build_gpt
-from megatron_ext.runtime.engine import Engine, Microbatch
+from megatron_ext.runtime.engine import Engine, Microbatch, SkippedError, Skipping
 from megatron_ext.runtime.optim import OptimConfig, SchedConfig
-from tests.engine_cases import counts, gradient_floor, grpo, make_microbatches, relative_error
+from tests.engine_cases import counts, gradient_floor, grpo, make_microbatches, relative_error, too_long_a_stream
 from tests.gpt_cases import make_rollout, named_gradients, pack_rollout, randomize, run, small_config
+from tests.harness import run_ranks
 
 LENGTHS = [(11, [2, 7, 7]), (1, [1, 3]), (6, [0, 5]), (3, [9])]
 # fp32 sums in another order: 2e-6 was the most that 40 seeds gave.
@@ -144,6 +145,70 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(name, bad, rng, worl
     gradients(engine, microbatches)
     engine.step()
     assert all(p.isfinite().all() and not torch.equal(before[n], p) for n, p in engine.module.named_parameters())
+
+
+@optimizers
+def test_steps_are_left_out_until_there_are_too_many_in_a_row(name, rng, world):
+    engine = build(
+        rng, world, optim={"name": name, "sched": SchedConfig(warmup_steps=3)}, total_steps=9, skipping=Skipping(2)
+    )
+    rollout = make_rollout(rng, LENGTHS, 61)
+    microbatches = make_microbatches(rollout, [[0, 1], [2, 3]], counts(rollout))
+
+    def spoiled(microbatch, logprobs, entropy):
+        loss, metrics = grpo(microbatch, logprobs, entropy)
+        return loss * math.nan, metrics | {"loss": loss.detach() * math.nan}
+
+    first = engine.update(microbatches, grpo)
+    assert first["skipped"] == 0
+    for _ in range(2):  # a step that is taken ends the row
+        before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        for _ in range(2):
+            metrics = engine.update(microbatches, spoiled)
+            assert metrics["skipped"] == 1 and "loss" not in metrics and "grad_norm" not in metrics
+            assert all(map(math.isfinite, metrics.values())) and len(metrics) > 3
+        assert all(torch.equal(before[n], p) for n, p in engine.module.named_parameters())
+        taken = engine.update(microbatches, grpo)
+        assert taken["lr"] == metrics["lr"] > first["lr"], "the schedule counts steps that were taken"
+        first = taken
+    for _ in range(2):
+        engine.update(microbatches, spoiled)
+    with pytest.raises(SkippedError, match="the gradient norm is nan 3 times in a row: the step was not taken"):
+        engine.update(microbatches, spoiled)
+
+
+def test_a_gradient_above_the_limit_is_left_out(rng, world):
+    engine = build(rng, world)
+    rollout = make_rollout(rng, LENGTHS, 61)
+    microbatches = make_microbatches(rollout, [[0, 1, 2, 3]], counts(rollout))
+    engine.zero_grad()
+    engine.run(microbatches, grpo)
+    norm = engine.step()["grad_norm"]
+    engine.skipping = Skipping(1, above=norm * 3)
+
+    def times(factor: float):
+        def loss(*given):
+            value, metrics = grpo(*given)
+            return factor * value, metrics
+
+        return loss
+
+    assert engine.update(microbatches, times(4))["skipped"] == 1
+    assert engine.update(microbatches, times(1e-3))["skipped"] == 0
+    engine.update(microbatches, times(1e3))
+    with pytest.raises(
+        SkippedError, match=r"is [\d.e+]+, above [\d.e-]+ \(trainer.health.skip_above\) 2 times in a row"
+    ):
+        engine.update(microbatches, times(1e3))
+
+
+def test_a_full_memory_tells_which_stream_was_too_long():
+    """With as much address space as the process has, and a little more."""
+    (said,) = run_ranks(too_long_a_stream, 1)
+    assert said.startswith(
+        "memory is full at a stream of 40976 rows, of which 40960 predict: lower model.micro_batch_tokens"
+    )
+    assert "DefaultCPUAllocator" in said
 
 
 def test_zero_grad_forgets_the_step_before(rng, world):

@@ -1,0 +1,81 @@
+"""Runs that are ill: steps left out, batches kept for trying again, hangs that are told and end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.recipe_runs import metrics
+
+pytestmark = pytest.mark.functional
+
+NO_STEP = ["trainer.health.skip_above=1e-9", "trainer.health.max_skipped=1"]
+
+
+def test_a_batch_that_grpo_could_not_go_on_with_is_tried_again(task, tmp_path):
+    """Two data-parallel ranks. The checkpoint has the weights that the batch met, and a replay finds the same gradient."""
+    done = task.grpo(tmp_path / "run", "trainer.devices=2", *NO_STEP)
+    assert done.code == 2
+    (line,) = done.error_lines
+    batch, weights = tmp_path / "run/failed/step-000002.jsonl.zst", tmp_path / "run/checkpoints/step-2"
+    assert "above 1e-09 (trainer.health.skip_above) 2 times in a row: the step was not taken" in line
+    assert f"the batch of step 2 is in {batch}, the weights that it met in {weights}" in line
+    (row,) = metrics(tmp_path / "run")
+    assert row["train_optim/skipped"] == 1 and row["train_optim/grad_norm"] > 1e-9
+    again = task.grpo(
+        tmp_path / "again", f"trainer.grpo.rollout={{source: file, path: {batch}}}", "data.train_path=null",
+        f"pretrained_checkpoint.restore_from_path={weights}", "trainer.grpo.max_steps=1", "trainer.devices=2",
+    )  # fmt: skip
+    assert again.code == 0, again.err
+    (row,) = metrics(tmp_path / "again")
+    assert row["train_optim/skipped"] == 0
+    assert f"the gradient norm is {row['train_optim/grad_norm']:.4g}, above" in line
+    gone_on = task.grpo(
+        tmp_path / "run", "trainer.devices=2", "exp_manager.resume_if_exists=true", "trainer.health.skip_above=null"
+    )
+    assert gone_on.code == 0, gone_on.err
+    assert [(r["step"], r["train_optim/skipped"]) for r in metrics(tmp_path / "run")] == [(1, 1), (3, 0)]
+
+
+def test_rows_that_sft_could_not_go_on_with_are_kept_as_they_were(task, tmp_path):
+    done = task.sft(
+        tmp_path / "run", "trainer.devices=2", "trainer.health.skip_above=1e-9", "trainer.health.max_skipped=0"
+    )
+    assert done.code == 2
+    batch = tmp_path / "run/failed/step-000001.jsonl"
+    assert f"the batch of step 1 is in {batch}" in done.error_lines[0]
+    kept = [json.loads(line) for line in batch.read_text().splitlines()]
+    known = [json.loads(line) for line in (task.data / "sft.jsonl").read_text().splitlines()]
+    assert len(kept) == 8 and all(row in known for row in kept)
+    again = task.sft(tmp_path / "again", f"data.train_path={batch}", "trainer.sft.max_steps=1", "trainer.devices=2")
+    assert again.code == 0, again.err
+    norm = metrics(tmp_path / "again")[0]["train_optim/grad_norm"]
+    assert f"the gradient norm is {norm:.4g}, above" in done.error_lines[0]
+
+
+def test_a_reward_that_hangs_ends_the_run_and_is_named(task, tmp_path):
+    """Tensor-parallel ranks: one asks the reward, the other waits for it in a collective."""
+    done = task.grpo(
+        tmp_path / "run", "model.tensor_model_parallel_size=2", "trainer.devices=2", "trainer.health.hang_seconds=4",
+        "trainer.grpo.reward=tests.programs.own_rewards.hangs",
+    )  # fmt: skip
+    assert done.code != 0
+    told = [line for line in done.err.splitlines() if "no rank has done anything for 4 s" in line]
+    assert told and all(
+        "rank 0 in generate (own_rewards.py:" in line and "rank 1 in generate (" in line for line in told
+    )
+    stacks = (tmp_path / "run/hang-rank-0.txt").read_text()
+    assert 'own_rewards.py", line ' in stacks and "in hangs" in stacks and "in run_step" in stacks
+    beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
+    assert beat["step"] == 1 and beat["phase"] == "generate" and beat["seconds_since_progress"] > 2
+
+
+def test_a_run_that_ends_says_so_in_its_heartbeat(task, tmp_path):
+    done = task.sft(tmp_path / "run", "trainer.devices=1")
+    assert done.code == 0, done.err
+    beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
+    assert (beat["step"], beat["phase"]) == (3, "ended") and beat["progress"] > 6
+    assert not list((tmp_path / "run").glob("hang-*")) and {
+        r["train_optim/skipped"] for r in metrics(tmp_path / "run")
+    } == {0}
