@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["PROGRESS", "Progress"]
+__all__ = ["PROGRESS", "RankProgress"]
 
 
-class Progress:
+class RankProgress:
     """
     Attributes:
         count: grows whenever something is done.
@@ -59,4 +59,4 @@ class Progress:
             self.made()
 
 
-PROGRESS = Progress()
+PROGRESS = RankProgress()

@@ -136,7 +136,7 @@ def metrics_twice(reduce):
 
 def no_norm(step):
     """A gradient that nobody has looked at."""
-    return lambda self: {"lr": 0.0}
+    return lambda self: {"lr": 0.0, "skipped": 0.0}
 
 
 # name -> (step, where, attribute, what is planted).

@@ -78,7 +78,7 @@ def test_any_split_into_microbatches_gives_the_same_gradient(level, rng, world):
     totals = counts(rollout)
     whole, outputs = gradients(engine, make_microbatches(rollout, [[0, 1, 2, 3]], totals, level))
     metrics = engine.reduce_metrics(outputs)
-    assert set(metrics) == {"loss", "ratio", "clip_fraction", "kl", "entropy"}
+    assert set(metrics) == {"loss", "weight", "ratio", "clip_fraction", "kl", "entropy"}
     for cuts in ([[0], [1, 2, 3]], [[0, 1], [2], [3]], [[3], [1], [0], [2]]):
         found, outputs = gradients(engine, make_microbatches(rollout, cuts, totals, level))
         assert_same(found, whole)
