@@ -38,6 +38,8 @@ from recipes.run.session import Session
 
 __all__ = ["GRPOTrainer"]
 
+PHASES = ("timers/generate", "timers/old_and_reference_logprobs", "timers/actor_update")
+
 
 class GRPOTrainer(Trainer):
     """
@@ -164,6 +166,12 @@ class GRPOTrainer(Trainer):
             parts.append(f"KL {metrics['train_optim/kl']:.3f}")
         parts.append(f"{metrics['train_optim/tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{round(100 * metrics['train_optim/tokens_saved'])}% of tokens saved")
+        parts.append(
+            "/".join(f"{round(100 * metrics[x] / metrics['timers/step'])}" for x in PHASES)
+            + "% sampling/scoring/update"
+        )
+        if metrics["train_optim/skipped"]:
+            parts.append("LEFT OUT")
         return ", ".join(parts)
 
     def state_dict(self) -> dict:

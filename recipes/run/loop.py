@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from megatron_ext.runtime.engine import Engine, SkippedError
 from megatron_ext.runtime.progress import PROGRESS
+from recipes.run.profiling import profiled
 from recipes.run.session import Session
 from recipes.run.spikes import Spikes
 
@@ -119,10 +120,12 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
     metrics: dict[str, float] = {}
     stopped = ""
     spikes = Spikes(trainer.watched, session.config.trainer.health.spike)
-    with session.progress(schedule.max_steps, schedule.name, step) as bar:
+    profile = profiled(session.config.trainer.profile, session.log_dir, session.say)
+    with session.progress(schedule.max_steps, schedule.name, step) as bar, profile as before_step:
         while step < schedule.max_steps and not trainer.has_ended() and not stopped:
             step += 1
             PROGRESS.step = step
+            before_step(step)
             try:
                 metrics = trainer.run_step(step)
             except SkippedError as error:  # on every rank

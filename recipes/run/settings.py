@@ -20,6 +20,7 @@ from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.cli.stopping import seconds_of
 from recipes.data.video import VideoSettings
+from recipes.run.profiling import ProfileSection
 
 __all__ = [
     "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "HealthSection", "Machines",
@@ -74,6 +75,8 @@ class TrainerSection(Machines):
     # goes on. Set it below the limit of a cluster's job. null: no limit.
     max_time_per_run: Record[str | None] = None
     health: HealthSection = field(default_factory=HealthSection)
+    # A window of steps looked at by torch's profiler; {}: step 3 on rank 0. null: none.
+    profile: Record[ProfileSection | None] = None
 
     def __post_init__(self):
         seconds_of(self.max_time_per_run)  # raises on another form

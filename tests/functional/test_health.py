@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -69,6 +70,20 @@ def test_a_reward_that_hangs_ends_the_run_and_is_named(task, tmp_path):
     assert 'own_rewards.py", line ' in stacks and "in hangs" in stacks and "in run_step" in stacks
     beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
     assert beat["step"] == 1 and beat["phase"] == "generate" and beat["seconds_since_progress"] > 2
+
+
+def test_a_window_of_steps_is_profiled(task, tmp_path):
+    done = task.sft(tmp_path / "run", "trainer.devices=2", "trainer.profile={start_step: 2, steps: 2, ranks: [1]}")
+    assert done.code == 0, done.err
+    place = tmp_path / "run/profile"
+    assert sorted(path.name for path in place.iterdir()) == ["step-2-to-3-rank-1.json.gz", "step-2-to-3-rank-1.txt"]
+    events = json.loads(gzip.decompress((place / "step-2-to-3-rank-1.json.gz").read_bytes()))["traceEvents"]
+    steps = [e for e in events if e.get("name") == "aten::_fused_adam_" or "Optimizer.step" in e.get("name", "")]
+    assert len(steps) == 2 and "aten::mm" in (place / "step-2-to-3-rank-1.txt").read_text()
+    refused = task.sft(tmp_path / "other", "trainer.devices=1", "trainer.profile={memory: true}")
+    assert refused.error_lines == [
+        "error: trainer.profile.memory=true records what a GPU allocates, and there is none: set it to false"
+    ]
 
 
 def test_a_run_that_ends_says_so_in_its_heartbeat(task, tmp_path):
