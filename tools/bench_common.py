@@ -10,7 +10,6 @@ import ctypes
 import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,10 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.runtime.machine import machine, versions
 
 __all__ = [
     "DTYPES",
@@ -188,30 +190,10 @@ def record(**settings) -> dict:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "system": f"{platform.system()} {platform.machine()}",
-            "load_average_1min": round(os.getloadavg()[0], 2),
-        },
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": machine() | {"load_average_1min": round(os.getloadavg()[0], 2)},
+        "versions": versions(PACKAGES),
         "settings": settings,
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str:

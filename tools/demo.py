@@ -1,8 +1,8 @@
 """The demo: from nothing to GRPO with a shared prefix, on this machine, in minutes.
 
 Makes word problems with an exact answer and a tokenizer, warms a tiny GPT up with SFT, trains it with GRPO on two
-processes, repeats the first steps with model.prefix_grouping=false, and shows what that changed. Every stage is one of
-the project's own commands and is printed before it runs, so each can be run again with other settings.
+processes, repeats the first steps with model.prefix_grouping=false, writes a page about both, and shows what that changed.
+Every stage is one of the project's own commands and is printed before it runs, so each can be run again with other settings.
 
     python tools/demo.py [--seed 1] [--short] [--out runs/demo-...] [--devices 2]
 """
@@ -92,11 +92,11 @@ def main() -> None:
     start = time.monotonic()
 
     sizes = ["--sft", 640, "--train", 320, "--test", 40] if args.short else []
-    run("1/5 the task", command("tools/make_word_problems.py", "--out", data, "--seed", args.seed, *sizes))
+    run("1/6 the task", command("tools/make_word_problems.py", "--out", data, "--seed", args.seed, *sizes))
     sft = ["trainer.sft.max_steps=20"] if args.short else []
     common = [f"model.seed={args.seed}", f"trainer.devices={devices}"]
     sft_seconds = run(
-        "2/5 warm start: supervised fine-tuning",
+        "2/6 warm start: supervised fine-tuning",
         command(
             "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={data / 'sft.jsonl'}",
             f"model.tokenizer={data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out / 'sft'}", *common, *sft,
@@ -108,20 +108,25 @@ def main() -> None:
     ]  # fmt: skip
     short = ["trainer.grpo.max_steps=4"] if args.short else []
     grpo_seconds = run(
-        "3/5 GRPO, each prompt encoded once",
+        "3/6 GRPO, each prompt encoded once",
         command(
-            *grpo, f"data.validation_path={data / 'test.jsonl'}", f"exp_manager.explicit_log_dir={out / 'grpo'}", *short
+            *grpo, f"data.validation_path={data / 'test.jsonl'}", f"exp_manager.explicit_log_dir={out / 'grpo'}",
+            f"trainer.grpo.rollout_dump={{every_n_steps: {1 if args.short else 7}}}", *short,
         ),
-    )
+    )  # fmt: skip
     run(
-        f"4/5 the first {compared} steps again, each response with its own copy of the prompt",
+        f"4/6 the first {compared} steps again, each response with its own copy of the prompt",
         command(
             *grpo, f"exp_manager.explicit_log_dir={out / 'repeated'}", "model.prefix_grouping=false",
             "trainer.grpo.val_check_interval=0", f"trainer.grpo.max_steps={compared}",
         ),
     )  # fmt: skip
 
-    print("\n--- 5/5 results")
+    run(
+        "5/6 a page about both",
+        command("tools/report.py", out / "grpo", out / "repeated", "--out", out / "report.html"),
+    )
+    print("\n--- 6/6 results")
     grouped, repeated = read_metrics(out / "grpo"), read_metrics(out / "repeated")
     plot_rewards(grouped, out / "reward.png")
     accuracy = [m["val_rollouts/reward"] for m in grouped if "val_rollouts/reward" in m]
@@ -155,6 +160,7 @@ def main() -> None:
                 ("loss of the first step", f"differs by {same:.1e} between the two forms"),
                 ("whole demo", f"{result['seconds_total']:.0f} s"),
                 ("reward curve", str(out / "reward.png")),
+                ("curves, samples, settings", str(out / "report.html")),
                 ("metrics, checkpoints", f"{out / 'grpo'}"),
             ]
         )

@@ -3,18 +3,24 @@ and write nothing."""
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
 from megatron_ext.files import write_whole
 from megatron_ext.runtime.checkpoint import remove_unfinished
+from megatron_ext.runtime.machine import machine, versions
 from megatron_ext.runtime.metrics import MetricsLog
 from recipes.run.inputs import Inputs
 from recipes.run.log_process import LogProcess
 from recipes.run.run_folder import claim_run_folder, cut_metrics
 from recipes.run.settings import ExpManagerSection
+
+PACKAGES = ("megatron-ext", "megatron-core", "torch", "nemo-toolkit", "transformers", "tokenizers")
 
 __all__ = ["mlflow_arguments", "open_run_log"]
 
@@ -41,7 +47,14 @@ def open_run_log(inputs: Inputs, loggers: LogProcess, last: int) -> MetricsLog:
     remove_unfinished(inputs.checkpoints.folder)
     cut_metrics(folder, last)
     write_whole(folder / "config.yaml", yaml.safe_dump(inputs.resolved, sort_keys=False))
+    write_whole(folder / "environment.json", json.dumps(_environment(), indent=1) + "\n")
     return MetricsLog(folder, [loggers])
+
+
+def _environment() -> dict[str, Any]:
+    """Of the start that writes it; a run that goes on may be on another machine."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"started": started, "ranks": dist.get_world_size(), "machine": machine(), "versions": versions(PACKAGES)}
 
 
 def mlflow_arguments(manager: ExpManagerSection, folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_it_is_the_run_of_the_log(page, reported):
         [row["step"], *(row.get(name) for name in names)] for row in log
     ]
     environment = page.locator("#environment").inner_text()
-    assert "recipes/train_grpo.py" in environment and "megatron-core" in environment
+    assert "recipes/train_grpo.py" in environment and "commit hash" in environment
+    assert f"versions.torch\t{version('torch')}" in environment and f"machine.cores\t{os.cpu_count()}" in environment
 
 
 def test_tokens_are_those_of_the_response(page, reported, task):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recipes.run.metrics import METRICS
+from tools.reporting.numbers import drawable
 from tools.reporting.runs import Run
 
 __all__ = ["Ends", "Missing", "configuration", "differences", "ends", "environments"]
@@ -25,7 +25,7 @@ class Ends:
     @classmethod
     def of(cls, series: dict[int, float]) -> Ends | None:
         points = list(series.items())
-        finite = [point for point in points if math.isfinite(point[1])] or points
+        finite = [point for point in points if drawable(point[1])] or points
         if not points:
             return None
         return cls(points[0], points[-1], min(finite, key=_value), max(finite, key=_value))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from recipes.run.metrics import METRICS, Metric
-from tools.reporting.numbers import NARROW, Axis, axis, key_steps
+from tools.reporting.numbers import NARROW, Axis, axis, drawable, key_steps
 from tools.reporting.runs import Run
 
 __all__ = ["Curve", "CurveChart", "Section", "curve_sections"]
@@ -113,7 +112,7 @@ def _chart(runs: Sequence[Run], metrics: list[str]) -> CurveChart:
         places = [(round(NARROW.across(x.place(step)), 1), _height(y, value)) for step, value in shown.items()]
         finite = [(a, b) for a, b in places if b is not None]
         curves.append(Curve(run, name, name != metrics[0], shown, list(_lines(places)), finite))
-    strays = sum(not math.isfinite(value) for values in whole.values() for value in values.values())
+    strays = sum(not drawable(value) for values in whole.values() for value in values.values())
     return CurveChart(metrics, about, x, y, curves, steps, len(set().union(*whole.values())), strays)
 
 
@@ -125,7 +124,7 @@ def _steps_axis(steps: Sequence[int]) -> Axis:
 
 def _height(y: Axis, value: float) -> float | None:
     """From the top; None: no number, which has no place."""
-    return round(NARROW.down(y.place(value)), 1) if math.isfinite(value) else None
+    return round(NARROW.down(y.place(value)), 1) if drawable(value) else None
 
 
 def _lines(places: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[float, float]]]:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BROAD", "NARROW", "Axis", "Box", "axis", "every_so_many", "key_steps", "short", "spread_out", "written"]
+__all__ = ["BROAD", "NARROW", "Axis", "Box", "axis", "drawable", "every_so_many", "key_steps", "short", "spread_out", "written"]
 
 DECADES = 3  # an axis is logarithmic where positive values go over more
 TICKS = 4
 ROOM = 0.06  # of an axis above and below the values
-ROUNDING = 1e-5  # values that differ by less of themselves are not told apart
+ROUNDING, LEAST, MOST = 1e-5, 1e-300, 1e300  # values that differ by less of themselves, or at all, are not told apart
 
 
 def written(value: float) -> str:
@@ -98,6 +98,11 @@ class Axis:
         return (value - low) / (high - low)
 
 
+def drawable(value: float) -> bool:
+    """Whether it has a place on an axis: no number has none, and neither has what is as large as no metric gets."""
+    return abs(value) < MOST
+
+
 def axis(values: Iterable[float], floor: float | None = None, may_be_log: bool = False) -> Axis:
     """
     Args:
@@ -105,15 +110,15 @@ def axis(values: Iterable[float], floor: float | None = None, may_be_log: bool =
         floor: a value that is on it, too, and that it does not go beyond where no value does.
         may_be_log: whether it is logarithmic where all values are positive and far apart.
     """
-    found = [x for x in values if math.isfinite(x)] or [0.0, 1.0]
+    found = [x for x in values if drawable(x)] or [0.0, 1.0]
     low, high = min(found), max(found)
-    if may_be_log and low > 0 and high / low > 10**DECADES:
+    if may_be_log and low > LEAST and high / low > 10**DECADES:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, math.ceil((last - first) / TICKS))
         return Axis(10.0**first, 10.0**last, [10.0**e for e in range(first, last + 1, every)])
     if floor is not None:
         low, high = min(low, floor), max(high, floor)
-    if high - low <= ROUNDING * max(abs(low), abs(high)):
+    if high - low <= max(ROUNDING * max(abs(low), abs(high)), LEAST):
         low, high = low - (abs(low) / 10 or 0.5), high + (abs(high) / 10 or 0.5)
     room = ROOM * (high - low)
     low, high = low - room * (low != floor), high + room * (high != floor)
@@ -139,7 +144,7 @@ def key_steps(series: Sequence[Mapping[int, float]], limit: int) -> list[int]:
     for begin in range(0, len(steps), size):
         for values in series:
             there = [step for step in steps[begin : begin + size] if step in values]
-            finite = [step for step in there if math.isfinite(values[step])]
+            finite = [step for step in there if drawable(values[step])]
             ends: tuple[Callable, ...] = (min, max)
             kept.update(end(finite, key=values.__getitem__) for end in ends if finite)
             kept.update([step for step in there if step not in finite][:1])

@@ -20,7 +20,6 @@ __all__ = ["Run", "names_of", "read_run"]
 ALGORITHMS = {"grpo": "GRPO", "sft": "SFT", "lftf": "LFTF"}
 # The resolved configuration: as the run was last started, and as it began.
 CONFIGURATIONS = ("config.yaml", "checkpoints/run.yaml")
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Run:
     rows: list[dict[str, float]]
     config: dict[str, Any] = field(default_factory=dict)
     dumps: dict[int, Path] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def algorithm(self) -> str | None:
@@ -58,7 +57,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return (self.folder / CHECKPOINTS / "final").exists()
+        return (self.folder / "checkpoints" / "final").exists()
 
     def series(self, metric: str) -> dict[int, float]:
         """A metric's value by step."""
@@ -113,23 +112,22 @@ def _flat(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _environment(folder: Path) -> Iterator[tuple[str, str]]:
-    """What NeMo's exp_manager and the newest checkpoint tell."""
+def _environment(folder: Path) -> Iterator[tuple[str, Any]]:
+    """What the run, and NeMo's exp_manager, have written down when it was last started."""
+    if (path := folder / "environment.json").is_file():
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged: remove it, and the report goes without")
+        yield from _flat(found)
     if (path := folder / "cmd-args.log").is_file():
         yield "command", _text(path)
     if (path := folder / "git-info.log").is_file():
         first, _, changes = _text(path).partition("\n")
         yield "source", first + (", with changes that were not committed" if changes.strip() else "")
-    saved = [path for path in folder.glob(f"{CHECKPOINTS}/step-*/checkpoint.json") if _step(path) is not None]
-    if saved:
-        info = json.loads(max(saved, key=_step).read_text(encoding="utf-8"))
-        yield from info.get("versions", {}).items()
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip()
-
-
-def _step(path: Path) -> int | None:
-    number = path.parent.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else None
