@@ -361,6 +361,24 @@ def test_a_run_of_another_recipe(tmp_path):
     assert "Nothing in the folder tells where this ran" in text_of(section(page, "environment"))
 
 
+def test_a_run_of_lftf_and_one_of_grpo(tmp_path, rng):
+    """What one has not logged is left empty."""
+    rows = [{"step": 0, "val/afgb": 0.25, "timers/evaluate": 2.0, "timers/locate": 1.0}]
+    rows += [{"step": i, "train_optim/loss": 1 / i, "timers/optimizer_step": 0.5, "val/afgb": 0.2 / i} for i in (1, 2)]
+    (tmp_path / "lftf").mkdir()
+    (tmp_path / "lftf" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lftf" / "config.yaml").write_text("trainer: {lftf: {max_steps: 2, losses: []}}")
+    write_run(tmp_path / "grpo", rng, dumps=False)
+    page = parsed(page_of(tmp_path / "lftf", tmp_path / "grpo"))
+    assert text_of(page.find(".//p[@class='kicker']")).startswith("LFTF and GRPO · ")
+    glance = [[text_of(cell) for cell in row] for row in table_of(page.find(".//header//table"))[1]]
+    assert glance[0][1:] == ["2 of 2 not ended, or not saved", "– ", "– ", "– ", "0.1 from 0.25", "– "]
+    phases = [table_of(table) for table in section(page, "phases").iter("table")]
+    assert [(text_of(row[0]), value_of(row[1])) for row in phases[0][1]] == [("optimizer_step", 0.5)]
+    (afgb,) = (row for row in table_of(section(page, "numbers").find(".//table"))[1] if text_of(row[0]) == "val/afgb")
+    assert [text_of(cell) for cell in afgb[2:]] == ["0.1", "2", "", "", ""]
+
+
 def test_what_is_no_run_is_refused_in_a_line(tmp_path, rng, capsys, monkeypatch):
     def refused(*arguments: object) -> str:
         monkeypatch.setattr("sys.argv", ["tools/report.py", *map(str, arguments)])

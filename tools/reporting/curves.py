@@ -14,7 +14,6 @@ __all__ = ["Curve", "CurveChart", "Section", "curve_sections"]
 POINTS = 240  # steps of a chart that are drawn and told
 # Held-out values are drawn where those of training are.
 WITH = {"val_rollouts/reward": "train_rollouts/reward", "val/loss": "train_optim/loss",
-        "train_optim/sampler_logprob_diff_max": "train_optim/sampler_logprob_diff",
         "train_optim/tokens_repeated": "train_optim/tokens_executed",
         "train_rollouts/staleness_max": "train_rollouts/staleness"}  # fmt: skip
 # The first part of a metric's name, and what stands above its charts.

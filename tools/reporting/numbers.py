@@ -6,7 +6,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BROAD", "NARROW", "Axis", "Box", "axis", "drawable", "every_so_many", "key_steps", "short", "spread_out", "written"]
+__all__ = [
+    "BROAD",
+    "NARROW",
+    "Axis",
+    "Box",
+    "axis",
+    "drawable",
+    "every_so_many",
+    "key_steps",
+    "short",
+    "spread_out",
+    "written",
+]
 
 DECADES = 3  # an axis is logarithmic where positive values go over more
 TICKS = 4

@@ -32,7 +32,6 @@ function watch(figure, places, shown = (row) => row) {
     line.setAttribute("d", `M${x} 6V${height - 22}`);
     const at = (x / width) * plot.clientWidth, room = tip.offsetWidth;
     tip.style.left = `${Math.max(0, at + 12 + room > plot.clientWidth ? at - 12 - room : at + 12)}px`;
-    tip.style.top = "4px";
   }
   function hide() {
     tip.hidden = true;

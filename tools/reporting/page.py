@@ -111,7 +111,7 @@ def _facts(runs: Sequence[Run]) -> list[list[Fact]]:
             facts.append(Fact(title, short(values[-1]) if values else "–", first))
         if any(run.series(WHOLE) for run in runs):
             seconds = run.series(WHOLE).values()
-            facts.append(Fact("seconds a step", short(statistics.median(seconds)) if seconds else "–", "median"))
+            facts.append(Fact("seconds a step", *((short(statistics.median(seconds)), "median") if seconds else "–")))
         found.append(facts)
     return found
 

@@ -46,7 +46,7 @@ class PhaseChart:
     Attributes:
         run: its number.
         phases: names, that of the largest share first and the rest last; the same in the charts of all runs.
-        means: seconds of each over all steps, and its share.
+        means: seconds of each that the run has, over all steps, and its share.
         marks: (place, step) to write below.
     """
 
@@ -106,7 +106,8 @@ def _chart(
         left = BROAD.left + (i + 0.5) * slot - width / 2
         blocks = _blocks(phases, seconds, y)
         bars.append(Bar(first, last, seconds, sum(seconds.values()), blocks, round(left, 2), round(width, 2)))
-    mean = {name: statistics.fmean(s.get(name, 0.0) for s in steps.values()) for name in phases}
+    there = [name for name in phases if any(name in s for s in steps.values())]
+    mean = {name: statistics.fmean(s.get(name, 0.0) for s in steps.values()) for name in there}
     whole = sum(mean.values()) or 1.0
     means = [(name, seconds, seconds / whole) for name, seconds in mean.items()]
     marks = [(round(bar.left + bar.width / 2, 1), bar.first) for bar in every_so_many(bars, MARKS)]
