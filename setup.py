@@ -38,6 +38,12 @@ setup(
             "pyarrow",  # zstd of rollouts on disk; `datasets`, which NeMo needs, brings it anyway
             "tqdm",  # progress bar over global steps
             "jinja2",  # the page of tools/report.py, all of it escaped; torch brings it anyway
+            "pebble",  # processes of rewards, each call with a limit in time at which its process is killed
+            "math-verify",  # whether two answers are equal as mathematics
+            "latex2sympy2_extended[antlr4_9_3]",  # its grammar for the antlr runtime that Hydra pins
+            "jsonschema",  # responses that are JSON of a schema
+            "fastapi",  # the reward server
+            "uvicorn",  # which runs it
             "av>=18,<19",  # FFmpeg 8 in one wheel: decodes clips; 17 does not turn PNG by its EXIF, 19 opens otherwise
         ],
         "gym": [

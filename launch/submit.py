@@ -232,7 +232,7 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     from megatron_ext.models.placement import Placement
     from recipes.cli.config import build
     from recipes.environments.registry import get_environment
-    from recipes.rewards.registry import reward_for
+    from recipes.rewards.several import rewards_for
     from recipes.run.pretrained import Pretrained, configure
     from recipes.run.run_folder import check_run_folder
 
@@ -255,12 +255,13 @@ def check_recipe(args: argparse.Namespace, config: dict) -> Estimate | None:
     if args.vllm_nodes and not args.container and not args.vllm_container:
         check_vllm(typed.trainer.grpo.rollout.python)
     if recipe.asks_reward:
-        reward = reward_to_serve(args.reward_server) if args.reward_server else typed.trainer.grpo.reward
-        environment = typed.trainer.grpo.environment
+        grpo = typed.trainer.grpo
+        reward = reward_to_serve(args.reward_server) if args.reward_server else grpo.reward
+        environment = grpo.environment
         if not is_own(environment):  # one's own need not be importable here
             environment = get_environment(environment)
-            if not is_own(reward):
-                reward_for(reward, environment)
+            if not any(map(is_own, (reward, *(part.reward for part in grpo.rewards.values())))):
+                rewards_for(reward, grpo.rewards, environment)
     return check_memory(args, typed) if recipe.planned else None
 
 

@@ -19,7 +19,7 @@ def main(cfg: dict, loggers) -> None:
     from recipes.grpo.recorded import load_recorded
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
-    from recipes.rewards.registry import check_rows, reward_file, reward_for, row_keys
+    from recipes.rewards.several import rewards_for
     from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
     from recipes.run.pretrained import configure
@@ -28,12 +28,12 @@ def main(cfg: dict, loggers) -> None:
     config = configure(GRPOConfig, cfg)
     grpo = config.trainer.grpo
     environment = get_environment(grpo.environment)
-    reward = reward_for(grpo.reward, environment)
+    rewards = rewards_for(grpo.reward, grpo.rewards, environment, grpo.reward_limits)
     inputs = Inputs.check(config)
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)
-    keys = row_keys(reward)
+    keys = rewards.row_keys
     train, validation = (
         load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, environment and environment.opening)
         if path
@@ -42,10 +42,9 @@ def main(cfg: dict, loggers) -> None:
     )
     recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
     check_template(environment, inputs.tokenizer, train or validation, grpo.sampling(inputs.tokenizer.stop_ids).ends)
-    check_rows(reward, train, config.data.train_path)
-    check_rows(reward, validation, config.data.validation_path)
-    code = {
-        "trainer.grpo.reward": reward_file(grpo.reward),
+    rewards.check_rows(train, config.data.train_path)
+    rewards.check_rows(validation, config.data.validation_path)
+    code = rewards.files | {
         "trainer.grpo.environment": environment_file(grpo.environment),
         "trainer.grpo.objective": objective_file(grpo.objective),
         "trainer.grpo.objective.advantages": advantages_file(grpo.chosen),
@@ -58,7 +57,7 @@ def main(cfg: dict, loggers) -> None:
                 f"responses and rewards come from {grpo.rollout.path}; trainer.grpo.reward scores answers to "
                 "data.validation_path alone"
             )
-        GRPOTrainer(session, reward, train, validation, recorded, environment).fit()
+        GRPOTrainer(session, rewards, train, validation, recorded, environment).fit()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
         if hint not in sections:
             yield Key(name, kind_text(hint), default_text(field), notes.get(field.name, ""))
         for section in sections:
-            yield from keys(section, f"{name}.")
+            yield from keys(section, f"{name}.<name>." if typing.get_origin(hint) is dict else f"{name}.")
 
 
 def pages() -> dict[str, str]:

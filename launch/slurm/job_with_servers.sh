@@ -39,6 +39,9 @@ next_part() { # sets group, and nodes to its list
 
 if [ -n "${REWARD:-}" ]; then
     next_part
+    # Requests must show it; made anew for each start, and never written down.
+    MEGATRON_EXT_REWARD_TOKEN=$(head -c 24 /dev/urandom | base64 | tr -d '+/=')
+    export MEGATRON_EXT_REWARD_TOKEN
     url_file=$RUN_DIR.slurm/reward-$this_start.url
     node=$(scontrol show hostnames "$nodes" | head -n 1)
     address=$(addresses_of "$node")

@@ -98,13 +98,15 @@ class BatchMaker:
 
     def _from_all_data_ranks(self, rollouts: Rollouts) -> Rollouts:
         """Everybody's rollouts, in the order of ranks, so that work can be spread anew."""
-        mine = (rollouts.prompts, rollouts.trajectories, rollouts.rewards.tolist(), rollouts.advantages.tolist())
+        mine = (
+            rollouts.prompts, rollouts.trajectories, rollouts.rewards.tolist(), rollouts.advantages.tolist(), rollouts.dropped
+        )  # fmt: skip
         parts = gather_objects(mine, parallel_state.get_data_parallel_group())
-        prompts, trajectories, rewards, advantages = ([x for part in parts for x in part[i]] for i in range(4))
+        prompts, trajectories, rewards, advantages, dropped = ([x for part in parts for x in part[i]] for i in range(5))
         rewards, advantages = (
             torch.tensor(x, dtype=torch.float64, device=self.session.device) for x in (rewards, advantages)
         )
-        return Rollouts(prompts, trajectories, rewards, advantages)
+        return Rollouts(prompts, trajectories, rewards, advantages, dropped=dropped)
 
     def _microbatches(
         self, rollouts: Rollouts, cuts: list[list[Part]], shared: Shared, before: int = 0
@@ -129,7 +131,8 @@ class BatchMaker:
                     min_shared=shared.beginnings,
                 )
             )
-            masks.append([self._trained(t) for group in found for t in group])
+            dropped = [bool(rollouts.dropped) and rollouts.dropped[p.group] for p in cut]
+            masks.append([self._trained(t, left) for group, left in zip(found, dropped, strict=True) for t in group])
             said.append(batches[-1].predicted([t.logprobs for group in found for t in group], torch.float32))
         counted = [
             sum(mask) for part in masks for mask in part if any(mask)
@@ -184,9 +187,10 @@ class BatchMaker:
         weights = token_weights(groups.response_ids, mask, *counts, *self.normalisation)
         return replace(microbatch, weights=weights)
 
-    def _trained(self, trajectory: Trajectory) -> list[bool]:
-        """For each token whether it is trained: those sampled, unless their trajectory was cut off and such are left out."""
-        left_out = self.settings.overlong_filtering and trajectory.truncated
+    def _trained(self, trajectory: Trajectory, dropped: bool) -> list[bool]:
+        """For each token whether it is trained: those sampled, unless their trajectory was cut off and such are left out, or
+        their group is dropped."""
+        left_out = dropped or self.settings.overlong_filtering and trajectory.truncated
         return [sampled and not left_out for sampled in trajectory.mask]
 
 

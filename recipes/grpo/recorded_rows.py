@@ -25,7 +25,7 @@ __all__ = ["RecordedGroup", "RowReader"]
 
 # What a dump says beside, to be read by people.
 OF_DUMPS = frozenset(("number", "key", "line", "row", "prompt_text"))
-OF_RESPONSES = frozenset(("reward", "finish_reason", "text", "advantage", "old_logprobs", "mismatch"))
+OF_RESPONSES = frozenset(("reward", "rewards", "finish_reason", "text", "advantage", "old_logprobs", "mismatch"))
 REASONS = ", ".join(FinishReason)
 
 

@@ -110,8 +110,17 @@ class Recorder:
         first = self.session.data_rank * len(rollouts.prompts)
         last = len(rollouts.prompts) if wanted is None else max(0, min(len(rollouts.prompts), wanted - first))
         rewards, advantages = rollouts.rewards.tolist(), rollouts.advantages.tolist()
+        parts = [[{}] * len(group) for group in rewards]
+        if self.settings.rewards and rollouts.parts is not None:
+            names = list(self.settings.rewards)
+            parts = [
+                [{n: x for n, x in zip(names, of_one, strict=True) if x == x} for of_one in group]
+                for group in rollouts.parts.tolist()
+            ]
         return [
-            self._group(rollouts.prompts[i], rollouts.trajectories[i], rewards[i], advantages[i], (step, first + i))
+            self._group(
+                rollouts.prompts[i], rollouts.trajectories[i], rewards[i], parts[i], advantages[i], (step, first + i)
+            )
             for i in range(last)
         ]
 
@@ -120,19 +129,21 @@ class Recorder:
         prompt: Prompt,
         trajectories: list[Trajectory],
         rewards: list[float],
+        parts: list[dict[str, float]],
         gains: list[float],
         key: tuple[int, int],
     ) -> dict[str, Any]:
         tokenizer = self.session.inputs.tokenizer
         responses = [
             {
-                "reward": reward,
+                "reward": reward if reward == reward else None,
+                **({"rewards": each} if each else {}),
                 "advantage": gain,
                 "finish_reason": str(trajectory.finish_reason),
                 "text": tokenizer.decode_response(prompt.tokens, trajectory.tokens),
                 "passages": [passage_json(passage) for passage in trajectory.passages],
             }
-            for trajectory, reward, gain in zip(trajectories, rewards, gains, strict=True)
+            for trajectory, reward, each, gain in zip(trajectories, rewards, parts, gains, strict=True)
         ]
         return {
             "number": key[1],

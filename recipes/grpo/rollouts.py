@@ -20,7 +20,7 @@ from recipes.grpo.choices import get_advantages
 from recipes.grpo.conversations import Conversations, tool_format
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.settings import GRPOConfig
-from recipes.rewards.registry import Reward, score
+from recipes.rewards.several import Rewards
 from recipes.run.session import Session
 
 __all__ = ["RolloutSampler", "Rollouts", "in_parts", "response_texts"]
@@ -31,12 +31,25 @@ VALIDATION = 2**32 - 1
 
 @dataclass
 class Rollouts:
-    """This data-parallel rank's share of one step: prompts, what followed them, rewards and advantages [prompts, g], fp64."""
+    """This data-parallel rank's share of one step.
+
+    Attributes:
+        trajectories: [prompts][g], what followed.
+        rewards: fp64 [prompts, g]; NaN where a reward did not score a response in time, which drops its group.
+        advantages: fp64 [prompts, g]; 0 in groups that are dropped.
+        parts: fp64 [prompts, g, rewards], what `rewards` is the weighted sum of; NaN where a reward does not score the row, or
+            did not in time. None: rewards come out of a file.
+        lost: fp64 [prompts, g]: how many rewards did not score a response in time; None as well.
+        dropped: of each group, whether it is not trained on; empty: none.
+    """
 
     prompts: list[Prompt]
     trajectories: list[list[Trajectory]]
     rewards: Tensor
     advantages: Tensor
+    parts: Tensor | None = None
+    lost: Tensor | None = None
+    dropped: Sequence[bool] = ()
 
     def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(prompt length, [response lengths]) of these groups."""
@@ -48,7 +61,7 @@ class RolloutSampler:
     Args:
         session: the run.
         source: what samples; one that is read from a file brings rewards, too.
-        reward: see `recipes.rewards.registry`; None where environments give it.
+        rewards: without any where environments give them.
         environment: what answers the turns of a response; None: it has one.
         answers: what samples answers to the prompts of a validation; None: the same.
     """
@@ -57,15 +70,16 @@ class RolloutSampler:
         self,
         session: Session,
         source: Source,
-        reward: Reward | None,
+        rewards: Rewards,
         environment: Named | None = None,
         answers: Source | None = None,
     ):
-        self.session, self.source, self.reward, self.answers = session, source, reward, answers or source
+        self.session, self.source, self.rewards, self.answers = session, source, rewards, answers or source
         self.environment, self.tools = environment, tool_format(environment, session.inputs.tokenizer)
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
         self.context_size = parallel_state.get_context_parallel_world_size()
+        session.at_end(rewards.close)
 
     def rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         """Of this data-parallel rank's prompts in this step; the same however ranks are laid out."""
@@ -93,34 +107,49 @@ class RolloutSampler:
         mine = self._mine(prompts)
         if isinstance(self.source, RecordedSource):
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
+            found = rewards[..., None]
         else:
-            rewards = self._rewards(requests, prompts[mine], trajectories)
-        trajectories, rewards = self._from_all_context_ranks(trajectories, rewards)
+            found = self._rewards(requests, prompts[mine], trajectories)
+        trajectories, found = self._from_all_context_ranks(trajectories, found)
+        rewards = found[..., 0]
         lengths = [[len(t) for t in group] for group in trajectories]
         lengths = torch.tensor(lengths, dtype=torch.float64, device=rewards.device).view_as(rewards)
         longest, buffer = self.settings.length_params.max_length, self.settings.overlong_buffer
-        advantages = self._advantages(rewards + overlong_penalty(lengths, longest, buffer))
-        return Rollouts(prompts, trajectories, rewards, advantages)
+        advantages, dropped = self._advantages(rewards + overlong_penalty(lengths, longest, buffer))
+        if isinstance(self.source, RecordedSource):
+            return Rollouts(prompts, trajectories, rewards, advantages)
+        return Rollouts(prompts, trajectories, rewards, advantages, found[..., 2:], found[..., 1], dropped)
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Of this data-parallel rank's rewards, [prompts, samples]; they may ask all of the step."""
-        everybodys = gather_rows(rewards, parallel_state.get_data_parallel_group())
-        found, first = get_advantages(self.settings.chosen)(everybodys), self.session.data_rank * len(rewards)
-        if found.shape != everybodys.shape:
+    def _advantages(self, rewards: Tensor) -> tuple[Tensor, list[bool]]:
+        """Of this data-parallel rank's rewards, [prompts, samples], which may ask all of the step; and which groups are dropped,
+        because a reward is not known: they have advantages of 0, and no others ask them."""
+        everybodys = known = gather_rows(rewards, parallel_state.get_data_parallel_group())
+        drops = self.settings.on_reward_timeout == "drop"
+        if drops:
+            lacks = everybodys.isnan().any(1)
+            known = everybodys[~lacks]
+        found = get_advantages(self.settings.chosen)(known) if len(known) else known
+        if found.shape != known.shape:
             raise UserError(
                 f"trainer.grpo.objective.advantages={self.settings.objective['advantages']} gave {tuple(found.shape)} for "
-                f"rewards of {tuple(everybodys.shape)}: it must give one for each"
+                f"rewards of {tuple(known.shape)}: it must give one for each"
             )
-        return found[first : first + len(rewards)].double()
+        first = self.session.data_rank * len(rewards)
+        mine = slice(first, first + len(rewards))
+        if not drops:
+            return found[mine].double(), []
+        advantages = torch.zeros_like(everybodys, dtype=torch.float64)
+        advantages[~lacks] = found.double()
+        return advantages[mine], lacks[mine].tolist()
 
-    def _from_all_context_ranks(self, trajectories: list, rewards: Tensor) -> tuple[list, Tensor]:
+    def _from_all_context_ranks(self, trajectories: list, found: Tensor) -> tuple[list, Tensor]:
         """Context-parallel ranks train on the same prompts and sample a part of them each."""
         if self.context_size == 1:
-            return trajectories, rewards
-        parts = gather_objects((trajectories, rewards.tolist()), parallel_state.get_context_parallel_group())
+            return trajectories, found
+        parts = gather_objects((trajectories, found.tolist()), parallel_state.get_context_parallel_group())
         trajectories = [t for part, _ in parts for t in part]
-        rewards = [r for _, part in parts for r in part]
-        return trajectories, torch.tensor(rewards, dtype=torch.float64, device=self.session.device)
+        values = [r for _, part in parts for r in part]
+        return trajectories, torch.tensor(values, dtype=torch.float64, device=self.session.device)
 
     def _mine(self, prompts: list[Prompt]) -> slice:
         """Those that this context-parallel rank has sampled."""
@@ -136,8 +165,8 @@ class RolloutSampler:
         return steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update
 
     def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
-        """fp64 [prompts, 1]: of one answer to each, behind this step. Their numbers are `first`, `first + stride`, ..., and draw
-        the same at every validation."""
+        """fp64 [prompts, 1, 2 + rewards], as `_rewards`: of one answer to each, behind this step. Their numbers are `first`,
+        `first + stride`, ..., and draw the same at every validation."""
         self.answers.update_weights(self._version(step))
         params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
         key = (self.config.model.seed, VALIDATION)
@@ -155,40 +184,42 @@ class RolloutSampler:
         ]
 
     def _rewards(self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
-        """Rewards [prompts, samples] in fp64, computed once per model-parallel group and told to its other ranks."""
+        """fp64 [prompts, samples, 2 + rewards]: the reward, how many did not score the response in time, and each of them, as
+        `Rollouts` has them; computed once per model-parallel group and told to its other ranks."""
         samples = len(trajectories[0]) if trajectories else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
-        rewards = torch.empty(len(prompts), samples, dtype=torch.float64, device=self.session.device)
+        shape = len(prompts), samples, 2 + len(self.rewards.parts)
+        rewards = torch.empty(shape, dtype=torch.float64, device=self.session.device)
         with together(group):
             if group.rank() == 0:
-                values = torch.zeros(len(prompts) * samples, dtype=torch.float64)
+                scores = self.rewards.score(self._answers(requests, prompts, trajectories), prompts)
+                values = torch.tensor(scores.table(), dtype=torch.float64).view(shape)
                 if self.environment is not None:
-                    values += torch.tensor(
-                        [r.environment.reward(i) for r in requests for i in range(samples)], dtype=torch.float64
-                    )
-                if self.reward is not None:
-                    texts = self._answers(requests, prompts, trajectories)
-                    rows = [p.row for p in prompts for _ in range(samples)]
-                    values += torch.tensor(score(self.reward, texts, rows), dtype=torch.float64)
-                rewards.copy_(values.view_as(rewards))
+                    given = [[r.environment.reward(i) for i in range(samples)] for r in requests]
+                    values[..., 0] += torch.tensor(given, dtype=torch.float64)
+                rewards.copy_(values)
                 for conversations in (r.environment for r in requests if r.environment is not None):
                     conversations.close()
         return broadcast(rewards, 0, group)
 
     def _answers(
         self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]
-    ) -> list[str]:
-        """What a reward reads, prompt by prompt: the text that each trajectory adds to that of its prompt, or its last turn."""
+    ) -> list[list[str]]:
+        """What a reward reads, of each prompt: the text that each trajectory adds to that of its prompt, or its last turn."""
+        if not self.rewards.parts:
+            return [[""] * len(group) for group in trajectories]
         if self.environment is not None:
             pairs = zip(requests, trajectories, strict=True)
-            return [r.environment.answer(i, t) for r, group in pairs for i, t in enumerate(group)]
+            return [[r.environment.answer(i, t) for i, t in enumerate(group)] for r, group in pairs]
         return response_texts(self.session.inputs.tokenizer, prompts, trajectories)
 
 
-def response_texts(tokenizer: Tokenizer, prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> list[str]:
-    """Prompt by prompt the text that each trajectory adds to that of its prompt."""
+def response_texts(
+    tokenizer: Tokenizer, prompts: list[Prompt], trajectories: list[list[Trajectory]]
+) -> list[list[str]]:
+    """Of each prompt the text that each trajectory adds to that of its prompt."""
     pairs = zip(prompts, trajectories, strict=True)
-    return [tokenizer.decode_response(p.tokens, t.tokens) for p, group in pairs for t in group]
+    return [[tokenizer.decode_response(p.tokens, t.tokens) for t in group] for p, group in pairs]
 
 
 def _share(count: int, rank: int, ranks: int) -> slice:

@@ -24,6 +24,7 @@ from recipes.grpo.sampling import (
     SamplingSection,
     ValidationSamplingSection,
 )
+from recipes.rewards.settings import RewardLimits, RewardSection
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
@@ -50,9 +51,20 @@ class GRPOSettings:
     num_prompts_per_grpo_step: int
     # Responses of each prompt, which are compared with each other: at least 2, usually 8 to 64.
     samples_per_prompt: int
-    # What scores responses: exact_answer, regex, length, http, the dotted path of a function of yours, or {name: one of
-    # them, and its options}. docs/extending.md has how to write one. null where an environment gives rewards itself.
+    # What scores responses: exact_answer, math, choice, regex, length, format, json_schema, code, judge, model,
+    # reasoning_gym, http, the dotted path of a function of yours, or {name: one of them, and its options}. docs/data.md has
+    # them, docs/extending.md how to write one. null where an environment gives rewards itself.
     reward: Any = None
+    # Several, in place of `reward`, each under a name for the log: {answer: {reward: exact_answer}, form: {reward:
+    # {name: regex, pattern: ...}, weight: 0.2}}. A response is worth the weighted sum of those that score its row.
+    rewards: dict[str, RewardSection] = field(default_factory=dict)
+    # Seconds that a reward has for the responses to one prompt. It runs in a process of its own, which is killed then.
+    reward_timeout: Speed[float] = RewardLimits.timeout
+    # What becomes of a response that a reward does not score in time, or whose scoring ends its process. refuse: the run ends
+    # and says its row. zero: that reward is 0 for it. drop: its group is not trained on.
+    on_reward_timeout: str = RewardLimits.on_timeout
+    # Processes that each data-parallel rank asks its rewards in. Each has all of them.
+    reward_processes: Speed[int] = RewardLimits.processes
     # What answers the model when it has spoken: single_turn, nothing; calculator, a tool; guess_number, a game; the dotted path
     # of a class of yours, or {name: one of them, and its options}. docs/environments.md has how to write one.
     environment: Any = SINGLE_TURN
@@ -127,6 +139,7 @@ class GRPOSettings:
                 f"trainer.grpo.max_turns={self.max_turns} is for environments, and trainer.grpo.environment={SINGLE_TURN} has "
                 "one turn: set it to null, or name an environment"
             )
+        self.reward_limits  # noqa: B018  raises on bad ones
         if self.samples_per_prompt < 2:
             raise UserError(
                 f"trainer.grpo.samples_per_prompt={self.samples_per_prompt}: a response is compared with the others of "
@@ -180,6 +193,10 @@ class GRPOSettings:
     def chosen(self) -> Objective:
         """The objective that is named."""
         return get_objective(self.objective)
+
+    @property
+    def reward_limits(self) -> RewardLimits:
+        return RewardLimits(self.reward_timeout, self.on_reward_timeout, self.reward_processes)
 
     @property
     def terms(self) -> GrpoTerms:

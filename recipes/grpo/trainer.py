@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_ext.losses.advantages import groups_with_signal
@@ -32,7 +33,7 @@ from recipes.grpo.rollouts import Rollouts, RolloutSampler
 from recipes.grpo.samples import COLUMNS, shown, table
 from recipes.grpo.servers import vllm_source
 from recipes.grpo.settings import GRPOConfig
-from recipes.rewards.registry import Reward
+from recipes.rewards.several import Rewards
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
 
@@ -45,7 +46,7 @@ class GRPOTrainer(Trainer):
     """
     Args:
         session: the run.
-        reward: see `recipes.rewards.registry`; None where environments give it.
+        rewards: without any where environments give them.
         train, validation: prompts; validation may be empty.
         recorded: in place of `train`, prompts with their responses and rewards.
         environment: what answers the turns of a response; None: it has one.
@@ -56,7 +57,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         session: Session,
-        reward: Reward | None,
+        rewards: Rewards,
         train: list[Prompt],
         validation: list[Prompt],
         recorded: Sequence[RecordedGroup] = (),
@@ -76,11 +77,11 @@ class GRPOTrainer(Trainer):
             self.train = [group.for_prompt() for group in recorded]
             self.order = InOrder(*place)
             source = RecordedSource(recorded, settings.num_prompts_per_grpo_step)
-            self.sampler = RolloutSampler(session, source, reward, environment, answers=self._source())
+            self.sampler = RolloutSampler(session, source, rewards, environment, answers=self._source())
         else:
             batch, *rank = place
             self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
-            self.sampler = RolloutSampler(session, self._source(), reward, environment)
+            self.sampler = RolloutSampler(session, self._source(), rewards, environment)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
         self.recorder = Recorder(session)
         self.rollouts: Rollouts | None = None  # of the last step
@@ -161,7 +162,9 @@ class GRPOTrainer(Trainer):
         return self.recorder.save_batch(step, self.rollouts)
 
     def summary(self, metrics: dict[str, float]) -> str:
-        parts = [f"reward {metrics['train_rollouts/reward']:.3f}"]
+        parts = [
+            f"reward {metrics['train_rollouts/reward']:.3f}" if "train_rollouts/reward" in metrics else "no rewards"
+        ]
         if "train_optim/kl" in metrics:
             parts.append(f"KL {metrics['train_optim/kl']:.3f}")
         parts.append(f"{metrics['train_optim/tokens_per_second']:,.0f} tokens/s")
@@ -214,9 +217,8 @@ class GRPOTrainer(Trainer):
         rank, ranks = self.session.data_rank, self.session.data_size
         mine = self.validation[rank::ranks]
         with self.session.timers("validation"):
-            rewards = self.sampler.validation_rewards(mine, rank, ranks, step)
-            total, count = self.session.sum_over_data(rewards.sum().item(), len(mine))
-        return {"val_rollouts/reward": total / count}
+            found = self.sampler.validation_rewards(mine, rank, ranks, step)
+            return self._reward_means("val_rollouts", found[..., 0], found[..., 2:])
 
     def _show(self, step: int, rollouts: Rollouts) -> None:
         """A few responses, on rank 0."""
@@ -229,18 +231,38 @@ class GRPOTrainer(Trainer):
     def _rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         everything = [t for group in rollouts.trajectories for t in group]
         sums = {
-            "reward": rollouts.rewards.sum().item(),
             "response_length": sum(map(len, everything)),
             "truncated": sum(t.truncated for t in everything),
             "turns": sum(t.turns for t in everything),
             "observed_length": sum(len(p.tokens) for t in everything for p in t.passages if not p.sampled),
         }
-        useful = groups_with_signal(rollouts.rewards).sum().item()
-        *found, useful, responses, prompts = self.session.sum_over_data(
-            *sums.values(), useful, len(everything), len(rollouts.prompts)
+        if rollouts.lost is not None and self.settings.on_reward_timeout != "refuse":
+            sums["reward_timeouts"] = (rollouts.lost > 0).sum().item()
+        useful, dropped = groups_with_signal(rollouts.rewards).sum().item(), sum(rollouts.dropped)
+        *found, useful, dropped, responses, prompts = self.session.sum_over_data(
+            *sums.values(), useful, dropped, len(everything), len(rollouts.prompts)
         )
         means = {f"train_rollouts/{name}": x / responses for name, x in zip(sums, found, strict=True)}
-        return means | {"train_rollouts/groups_with_signal": useful / prompts}
+        means["train_rollouts/groups_with_signal"] = useful / prompts
+        if self.settings.on_reward_timeout == "drop":
+            means["train_rollouts/dropped_groups"] = dropped / prompts
+        return means | self._reward_means("train_rollouts", rollouts.rewards, rollouts.parts)
+
+    def _reward_means(self, section: str, rewards: Tensor, parts: Tensor | None) -> dict[str, float]:
+        """Over all responses that have one; of several rewards each apart, too.
+
+        Args:
+            rewards, parts: as `Rollouts` has them.
+        """
+        names = ["reward"]
+        if parts is not None and self.settings.rewards:
+            names += [f"reward/{name}" for name in self.settings.rewards]
+            rewards = torch.cat([rewards[..., None], parts], -1)
+        values = rewards.flatten(0, 1).view(-1, len(names))
+        sums = torch.stack([values.nansum(0), (~values.isnan()).sum(0)]).flatten().tolist()
+        found = self.session.sum_over_data(*sums)
+        pairs = zip(names, found[: len(names)], found[len(names) :], strict=True)
+        return {f"{section}/{name}": total / count for name, total, count in pairs if count}
 
 
 def _of_step(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from recipes.cli.config import ConfigError
 from recipes.rewards.notation import SCALES, Answer, agree, read
 from recipes.rewards.spelling import closing_brace
 
-__all__ = ["ENOUGH_RESPONSES", "ExactAnswer"]
+__all__ = ["ENOUGH_RESPONSES", "ExactAnswer", "without_thought"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,19 @@ class ExactAnswer:
         """
         self._wanted(row)
 
+    def texts(self, text: str) -> list[str]:
+        """What may be the answer that a text states, longest first: behind a marker its line, and that line's first sentence."""
+        stated, is_marked = self.stated(text)
+        if not is_marked:
+            return [stated]
+        line, _ = _line(stated)
+        end = _SENTENCE_END.search(line)
+        shorter = [line[: end.end()]] if end and not _DIGIT.search(line, end.end()) else []
+        return list(dict.fromkeys([stated, line, *shorter]))
+
     def _is_right(self, response: str, row: Mapping[str, Any]) -> bool:
         wanted, answer = self._wanted(row), row["answer"]
-        stated, is_marked = self._stated(_without_thought(response))
+        stated, is_marked = self.stated(without_thought(response))
         readings = _readings(stated, is_marked)
         result = any(agree(given, wanted) or _is_json(given, answer) for given in readings)
         is_readable = is_marked if wanted.number is None else any(r.number is not None for r in readings)
@@ -116,14 +126,14 @@ class ExactAnswer:
     def _wanted(self, row: Mapping[str, Any]) -> Answer:
         answer = row.get("answer")
         is_value = isinstance(answer, (str, int)) or (isinstance(answer, float) and math.isfinite(answer))
-        stated, is_marked = self._stated(str(answer)) if is_value else ("", False)
+        stated, is_marked = self.stated(str(answer)) if is_value else ("", False)
         if not stated.strip():
             only = f"its row has only {', '.join(row) or 'nothing'}"
             found = f"its answer is {answer!r}" if "answer" in row else only
             raise UserError(f"no answer to compare with ({found}); add answer, text or a number")
         return _readings(stated, is_marked)[0]
 
-    def _stated(self, text: str) -> tuple[str, bool]:
+    def stated(self, text: str) -> tuple[str, bool]:
         """The text from where the answer begins, and whether a marker says so."""
         if self.marker is not None:
             _, found, stated = text.rpartition(self.marker)
@@ -167,7 +177,7 @@ def _is_json(given: Answer, answer: Any) -> bool:
         return False
 
 
-def _without_thought(response: str) -> str:
+def without_thought(response: str) -> str:
     """What follows the reasoning; nothing, if that does not end: what stands in it is no answer yet."""
     said = response.rpartition("</think>")[2]
     return "" if "<think>" in said else said

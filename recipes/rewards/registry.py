@@ -10,38 +10,44 @@ number for each response. In YAML:
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
 from recipes.cli.named import Registry, describe
-from recipes.data.rows import Prompt
-from recipes.environments.registry import Named
 from recipes.rewards.exact_answer import ExactAnswer
 
 __all__ = [
-    "Reward", "RewardError", "check_rows", "get_reward", "register_reward", "reward_file", "reward_for", "row_keys", "score",
+    "KEY", "NamedReward", "Reward", "RewardError", "get_reward", "is_async", "register_reward", "score", "score_async",
 ]  # fmt: skip
 
-Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float]]
+Reward = Callable[[Sequence[str], Sequence[dict]], Sequence[float] | Awaitable[Sequence[float]]]
 KEY = "trainer.grpo.reward"
 # What people call a reward's arguments.
 RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
 # Modules that register rewards of ours, beside this one.
-REGISTRY = Registry(KEY, "reward", "function", ("recipes.rewards.server", "recipes.rewards.reasoning_gym"))
+_SHIPPED = ("client", "reasoning_gym", "texts")
+REGISTRY = Registry(KEY, "reward", "function", [f"recipes.rewards.{name}" for name in _SHIPPED])
 
 
 class RewardError(UserError):
-    """A reward that failed, or gave something else than one number for each response."""
+    """A reward that failed, or gave something else than one number for each response.
+
+    Attributes:
+        index: of the response, where it is one of those that were asked for.
+    """
+
+    index: int | None = None
 
 
 def register_reward(name: str) -> Callable[[T], T]:
@@ -54,148 +60,148 @@ def register_reward(name: str) -> Callable[[T], T]:
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A reward with its options, and its name for messages."""
+class NamedReward:
+    """A reward with its options.
+
+    Attributes:
+        name: for messages.
+        spec: what the configuration says, of which another process makes it again.
+        key: of the configuration.
+    """
 
     name: str
     reward: Reward
+    spec: str | Mapping[str, Any]
+    key: str = KEY
 
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> Sequence[float]:
         return self.reward(responses, rows)
 
+    @property
+    def target(self) -> Any:
+        """What has the attributes that a reward may have: the function without its options, or the object."""
+        return self.reward.func if isinstance(self.reward, partial) else self.reward
 
-def get_reward(spec: str | Mapping[str, Any]) -> Reward:
+    @property
+    def bounds_itself(self) -> bool:
+        """Whether it comes back in any case: it is asked without a process of its own, for all responses at once, and gives None
+        for one that it could not score in time."""
+        return getattr(self.target, "bounds_itself", False)
+
+    @property
+    def row_keys(self) -> Collection[str] | None:
+        """Which keys it reads of a row beside the prompt, if it says so in an attribute `row_keys`; None: it is handed the row
+        and does not say.
+
+        Raises:
+            ConfigError: an attribute that is no list of keys.
+        """
+        keys = getattr(self.target, "row_keys", None)
+        if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
+            raise ConfigError(f"{self.key}: {self.name}.row_keys={keys!r} must be a list of keys")
+        return keys
+
+    @property
+    def file(self) -> Path | None:
+        """Where one of one's own is written; None for ours."""
+        return REGISTRY.file(self.spec)
+
+
+def get_reward(spec: str | Mapping[str, Any], key: str = KEY) -> NamedReward:
     """The reward that the configuration asks for.
 
     Args:
         spec: a name, `package.module.function` or `package.module:function`; or a mapping of `name` and options.
+        key: where the configuration does so.
 
     Raises:
         ConfigError: an unknown name, a module that does not import, wrong options.
     """
-    name, target, options = REGISTRY.find(spec)
-    reward = REGISTRY.with_options(name, target, options)
-    _check_order(name, reward)
-    return _Named(name, reward)
+    try:
+        name, target, options = REGISTRY.find(spec)
+        reward = REGISTRY.with_options(name, target, options)
+        _check_order(name, reward)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(KEY, key)) from error
+    return NamedReward(name, reward, spec, key)
 
 
-def reward_for(spec: str | Mapping[str, Any] | None, environment: Named | None) -> Reward | None:
-    """The reward beside an environment; None where that gives it.
-
-    Raises:
-        ConfigError: both give one, or none does; or as `get_reward`.
-    """
-    gives = environment is not None and environment.kind.gives_reward
-    if gives and spec is not None:
-        raise ConfigError(
-            f"{KEY}={spec}, and trainer.grpo.environment={environment.name} gives rewards itself: set {KEY}=null"
-        )
-    if not gives and spec is None:
-        among = ", ".join(REGISTRY.names)
-        raise ConfigError(f"{KEY} is not set: name what scores responses, {among} or the path of a function of yours")
-    return None if spec is None else get_reward(spec)
+def is_async(reward: Reward) -> bool:
+    """Whether it must be awaited."""
+    target = reward.reward if isinstance(reward, NamedReward) else reward
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
 
 
-def row_keys(reward: Reward | None) -> Collection[str] | None:
-    """Which keys a reward reads of a row beside the prompt, if it says so in an attribute `row_keys`; None: it is handed the row
-    and does not say.
+def score(
+    reward: Reward, responses: Sequence[str], rows: Sequence[dict], lines: Sequence[int] | None = None
+) -> list[float | None]:
+    """One finite number for each response; None where a reward that bounds itself could not tell in time.
 
-    Raises:
-        ConfigError: an attribute that is no list of keys.
-    """
-    if reward is None:
-        return ()
-    target = reward.reward
-    keys = getattr(target.func if isinstance(target, partial) else target, "row_keys", None)
-    if keys is not None and (isinstance(keys, str) or not all(isinstance(key, str) for key in keys)):
-        raise ConfigError(f"{KEY}: {reward.name}.row_keys={keys!r} must be a list of keys")
-    return keys
-
-
-def reward_file(spec: str | Mapping[str, Any] | None) -> Path | None:
-    """Where a reward of one's own is written, once it has been got; None for ours, and for none."""
-    return None if spec is None else REGISTRY.file(spec)
-
-
-def check_rows(reward: Reward | None, prompts: Sequence[Prompt], path: str) -> None:
-    """Let a reward refuse rows before the run starts, if it has a method `check(row)` that raises for a bad one.
-
-    Raises:
-        RewardError: with the file and line of the first row that it refuses.
-    """
-    check = None if reward is None else getattr(reward.reward, "check", None)
-    for prompt in prompts if check else ():
-        try:
-            check(prompt.row)
-        except ValueError as error:
-            raise RewardError(f"{path}:{prompt.line}: {error}") from error
-
-
-def score(reward: Reward, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-    """One finite number for each response.
+    Args:
+        lines: of each row in its file, for messages.
 
     Raises:
         RewardError: the reward raised, or gave a wrong count, something else than a number, NaN or infinity.
     """
-    assert len(responses) == len(rows), (len(responses), len(rows))
-    name = getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)
-    try:
+    with _reported(reward, lines):
         values = reward(responses, rows)
-        if not isinstance(values, Iterable) or isinstance(values, (str, Mapping, Set)):
-            raise RewardError(f"gave {_short(values)}; it must give a list of numbers, one for each response")
-        values = list(values.tolist() if hasattr(values, "tolist") else values)  # a tensor or array
+        if inspect.isawaitable(values):
+            values = asyncio.run(_awaited(values))
+    return _numbers(reward, values, responses, lines)
+
+
+async def score_async(
+    reward: Reward, responses: Sequence[str], rows: Sequence[dict], lines: Sequence[int] | None = None
+) -> list[float | None]:
+    """The same for one that `is_async`."""
+    with _reported(reward, lines):
+        values = await reward(responses, rows)
+    return _numbers(reward, values, responses, lines)
+
+
+async def _awaited(values: Awaitable[Sequence[float]]) -> Sequence[float]:
+    return await values
+
+
+@contextlib.contextmanager
+def _reported(reward: Reward, lines: Sequence[int] | None) -> Iterator[None]:
+    """Whatever it raises, as a RewardError with its name and, where all that it was asked is of one row, that."""
+    of_row = f" for the prompt of line {lines[0]}" if lines and len({*lines}) == 1 else ""
+    try:
+        yield
     except UserError as error:
-        raise RewardError(f"reward {name}: {error}") from error
-    except Exception as error:
-        raise RewardError(f"reward {name} failed: {describe(error)}") from error
+        index = getattr(error, "index", None)
+        if lines and not of_row and index is not None:
+            of_row = f" for the prompt of line {lines[index]}"
+        raise RewardError(f"reward {_name(reward)}{of_row}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {_name(reward)} failed{of_row}: {describe(error)}") from error
+
+
+def _numbers(reward: Reward, values: Any, responses: Sequence[str], lines: Sequence[int] | None) -> list[float | None]:
+    name = _name(reward)
+    if not isinstance(values, Iterable) or isinstance(values, (str, Mapping, Set)):
+        raise RewardError(f"reward {name} gave {_short(values)}; it must give a list of numbers, one for each response")
+    with _reported(reward, lines):
+        values = list(values.tolist() if hasattr(values, "tolist") else values)  # a tensor, an array or a generator
     if len(values) != len(responses):
+        of_row = f" to the prompt of line {lines[0]}" if lines and len({*lines}) == 1 else ""
         raise RewardError(
-            f"reward {name} gave {len(values)} values for {len(responses)} responses; it must give one for each"
+            f"reward {name} gave {len(values)} values for {len(responses)} responses{of_row}; it must give one for each"
         )
-    return [_number(value, i, name) for i, value in enumerate(values)]
+    places = [f"response {i}" for i in range(len(values))]
+    if lines is not None:
+        places = [f"{place} to the prompt of line {line}" for place, line in zip(places, lines, strict=True)]
+    may_lack = isinstance(reward, NamedReward) and reward.bounds_itself
+    pairs = zip(values, places, strict=True)
+    return [None if value is None and may_lack else _number(value, place, name) for value, place in pairs]
+
+
+def _name(reward: Reward) -> str:
+    return getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)
 
 
 register_reward("exact_answer")(ExactAnswer)
-
-
-@register_reward("regex")
-@dataclass(frozen=True)
-class Regex:
-    """1 where `pattern` is found in the response (re.search), else 0."""
-
-    row_keys: ClassVar = ()
-
-    pattern: str
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"{KEY}.pattern={self.pattern!r} is not a regular expression: {error}") from error
-
-    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-        return [float(re.search(self.pattern, r) is not None) for r in responses]
-
-
-@register_reward("length")
-@dataclass(frozen=True)
-class Length:
-    """1 for a response of `target` characters or words, falling linearly to 0 for one empty or twice as long."""
-
-    row_keys: ClassVar = ()
-
-    target: int
-    unit: str = "characters"
-
-    def __post_init__(self):
-        if self.target < 1:
-            raise ConfigError(f"{KEY}.target={self.target} must be at least 1")
-        if self.unit not in ("characters", "words"):
-            raise ConfigError(f"{KEY}.unit must be characters or words, got {self.unit!r}")
-
-    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-        lengths = [len(r if self.unit == "characters" else r.split()) for r in responses]
-        return [max(0.0, 1 - abs(n - self.target) / self.target) for n in lengths]
 
 
 def _check_order(name: str, reward: Reward) -> None:
@@ -208,20 +214,18 @@ def _check_order(name: str, reward: Reward) -> None:
         raise ConfigError(f"{KEY}: {name} takes ({', '.join(names)}), but rewards are called with (responses, rows)")
 
 
-def _number(value: Any, index: int, name: str) -> float:
+def _number(value: Any, place: str, name: str) -> float:
     if hasattr(value, "item"):  # a tensor or NumPy scalar
-        try:
+        with contextlib.suppress(RuntimeError, ValueError):  # more than one element
             value = value.item()
-        except (RuntimeError, ValueError):  # more than one element
-            pass
     if not isinstance(value, Real):
-        raise RewardError(f"reward {name} gave {_short(value)} for response {index}, not a number")
+        raise RewardError(f"reward {name} gave {_short(value)} for {place}, not a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RewardError(f"reward {name} gave {number} for response {index}; it must be finite")
+        raise RewardError(f"reward {name} gave {number} for {place}; it must be finite")
     return number
 
 

@@ -1,123 +1,171 @@
-"""Rewards over HTTP: a server for any of them, and the reward `http` that asks it.
+"""A server of one reward, for any that needs a GPU of its own, other packages or a sandbox: training ranks only ask.
 
-    POST /score {"responses": [...], "rows": [...]} -> {"rewards": [...]};  GET / -> {"reward": name}
+    POST /score {"id": any, "responses": [texts], "rows": [objects]} -> {"id": the same, "reward": name, "rewards": [numbers]}
+    GET /health -> {"status": "ok", "reward": name};  GET /metrics: counters, as Prometheus reads them
 
-A reward that needs a GPU of its own, other packages or a sandbox runs where it likes; training ranks only ask. Errors come back
-with status 400 and {"error": one line}.
+null among the rewards is a response that was not scored in time. Errors are {"error": one line}, with "index" where they are of
+one response: 400 a bad question, 401 a wrong token, 413 too large, 422 the reward failed, 503 busy (ask again).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import hmac
 import json
-import os
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
 from recipes.cli.config import ConfigError
-from recipes.rewards.registry import KEY, Reward, RewardError, register_reward, score
+from recipes.rewards.processes import Lost, PromptCall, RewardProcesses
+from recipes.rewards.registry import NamedReward, RewardError, score
 
-__all__ = ["URL_VARIABLE", "HttpReward", "reward_server"]
+__all__ = ["ServerLimits", "reward_app"]
 
-URL_VARIABLE = "MEGATRON_EXT_REWARD_URL"
-LARGEST_BODY = 1 << 30
-PAUSE_SECONDS = 0.5
+EXPECTED = 'expected {"responses": [texts], "rows": [objects]} of one length'
 
 
-@register_reward("http")
 @dataclass(frozen=True)
-class HttpReward:
-    """Rewards that a server computes (launch/serve_reward.py)."""
+class ServerLimits:
+    """
+    Attributes:
+        timeout: seconds for the responses to one prompt.
+        processes: that the reward is asked in.
+        batch: responses of a request.
+        body: bytes of a request.
+        waiting: requests that may wait while others are scored.
+    """
 
-    # http://host:port; null: what MEGATRON_EXT_REWARD_URL says, which a requeued job may set anew.
-    url: str | None = None
-    # Seconds for one batch of responses.
-    timeout: float = 600.0
-    # Seconds to wait for a server that does not answer yet.
-    patience: float = 120.0
+    timeout: float = 60.0
+    processes: int = 1
+    batch: int = 4096
+    body: int = 1 << 28
+    waiting: int = 256
 
     def __post_init__(self):
-        if not self._address.startswith(("http://", "https://")):
-            raise ConfigError(f"{KEY}.url={self._address or 'null'}: give http://host:port here, or in {URL_VARIABLE}")
-        if self.timeout <= 0 or self.patience < 0:
-            raise ConfigError(
-                f"{KEY}: timeout={self.timeout} must be positive, and patience={self.patience} not negative"
-            )
+        if min(self.timeout, self.processes, self.batch, self.body, self.waiting) <= 0:
+            raise ConfigError(f"limits of a reward server must be positive, got {self}")
 
-    @property
-    def _address(self) -> str:
-        return (self.url or os.environ.get(URL_VARIABLE, "")).rstrip("/")
 
-    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
-        body = json.dumps({"responses": list(responses), "rows": list(rows)}).encode()
-        request = urllib.request.Request(f"{self._address}/score", body, {"Content-Type": "application/json"})
-        deadline = time.monotonic() + self.patience
-        while True:
+class _Refused(Exception):
+    def __init__(self, status: int, error: str, **more: Any):
+        super().__init__(error)
+        self.status, self.content = status, {"error": error, **more}
+
+
+class _Scorer:
+    """Asks the reward, one request after the other: each is spread over all processes."""
+
+    def __init__(self, reward: NamedReward, limits: ServerLimits):
+        self.reward = reward
+        self.processes = RewardProcesses([reward], limits.timeout, limits.processes)
+        self._one_at_a_time = threading.Lock()
+
+    def score(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
+        with self._one_at_a_time:
+            if self.reward.bounds_itself:
+                return score(self.reward, responses, rows)
+            return self._in_processes(responses, rows)
+
+    def _in_processes(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
+        """A call for each run of responses that have one row."""
+        firsts = [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]]
+        ends = [*firsts[1:], len(rows)]
+        calls = [PromptCall(tuple(responses[i:end]), rows[i]) for i, end in zip(firsts, ends, strict=True)]
+        values: list[float | None] = []
+        answers = self.processes.ask(0, calls)
+        try:
+            for answer, call in zip(answers, calls, strict=True):
+                values += [None] * len(call.responses) if isinstance(answer, Lost) else answer
+        except RewardError as error:
+            error.index = len(values) if error.index is None else error.index
+            raise
+        finally:
+            answers.close()
+        return values
+
+
+def reward_app(reward: NamedReward, token: str | None = None, limits: ServerLimits = ServerLimits()) -> FastAPI:
+    """The application, for uvicorn.
+
+    Args:
+        token: that requests must show, as `Authorization: Bearer`; None: anybody may ask.
+    """
+    scorer, counts, waiting = _Scorer(reward, limits), Counter(), asyncio.Semaphore(limits.waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        scorer.processes.close()
+
+    app = FastAPI(title="reward", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(_Refused)
+    async def refuse(request: Request, error: _Refused) -> JSONResponse:
+        counts[f'requests_total{{status="{error.status}"}}'] += 1
+        return JSONResponse(error.content, error.status, headers={"Retry-After": "1"} if error.status == 503 else None)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok", "reward": reward.name}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        lines = [f"reward_{name} {value:g}" for name, value in sorted(counts.items())]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    @app.post("/score")
+    async def scores(request: Request) -> dict:
+        given = request.headers.get("Authorization", "")
+        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise _Refused(401, "wrong token, or none: set MEGATRON_EXT_REWARD_TOKEN as the server has it")
+        if waiting.locked():
+            raise _Refused(503, f"{limits.waiting} requests wait already")
+        async with waiting:
+            name, responses, rows = _question(await _body(request, limits.body), limits.batch)
+            begun = time.monotonic()
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.loads(answer.read())["rewards"]
-            except urllib.error.HTTPError as error:
-                raise RewardError(f"{self._address} says {error.code}: {_message(error)}") from error
-            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                if time.monotonic() > deadline:
-                    reason = getattr(error, "reason", error)
-                    raise RewardError(
-                        f"{self._address} does not answer ({reason}); is launch/serve_reward.py running?"
-                    ) from error
-                time.sleep(PAUSE_SECONDS)
-            except (ValueError, KeyError, TypeError) as error:
-                raise RewardError(f'{self._address} gave no {{"rewards": [...]}}') from error
+                values = await asyncio.to_thread(scorer.score, responses, rows)
+            except RewardError as error:
+                index = {} if error.index is None else {"index": error.index}
+                raise _Refused(422, str(error), **index) from error
+        counts['requests_total{status="200"}'] += 1
+        counts["responses_total"] += len(values)
+        counts["timeouts_total"] += values.count(None)
+        counts["seconds_total"] += time.monotonic() - begun
+        return {"id": name, "reward": reward.name, "rewards": values}
+
+    return app
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+async def _body(request: Request, limit: int) -> bytes:
+    found = bytearray()
+    async for chunk in request.stream():
+        found += chunk
+        if len(found) > limit:
+            raise _Refused(413, f"a request has at most {limit} bytes: ask for fewer responses at once")
+    return bytes(found)
+
+
+def _question(body: bytes, most: int) -> tuple[Any, list[str], list[dict]]:
     try:
-        return str(json.loads(error.read())["error"])
-    except (ValueError, KeyError, TypeError):
-        return error.reason
+        asked = json.loads(body)
+        responses, rows = asked["responses"], asked["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Refused(400, EXPECTED) from error
+    if not _all(responses, str) or not _all(rows, dict) or len(responses) != len(rows):
+        raise _Refused(400, EXPECTED)
+    if len(responses) > most:
+        raise _Refused(413, f"{len(responses)} responses are more than {most}: ask for fewer at once (batch_size)")
+    return asked.get("id"), responses, rows
 
 
 def _all(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def reward_server(reward: Reward, name: str, host: str, port: int) -> ThreadingHTTPServer:
-    """A server of one reward; call its `serve_forever`. Port 0 takes a free one, in `server_address`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(200, {"reward": name})
-
-        def do_POST(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            if self.path != "/score" or not length.isdecimal() or int(length) > LARGEST_BODY:
-                self._answer(404 if self.path != "/score" else 411, {"error": "POST /score with a Content-Length"})
-                return
-            try:
-                asked = json.loads(self.rfile.read(int(length)))
-                responses, rows = asked["responses"], asked["rows"]
-                if not _all(responses, str) or not _all(rows, dict) or len(responses) != len(rows):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                self._answer(400, {"error": 'expected {"responses": [texts], "rows": [objects]} of one length'})
-                return
-            try:
-                self._answer(200, {"rewards": score(reward, responses, rows)})
-            except RewardError as error:
-                self._answer(400, {"error": str(error)})
-
-        def _answer(self, status: int, content: dict) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_) -> None:
-            """Nothing for each request."""
-
-    return ThreadingHTTPServer((host, port), Handler)

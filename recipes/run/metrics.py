@@ -24,6 +24,21 @@ class Metric:
 
 METRICS = {
     "train_rollouts/reward": Metric("GRPO", "reward", "Mean over all responses sampled in this step."),
+    "train_rollouts/reward/*": Metric(
+        "GRPO, with trainer.grpo.rewards",
+        "reward",
+        "Of each reward by its name, before its weight: mean over the responses whose rows it scores.",
+    ),
+    "train_rollouts/reward_timeouts": Metric(
+        "GRPO, with trainer.grpo.on_reward_timeout",
+        "share",
+        "Responses that a reward did not score in time. Not 0: mend the reward, or raise trainer.grpo.reward_timeout.",
+    ),
+    "train_rollouts/dropped_groups": Metric(
+        "GRPO, with trainer.grpo.on_reward_timeout=drop",
+        "share",
+        "Prompts that are not trained on, because a reward did not score one of their responses in time.",
+    ),
     "train_rollouts/response_length": Metric(
         "GRPO",
         "tokens",
@@ -158,6 +173,7 @@ METRICS = {
         "SFT", "nats a token", "Mean over the learnt tokens of data.validation_path; not taken at step 0."
     ),
     "val_rollouts/reward": Metric("GRPO", "reward", "Mean over greedy answers to data.validation_path."),
+    "val_rollouts/reward/*": Metric("GRPO, with trainer.grpo.rewards", "reward", "Of each reward, in the same way."),
     "val/afgb": Metric(
         "LFTF", "probability", "AFGB: mean distance of P(he) from P(she) on prompts of the dev professions; 0 is fair."
     ),
@@ -187,5 +203,6 @@ METRICS = {
 
 
 def unknown_metrics(names: Iterable[str]) -> list[str]:
-    """Names that the table lacks."""
-    return sorted(set(names) - METRICS.keys())
+    """Names that the table lacks; a * in it stands for a name of the user's."""
+    named = [name.removesuffix("*") for name in METRICS if name.endswith("/*")]
+    return sorted(n for n in set(names) - METRICS.keys() if not n.startswith(tuple(named)))

@@ -103,14 +103,14 @@ CASES: dict[str, Case] = {
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
-            (SUM, "copy"): 10,  # of a step four, of a validation, of which there is one before the first, one
+            (SUM, "copy"): 12,  # of a step five, of a validation, of which there is one before the first, one
             (REJECTED, "copy"): 2,
             (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
             (SHOWN, "copy"): 1,  # at the first step
             (RECORDED, "copy"): 4,
             (SCORES, "copy"): 2,  # of the one stream of each step
-            (f"{REWARDS}._rollout_metrics", "value"): 4,
-            (f"{REWARDS}.run_validation", "value"): 2,
+            (f"{REWARDS}._rollout_metrics", "value"): 2,
+            (f"{REWARDS}._reward_means", "copy"): 4,
         },
     ),
     "train_lftf": Case(

@@ -1,7 +1,13 @@
 """Rewards of a user's own, by dotted path."""
 
+import asyncio
+import os
+import signal
+import sys
 import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 
 def plain(responses, rows):
@@ -37,3 +43,87 @@ def gives_nan(responses, rows):
 
 def hangs(responses, rows):
     threading.Event().wait()
+
+
+# Those that go wrong where a response says so.
+
+
+def slow(responses, rows):
+    """Its length, or never anything where it says "hang"."""
+    while "hang" in responses:
+        time.sleep(0.01)
+    return plain(responses, rows)
+
+
+def stubborn(responses, rows):
+    """Not even SIGTERM ends it."""
+    if "hang" in responses:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    return slow(responses, rows)
+
+
+def mortal(responses, rows):
+    if "die" in responses:
+        os._exit(7)
+    if "kill" in responses:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "exit" in responses:
+        sys.exit("enough")
+    return plain(responses, rows)
+
+
+def own_process(responses, rows):
+    return [os.getpid()] * len(responses)
+
+
+async def awaited(responses, rows):
+    """As `slow`, and all that are asked at once have to meet."""
+    global together
+    together += 1
+    for _ in range(3):
+        await asyncio.sleep(0)
+    met = together
+    while "hang" in responses:
+        await asyncio.sleep(0.01)
+    while "block" in responses:
+        time.sleep(0.01)
+    return [met] * len(responses)
+
+
+together = 0
+
+
+class Awaited:
+    async def __call__(self, responses, rows):
+        return [2.0 if row.get("answer") == text else 1 for text, row in zip(responses, rows, strict=True)]
+
+
+def wrong_count(responses, rows):
+    return [1.0]
+
+
+def says_and_hangs(responses, rows):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+@dataclass
+class Gate:
+    """Its length; where it says "wait", or behind so many calls, says so in `folder`/asked, and waits for `folder`/open."""
+
+    folder: str
+    calls: int = 1000
+
+    def __call__(self, responses, rows):
+        self.calls -= 1
+        if "wait" in responses or self.calls < 0:
+            Path(self.folder, "asked").touch()
+            while not Path(self.folder, "open").exists():
+                time.sleep(0.01)
+        return plain(responses, rows)
+
+
+def hangs_on_row(responses, rows):
+    while rows[0].get("hang"):
+        time.sleep(0.01)
+    return [len(r) / 10 for r in responses]

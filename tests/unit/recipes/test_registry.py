@@ -34,7 +34,7 @@ def test_an_entry_is_true_of_its_script_and_class(name):
     assert recipe.default in NAMES
     trainer = compose(recipe.default, may_be_unset=True)["trainer"]
     assert (set(trainer) & {r.section for r in RECIPES.values()}) == {recipe.section} - {None}
-    assert recipe.asks_reward == ("reward_for(" in script(name))
+    assert recipe.asks_reward == ("rewards_for(" in script(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -183,7 +183,7 @@ def test_a_reward_reads_the_space_that_the_policy_sampled(sentencepiece, tmp_pat
         for row, group in zip([p.row for p in prompts], texts, strict=True)
     ]
     found = [[Trajectory.of_response(r, [0.0] * len(r), "stop") for r in group] for group in responses]
-    assert response_texts(sentencepiece, prompts, found) == sum(texts, [])
+    assert response_texts(sentencepiece, prompts, found) == texts
     assert [sentencepiece.decode(r) for group in responses for r in group] == ["3", "n't", "is", "3)"]
 
 

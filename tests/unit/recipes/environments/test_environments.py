@@ -12,7 +12,8 @@ from recipes.environments.calculator import Calculator, calculate
 from recipes.environments.environment import End, Environment, Observation, Talk, ToolCall, Turn
 from recipes.environments.guess_number import GuessNumber
 from recipes.environments.registry import get_environment
-from recipes.rewards.registry import reward_for
+from recipes.rewards.settings import RewardSection
+from recipes.rewards.several import rewards_for
 
 
 class Mine(Environment):
@@ -122,9 +123,15 @@ def test_names_paths_and_options():
 
 def test_one_of_both_gives_rewards():
     game, tool = get_environment("guess_number"), get_environment("calculator")
-    assert reward_for(None, game) is None and reward_for("exact_answer", tool).name == "exact_answer"
+    assert (
+        not rewards_for(None, {}, game).parts and rewards_for("exact_answer", {}, tool).parts[0].name == "exact_answer"
+    )
     with pytest.raises(ConfigError, match="gives rewards itself: set trainer.grpo.reward=null"):
-        reward_for("exact_answer", game)
+        rewards_for("exact_answer", {}, game)
+    with pytest.raises(
+        ConfigError, match=r"rewards=\{a\}, and .*guess_number gives rewards itself: set trainer.grpo.rewards=\{\}"
+    ):
+        rewards_for(None, {"a": RewardSection("exact_answer")}, game)
     for environment in (tool, None):
         with pytest.raises(ConfigError, match="trainer.grpo.reward is not set"):
-            reward_for(None, environment)
+            rewards_for(None, {}, environment)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from recipes.cli.config import ConfigError
 from recipes.data.rows import Prompt
 from recipes.rewards.exact_answer import ENOUGH_RESPONSES
-from recipes.rewards.registry import RewardError, check_rows, get_reward, score
+from recipes.rewards.registry import RewardError, get_reward, score
+from recipes.rewards.several import rewards_for
 
 
 def reward(response: str, answer, **options) -> float:
@@ -381,8 +382,8 @@ def test_a_row_needs_an_answer(row):
     assert "\n" not in str(caught.value)
     prompts = [Prompt((1,), {"answer": "7"}, 1), Prompt((1,), row, 3)]
     with pytest.raises(RewardError, match=r"data\.jsonl:3: no answer"):
-        check_rows(exact, prompts, "data.jsonl")
-    check_rows(exact, prompts[:1], "data.jsonl")
+        rewards_for("exact_answer", {}).check_rows(prompts, "data.jsonl")
+    rewards_for("exact_answer", {}).check_rows(prompts[:1], "data.jsonl")
 
 
 def test_a_marker_of_ones_own():

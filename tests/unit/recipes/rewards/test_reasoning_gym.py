@@ -7,7 +7,8 @@ import json
 import pytest
 
 from recipes.data.tokenizer import load_tokenizer
-from recipes.rewards.registry import RewardError, check_rows, get_reward, row_keys, score
+from recipes.rewards.registry import RewardError, get_reward, score
+from recipes.rewards.several import rewards_for
 from tests.data_cases import EOS, TEMPLATE, write_tokenizer
 from tests.recipe_runs import run
 
@@ -31,11 +32,11 @@ def test_rows_are_scored_by_the_tasks_verifier(tmp_path, rng, chat):
     assert done.code == 0, done.err
     reward = get_reward("reasoning_gym")
     train, test = (
-        load_prompts(tmp_path / f"sums/{name}.jsonl", chat, 4000, reward_keys=row_keys(reward))
+        load_prompts(tmp_path / f"sums/{name}.jsonl", chat, 4000, reward_keys=reward.row_keys)
         for name in ("train", "test")
     )
     assert (len(train), len(test)) == (30, 10) and not {p.tokens for p in train} & {p.tokens for p in test}
-    check_rows(reward, train, "train.jsonl")
+    rewards_for("reasoning_gym", {}).check_rows(train, "train.jsonl")
     rows, answers = [p.row for p in train], []
     for prompt in train:
         first, sign, second = prompt.row["messages"][1]["content"].removesuffix(" =").split()[-3:]
@@ -71,6 +72,6 @@ def test_what_is_no_task_is_refused(tmp_path, chat):
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"prompt": "the quick", "reasoning_gym": bad}) + "\n")
         reward = get_reward("reasoning_gym")
-        prompts = load_prompts(path, chat, 100, reward_keys=row_keys(reward))
+        prompts = load_prompts(path, chat, 100, reward_keys=reward.row_keys)
         with pytest.raises(RewardError, match=f"rows.jsonl:1: .*{message}"):
-            check_rows(reward, prompts, str(path))
+            rewards_for("reasoning_gym", {}).check_rows(prompts, str(path))

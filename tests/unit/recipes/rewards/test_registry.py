@@ -11,7 +11,8 @@ import torch
 import recipes.rewards.server  # noqa: F401  registers http
 from recipes.cli.config import ConfigError
 from recipes.data.rows import Prompt
-from recipes.rewards.registry import RewardError, check_rows, get_reward, register_reward, row_keys, score
+from recipes.rewards.registry import RewardError, get_reward, register_reward, score
+from recipes.rewards.several import rewards_for
 
 numbers = itertools.count()
 
@@ -47,15 +48,15 @@ def module(tmp_path, monkeypatch):
 
 
 def test_rows_that_a_reward_asks_nothing_of():
-    check_rows(get_reward({"name": "length", "target": 3}), [Prompt((1,), {"prompt": "x"}, 1)], "data.jsonl")
+    rewards_for({"name": "length", "target": 3}, {}).check_rows([Prompt((1,), {"prompt": "x"}, 1)], "data.jsonl")
 
 
 def test_a_reward_says_which_keys_it_reads(module):
     """The built-in ones do, and yours may; one that does not is handed the row whole."""
-    assert list(row_keys(get_reward("exact_answer"))) == ["answer"]
-    assert list(row_keys(get_reward({"name": "regex", "pattern": "x"}))) == []
-    assert list(row_keys(get_reward({"name": "length", "target": 3}))) == []
-    assert row_keys(get_reward({"name": "http", "url": "http://localhost:1"})) is None
+    assert list(get_reward("exact_answer").row_keys) == ["answer"]
+    assert list(get_reward({"name": "regex", "pattern": "x"}).row_keys) == []
+    assert list(get_reward({"name": "length", "target": 3}).row_keys) == []
+    assert get_reward({"name": "http", "url": "http://localhost:1"}).row_keys is None
     name = module(
         "def silent(responses, rows):\n    return [0.0] * len(rows)\n"
         "def says(responses, rows, alpha=1):\n    return [0.0] * len(rows)\n"
@@ -67,11 +68,11 @@ def test_a_reward_says_which_keys_it_reads(module):
         "    @property\n    def row_keys(self):\n        return [self.key]\n"
         "    def __call__(self, responses, rows):\n        return [0.0] * len(rows)\n"
     )
-    assert row_keys(get_reward(f"{name}.silent")) is None
-    assert row_keys(get_reward({"name": f"{name}.says", "alpha": 2})) == ["tests"]
-    assert row_keys(get_reward({"name": f"{name}.Keyword", "key": "must_say"})) == ["must_say"]
+    assert get_reward(f"{name}.silent").row_keys is None
+    assert get_reward({"name": f"{name}.says", "alpha": 2}).row_keys == ["tests"]
+    assert get_reward({"name": f"{name}.Keyword", "key": "must_say"}).row_keys == ["must_say"]
     with pytest.raises(ConfigError, match=r"wrong\.row_keys='tests' must be a list of keys"):
-        row_keys(get_reward(f"{name}.wrong"))
+        get_reward(f"{name}.wrong").row_keys  # noqa: B018
 
 
 def test_regex():
@@ -153,7 +154,8 @@ def test_bad_paths(module):
 def test_unknown_names_list_the_known_ones():
     message = refused("exact_anser")
     assert "did you mean exact_answer?" in message
-    assert "exact_answer, http, length, reasoning_gym, regex" in message and "package.module.function" in message
+    names = "choice, code, exact_answer, format, http, json_schema, judge, length, math, model, reasoning_gym, regex"
+    assert "package.module.function" in message and all(name in message for name in names.split(", "))
     assert "qqqq" in refused("qqqq")
 
 

@@ -24,11 +24,17 @@ def words() -> set[str]:
 def test_every_metric_of_the_table_is_written_somewhere():
     """By its whole name, or by the name that a loss, an engine or a timer knows."""
     known = words()
-    assert not [name for name in METRICS if name not in known and name.rpartition("/")[2] not in known]
+    names = [name.removesuffix("/*") for name in METRICS]
+    assert not [name for name in names if name not in known and name.rpartition("/")[2] not in known]
 
 
 def test_a_name_that_the_table_lacks_is_found():
     assert unknown_metrics(["train_optim/loss", "train_optim/lost", "timers/step"]) == ["train_optim/lost"]
+
+
+def test_names_of_the_users_are_known_below_theirs():
+    assert not unknown_metrics(["train_rollouts/reward/mine", "val_rollouts/reward/a-b"])
+    assert unknown_metrics(["train_rollouts/turns/mine", "reward/mine"]) == ["reward/mine", "train_rollouts/turns/mine"]
 
 
 def test_every_metric_has_a_writer_a_unit_and_a_meaning():
