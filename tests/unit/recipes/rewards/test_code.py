@@ -1,0 +1,330 @@
+"""Programs that nobody trusts: what is right is found, what misbehaves is stopped and gets 0, and the trainer lives on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+import pytest
+
+from recipes.cli.config import ConfigError
+from recipes.rewards.registry import RewardError, get_reward, score
+from recipes.rewards.sandbox import SandboxError, SandboxLimits, bubblewrap, run_program
+from recipes.rewards.several import rewards_for
+from tests.unit.recipes.rewards.cases import prompts
+
+try:
+    bubblewrap()
+    WHY = ""
+except SandboxError as error:
+    WHY = str(error)
+sandboxed = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
+LIMITS = SandboxLimits(seconds=3, memory=300 << 20, disk=4 << 20, processes=8, output=10_000)
+MIB = 1 << 20
+
+
+def run(program: str, stdin: bytes = b"", limits: SandboxLimits = LIMITS):
+    return run_program([textwrap.dedent(program)], stdin, limits)
+
+
+def reward(**options):
+    return get_reward({"name": "code", "seconds": 3, "workers": 2, **options})
+
+
+# What is right
+
+
+@sandboxed
+def test_asserts():
+    right, wrong = "def f(x):\n    return 2 * x\n", "def f(x):\n    return x\n"
+    responses = [
+        right, f"So:\n```python\n{right}```\nThat is it.", f"```\n{wrong}```\n```py\n{right}```",
+        f"<think>```\n{wrong}```</think>\n{right}",
+        wrong, f"```python\n{right}```\n```python\n{wrong}```", "def f(x:", "", "no program at all",
+        f"import sys\nsys.exit(0)\n{right}", f"{right}\nimport os\nos._exit(0)", "raise SystemExit",
+    ]  # fmt: skip
+    values = score(reward(), responses, [{"tests": "assert f(2) == 4\nassert f(-1) == -2"}] * len(responses))
+    assert values == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+@sandboxed
+def test_inputs_and_outputs():
+    program = "import sys\nnumbers = [int(x) for x in sys.stdin.read().split()]\nprint(sum(numbers))\nsys.exit()\n"
+    tests = [{"input": "1 2\n3", "output": "6\n"}, {"input": "", "output": "0"}, {"input": "-4 1", "output": "-3"}]
+    off = tests[:2] + [{"input": "1", "output": "2"}]
+    rows = [{"tests": tests}, {"tests": off}, {"tests": tests}]
+    assert score(reward(), [program, program, program + "x"], rows) == [1, 0, 1]  # what follows an exit is not run
+    assert score(reward(partial=True), [program, program], rows[:2]) == [1, pytest.approx(2 / 3)]
+    assert run("if __name__ == '__main__':\n    print('é', end='')").output == "é".encode()
+
+
+@sandboxed
+def test_the_standard_library_and_what_there_is_of_a_machine():
+    done = run(
+        """
+        import collections, dataclasses, decimal, json, math, os, random, re, sqlite3, subprocess, tempfile
+        with tempfile.TemporaryFile() as file:
+            file.write(b"x" * 1000)
+        print(os.getcwd(), os.getuid() != 0, subprocess.run(["echo", "hi"], capture_output=True).stdout)
+        """
+    )
+    assert (done.output, done.code) == (b"/tmp True b'hi\\n'\n", 0)
+
+
+# What misbehaves
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True:\n    pass",
+        "import time\ntime.sleep(100)",
+        "import os\nos.close(1); os.close(2)\nimport time\ntime.sleep(100)",
+    ],
+)
+def test_loops_are_stopped(program):
+    assert run(program, limits=SandboxLimits(seconds=1)).killed == "seconds"
+
+
+@sandboxed
+def test_a_fork_bomb_is_bounded_and_nothing_of_it_is_left():
+    before = {p.pid for p in psutil.process_iter()}
+    done = run(
+        """
+        import os, time
+        made = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    time.sleep(100)
+                made += 1
+        except BlockingIOError:
+            print(made)
+        """
+    )
+    assert 1 <= int(done.output) < LIMITS.processes
+    run(
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+        limits=SandboxLimits(seconds=1, processes=8),
+    )
+    left = [p for p in psutil.process_iter() if p.pid not in before and "bwrap" in p.name()]
+    assert not [p for p in psutil.wait_procs(left, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@sandboxed
+def test_memory():
+    assert run(f"x = bytearray({400 * MIB})").code == 1
+    many = run(
+        f"""
+        import os, time
+        for _ in range(4):
+            if os.fork() == 0:
+                x = bytearray({120 * MIB})
+                x[::4096] = b"1" * len(x[::4096])
+                time.sleep(100)
+        time.sleep(100)
+        """
+    )
+    assert many.killed == "memory"
+
+
+@sandboxed
+@pytest.mark.parametrize("place", ["/tmp/x", "/dev/shm/x", "/x", "/usr/x", "/proc/x", "/var/tmp/x", "/dev/x"])
+def test_disk(place):
+    done = run(
+        f"""
+        written = 0
+        try:
+            for i in range(8):
+                with open("{place}" + str(i), "wb") as file:
+                    for _ in range(16):
+                        written += file.write(bytes(1 << 16))
+        except OSError:
+            print(written)
+        """
+    )
+    assert 0 < int(done.output) <= LIMITS.disk if place.startswith("/tmp") else int(done.output) == 0
+
+
+@sandboxed
+def test_endless_output():
+    assert run("while True:\n    print('x' * 100)").killed == "output"
+    assert run("import sys\nwhile True:\n    sys.stderr.write('x' * 100)").killed == "output"
+
+
+@sandboxed
+def test_no_network_and_no_way_to_the_machines_own_sockets():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = run(
+            f"""
+            import socket
+            for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET, ("192.0.2.1", 80))):
+                try:
+                    socket.create_connection(address, timeout=1)
+                except OSError as error:
+                    print(type(error).__name__)
+            """
+        )
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert done.output.split() == [b"ConnectionRefusedError", b"OSError"]
+
+
+@sandboxed
+def test_no_file_of_the_machine_is_read_and_no_process_seen(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("42")
+    secret.chmod(0o644)
+    done = run(
+        f"""
+        import os
+        for path in ({str(secret)!r}, "/etc/passwd", "/root/.bashrc", "/home", {__file__!r}):
+            print(os.path.exists(path), end=" ")
+        print(max(int(p) for p in os.listdir("/proc") if p.isdigit()) < 20, os.environ.get("PATH"), os.listdir("/tmp"))
+        """
+    )
+    assert done.output == b"False False False False False True /usr/bin:/bin []\n"
+    row = {"tests": [{"input": "", "output": "42"}]}
+    assert score(reward(), [f"print(open({str(secret)!r}).read())"], [row]) == [0]
+
+
+@sandboxed
+def test_no_privilege_is_won():
+    done = run(
+        """
+        import ctypes, os, resource
+        libc = ctypes.CDLL(None, use_errno=True)
+        print(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.setuid(0) if os.getuid() else -1)
+        try:
+            resource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))
+        except ValueError:
+            print("bound")
+        """
+    )
+    assert done.output == b"-1 -1\nbound\n"
+
+
+@sandboxed
+def test_those_beside_a_bad_one_are_scored():
+    right = "print(1)"
+    responses = [right, "while True: pass", right, "import os\nos.kill(0, 9)", right, "while True: print(1)"]
+    values = score(
+        reward(seconds=1, output=1000), responses, [{"tests": [{"input": "", "output": "1"}]}] * len(responses)
+    )
+    assert values == [1, 0, 1, 0, 1, 0]
+
+
+# Rows, settings, and where there is no sandbox
+
+
+@sandboxed
+def test_rows():
+    rewards = rewards_for("code", {})
+    rewards.check_rows(prompts({"tests": "assert True"}, {"tests": [{"input": "", "output": ""}]}), "rows.jsonl")
+    for tests in (None, "", [], [{"input": "x"}], [{"input": 1, "output": "1"}], {"input": "", "output": ""}):
+        with pytest.raises(RewardError, match=r"rows\.jsonl:3: its tests are .*: write Python that raises"):
+            rewards.check_rows(prompts({"tests": tests}), "rows.jsonl")
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"seconds": 0}, "limits of a sandbox must be positive"),
+        ({"url": "x"}, "url=x"),
+    ],
+)
+def test_settings(options, message):
+    with pytest.raises(ConfigError, match=message):
+        get_reward({"name": "code", **options})
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No bubblewrap on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bubblewrap.cache_clear()
+    yield tmp_path
+    bubblewrap.cache_clear()
+
+
+def test_without_a_sandbox_it_is_refused(nowhere):
+    with pytest.raises(ConfigError) as caught:
+        get_reward("code")
+    assert str(caught.value) == (
+        "trainer.grpo.reward=code runs programs in a sandbox alone, and bubblewrap is not installed (no bwrap on PATH; the "
+        "Debian package is bubblewrap): install it and let users make namespaces, or name a server as SandboxFusion's in "
+        "trainer.grpo.reward.url"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("exit 1", "has run nothing (exit code 1): without a word"), ("echo no >&2; exit 1", ": no")]
+)
+def test_a_bubblewrap_that_does_not_run_is_none(nowhere, text, words):
+    file = nowhere / "bwrap"
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    nowhere.chmod(0o755)
+    with pytest.raises(ConfigError) as caught:
+        get_reward("code")
+    assert words in str(caught.value) or "bubblewrap does not start" in str(caught.value)
+
+
+def test_a_server_in_its_place(nowhere):
+    """As SandboxFusion's documentation has requests and answers; its own server is not run here."""
+    seen = []
+
+    def finished(asked, output="", code=0, status="Finished"):
+        return {
+            "status": "Success" if code == 0 else "Failed",
+            "run_result": {"status": status, "return_code": code, "stdout": output},
+        }
+
+    def answer(asked):
+        code = asked["code"]
+        if "hang" in code:
+            return finished(asked, code=None, status="TimeLimitExceeded")
+        if "broken" in code:
+            return {"status": "SandboxError", "message": "out of workers"}
+        if "exit" in code:
+            return finished(asked)
+        return finished(asked, "7\n" if "print(7)" in code else code.rpartition("print('")[2].partition("'")[0])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            body = json.dumps(answer(seen[-1][1])).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = reward(url=f"http://127.0.0.1:{server.server_address[1]}/", workers=1)
+        rows = [
+            {"tests": [{"input": "a", "output": "7"}]},
+            {"tests": [{"input": "a", "output": "8"}]},
+            {"tests": "assert x"},
+        ]
+        assert score(found, ["print(7)", "print(7)", "x = 1"], rows) == [1, 0, 1]
+        assert score(found, ["hang", "exit"], [rows[0], rows[2]]) == [0, 0]
+        with pytest.raises(RewardError, match="has run nothing: out of workers"):
+            score(found, ["broken"], rows[:1])
+        server.shutdown()
+    path, first = seen[0]
+    assert path == "/run_code" and first == {
+        "language": "python", "code": "print(7)", "stdin": "a", "run_timeout": 3.0, "memory_limit_MB": 1024,
+    }  # fmt: skip
