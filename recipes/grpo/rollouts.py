@@ -13,6 +13,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.losses.overlong import overlong_penalty
 from megatron_ext.rollouts import Request, Source, Trajectory
 from megatron_ext.runtime.collectives import broadcast, gather_objects, gather_rows, together
+from megatron_ext.runtime.progress import PROGRESS
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
 from recipes.environments.registry import Named
@@ -192,7 +193,8 @@ class RolloutSampler:
         rewards = torch.empty(shape, dtype=torch.float64, device=self.session.device)
         with together(group):
             if group.rank() == 0:
-                scores = self.rewards.score(self._answers(requests, prompts, trajectories), prompts)
+                with PROGRESS.bounded():  # each call has its limit, and so has waiting for a server
+                    scores = self.rewards.score(self._answers(requests, prompts, trajectories), prompts)
                 values = torch.tensor(scores.table(), dtype=torch.float64).view(shape)
                 if self.environment is not None:
                     given = [[r.environment.reward(i) for i in range(samples)] for r in requests]

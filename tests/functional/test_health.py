@@ -55,19 +55,19 @@ def test_rows_that_sft_could_not_go_on_with_are_kept_as_they_were(task, tmp_path
     assert f"the gradient norm is {norm:.4g}, above" in done.error_lines[0]
 
 
-def test_a_reward_that_hangs_ends_the_run_and_is_named(task, tmp_path):
-    """Tensor-parallel ranks: one asks the reward, the other waits for it in a collective."""
+def test_an_environment_that_hangs_ends_the_run_and_is_named(task, tmp_path):
+    """Tensor-parallel ranks: one asks the environment, the other waits for it in a collective. (A reward has a limit.)"""
     done = task.grpo(
         tmp_path / "run", "model.tensor_model_parallel_size=2", "trainer.devices=2", "trainer.health.hang_seconds=4",
-        "trainer.grpo.reward=tests.programs.own_rewards.hangs",
+        "trainer.grpo.environment=tests.programs.hanging_environment.Hanging",
     )  # fmt: skip
     assert done.code != 0
     told = [line for line in done.err.splitlines() if "no rank has done anything for 4 s" in line]
     assert told and all(
-        "rank 0 in generate (own_rewards.py:" in line and "rank 1 in generate (" in line for line in told
+        "rank 0 in generate (hanging_environment.py:" in line and "rank 1 in generate (" in line for line in told
     )
     stacks = (tmp_path / "run/hang-rank-0.txt").read_text()
-    assert 'own_rewards.py", line ' in stacks and "in hangs" in stacks and "in run_step" in stacks
+    assert 'hanging_environment.py", line ' in stacks and "in step" in stacks and "in run_step" in stacks
     beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
     assert beat["step"] == 1 and beat["phase"] == "generate" and beat["seconds_since_progress"] > 2
 

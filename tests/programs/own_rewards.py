@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +38,6 @@ constant = 3
 
 def gives_nan(responses, rows):
     return [float("nan")] * len(responses)
-
-
-def hangs(responses, rows):
-    threading.Event().wait()
 
 
 # Those that go wrong where a response says so.
