@@ -1,8 +1,8 @@
 """A run that hangs says where, and ends: a thread on each rank sees whether any rank goes on.
 
-Where one rank hangs, in an environment or a disk, the others soon wait for it in a collective, for torch's 30 minutes. A rank that
-merely waits for a slower one must not end the run, so ranks tell each other how far they are, through the store by which they
-met: only where none of them has done anything for `trainer.health.hang_seconds` does the run end.
+Where one rank hangs, in an environment or a disk, the others soon wait for it in a collective, for torch's 30 minutes. A rank
+that merely waits for a slower one must not end the run, so ranks tell each other how far they are, through the store by which
+they met: only where none of them has done anything for `trainer.health.hang_seconds` does the run end.
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ def test_an_environment_that_hangs_ends_the_run_and_is_named(task, tmp_path):
     )  # fmt: skip
     assert done.code != 0
     told = [line for line in done.err.splitlines() if "no rank has done anything for 4 s" in line]
-    assert told and all(
-        "rank 0 in generate (hanging_environment.py:" in line and "rank 1 in generate (" in line for line in told
-    )
+    assert told and all("rank 0 in generate (observing.py:" in line and "rank 1 in generate (" in line for line in told)
     stacks = (tmp_path / "run/hang-rank-0.txt").read_text()
     assert 'hanging_environment.py", line ' in stacks and "in step" in stacks and "in run_step" in stacks
     beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
