@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.prompt_streams import text_logits
-from megatron_ext.rollouts import Request, Trajectory
+from megatron_ext.rollouts import Request, SamplingParams, Trajectory
 from megatron_ext.rollouts.vllm import Home, VllmSource
+from megatron_ext.rollouts.vllm.nccl import Broadcasters
 from megatron_ext.vllm_servers import VllmOptions
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
+from tests.conftest import fresh_generator
 from tests.gpt_cases import randomize
 from tests.harness import ROOT
 
 __all__ = [
-    "NEEDS_VLLM", "PYTHON", "QUICK", "WORDS", "canary_of", "home_of", "largest_difference", "make_model", "make_tokenizer",
-    "recorded", "source_of",
+    "BOUND", "NEEDS_VLLM", "PLANTED", "PYTHON", "QUICK", "WORDS", "Served", "canary_of", "engine_of", "home_of",
+    "largest_difference", "make_model", "make_tokenizer", "recorded", "source_of",
 ]  # fmt: skip
 
 MADE = ROOT / ".venv-vllm"
@@ -31,6 +36,7 @@ NEEDS_VLLM = pytest.mark.skipif(
     not (PYTHON.exists() if "VLLM_PYTHON" in os.environ else (MADE / "stamp").exists()),
     reason=f"no vLLM in {PYTHON}: `make vllm` installs it, or VLLM_PYTHON names an interpreter that has one",
 )
+BOUND = 1e-4  # in fp32; 3e-6 is seen
 # Without compilation a server is up in half of the time.
 QUICK = ("--enforce-eager", "--max-num-seqs", "32")
 WORDS = "a b c d e what is 1 2 3 4 5 + - = ? the answer".split()
@@ -72,10 +78,12 @@ def home_of(folder: Path, tokenizer: Tokenizer, rng: torch.Generator) -> Home:
 
 
 @contextlib.contextmanager
-def source_of(model: PrefixGroupedGPT, home: Home, **options) -> Iterator[VllmSource]:
+def source_of(
+    model: PrefixGroupedGPT, home: Home, broadcasters: Broadcasters | None = None, **options
+) -> Iterator[VllmSource]:
     """One that starts a server, unless it is told otherwise."""
     given = {"start": 1, "python": str(PYTHON), "arguments": QUICK, "patience": 500.0} | options
-    source = VllmSource(model, VllmOptions(**given), home)
+    source = VllmSource(model, VllmOptions(**given), home, broadcasters=broadcasters)
     try:
         yield source
     finally:
@@ -100,3 +108,72 @@ def largest_difference(
 def recorded(name: str) -> dict:
     """A real server's answer, see tests/programs/record_vllm.py."""
     return json.loads((ROOT / f"tests/fixtures/vllm_0.32/{name}.json").read_text())
+
+
+class Served:
+    """A model of random weights, and a source that has started a server for it.
+
+    Args:
+        options: of `source_of`, and `broadcasters`.
+        changes: to the model.
+
+    Attributes:
+        version: of the weights that the server has.
+    """
+
+    def __init__(
+        self, folder: Path, family: str, device: torch.device, options: dict[str, Any] | None = None, **changes
+    ):
+        self.rng, self.version = fresh_generator(), 0
+        self.tokenizer = make_tokenizer(folder / "tokenizer")
+        self.vocab_size = self.tokenizer.vocab_size
+        self.model = make_model(self.rng, device, family, self.vocab_size, **changes)
+        self.home = home_of(folder, self.tokenizer, self.rng)
+        self.opened = source_of(self.model, self.home, **({"weights_dir": str(folder)} if options is None else options))
+        self.source = self.opened.__enter__()
+
+    def update(self) -> None:
+        self.version += 1
+        self.source.update_weights(self.version)
+
+    def requests(self, samples: int, params: SamplingParams, lengths=(1, 5, 40, 130)) -> list[Request]:
+        prompts = [torch.randint(self.vocab_size, (n,), generator=self.rng).tolist() for n in lengths]
+        return Request.each(prompts, samples, params)
+
+    def check(self, samples: int = 4, lengths=(1, 5, 40, 130), **params) -> list:
+        """Sample, and compare with the trainer; gives what was sampled."""
+        given = {"max_new_tokens": 24, "stop_token_ids": (0, 3)} | params
+        requests = self.requests(samples, SamplingParams(**given), lengths)
+        found = self.source.sample(requests)
+        assert [len(group) for group in found] == [samples] * len(requests)
+        assert {t.passages[0].weight_version for group in found for t in group} == {self.version}
+        assert largest_difference(self.model, requests, found) < BOUND
+        return found
+
+
+def engine_of(served: Served) -> psutil.Process:
+    """The process of the server that answers HTTP; those that compute are its children."""
+    guard = psutil.Process(served.source.processes._guards[0].pid)
+    (server,) = guard.children()
+    return server
+
+
+def _swap_layers(new: dict, old: dict) -> dict:
+    other = {"0": "1", "1": "0"}
+    swap = lambda m: f"layers.{other.get(m[1], m[1])}."  # noqa: E731
+    return {re.sub(r"layers\.(\d+)\.", swap, name): tensor for name, tensor in new.items()}
+
+
+def _stale_shard(new: dict, old: dict) -> dict:
+    """The second of two tensor-parallel ranks has written the last step's rows of one projection."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    half = len(new[name]) // 2
+    return new | {name: torch.cat([new[name][:half], old[name][half:]])}
+
+
+# By name, what a wrong sync makes of the tensors that servers should get and had before.
+PLANTED = {
+    "two layers swapped": _swap_layers,
+    "one tensor-parallel shard stale": _stale_shard,
+    "the last step's weights": lambda new, old: old,
+}

@@ -7,7 +7,8 @@
 
 Needs PyTorch and megatron-core; no network, NeMo, Hydra or pip. Each section runs under a time limit in a process that a crash
 may take with it, and the file is written after everything that is found. Exit code 1 where a section failed, or none was ok.
-Leaves out several GPUs (tests/gpu and tests/distributed have them) and the recipes, which need NeMo.
+Leaves out the recipes, which need NeMo, and several GPUs (tests/gpu and tests/distributed have them), but for a vLLM on the
+second one, which weights are sent to.
 """
 
 from __future__ import annotations

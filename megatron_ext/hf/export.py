@@ -26,14 +26,14 @@ from megatron_ext.hf.files import (
     described,
     plan_files,
 )
-from megatron_ext.hf.mapping import EMBEDDING, OUTPUT, hf_shapes, placed_parameters
+from megatron_ext.hf.mapping import held_slices, hf_shapes
 from megatron_ext.hf.raw import read_json
 from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.collectives import together
 
-__all__ = ["MAX_SHARD_SIZE", "export_hf"]
+__all__ = ["MAX_SHARD_SIZE", "describe_hf", "export_hf"]
 
 MAX_SHARD_SIZE = 5_000_000_000
 
@@ -72,35 +72,35 @@ def export_hf(
     source, tokenizer = (None if path is None else Path(path) for path in (source, tokenizer))
     beside = unfinished(folder)
     dtype = dtype or config.dtype
-    shapes = hf_shapes(config)
-    if untied:
-        shapes |= {OUTPUT: shapes[EMBEDDING]}
-    slots, beginnings = plan_files(shapes, dtype, max_shard_size)
+    slots, beginnings = plan_files(hf_shapes(config, untied), dtype, max_shard_size)
     first = dist.get_rank() == 0
     with _writing(folder, beside if first else None):
         if first:
             check_target(folder)
-            texts = _describe(config, source, tokenizer, dtype)
-            if untied:
-                texts[CONFIG_FILE]["tie_word_embeddings"] = False
+            texts = _describe(config, source, tokenizer, dtype, untied)
             shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
             beside.mkdir(parents=True)
             create_files(beside, slots, beginnings)
     writer = TensorWriter(beside, slots, dtype)
     with _writing(folder, beside if first else None):
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            _write_stage(model, writer, untied and config.share_embeddings_and_output_weights)
+            for name, index, held in held_slices(model, untied):
+                writer.write(name, held, index)
         if error := writer.close():
             raise error
     with _writing(folder, beside if first else None):
         if first:
-            for name, text in texts.items():
-                (beside / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-            if source is not None:
-                copy_files(source, beside, companions(source, OTHER_FILES))
-            if (place := tokenizer or source) is not None:
-                copy_files(place, beside, companions(place, TOKENIZER_FILES))
+            _write_companions(beside, texts, source, tokenizer)
             give_name(beside, folder)
+
+
+def describe_hf(config: GPTModelConfig, folder: Path, tokenizer: Path, untied: bool = False) -> None:
+    """Write what `export_hf` writes beside the weights into a folder that is there; one rank calls it.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    _write_companions(folder, _describe(config, None, tokenizer, config.dtype, untied), None, tokenizer)
 
 
 @contextlib.contextmanager
@@ -119,18 +119,30 @@ def _writing(folder: Path, beside: Path | None) -> Iterator[None]:
 
 
 def _describe(
-    config: GPTModelConfig, source: Path | None, tokenizer: Path | None, dtype: torch.dtype
+    config: GPTModelConfig, source: Path | None, tokenizer: Path | None, dtype: torch.dtype, untied: bool
 ) -> dict[str, dict[str, Any]]:
     """The JSON files beside the weights that are not copied as they are."""
     name = str(dtype).removeprefix("torch.")
+    own = {"tie_word_embeddings": False} if untied else {}
     if source is None:
         special = _special_tokens(tokenizer) if tokenizer else {}
-        made = {CONFIG_FILE: make_hf_config(config, special) | {"dtype": name}}
+        made = {CONFIG_FILE: make_hf_config(config, special) | {"dtype": name} | own}
         return made | ({"generation_config.json": special} if special else {})
     if wrong := difference(config, read_hf_config(source)):
         raise UserError(f"{source} is not of this model's shape: {wrong}; name the folder that it was made from")
     raw = read_json(source / CONFIG_FILE)
-    return {CONFIG_FILE: raw | dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"} or {"dtype"}, name)}
+    return {CONFIG_FILE: raw | dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"} or {"dtype"}, name) | own}
+
+
+def _write_companions(
+    folder: Path, texts: dict[str, dict[str, Any]], source: Path | None, tokenizer: Path | None
+) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    if source is not None:
+        copy_files(source, folder, companions(source, OTHER_FILES))
+    if (place := tokenizer or source) is not None:
+        copy_files(place, folder, companions(place, TOKENIZER_FILES))
 
 
 def _special_tokens(folder: Path) -> dict[str, int]:
@@ -139,15 +151,3 @@ def _special_tokens(folder: Path) -> dict[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: token for name, token in ids.items() if token is not None}
-
-
-def _write_stage(model: PrefixGroupedGPT, writer: TensorWriter, unties: bool) -> None:
-    config, rank = model.model_config, model.pg_collection.tp.rank()
-    for name, parameter, entry, layer in placed_parameters(model):
-        assert entry is not None, name  # or `_describe` would have refused the model
-        if entry.copy or (entry.cut == "whole" and rank > 0):
-            continue
-        for hf_slice in entry.slices(layer, config, rank):
-            held = parameter.data.view(hf_slice.view)[hf_slice.place]
-            for written in (EMBEDDING, OUTPUT) if unties and hf_slice.name == EMBEDDING else (hf_slice.name,):
-                writer.write(written, held, hf_slice.index)

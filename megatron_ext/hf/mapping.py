@@ -17,7 +17,9 @@ from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.pieces import pieces_of
 
-__all__ = ["EMBEDDING", "OUTPUT", "Architecture", "Entry", "TensorSlice", "entries", "hf_shapes", "placed_parameters"]
+__all__ = [
+    "EMBEDDING", "OUTPUT", "Architecture", "Entry", "TensorSlice", "entries", "held_slices", "hf_shapes", "placed_parameters",
+]  # fmt: skip
 
 OURS, THEIRS = "decoder.layers.{}.", "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
@@ -184,8 +186,12 @@ def entries(config: GPTModelConfig) -> dict[str, Entry]:
     return {name: entry for entry in TABLE if entry.when(config) for name in entry.ours}
 
 
-def hf_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model, in the model's order."""
+def hf_shapes(config: Architecture, untied: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model, in the model's order.
+
+    Args:
+        untied: a model of tied embeddings has an output layer of its own.
+    """
     found: dict[str, tuple[int, ...]] = {}
     here = (entry for entry in TABLE if entry.when(config) and not entry.copy)
     for layered, some in itertools.groupby(here, lambda entry: entry.ours[0].startswith(OURS)):
@@ -193,7 +199,7 @@ def hf_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
         for layer in range(config.num_layers if layered else 1):
             for entry in alike:
                 found |= entry.tensors(layer, config)
-    return found
+    return found | ({OUTPUT: found[EMBEDDING]} if untied else {})
 
 
 def placed_parameters(model: PrefixGroupedGPT) -> Iterator[tuple[str, torch.nn.Parameter, Entry | None, int]]:
@@ -206,3 +212,24 @@ def placed_parameters(model: PrefixGroupedGPT) -> Iterator[tuple[str, torch.nn.P
             if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
                 layer, pattern = piece.decoder.layers[int(found[1])].layer_number - 1, OURS + found[2]
             yield name, parameter, known.get(pattern), layer
+
+
+def held_slices(model: PrefixGroupedGPT, untied: bool = False) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]:
+    """This rank's part of the Hugging Face model, in the order of its parameters: (tensor, index in it, what is there). Of a
+    data-parallel replica's parts each number comes once.
+
+    What is there may have its rows in equal groups, [groups, rows of a group, ...].
+
+    Args:
+        untied: see `hf_shapes`.
+    """
+    config, rank = model.model_config, model.pg_collection.tp.rank()
+    twice = untied and config.share_embeddings_and_output_weights
+    for name, parameter, entry, layer in placed_parameters(model):
+        assert entry is not None, name  # or `make_hf_config` would have refused the model
+        if entry.copy or (entry.cut == "whole" and rank > 0):
+            continue
+        for hf_slice in entry.slices(layer, config, rank):
+            held = parameter.data.view(hf_slice.view)[hf_slice.place]
+            for tensor in (EMBEDDING, OUTPUT) if twice and hf_slice.name == EMBEDDING else (hf_slice.name,):
+                yield tensor, hf_slice.index, held

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.hf.files import DTYPES, Slot, Stored
 
-__all__ = ["TensorWriter", "is_finite", "read_slice"]
+__all__ = ["TensorWriter", "is_finite", "not_finite", "read_slice"]
 
 # Larger ones leave the cache before they are checked, and ext4 spends ten times as long on a write of 4 MiB as on four.
 CHUNK_BYTES = 1 << 20
@@ -28,6 +28,13 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()  # NaN if any is
     return math.isfinite(low) and math.isfinite(high)
+
+
+def not_finite(name: str, dtype: torch.dtype) -> UserError:
+    """Why a tensor of a model is not given away."""
+    return UserError(
+        f"{name} holds a number that is not finite in {dtype}: the model is broken, or needs a type with a larger range"
+    )
 
 
 def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tensor) -> None:
@@ -121,10 +128,7 @@ class TensorWriter:
                 for chunk in group.split(step):
                     chunk = chunk.to("cpu", self.dtype or chunk.dtype).contiguous()
                     if not is_finite(chunk):
-                        self.error = UserError(
-                            f"{name} holds a number that is not finite in {chunk.dtype}: the model is broken, or needs a "
-                            "type with a larger range"
-                        )
+                        self.error = not_finite(name, chunk.dtype)
                         return
                     self._write_rows(slot, chunk, place, row, index[1].start if len(index) > 1 else 0)
                     place += len(chunk) * row

@@ -41,7 +41,7 @@ class Order:
     Attributes:
         model, dtype, max_length, key: see `ServerProcesses`.
         have_answered: see there.
-        start, python, cuda_devices, arguments, max_restarts: see `VllmOptions`.
+        start, python, cuda_devices, arguments, weights, max_restarts: see `VllmOptions`.
     """
 
     model: str
@@ -53,13 +53,14 @@ class Order:
     python: str
     cuda_devices: tuple[str, ...]
     arguments: tuple[str, ...]
+    weights: str
     max_restarts: int
 
     def options(self, host: str) -> VllmOptions:
         """Of the servers on one machine, listening on `host`."""
         return VllmOptions(
             start=self.start, python=self.python, host=host, cuda_devices=tuple(self.cuda_devices),
-            arguments=tuple(self.arguments), max_restarts=self.max_restarts,
+            arguments=tuple(self.arguments), weights=self.weights, max_restarts=self.max_restarts,
         )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ class ServersElsewhere:
         self._names = _machines(self._folder)
         self._order = Order(
             str(model), dtype, max_length, self.key, False, options.start, options.python, options.cuda_devices,
-            options.arguments, options.max_restarts,
+            options.arguments, options.weights, options.max_restarts,
         )  # fmt: skip
         self._write(self._order)
         try:

@@ -20,7 +20,7 @@ LOCAL = "127.0.0.1"
 # What the run says itself.
 OURS = (
     "--model", "--served-model-name", "--host", "--port", "--dtype", "--max-model-len", "--generation-config", "--logprobs-mode",
-    "--api-key", "--middleware", "--uds",
+    "--api-key", "--middleware", "--uds", "--weight-transfer-config", "--load-format",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class VllmOptions:
         arguments: further ones for each server that is started.
         rendezvous: folder in which the servers' machines wait for the run, see `megatron_ext.vllm_servers.elsewhere`; None:
             servers are started on the run's own.
+        weights: how new ones come to servers: "folder", which they read; "nccl", from rank 0's GPU to theirs.
         weights_dir: where new weights are left for the servers; None: `rendezvous`, or else the memory of this machine
             (/dev/shm).
         timeout: seconds for one call: the samples of one prompt.
@@ -53,6 +54,7 @@ class VllmOptions:
     cuda_devices: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     rendezvous: str | None = None
+    weights: str = "folder"
     weights_dir: str | None = None
     timeout: float = 1800.0
     patience: float = 600.0
@@ -91,10 +93,15 @@ class VllmOptions:
             (self.max_restarts < 0, f"max_restarts={self.max_restarts} must not be negative"),
             (self.in_flight not in ("keep", "abort"), f"in_flight must be keep or abort, got {self.in_flight!r}"),
             (self.tolerance is not None and self.tolerance <= 0, f"tolerance={self.tolerance} must be positive"),
+            (self.weights not in ("folder", "nccl"), f"weights must be folder or nccl, got {self.weights!r}"),
             (
-                bool(self.urls) and self.weights_dir is None and not self.is_local,
+                self.weights == "nccl" and self.weights_dir is not None,
+                f"weights_dir={self.weights_dir} is for weights=folder: weights=nccl leaves none in a folder; give one of both",
+            ),
+            (
+                self.weights == "folder" and bool(self.urls) and self.weights_dir is None and not self.is_local,
                 "urls are of other machines, which read new weights from a folder: name one that they and this run see in "
-                "weights_dir",
+                "weights_dir, or set weights=nccl",
             ),
         ]
         for broken, message in rules:

@@ -38,7 +38,8 @@ class ServerProcesses:
 
     Args:
         options: see there.
-        model: Hugging Face folder that they begin with; `newest` names a later one for those that are started again.
+        model: Hugging Face folder that they begin with, whose weights are not read where they get them by NCCL; `newest` names a
+            later one for those that are started again.
         dtype: "float32" and the like.
         max_length: tokens of prompt and response.
         logs: folder for what they say.
@@ -127,12 +128,17 @@ class ServerProcesses:
     def command(self, number: int) -> list[str]:
         """What starts a server; the key is not in it, which everybody on the machine can read."""
         options = self.options
+        # Without weights: they get the newest before they are asked for anything, and whoever forgets that hears noise.
+        takes = ["--load-format", "dummy", "--weight-transfer-config", '{"backend": "nccl"}'] * (
+            options.weights == "nccl"
+        )
         return [
             self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.newest),
             "--served-model-name", options.name, "--host", options.host, "--port", str(self._ports[number]),
             "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--generation-config", "vllm",
             "--logprobs-mode", "processed_logprobs", "--middleware", "megatron_ext_key.KeyOnEveryRoute",
-            "--enable-scale-out", "--scheduling-policy", "priority", "--uvicorn-log-level", "warning", *options.arguments,
+            "--enable-scale-out", "--scheduling-policy", "priority", "--uvicorn-log-level", "warning", *takes,
+            *options.arguments,
         ]  # fmt: skip
 
     def _environment(self, number: int) -> dict[str, str]:

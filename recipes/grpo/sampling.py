@@ -140,8 +140,12 @@ class RolloutSection:
     # Folder on a disk that all nodes share, in which launch/serve_vllm.py waits on machines of the servers' own; on Slurm
     # launch/submit.py --vllm-nodes sets it. null: servers are started beside rank 0.
     rendezvous: Speed[str | None] = None
-    # Folder in which new weights are left for the servers, which must see it too: on a disk that all nodes share. null:
-    # rendezvous, or else the memory of this machine, /dev/shm, which must hold two copies of the model.
+    # How new weights come to servers. folder: through weights_dir. nccl (not yet run): by NCCL from rank 0's GPU to the servers'
+    # own, without a disk that both see; the memory of rank 0's host must hold a copy of the model. Servers that run already
+    # need --weight-transfer-config '{"backend": "nccl"}'.
+    weights: Speed[str] = VllmOptions.weights
+    # For weights=folder: folder in which new weights are left for the servers, which must see it too: on a disk that all nodes
+    # share. null: rendezvous, or else the memory of this machine, /dev/shm, which must hold two copies of the model.
     weights_dir: Speed[str | None] = None
     # Seconds for one call, which samples all responses of a prompt.
     timeout: Speed[float] = VllmOptions.timeout
@@ -209,15 +213,20 @@ class RolloutSection:
             )
         if self.rendezvous is not None:
             return
+        if self.weights == "nccl" and self.start and not self.cuda_devices:
+            raise UserError(
+                "trainer.grpo.rollout.weights=nccl cannot send from a GPU to itself: name the servers' own in "
+                "trainer.grpo.rollout.cuda_devices"
+            )
         if nodes > 1 and self.start and self.host in ("127.0.0.1", "localhost", "::1"):
             raise UserError(
                 f"trainer.grpo.rollout.host={self.host} is reached from its own node alone, and trainer.num_nodes={nodes}: "
                 "name an interface of the nodes' network"
             )
-        if nodes > 1 and self.weights_dir is None:
+        if nodes > 1 and self.weights == "folder" and self.weights_dir is None:
             raise UserError(
                 f"trainer.grpo.rollout.weights_dir is not set, and trainer.num_nodes={nodes}: name a folder on a disk that all "
-                "nodes and servers see"
+                "nodes and servers see, or set weights=nccl"
             )
 
     def _of_servers(self) -> list[Field]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights
-from megatron_ext.models import build_gpt
+from megatron_ext.hf.gather import HostTensors, gather_hf
+from megatron_ext.hf.mapping import hf_shapes
+from megatron_ext.models import PrefixGroupedGPT, build_gpt
 from megatron_ext.models.prompt_streams import text_logits
 
 __all__ = ["import_and_export"]
@@ -15,9 +18,13 @@ __all__ = ["import_and_export"]
 
 def import_and_export(
     device: torch.device, layout: dict, cases: list[tuple[Path, Path]], texts: list[list[int]], largest: int
-) -> list[list[torch.Tensor]]:
-    """Read each folder, answer, and write it again. Returns logits [tokens, v] by case and text."""
-    answers = []
+) -> tuple[list[list[torch.Tensor]], list[list[dict[str, torch.Tensor]]]]:
+    """Read each folder, answer, write it again, and gather it.
+
+    Returns:
+        Logits [tokens, v] by case and text, and by case what rank 0 has gathered: untied, and in bf16 as it is.
+    """
+    answers, gathered = [], []
     for source, target in cases:
         model = build_gpt(hf_model_config(source, precision="32", **layout), device)
         with torch.no_grad():
@@ -26,4 +33,15 @@ def import_and_export(
         load_hf_weights(source, model)
         answers.append([text_logits(model, text).cpu() for text in texts])
         export_hf(model, target, source=source, max_shard_size=largest)
-    return answers
+        gathered.append([gather(model, torch.float32, True, largest), gather(model, torch.bfloat16, False, largest)])
+    return answers, gathered
+
+
+def gather(model: PrefixGroupedGPT, dtype: torch.dtype, untied: bool, chunk_bytes: int) -> dict[str, torch.Tensor]:
+    target = None
+    if dist.get_rank() == 0:
+        target = HostTensors(hf_shapes(model.model_config, untied), dtype, chunk_bytes)
+        for chunk in target.chunks:
+            chunk.fill_(float("nan"))  # what is not filled shows
+    gather_hf(model, target, dtype, untied)
+    return {} if target is None else target.tensors

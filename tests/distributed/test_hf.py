@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ext.hf.files import read_headers
+from megatron_ext.hf.mapping import EMBEDDING, OUTPUT
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
 from tests.distributed.hf_scenarios import import_and_export
@@ -50,16 +52,18 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def converted(request, models, tmp_path_factory):
-    """(answers by case, exported folder by case)."""
+    """(answers by case, exported folder by case, what was gathered by case)."""
     folders, texts, _ = models
     sizes, ranks, layout = LAYOUTS[request.param]
     root = tmp_path_factory.mktemp("exported")
     targets = {name: root / folder.name for name, folder in folders.items()}
     cases = list(zip(folders.values(), targets.values(), strict=True))
     results = run_ranks(import_and_export, ranks, layout, cases, texts, 30_000, sizes=sizes)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for x, y in zip(results[0], other, strict=True) for a, b in zip(x, y, strict=True))
-    return dict(zip(folders, results[0], strict=True)), targets
+    answers, gathered = results[0]
+    for others, nothing in results[1:]:
+        assert all(torch.equal(a, b) for x, y in zip(answers, others, strict=True) for a, b in zip(x, y, strict=True))
+        assert nothing == [[{}, {}]] * len(cases)
+    return dict(zip(folders, answers, strict=True)), targets, dict(zip(folders, gathered, strict=True))
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
@@ -69,7 +73,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_logits_are_those_of_transformers(models, converted, name):
     folders, texts, expected = models
-    answers, _ = converted
+    answers = converted[0]
     for ours, theirs in zip(answers[name], expected[name], strict=True):
         assert ours.shape == theirs.shape
         assert theirs.abs().max() > 1
@@ -89,3 +93,18 @@ def test_every_tensor_comes_back_bitwise(models, converted, name):
     assert config[0] == config[1]
     for ours, theirs in zip(hf_logits(converted[1][name], texts), expected[name], strict=True):
         assert (ours - theirs).abs().max() <= 1e-5  # where a file is mapped to may change a product's order
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_what_is_gathered_is_what_is_written(converted, name):
+    """Names in their order, shapes, types and bits."""
+    _, targets, gathered = converted
+    written, order = tensors(targets[name]), list(read_headers(targets[name]))
+    untied, halved = gathered[name]
+    assert list(halved) == order
+    assert list(untied) == list(dict.fromkeys([*order, OUTPUT]))
+    for key, tensor in untied.items():
+        expected = written[key if key in written else EMBEDDING]
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected), key
+    for key, tensor in halved.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, written[key].bfloat16()), key

@@ -12,6 +12,8 @@ from tools.gpu.sections import SECTIONS
 
 pytestmark = pytest.mark.functional
 
+SKIPPED = dict.fromkeys(("te", "transfer"), "skipped")
+
 
 def test_every_section_runs_on_the_cpu(tmp_path):
     path = tmp_path / "found.json"
@@ -19,10 +21,10 @@ def test_every_section_runs_on_the_cpu(tmp_path):
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     result = json.loads(path.read_text())
     check_result(result)
-    assert {s["name"]: s["status"] for s in result["sections"]} == dict.fromkeys(SECTIONS, "ok") | {"te": "skipped"}
+    assert {s["name"]: s["status"] for s in result["sections"]} == dict.fromkeys(SECTIONS, "ok") | SKIPPED
     assert result["machine"]["settings"] == {"device": "cpu", "seed": 1} and result["machine"]["versions"]["torch"]
     sections = {s["name"]: s for s in result["sections"]}
-    for name in SECTIONS.keys() - {"te"}:
+    for name in SECTIONS.keys() - SKIPPED.keys():
         assert sections[name]["numbers"], name
         assert f"## {name}: ok" in done.out
     for name in ("kernels", "model", "memory", "levers", "attention", "demo"):

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import psutil
@@ -18,53 +17,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.models.prompt_streams import text_logits
-from megatron_ext.rollouts import FinishReason, Request, SamplingParams
+from megatron_ext.rollouts import FinishReason, SamplingParams
 from megatron_ext.rollouts.vllm import VllmError, source
 from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.vllm_servers import KEY_VARIABLE, ServerProcesses
 from tests.conftest import fresh_generator
 from tests.gpt_cases import randomize
 from tests.sampling import Reckoning
-from tests.vllm_cases import NEEDS_VLLM, home_of, largest_difference, make_model, make_tokenizer, source_of
+from tests.vllm_cases import (
+    BOUND,
+    NEEDS_VLLM,
+    PLANTED,
+    Served,
+    engine_of,
+    home_of,
+    largest_difference,
+    make_model,
+    make_tokenizer,
+    source_of,
+)
 
 pytestmark = [pytest.mark.functional, pytest.mark.vllm, NEEDS_VLLM]
-
-BOUND = 1e-4  # in fp32; 3e-6 is seen
-
-
-class Served:
-    """A model of random weights, and a source that has started a server for it.
-
-    Attributes:
-        version: of the weights that the server has.
-    """
-
-    def __init__(self, folder: Path, family: str, device: torch.device, **changes):
-        self.rng, self.version = fresh_generator(), 0
-        self.tokenizer = make_tokenizer(folder / "tokenizer")
-        self.vocab_size = self.tokenizer.vocab_size
-        self.model = make_model(self.rng, device, family, self.vocab_size, **changes)
-        self.home = home_of(folder, self.tokenizer, self.rng)
-        self.opened = source_of(self.model, self.home, weights_dir=str(folder))
-        self.source = self.opened.__enter__()
-
-    def update(self) -> None:
-        self.version += 1
-        self.source.update_weights(self.version)
-
-    def requests(self, samples: int, params: SamplingParams, lengths=(1, 5, 40, 130)) -> list[Request]:
-        prompts = [torch.randint(self.vocab_size, (n,), generator=self.rng).tolist() for n in lengths]
-        return Request.each(prompts, samples, params)
-
-    def check(self, samples: int = 4, lengths=(1, 5, 40, 130), **params) -> list:
-        """Sample, and compare with the trainer; gives what was sampled."""
-        given = {"max_new_tokens": 24, "stop_token_ids": (0, 3)} | params
-        requests = self.requests(samples, SamplingParams(**given), lengths)
-        found = self.source.sample(requests)
-        assert [len(group) for group in found] == [samples] * len(requests)
-        assert {t.passages[0].weight_version for group in found for t in group} == {self.version}
-        assert largest_difference(self.model, requests, found) < BOUND
-        return found
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3 untied"])
@@ -145,26 +118,6 @@ def _is_played(environment: Reckoning, sample: int, passages) -> bool:
     return all(list(passages[i].tokens) == environment.answer(sample, passages[:i]) for i in range(1, len(passages), 2))
 
 
-def _swap_layers(new: dict, old: dict) -> dict:
-    other = {"0": "1", "1": "0"}
-    swap = lambda m: f"layers.{other.get(m[1], m[1])}."  # noqa: E731
-    return {re.sub(r"layers\.(\d+)\.", swap, name): tensor for name, tensor in new.items()}
-
-
-def _stale_shard(new: dict, old: dict) -> dict:
-    """The second of two tensor-parallel ranks has written the last step's rows of one projection."""
-    name = "model.layers.1.self_attn.q_proj.weight"
-    half = len(new[name]) // 2
-    return new | {name: torch.cat([new[name][:half], old[name][half:]])}
-
-
-PLANTED = {
-    "two layers swapped": _swap_layers,
-    "one tensor-parallel shard stale": _stale_shard,
-    "the last step's weights": lambda new, old: old,
-}
-
-
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_a_wrong_sync_stops_the_run(served, mistake: str, monkeypatch):
     """A training step at a learning rate of 1e-3 lies between the old weights and the new."""
@@ -191,16 +144,9 @@ def test_a_wrong_sync_stops_the_run(served, mistake: str, monkeypatch):
     served.check()
 
 
-def _engine_of(served: Served) -> psutil.Process:
-    """The process of the server that answers HTTP; those that compute are its children."""
-    guard = psutil.Process(served.source.processes._guards[0].pid)
-    (server,) = guard.children()
-    return server
-
-
 @pytest.mark.parametrize("served", ["llama"], indirect=True)
 def test_a_server_that_is_killed_in_the_middle_of_a_step(served):
-    server = _engine_of(served)
+    server = engine_of(served)
     requests = served.requests(8, SamplingParams(max_new_tokens=120, ignore_eos=True), range(20, 60))
     killed = threading.Timer(1.0, lambda: os.kill(server.pid, signal.SIGKILL))
     killed.start()

@@ -6,7 +6,8 @@ from tools.gpu.runner import Plan
 
 __all__ = ["SECTIONS"]
 
-# Seconds are limits, for one H100; all together they leave a minute of ten for starting processes anew.
+# Seconds are limits, for one H100; all together they leave a minute of ten for starting processes anew, but for the last, which
+# waits for a vLLM to start where there are two GPUs and one.
 SECTIONS = {
     plan.name: plan
     for plan in (
@@ -19,5 +20,6 @@ SECTIONS = {
         Plan("steps", "tools.gpu.steps", 55),
         Plan("demo", "tools.gpu.demo", 50),
         Plan("te", "tools.gpu.te", 30),
+        Plan("transfer", "tools.gpu.transfer", 240),
     )
 }

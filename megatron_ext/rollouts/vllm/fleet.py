@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from megatron_ext.hf.gather import HostTensors
 from megatron_ext.rollouts.requests import Request
 from megatron_ext.rollouts.trajectories import Trajectory
 from megatron_ext.rollouts.vllm.canary import Canary
@@ -32,6 +33,7 @@ from megatron_ext.rollouts.vllm.protocol import (
     in_order,
     read_completion,
 )
+from megatron_ext.rollouts.vllm.sender import NEEDED, Sender
 from megatron_ext.vllm_servers import VllmOptions
 
 __all__ = ["Fleet", "Weights"]
@@ -47,14 +49,16 @@ SHORT_PATIENCE = 5.0  # seconds, for one server while others answer
 class Weights:
     """
     Attributes:
-        folder: of a Hugging Face model, which every server can read.
+        folder: of a Hugging Face model, which every server that is started can read; of weights=nccl without its weights.
         version: how many updates they have had.
         canary: what they say of a text.
+        tensors: of weights=nccl, on rank 0.
     """
 
     folder: Path
     version: int
     canary: Canary
+    tensors: HostTensors | None = None
 
 
 class Fleet:
@@ -65,12 +69,14 @@ class Fleet:
         key: for them.
         probe: what they must agree about.
         hopeless: why none of them will answer any more; None: they may.
+        sender: of weights=nccl, on rank 0, which alone gives weights then.
 
     Attributes:
         names: by URL, what the server calls its model.
         tags: by URL, of the weights that it was given last.
         down: servers that are not asked now.
         run: what all tags of this run have in them.
+        giving: held while weights are given, and by who changes them meanwhile.
     """
 
     def __init__(
@@ -80,14 +86,16 @@ class Fleet:
         key: str,
         probe: Probe,
         hopeless: Callable[[], str | None] = lambda: None,
+        sender: Sender | None = None,
     ):
         self.options, self.urls, self.key, self.probe, self.hopeless = options, list(urls), key, probe, hopeless
+        self.sender = sender
         self.names: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.down: set[str] = set()
         self.run = secrets.token_hex(8)
         self._newest: Weights | None = None
-        self._lock = threading.Lock()  # for giving weights
+        self.giving = threading.RLock()
         self._served: set[str] = set()  # by whom weights have been taken before
 
     def introduce(self) -> None:
@@ -108,7 +116,7 @@ class Fleet:
             VllmError: none has them.
             WrongWeightsError: the canary died.
         """
-        with self._lock:
+        with self.giving:
             self._newest = weights
             asyncio.run(self._update(weights, in_flight))
 
@@ -119,7 +127,7 @@ class Fleet:
             VllmError: one cannot take them.
             WrongWeightsError: the canary died.
         """
-        with self._lock:
+        with self.giving:
             asyncio.run(self._mend(self._newest))
 
     def version_of(self, tag: str) -> int | None:
@@ -186,7 +194,7 @@ class Fleet:
         computed anew by the new weights: vLLM 0.32 puts them back in the queue."""
         try:
             await server.post(f"/pause?mode={in_flight}")
-            await self._reload(server, weights.folder)
+            await self._take(server, weights)
             cleared = await server.post("/reset_prefix_cache")
             if not cleared["success"]:
                 raise GivenUpError(f"{server.url} did not clear its prefix cache")
@@ -201,32 +209,51 @@ class Fleet:
                 check.cancel()
         except BrokenError as error:
             if await server.is_healthy():
-                raise VllmError(f"{server.url} cannot take the weights in {weights.folder}: {error}") from error
+                raise VllmError(
+                    f"{server.url} cannot take the weights of {weights.version} updates: {error}"
+                ) from error
             raise
         self._served.add(server.url)
         self.tags[server.url] = tag
 
-    async def _reload(self, server: Connection, folder: Path) -> None:
+    async def _take(self, server: Connection, weights: Weights) -> None:
         """vLLM 0.32 ends where it cannot load a folder. If it never took weights of this run, it never will."""
         try:
-            await server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            if self.sender is not None:
+                label = str((await server.get("/weight_info"))["weight_version"])
+                await self.sender.send(server, weights.tensors, label, self.tags.get(server.url))
+            else:
+                body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+                await server.post("/collective_rpc", body)
         except GivenUpError as error:
             if server.url in self._served:
                 raise
+            needed = f"can it read {weights.folder}" if self.sender is None else NEEDED
             raise VllmError(
-                f"{server.url} has failed to load the weights in {folder}: can it read that folder, and does it serve this run's "
-                f"model? Its log says more ({error})"
+                f"{server.url} has failed to load the weights: {needed}, and does it serve this run's model? Its log says more "
+                f"({error})"
             ) from error
+
+    async def _renew(self, server: Connection, weights: Weights) -> None:
+        """For a server that has lost its weights. Where rank 0 alone has them, its `Keeper` gives them meanwhile."""
+        if self.options.weights == "folder":
+            await self._give(server, weights)
+            return
+        tag = await self._tag(server)
+        if tag is None or self.version_of(tag) != weights.version:
+            raise GivenUpError(f"{server.url} has not got the newest weights again yet")
+        self.tags[server.url] = tag
 
     async def _complete(self, requests: list[Request], weights: Weights) -> list[list[Trajectory]]:
         calls = list(as_calls(requests))
         found: dict[int, list[Trajectory]] = {}
         for _ in range(ROUNDS):
             todo = [i for i in range(len(calls)) if i not in found]
+            tags = dict(self.tags)  # a `Keeper` may give others meanwhile
             async with opened(self.key, self.options.timeout) as http:
                 answers = await asyncio.gather(*(self._conversations(http, calls[i], weights) for i in todo))
                 used = sorted(set().union(*(urls for urls, _ in answers)))
-                kept = await asyncio.gather(*(self._still_has(Connection(http, url), weights) for url in used))
+                kept = await asyncio.gather(*(self._still_has(Connection(http, url), weights, tags) for url in used))
             trusted = {url for url, is_kept in zip(used, kept, strict=True) if is_kept}
             found |= {i: samples for i, (urls, samples) in zip(todo, answers, strict=True) if urls <= trusted}
             if len(found) == len(calls):
@@ -238,7 +265,7 @@ class Fleet:
             lost = [url for url in used if url not in trusted and url not in self.tags]
             others = len(self.urls) > len(lost)
             await self._with_all(
-                self._give, lost, SHORT_PATIENCE if others else self.options.patience, not others, weights
+                self._renew, lost, SHORT_PATIENCE if others else self.options.patience, not others, weights
             )
         raise VllmError(f"servers lost their weights {ROUNDS} times while they sampled one step: see their logs")
 
@@ -272,10 +299,11 @@ class Fleet:
 
         return await with_patience(self.options.patience, attempt, self.hopeless)
 
-    async def _still_has(self, server: Connection, weights: Weights) -> bool:
-        """Whether a server has had the same weights all the time. If not, it needs them, unless a peer has given them to it."""
+    async def _still_has(self, server: Connection, weights: Weights, tags: dict[str, str]) -> bool:
+        """Whether a server has had the same weights since it had these tags. If not, it needs them, unless a peer has given them
+        to it."""
         tag = await self._tag(server)
-        if tag is not None and tag == self.tags.get(server.url):
+        if tag is not None and tag == tags.get(server.url):
             return True
         self.tags.pop(server.url, None)
         if tag and tag.startswith(f"{weights.version}."):

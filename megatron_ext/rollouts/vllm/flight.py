@@ -226,6 +226,11 @@ class Keeper:
         if self._error is not None:
             raise self._error
 
+    @property
+    def failure(self) -> str | None:
+        """What `check` raises, in words; None: nothing."""
+        return None if self._error is None else str(self._error)
+
     def close(self) -> None:
         self._closing.set()
         self._thread.join()

@@ -75,13 +75,15 @@ def logs(folder: Path, name: str) -> list[str]:
 
 def test_a_run_has_servers_started_on_every_machine(folder, machine):
     processes = [machine("a1"), machine("a2", "--addresses", "a1=10.0.0.1\na2=localhost")]
-    servers = ServersElsewhere(options(folder, program(folder, STAYS)), Path("/shared/v0"), "float32", 77)
+    given = options(folder, program(folder, STAYS), weights="nccl")
+    servers = ServersElsewhere(given, Path("/shared/v0"), "float32", 77)
     assert [url.rpartition(":")[0] for url in servers.urls] == ["http://127.0.0.1"] * 2 + ["http://localhost"] * 2
     assert len(set(servers.urls)) == 4
     wait_for(lambda: all(all(logs(folder, name)) for name in ("a1", "a2")))
     said = [*logs(folder, "a1"), *logs(folder, "a2")]
     for line, url in zip(said, servers.urls, strict=True):
         assert "--model /shared/v0 " in line and "--max-model-len 77 " in line and "--dtype float32 " in line
+        assert '--load-format dummy --weight-transfer-config {"backend": "nccl"} ' in line
         assert f"--port {url.rpartition(':')[2]} " in line and line.endswith(f" {servers.key}\n")
     servers.newest, servers.have_answered = Path("/shared/v3"), True
     time.sleep(1.5)  # until machines have looked again

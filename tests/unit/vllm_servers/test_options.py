@@ -29,9 +29,12 @@ URL = "http://127.0.0.1:8000"
         ({"start": 1, "max_restarts": -1}, "max_restarts"),
         ({"start": 1, "tolerance": 0.0}, "tolerance"),
         ({"start": 1, "in_flight": "wait"}, "must be keep or abort, got 'wait'"),
-        ({"urls": (URL, "http://node7:8000")}, "weights_dir"),
+        ({"urls": (URL, "http://node7:8000")}, "weights_dir, or set weights=nccl"),
         ({"urls": (URL,), "rendezvous": "/shared/meet"}, "say in start how many on each"),
         ({"start": 1, "rendezvous": "/shared/meet", "host": "10.0.0.5"}, "leave host out"),
+        ({"start": 1, "weights": "gloo"}, "weights must be folder or nccl, got 'gloo'"),
+        ({"urls": (URL,), "weights": "nccl", "weights_dir": "/shared"}, "weights_dir=/shared is for weights=folder"),
+        ({"start": 1, "arguments": ("--weight-transfer-config", "{}")}, "--weight-transfer-config"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: dict, words: str):
@@ -49,3 +52,7 @@ def test_a_tolerance_that_is_said_is_taken():
     assert VllmOptions(start=1).tolerance_of("float32") == 1e-4
     assert VllmOptions(start=1, tolerance=0.3).tolerance_of("bfloat16") == 0.3
     assert TOLERANCES["float32"] < TOLERANCES["float16"] < TOLERANCES["bfloat16"]
+
+
+def test_servers_elsewhere_need_no_folder_where_weights_come_by_nccl():
+    assert VllmOptions(urls=("http://node7:8000",), weights="nccl").weights_dir is None

@@ -118,6 +118,10 @@ def test_every_key_of_servers_reaches_them():
         patience=2.0, max_restarts=7, tolerance=0.5, in_flight="abort",
     )  # fmt: skip
     assert build_grpo(*VLLM).trainer.grpo.rollout.options == VllmOptions(start=2)
+    sent = ["++trainer.grpo.rollout.weights=nccl", "++trainer.grpo.rollout.cuda_devices=['6','7']"]
+    far = ["trainer.num_nodes=2", "++trainer.grpo.rollout.host=10.0.0.1"]
+    options = build_grpo(*VLLM, *sent, *far).trainer.grpo.rollout.options
+    assert options == VllmOptions(start=2, weights="nccl", cuda_devices=("6", "7"), host="10.0.0.1")
 
 
 def test_what_our_own_sampler_holds_is_no_matter_where_servers_sample():
@@ -130,6 +134,7 @@ def test_what_our_own_sampler_holds_is_no_matter_where_servers_sample():
     [
         (["trainer.num_nodes=2"], "rollout.host=127.0.0.1 is reached from its own node alone, and trainer.num_nodes=2"),
         (["trainer.num_nodes=2", "++trainer.grpo.rollout.host=10.0.0.1"], "rollout.weights_dir is not set, and"),
+        (["++trainer.grpo.rollout.weights=nccl"], "name the servers' own in trainer.grpo.rollout.cuda_devices"),
         (["++trainer.grpo.rollout.urls=['http://127.0.0.1:1']"], "trainer.grpo.rollout: give either urls"),
     ],
 )
