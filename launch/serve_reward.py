@@ -60,7 +60,9 @@ def main() -> None:
     limits = ServerLimits(args.timeout, args.processes, args.batch, waiting=args.waiting)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory
-    app = reward_app(get_reward(yaml.safe_load(args.reward)), token, limits)
+    reward = get_reward(yaml.safe_load(args.reward))
+    reward.check_here()
+    app = reward_app(reward, token, limits)
     listening = socket.create_server((host, args.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     url = f"http://{args.name or (host if alone else socket.gethostname())}:{listening.getsockname()[1]}"
     print(f"reward {args.reward} at {url}", flush=True)

@@ -33,6 +33,7 @@ def main(cfg: dict, loggers) -> None:
     limit = config.data.max_prompt_length
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)
+    rewards.check_here()
     keys = rewards.row_keys
     train, validation = (
         load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, environment and environment.opening)

@@ -52,8 +52,8 @@ class HttpReward:
     timeout: float = 600.0
     # Seconds to wait for a server that has not answered yet.
     patience: float = 120.0
-    # Seconds to wait for one that has answered before and is gone: the run pauses.
-    outage: float = 3600.0
+    # Seconds to wait for one that has answered before and is gone: the run pauses. Other ranks wait for this one half an hour.
+    outage: float = 1500.0
     # Responses of a request, and requests at once.
     batch_size: int = 256
     requests: int = 4

@@ -58,6 +58,12 @@ class CodeTests:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"{KEY}.url={self.url}: give http://host:port")
         self._limits  # noqa: B018  raises on bad ones
+
+    def check_here(self) -> None:
+        """
+        Raises:
+            ConfigError: nothing here runs programs in a sandbox. They are never run without one.
+        """
         self._runner()
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -106,11 +112,7 @@ class CodeTests:
             raise ConfigError(f"{KEY}: {error}") from error
 
     def _runner(self) -> Runner:
-        """What runs programs here.
-
-        Raises:
-            ConfigError: nothing does. They are never run without a sandbox.
-        """
+        """What runs programs; raises as `check_here`."""
         try:
             bubblewrap()
         except SandboxError as error:

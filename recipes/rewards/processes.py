@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import itertools
 import logging
 import multiprocessing
@@ -18,12 +19,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from recipes.rewards.registry import NamedReward, RewardError, get_reward, is_async, score, score_async
 
-__all__ = ["PromptCall", "Lost", "RewardProcesses"]
+__all__ = ["Lost", "PromptCall", "RewardProcesses"]
 
 START_SECONDS = 600.0  # in which a process must have imported what its rewards need
 GRACE_SECONDS = 5.0  # beyond its limit, for an async reward to give up by itself
@@ -110,7 +112,10 @@ class RewardProcesses:
     def _schedule(self, function, *arguments, limit: float) -> ProcessFuture:
         if self._pool is None or not self._pool.active:
             self.close()
-            specs = [(r.spec, r.key, getattr(r.target, "__module__", None)) for r in self._rewards]
+            specs = [
+                None if r.bounds_itself else (r.spec, r.key, getattr(r.target, "__module__", None))
+                for r in self._rewards
+            ]
             # Not forked: CUDA and threads survive no fork.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(self._count, context=context, initializer=_begin, initargs=(specs,))
@@ -144,28 +149,34 @@ def _ending(code: int) -> str:
 
 # In the process.
 
-_rewards: list[NamedReward] = []
+_rewards: list[NamedReward | None] = []
 _failure: str | None = None
 
 
-def _begin(specs: Sequence[tuple]) -> None:
+def _begin(specs: Sequence[tuple | None]) -> None:
+    """
+    Args:
+        specs: what rewards are made of; None: one that is not asked here.
+    """
     global _failure
     for number in (signal.SIGINT, signal.SIGUSR1):  # they go to all processes of a job; this one ends with its run
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        for spec, key, module in specs:
-            if module:  # which may give it its name
-                __import__(module)
-            _rewards.append(get_reward(spec, key))
-            getattr(_rewards[-1].target, "prepare", _nothing)()
+        for each in specs:
+            _rewards.append(None if each is None else _made(*each))
     except Exception as error:  # noqa: BLE001  it must be told when it is asked
         _failure = f"{type(error).__name__}: {error}"
 
 
-def _nothing() -> None:
-    """To be prepared."""
+def _made(spec: Any, key: str, module: str | None) -> NamedReward:
+    if module:  # which may give it its name
+        importlib.import_module(module)
+    reward = get_reward(spec, key)
+    if hasattr(reward.target, "prepare"):
+        reward.target.prepare()
+    return reward
 
 
 def _end_with_parent() -> None:

@@ -101,6 +101,15 @@ class NamedReward:
             raise ConfigError(f"{self.key}: {self.name}.row_keys={keys!r} must be a list of keys")
         return keys
 
+    def check_here(self) -> None:
+        """Let it refuse this machine, if it has a method `check_here`.
+
+        Raises:
+            ConfigError: something that it needs is not here.
+        """
+        if hasattr(self.target, "check_here"):
+            self.target.check_here()
+
     @property
     def file(self) -> Path | None:
         """Where one of one's own is written; None for ours."""

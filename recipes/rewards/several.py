@@ -88,6 +88,15 @@ class Rewards:
         """Where those of one's own are written, by the key of the configuration."""
         return {part.reward.key: part.reward.file for part in self.parts}
 
+    def check_here(self) -> None:
+        """Let rewards refuse this machine.
+
+        Raises:
+            ConfigError: something that one of them needs is not here.
+        """
+        for part in self.parts:
+            part.reward.check_here()
+
     def check_rows(self, prompts: Sequence[Prompt], path: str) -> None:
         """Let rewards refuse rows before the run starts: those with a method `check(row)`, which raises for a bad one.
 

@@ -134,7 +134,7 @@ def test_a_reward_server_that_is_killed_and_started_again(task, tmp_path):
             wait_for((tmp_path / "asked").exists, running)
             server.kill()
             server.wait()
-            wait_for(lambda: "the run waits, up to 3600 s" in running.said()[1], running)
+            wait_for(lambda: "the run waits, up to 1500 s" in running.said()[1], running)
             (tmp_path / "open").touch()
             with served("--reward", spec, port=port, url_file=tmp_path / "second"):
                 done = running.wait(120)

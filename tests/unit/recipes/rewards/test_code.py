@@ -224,7 +224,6 @@ def test_those_beside_a_bad_one_are_scored():
 # Rows, settings, and where there is no sandbox
 
 
-@sandboxed
 def test_rows():
     rewards = rewards_for("code", {})
     rewards.check_rows(prompts({"tests": "assert True"}, {"tests": [{"input": "", "output": ""}]}), "rows.jsonl")
@@ -233,7 +232,6 @@ def test_rows():
             rewards.check_rows(prompts({"tests": tests}), "rows.jsonl")
 
 
-@sandboxed
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -258,7 +256,9 @@ def nowhere(monkeypatch, tmp_path):
 
 def test_without_a_sandbox_it_is_refused(nowhere):
     with pytest.raises(ConfigError) as caught:
-        get_reward("code")
+        rewards_for("code", {}).check_here()
+    with pytest.raises(RewardError, match="reward code: trainer.grpo.reward=code runs programs in a sandbox alone"):
+        score(get_reward("code"), ["x = 1"], [{"tests": "assert x"}])
     assert str(caught.value) == (
         "trainer.grpo.reward=code runs programs in a sandbox alone, and bubblewrap is not installed (no bwrap on PATH; the "
         "Debian package is bubblewrap): install it and let users make namespaces, or name a server as SandboxFusion's in "
@@ -275,7 +275,7 @@ def test_a_bubblewrap_that_does_not_run_is_none(nowhere, text, words):
     file.chmod(0o755)
     nowhere.chmod(0o755)
     with pytest.raises(ConfigError) as caught:
-        get_reward("code")
+        get_reward("code").check_here()
     assert words in str(caught.value) or "bubblewrap does not start" in str(caught.value)
 
 

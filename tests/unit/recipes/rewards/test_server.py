@@ -129,7 +129,7 @@ def test_a_server_that_is_killed_and_started_again(tmp_path, caplog):
         with served(*reward, port=port, url_file=tmp_path / "second"):
             assert asked.result() == [len(text) for text in texts]
     first, last = (record.getMessage() for record in caplog.records)
-    assert f"{url} does not answer (" in first and "the run waits, up to 3600 s" in first
+    assert f"{url} does not answer (" in first and "the run waits, up to 1500 s" in first
     assert f"{url} answers again after" in last
 
 
