@@ -43,7 +43,7 @@ class CodeTests:
     disk: int = SandboxLimits.disk
     processes: int = SandboxLimits.processes
     output: int = SandboxLimits.output
-    # Programs that run at the same time; null: as many as there are cores for this process.
+    # Programs that run at the same time; null: this rank's share of the cores. More would wait for each other, by the clock.
     workers: int | None = None
     # The share of a list of tests that are passed, in place of all or nothing.
     partial: bool = False
@@ -84,8 +84,7 @@ class CodeTests:
 
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
         run = self._runner()
-        count = self.workers or len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(count, "sandbox") as pool:
+        with ThreadPoolExecutor(self.workers or _share_of_cores(), "sandbox") as pool:
             return list(pool.map(functools.partial(self._score, run), responses, rows))
 
     def _score(self, run: Runner, response: str, row: Mapping[str, Any]) -> float:
@@ -123,6 +122,11 @@ class CodeTests:
                 ) from error
             return functools.partial(_run_there, self.url.rstrip("/"), self._limits)
         return lambda parts, stdin: run_program(parts, stdin, self._limits, self.python)
+
+
+def _share_of_cores() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)  # of this machine
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def _program(response: str) -> str:

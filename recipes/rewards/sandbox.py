@@ -1,8 +1,9 @@
 """Programs that nobody trusts, run by bubblewrap: no network, no disk but a small one in memory, and limits of everything.
 
 What a program sees: the interpreter and the system's libraries, read-only; /tmp, which is gone afterwards; its own processes.
-Where this process is root it runs as a user that nobody else is, because no process limit binds root; else in a namespace of this
-user's, whose processes are counted apart. A program that breaks a limit is killed with all that it has started.
+Where this process is root it runs as a user that nobody else is, because no process limit binds root; else in a namespace of
+this user's, whose processes are counted apart. Some system calls are not to be had (`recipes.rewards.seccomp`). A program that
+breaks a limit is killed with all that it has started.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from pathlib import Path
 import psutil
 
 from megatron_ext.errors import UserError
+from recipes.rewards.seccomp import syscall_filter
 
 __all__ = ["Outcome", "SandboxError", "SandboxLimits", "bubblewrap", "run_program"]
 
 LOOK_SECONDS = 0.05  # between looks at the memory of all its processes
-STARTS_SECONDS = 20.0  # for an interpreter on a machine that is busy
+STARTS_SECONDS = 60.0  # for an interpreter on a machine that is busy
 # Within the sandbox, before a program: limits that cannot be raised again. What it is asked comes through a file without a name,
 # which is closed before the program begins.
 _RUNNER = """
 def run():
-    import json, os, resource, sys
+    import ctypes, json, os, resource, sys
     with open(int(sys.argv.pop()), encoding="utf-8") as file:
         asked = json.load(file)
     if asked["user"] is not None:
@@ -41,6 +43,15 @@ def run():
         os.setuid(asked["user"])
     for name, value in asked["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
+    filter = bytes.fromhex(asked["filter"])
+    class Filter(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+    call = ctypes.CDLL(None, use_errno=True).prctl
+    zero = ctypes.c_ulong(0)
+    if call(38, ctypes.c_ulong(1), zero, zero, zero):
+        raise OSError(ctypes.get_errno(), "PR_SET_NO_NEW_PRIVS")
+    if call(22, ctypes.c_ulong(2), ctypes.byref(Filter(len(filter) // 8, filter)), zero, zero):
+        raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP")
     print(asked["begun"], end="", file=sys.stderr, flush=True)
     program = {"__name__": asked["name"]}
     for part in asked["parts"]:
@@ -103,7 +114,12 @@ def bubblewrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
         raise SandboxError("bubblewrap is not installed (no bwrap on PATH; the Debian package is bubblewrap)")
-    done = _run(found, ["print(6 * 7)"], b"", SandboxLimits(), None)
+    try:
+        done = _run(found, ["print(6 * 7)"], b"", SandboxLimits(), None)
+    except SandboxError:
+        raise
+    except UserError as error:  # no filter for this machine
+        raise SandboxError(str(error)) from error
     if done != Outcome(b"42\n", 0, True):
         raise SandboxError(f"bubblewrap at {found} runs no program: {done}")
     return found
@@ -125,7 +141,8 @@ def _run(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits, pyth
     begun, ended = secrets.token_hex(16), secrets.token_hex(16)
     name = "__main__" if len(parts) == 1 else "program"
     asked = {
-        "name": name, "parts": parts, "user": _user(), "limits": _rlimits(limits), "begun": begun, "ended": ended
+        "name": name, "parts": parts, "user": _user(), "limits": _rlimits(limits), "filter": syscall_filter().hex(),
+        "begun": begun, "ended": ended,
     }  # fmt: skip
     with _file(json.dumps(asked).encode()) as question, _file(stdin) as given:
         inside = [_interpreter(python), "-I", "-B", *([] if python else ["-S"]), "-c", _RUNNER, str(question.fileno())]

@@ -212,6 +212,29 @@ def test_no_privilege_is_won():
 
 
 @sandboxed
+def test_no_namespace_and_no_disk_of_its_own():
+    """As root of a namespace a program could mount memory without a limit."""
+    done = run(
+        """
+        import ctypes, os, sys, threading
+        libc = ctypes.CDLL(None, use_errno=True)
+        mounted = libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)
+        print(libc.unshare(0x10000000), libc.unshare(0x00020000), mounted, libc.setns(0, 0))
+        print(libc.syscall(435, 0, 0), libc.ptrace(0, 0, 0, 0), ctypes.get_errno())
+        thread = threading.Thread(target=print, args=("thread",))
+        thread.start()
+        thread.join()
+        sys.stdout.flush()
+        if os.fork() == 0:
+            print("child", flush=True)
+            os._exit(0)
+        os.wait()
+        """
+    )
+    assert done.output.decode().split("\n") == ["-1 -1 -1 -1", "-1 -1 1", "thread", "child", ""]
+
+
+@sandboxed
 def test_those_beside_a_bad_one_are_scored():
     right = "print(1)"
     responses = [right, "while True: pass", right, "import os\nos.kill(0, 9)", right, "while True: print(1)"]
