@@ -1,7 +1,8 @@
-"""A filter of system calls for programs that nobody trusts: no namespaces and no mounts of their own, in which a program would be
-root, and have memory as a disk without a limit; and none of the calls that have most often let one out.
+"""A filter of system calls for programs that nobody trusts.
 
-The filter is a classic BPF program, as `man 2 seccomp` has it.
+What it denies: namespaces and mounts of their own, in which a program would be root; memory that no limit counts (files in
+memory, shared segments); tracing, and calls that have most often let one out. It is a classic BPF program, as `man 2 seccomp` has
+it.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from megatron_ext.errors import UserError
 
 __all__ = ["syscall_filter"]
 
-# Per machine: its number in the audit interface, and its numbers of the calls that only some machines share.
+# Per machine: its number in the audit interface, and its numbers of calls that not all machines number alike.
 MACHINES = {
     "x86_64": (
         0xC000003E,
-        {"unshare": 272, "setns": 308, "mount": 165, "ptrace": 101, "bpf": 321, "keyctl": 250, "clone": 56},
+        {
+            "clone": 56, "unshare": 272, "setns": 308, "mount": 165, "memfd_create": 319, "shmget": 29, "ptrace": 101, "bpf": 321,
+            "add_key": 248, "request_key": 249, "keyctl": 250, "perf_event_open": 298, "userfaultfd": 323,
+        },
     ),
     "aarch64": (
         0xC00000B7,
-        {"unshare": 97, "setns": 268, "mount": 40, "ptrace": 117, "bpf": 280, "keyctl": 219, "clone": 220},
+        {
+            "clone": 220, "unshare": 97, "setns": 268, "mount": 40, "memfd_create": 279, "shmget": 194, "ptrace": 117, "bpf": 280,
+            "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "userfaultfd": 282,
+        },
     ),
-}
-# open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr, io_uring_setup: the same everywhere.
-SHARED = (428, 429, 430, 431, 432, 433, 442, 425)
+}  # fmt: skip
+# io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr, memfd_secret: the same everywhere.
+SHARED = (425, 428, 429, 430, 431, 432, 433, 442, 447)
 CLONE3 = 435
 X32 = 0x40000000
 NEW_USER = 0x10000000  # the flag of clone

@@ -213,7 +213,7 @@ def test_no_privilege_is_won():
 
 @sandboxed
 def test_no_namespace_and_no_disk_of_its_own():
-    """As root of a namespace a program could mount memory without a limit."""
+    """As root of a namespace a program could mount memory without a limit; files in memory and segments are in no process."""
     done = run(
         """
         import ctypes, os, sys, threading
@@ -221,6 +221,7 @@ def test_no_namespace_and_no_disk_of_its_own():
         mounted = libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)
         print(libc.unshare(0x10000000), libc.unshare(0x00020000), mounted, libc.setns(0, 0))
         print(libc.syscall(435, 0, 0), libc.ptrace(0, 0, 0, 0), ctypes.get_errno())
+        print(libc.memfd_create(b"x", 0), libc.shmget(0, 1 << 20, 0o1600))
         thread = threading.Thread(target=print, args=("thread",))
         thread.start()
         thread.join()
@@ -231,7 +232,7 @@ def test_no_namespace_and_no_disk_of_its_own():
         os.wait()
         """
     )
-    assert done.output.decode().split("\n") == ["-1 -1 -1 -1", "-1 -1 1", "thread", "child", ""]
+    assert done.output.decode().split("\n") == ["-1 -1 -1 -1", "-1 -1 1", "-1 -1", "thread", "child", ""]
 
 
 @sandboxed
