@@ -201,9 +201,11 @@ def check_container(image: str | None, mounts: str | None, whose: str) -> None:
 
 def check_data(config: dict) -> None:
     """Files that `data` names must be there, as this folder sees them, in which the job will run."""
-    for key, value in (config.get("data") or {}).items():
+    data = config.get("data") or {}
+    sets = {f"validation_sets.{name}.path": x.get("path") for name, x in (data.get("validation_sets") or {}).items()}
+    for key, value in (data | sets).items():
         paths = value if isinstance(value, list) else [value]
-        for path in paths if key.endswith(("_path", "_paths")) else ():
+        for path in paths if key.endswith(("_path", "_paths", ".path")) else ():
             if isinstance(path, str) and path and not Path(path).exists():
                 raise UserError(f"data.{key}={path} does not exist, seen from {Path.cwd()}")
 

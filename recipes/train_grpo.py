@@ -19,6 +19,7 @@ def main(cfg: dict, loggers) -> None:
     from recipes.grpo.recorded import load_recorded
     from recipes.grpo.settings import GRPOConfig
     from recipes.grpo.trainer import GRPOTrainer
+    from recipes.grpo.validation import ValidationSet
     from recipes.rewards.several import rewards_for
     from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
@@ -35,28 +36,34 @@ def main(cfg: dict, loggers) -> None:
     inputs.tokenizer.template.choose(config.data.chat_template)
     rewards.check_here()
     keys = rewards.row_keys
-    train, validation = (
-        load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, environment and environment.opening)
-        if path
-        else []
-        for path in (config.data.train_path, config.data.validation_path)
-    )
+    opening = environment and environment.opening
+
+    def load(path):
+        prompts = load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, opening)
+        rewards.check_rows(prompts, path)
+        return prompts
+
+    train = load(config.data.train_path) if config.data.train_path else []
+    held_out = config.data.held_out
+    validation = [ValidationSet(name, i, held_out[name], load(held_out[name].path)) for i, name in enumerate(held_out)]
     recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
-    check_template(environment, inputs.tokenizer, train or validation, grpo.sampling(inputs.tokenizer.stop_ids).ends)
-    rewards.check_rows(train, config.data.train_path)
-    rewards.check_rows(validation, config.data.validation_path)
+    prompts = train or [prompt for each in validation for prompt in each.prompts]
+    check_template(environment, inputs.tokenizer, prompts, grpo.sampling(inputs.tokenizer.stop_ids).ends)
     code = rewards.files | {
         "trainer.grpo.environment": environment_file(grpo.environment),
         "trainer.grpo.objective": objective_file(grpo.objective),
         "trainer.grpo.objective.advantages": advantages_file(grpo.chosen),
     }
-    rows = {"data.train_path": train, "data.validation_path": validation, "trainer.grpo.rollout.path": recorded}
+    rows = {"data.train_path": train, "trainer.grpo.rollout.path": recorded}
+    for each in validation:
+        key = f"data.validation_sets.{each.name}.path" if each.name else "data.validation_path"
+        rows[key] = each.prompts
     contents = Contents(inputs, rows, code, in_order=["trainer.grpo.rollout.path"])
     with Session.start(inputs, loggers, contents) as session:
         if recorded:
             session.say(
-                f"responses and rewards come from {grpo.rollout.path}; trainer.grpo.reward scores answers to "
-                "data.validation_path alone"
+                f"responses and rewards come from {grpo.rollout.path}; trainer.grpo.reward scores answers to held-out prompts "
+                "alone"
             )
         GRPOTrainer(session, rewards, train, validation, recorded, environment).fit()
 

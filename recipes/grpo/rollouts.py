@@ -21,10 +21,11 @@ from recipes.grpo.choices import get_advantages
 from recipes.grpo.conversations import Conversations, tool_format
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.settings import GRPOConfig
+from recipes.grpo.validation import ValidationSet
 from recipes.rewards.several import Rewards
 from recipes.run.session import Session
 
-__all__ = ["RolloutSampler", "Rollouts", "in_parts", "response_texts"]
+__all__ = ["Answered", "RolloutSampler", "Rollouts", "in_parts", "response_texts"]
 
 # In place of a step's number in the random numbers of a validation: no step has it.
 VALIDATION = 2**32 - 1
@@ -55,6 +56,21 @@ class Rollouts:
     def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(prompt length, [response lengths]) of these groups."""
         return [(len(self.prompts[g].tokens), [len(t) for t in self.trajectories[g]]) for g in groups]
+
+
+@dataclass
+class Answered:
+    """This data-parallel rank's share of a validation.
+
+    Attributes:
+        trajectories: [prompts][samples].
+        texts: the same, what is said; empty where there is one sample.
+        rewards: fp64 [prompts, samples, 2 + rewards], as `RolloutSampler` has them.
+    """
+
+    trajectories: list[list[Trajectory]]
+    texts: list[list[str]]
+    rewards: Tensor
 
 
 class RolloutSampler:
@@ -110,7 +126,7 @@ class RolloutSampler:
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
             found = rewards[..., None]
         else:
-            found = self._rewards(requests, prompts[mine], trajectories)
+            found = self._rewards(requests, prompts[mine], trajectories, self.settings.samples_per_prompt)
         trajectories, found = self._from_all_context_ranks(trajectories, found)
         rewards = found[..., 0]
         lengths = [[len(t) for t in group] for group in trajectories]
@@ -165,15 +181,21 @@ class RolloutSampler:
         """Of the weights behind so many steps."""
         return steps * self.settings.num_prompts_per_grpo_step // self.config.prompts_per_update
 
-    def validation_rewards(self, prompts: list[Prompt], first: int, stride: int, step: int) -> Tensor:
-        """fp64 [prompts, 1, 2 + rewards], as `_rewards`: of one answer to each, behind this step. Their numbers are `first`,
-        `first + stride`, ..., and draw the same at every validation."""
+    def answered(self, held_out: ValidationSet, step: int) -> Answered:
+        """Of this data-parallel rank's share of a set, every `data_size`-th prompt, behind this step; every validation draws the
+        same random numbers."""
         self.answers.update_weights(self._version(step))
-        params = self.settings.validation_sampling(self.session.inputs.tokenizer.stop_ids)
-        key = (self.config.model.seed, VALIDATION)
-        requests = [Request(p.for_model(), 1, params, (*key, first + i * stride)) for i, p in enumerate(prompts)]
+        session, section = self.session, held_out.section
+        params = self.settings.validation_sampling(session.inputs.tokenizer.stop_ids, section.sampling_params)
+        numbers = range(session.data_rank, len(held_out.prompts), session.data_size)
+        prompts = [held_out.prompts[number] for number in numbers]
+        key = (self.config.model.seed, VALIDATION - held_out.number)
+        given = zip(prompts, numbers, strict=True)
+        requests = [Request(p.for_model(), section.samples, params, (*key, number)) for p, number in given]
         requests = self._with_environments(requests, prompts)
-        return self._rewards(requests, prompts, self.answers.sample(requests))
+        trajectories = self.answers.sample(requests)
+        texts = self._texts(requests, prompts, trajectories) if section.samples > 1 else []
+        return Answered(trajectories, texts, self._rewards(requests, prompts, trajectories, section.samples))
 
     def _with_environments(self, requests: list[Request], prompts: list[Prompt]) -> list[Request]:
         if self.environment is None:
@@ -184,10 +206,11 @@ class RolloutSampler:
             for r, p in zip(requests, prompts, strict=True)
         ]
 
-    def _rewards(self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]) -> Tensor:
+    def _rewards(
+        self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]], samples: int
+    ) -> Tensor:
         """fp64 [prompts, samples, 2 + rewards]: the reward, how many did not score the response in time, and each of them, as
         `Rollouts` has them; computed once per model-parallel group and told to its other ranks."""
-        samples = len(trajectories[0]) if trajectories else self.settings.samples_per_prompt
         group = parallel_state.get_model_parallel_group()
         shape = len(prompts), samples, 2 + len(self.rewards.parts)
         rewards = torch.empty(shape, dtype=torch.float64, device=self.session.device)
@@ -210,6 +233,11 @@ class RolloutSampler:
         """What a reward reads, of each prompt: the text that each trajectory adds to that of its prompt, or its last turn."""
         if not self.rewards.parts:
             return [[""] * len(group) for group in trajectories]
+        return self._texts(requests, prompts, trajectories)
+
+    def _texts(
+        self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]
+    ) -> list[list[str]]:
         if self.environment is not None:
             pairs = zip(requests, trajectories, strict=True)
             return [[r.environment.answer(i, t) for i, t in enumerate(group)] for r, group in pairs]

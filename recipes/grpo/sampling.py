@@ -82,6 +82,30 @@ class ValidationSamplingSection(SamplingSection):
 
 
 @dataclass
+class ValidationSetSection:
+    # JSONL rows of the form of data.train_path.
+    path: str
+    # Answers to each prompt. Of several it is logged how many are right, pass_at_k and what most of them say.
+    samples: int = 1
+    # How they are sampled; null: as trainer.grpo.validation_sampling_params says.
+    sampling_params: ValidationSamplingSection | None = None
+    # The least reward of an answer that is right.
+    right_from: float = 1.0
+
+    def check(self, name: str, otherwise: ValidationSamplingSection) -> None:
+        """
+        Raises:
+            UserError: several answers that would be the same.
+        """
+        at_least(f"data.validation_sets.{name}", self, 1, "samples")
+        if self.samples > 1 and (self.sampling_params or otherwise).use_greedy:
+            raise UserError(
+                f"data.validation_sets.{name}.samples={self.samples}: greedy answers to a prompt are all the same; set "
+                f"data.validation_sets.{name}.sampling_params={{use_greedy: false}}, or samples=1"
+            )
+
+
+@dataclass
 class LengthSection:
     # Longest response, in tokens; it is cut off there. Raise it where train_rollouts/truncated is high.
     max_length: int = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from recipes.grpo.sampling import (
     RolloutSection,
     SamplingSection,
     ValidationSamplingSection,
+    ValidationSetSection,
 )
 from recipes.rewards.settings import RewardLimits, RewardSection
 from recipes.run.settings import (
@@ -184,9 +186,11 @@ class GRPOSettings:
         """How rollouts are sampled."""
         return self.sampling_params.params("sampling_params", self.length_params.max_length, stop_token_ids)
 
-    def validation_sampling(self, stop_token_ids: Sequence[int]) -> SamplingParams:
-        """How answers to data.validation_path are."""
-        section = self.validation_sampling_params
+    def validation_sampling(
+        self, stop_token_ids: Sequence[int], section: ValidationSamplingSection | None = None
+    ) -> SamplingParams:
+        """How answers to held-out prompts are: as the set's own section says, or the run's."""
+        section = section or self.validation_sampling_params
         return section.params("validation_sampling_params", self.length_params.max_length, stop_token_ids)
 
     @property
@@ -252,6 +256,9 @@ class GRPOData(RowsSection):
     train_path: str | None
     # Rows of the same form, answered at every validation as trainer.grpo.validation_sampling_params says; null: none.
     validation_path: str | None = None
+    # Several, in place of validation_path, each under a name for the log: {gsm: {path: ..., samples: 8, sampling_params:
+    # {use_greedy: false}}, hard: {path: ...}}.
+    validation_sets: dict[str, ValidationSetSection] = field(default_factory=dict)
     # Longest prompt, in tokens; those of its videos count.
     max_prompt_length: int = 1024
     # How videos become tokens; null: text only.
@@ -259,6 +266,20 @@ class GRPOData(RowsSection):
 
     def __post_init__(self):
         check_apart(self, "train_path", "validation_path")
+        if self.validation_sets and self.validation_path is not None:
+            raise UserError(
+                f"data.validation_path={self.validation_path} and data.validation_sets are both set: write it as one of the sets"
+            )
+        for name in self.validation_sets:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"data.validation_sets: {name!r} names a set in the log: use letters, digits, _ and -")
+
+    @property
+    def held_out(self) -> dict[str, ValidationSetSection]:
+        """By name; "" is that of validation_path."""
+        return (
+            self.validation_sets if self.validation_path is None else {"": ValidationSetSection(self.validation_path)}
+        )
 
 
 @dataclass
@@ -278,6 +299,8 @@ class GRPOConfig:
                 f"data.max_prompt_length={self.data.max_prompt_length} + trainer.grpo.length_params.max_length="
                 f"{grpo.length_params.max_length} exceed model.encoder_seq_length={model.encoder_seq_length}"
             )
+        for name, section in self.data.validation_sets.items():
+            section.check(name, grpo.validation_sampling_params)
         self._check_rollout_tokens()
         grpo.rollout.check(self.trainer.num_nodes, self.data.train_path, self.data.video is not None)
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:

@@ -7,6 +7,7 @@ left out where the actor's own log-probabilities are those (`GRPOConfig.why_old_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,10 +30,11 @@ from recipes.grpo.objective import as_means, objective
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
-from recipes.grpo.rollouts import Rollouts, RolloutSampler
+from recipes.grpo.rollouts import Answered, Rollouts, RolloutSampler
 from recipes.grpo.samples import COLUMNS, shown, table
 from recipes.grpo.servers import vllm_source
 from recipes.grpo.settings import GRPOConfig
+from recipes.grpo.validation import ValidationSet, measures
 from recipes.rewards.several import Rewards
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
@@ -47,7 +49,8 @@ class GRPOTrainer(Trainer):
     Args:
         session: the run.
         rewards: without any where environments give them.
-        train, validation: prompts; validation may be empty.
+        train: prompts.
+        validation: held-out ones; may be empty.
         recorded: in place of `train`, prompts with their responses and rewards.
         environment: what answers the turns of a response; None: it has one.
     """
@@ -59,7 +62,7 @@ class GRPOTrainer(Trainer):
         session: Session,
         rewards: Rewards,
         train: list[Prompt],
-        validation: list[Prompt],
+        validation: Sequence[ValidationSet],
         recorded: Sequence[RecordedGroup] = (),
         environment: Named | None = None,
     ):
@@ -213,12 +216,23 @@ class GRPOTrainer(Trainer):
         return {f"train_optim/{name}": value for name, value in as_means(metrics).items()}, microbatches
 
     def run_validation(self, step: int) -> dict[str, float]:
-        """Mean reward of one answer to each of the held-out prompts."""
-        rank, ranks = self.session.data_rank, self.session.data_size
-        mine = self.validation[rank::ranks]
+        """Of every set: what the answers to its prompts are worth."""
         with self.session.timers("validation"):
-            found = self.sampler.validation_rewards(mine, rank, ranks, step)
-            return self._reward_means("val_rollouts", found[..., 0], found[..., 2:])
+            found = [self._measured(held_out, self.sampler.answered(held_out, step)) for held_out in self.validation]
+        return {name: value for metrics in found for name, value in metrics.items()}
+
+    def _measured(self, held_out: ValidationSet, answered: Answered) -> dict[str, float]:
+        rewards, everything = answered.rewards, [t for group in answered.trajectories for t in group]
+        sums = {"response_length": sum(map(len, everything)), "truncated": sum(t.truncated for t in everything)}
+        counts = dict.fromkeys(sums, len(everything))
+        if held_out.section.samples > 1:
+            worth = rewards[..., 0].nan_to_num(-math.inf).tolist()
+            several = measures(answered.texts, worth, held_out.section)
+            sums, counts = sums | several, counts | dict.fromkeys(several, len(answered.trajectories))
+        found = self.session.sum_over_data(*sums.values(), *counts.values())
+        means = (total / count for total, count in zip(found[: len(sums)], found[len(sums) :], strict=True))
+        measured = {f"{held_out.prefix}/{name}": mean for name, mean in zip(sums, means, strict=True)}
+        return measured | self._reward_means(held_out.prefix, rewards[..., 0], rewards[..., 2:])
 
     def _show(self, step: int, rollouts: Rollouts) -> None:
         """A few responses, on rank 0."""

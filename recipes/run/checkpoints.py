@@ -1,6 +1,7 @@
 """The folder `checkpoints/` of a run: whose it is, where to go on, and which checkpoints stay.
 
-They are `step-<n>`; `latest`, `best` and, when the run has ended, `final` are links to one of them.
+They are `step-<n>`; `latest`, `best` and, when the run has ended, `final` are links to one of them. `hf` is one to the
+Hugging Face folder `hf-step-<n>`, where the run writes one.
 """
 
 from __future__ import annotations
@@ -65,14 +66,38 @@ class Checkpoints:
         known = self.complete()
         ranked, k = self._best_first(known), self.settings.save_top_k
         kept = set(known) if k < 0 else set((ranked or sorted(known, reverse=True))[:k]) | {last}
-        self._link("latest", last)
-        self._link("best", next((step for step in ranked if step in kept), None))
-        self._link("final", last if ended else None)  # a run that is made longer has not ended any more
+        best = next((step for step in ranked if step in kept), None)
+        self._link("latest", self.path(last))
+        self._link("best", None if best is None else self.path(best))
+        self._link("final", self.path(last) if ended else None)  # a run that is made longer has not ended any more
         for step in known.keys() - kept:
             # Renamed first: a kill in the midst of it leaves nothing that looks like a checkpoint.
             going = self.path(step).with_name(f"step-{step}.unfinished-removal")
             self.path(step).rename(going)
             shutil.rmtree(going)
+
+    def is_best(self, metrics: dict[str, float], ended: bool) -> bool:
+        """Whether a checkpoint with these metrics is better than all that are there, or as good; without a metric to tell by,
+        whether it is the last."""
+        name = self.settings.monitor
+        if name is None:
+            return ended
+        sign = 1 if self.settings.mode == "min" else -1
+        known = self.complete()
+        others = [known[step]["trainer"]["metrics"][name] for step in self._best_first(known)[:1]]
+        value = metrics.get(name, math.nan)
+        return math.isfinite(value) and all(sign * value <= sign * other for other in others)
+
+    def hf(self, step: int) -> Path:
+        """Where the Hugging Face folder of a step is."""
+        return self.folder / f"hf-step-{step}"
+
+    def point_at_hf(self, step: int) -> None:
+        """The link `hf` follows this step's; older folders go."""
+        self._link("hf", self.hf(step))
+        for old in self.folder.glob("hf-step-*"):
+            if old != self.hf(step):
+                shutil.rmtree(old)
 
     def _best_first(self, known: dict[int, dict]) -> list[int]:
         """Steps whose checkpoint knows the monitored metric, and a number for it; of equal ones the later first."""
@@ -81,11 +106,11 @@ class Checkpoints:
         values = {s: info["trainer"]["metrics"].get(name, math.nan) for s, info in known.items() if "trainer" in info}
         return sorted((s for s, v in values.items() if math.isfinite(v)), key=lambda s: (sign * values[s], -s))
 
-    def _link(self, name: str, step: int | None) -> None:
-        if step is None:
+    def _link(self, name: str, target: Path | None) -> None:
+        if target is None:
             (self.folder / name).unlink(missing_ok=True)
             return
         beside = self.folder / f".{name}"
         beside.unlink(missing_ok=True)
-        beside.symlink_to(self.path(step).name, target_is_directory=True)
+        beside.symlink_to(target.name, target_is_directory=True)
         os.replace(beside, self.folder / name)

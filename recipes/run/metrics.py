@@ -172,8 +172,17 @@ METRICS = {
     "val/loss": Metric(
         "SFT", "nats a token", "Mean over the learnt tokens of data.validation_path; not taken at step 0."
     ),
-    "val_rollouts/reward": Metric("GRPO", "reward", "Mean over greedy answers to data.validation_path."),
+    "val_rollouts/reward": Metric("GRPO", "reward", "Mean over the answers to data.validation_path."),
     "val_rollouts/reward/*": Metric("GRPO, with trainer.grpo.rewards", "reward", "Of each reward, in the same way."),
+    "val_rollouts/response_length": Metric("GRPO", "tokens", "Mean length of these answers."),
+    "val_rollouts/truncated": Metric("GRPO", "share", "Of these answers, those cut off at their longest length."),
+    "val_rollouts/*": Metric(
+        "GRPO, with data.validation_sets",
+        "as above, else share",
+        "The same of each set, val_rollouts/NAME/reward and so on. With several answers to a prompt also right, the share of "
+        "answers whose reward is right_from or more; pass_at_k, the share of prompts of which one of k answers is right; "
+        "majority_at_n, of which the answer that most of the n state is right.",
+    ),
     "val/afgb": Metric(
         "LFTF", "probability", "AFGB: mean distance of P(he) from P(she) on prompts of the dev professions; 0 is fair."
     ),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from tqdm import tqdm
 
 from megatron_ext.blocks.delta import apply_delta
 from megatron_ext.errors import UserError
+from megatron_ext.hf.config import make_hf_config
+from megatron_ext.hf.export import export_hf
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
 from megatron_ext.runtime.checkpoint import (
@@ -158,6 +161,8 @@ class Session:
         return self.inputs.log_dir
 
     def _build_model(self) -> PrefixGroupedGPT:
+        if self.config.exp_manager.save_hf:
+            make_hf_config(self.config.model)  # raises where transformers has no such model
         set_seed(self.config.model.seed)
         model = build_gpt(self.config.model, self.device)
         if self.resume_from is not None and not self.config.reads_start:  # all of it is in the checkpoint
@@ -197,6 +202,10 @@ class Session:
             "model": model, "trainer": trainer, "config": self.inputs.resolved, "contents": self._contents.found,
             "versions": self._contents.versions(),
         }  # fmt: skip
+        if self.config.exp_manager.save_hf and self.agreed(
+            self.is_main and self.inputs.checkpoints.is_best(metrics, ended)
+        ):
+            self._save_hf(engine.module, step)
         if not folder.exists():  # the last step of a run that is started again when it had ended
             in_background = self.config.exp_manager.checkpoint_callback_params.async_save and not ended
             self._saving = CheckpointSave(
@@ -206,6 +215,26 @@ class Session:
         if self._saving is None or not self._saving.in_background:
             self._finish_saving()
         return self.inputs.checkpoints.folder / "final" if ended else folder
+
+    def _save_hf(self, model: PrefixGroupedGPT, step: int) -> None:
+        """The weights as they are, for transformers and for servers."""
+        target, pretrained = self.inputs.checkpoints.hf(step), self.inputs.pretrained
+        if self.agreed(target.exists()):
+            return
+        tokenizer = self.log_dir / ".tokenizer"
+        with together():
+            if self.is_main:
+                self.inputs.tokenizer.save(tokenizer)
+        source = pretrained.folder if pretrained is not None and pretrained.hugging_face else None
+        try:
+            export_hf(model, target, source, tokenizer)
+        finally:
+            if self.is_main:
+                shutil.rmtree(tokenizer, ignore_errors=True)
+        with together():
+            if self.is_main:
+                self.inputs.checkpoints.point_at_hf(step)
+        self.say(f"a Hugging Face folder of step {step} is in {target}")
 
     def _finish_saving(self, wait: bool = True) -> None:
         """See whether the checkpoint in the making is whole, and if so link to it."""

@@ -30,6 +30,7 @@ __all__ = [
 # Which values of a metric are better, by the last word of its name.
 BETTER = {
     "loss": "min", "perplexity": "min", "afgb": "min", "reward": "max", "accuracy": "max", "mass": "max", "ub": "max",
+    "right": "max", "pass": "max", "majority": "max",
 }  # fmt: skip
 
 
@@ -92,8 +93,8 @@ class CheckpointCallbackSection:
     # A validation metric of docs/metrics.md, e.g. val/loss or val_rollouts/reward; the link `best` follows it. null:
     # none.
     monitor: str | None = None
-    # "min" or "max": which values of `monitor` are better. null: as its name says, max of a reward, accuracy, mass or
-    # ub, min of a loss, perplexity or afgb; others must say it.
+    # "min" or "max": which values of `monitor` are better. null: as its name says, max of a reward, accuracy, mass,
+    # ub, right, pass_at_k or majority_at_n, min of a loss, perplexity or afgb; others must say it.
     mode: str | None = None
     # Write in processes of their own while training goes on, where steps wait long for the disk; on a CPU this costs
     # the memory of what training overwrites.
@@ -107,7 +108,7 @@ class CheckpointCallbackSection:
             self._choose_mode()
 
     def _choose_mode(self) -> None:
-        better = BETTER.get(re.split("[/_]", self.monitor)[-1])
+        better = BETTER.get(re.split("[/_]", re.sub(r"_at_\d+$", "", self.monitor))[-1])
         if self.mode is None and better is None:
             raise UserError(
                 f"exp_manager.checkpoint_callback_params.monitor={self.monitor}: which of its values are better? Set mode=min or "
@@ -156,6 +157,9 @@ class ExpManagerSection(FolderSection):
     # Arguments of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint_callback_params: CheckpointCallbackSection = field(default_factory=CheckpointCallbackSection)
+    # Write a Hugging Face folder of the best checkpoint so far by checkpoint_callback_params.monitor, without one of the last:
+    # the link checkpoints/hf follows it.
+    save_hf: bool = False
 
     def __post_init__(self):
         if self.create_wandb_logger and not {"name", "project"} <= self.wandb_logger_kwargs.keys():
