@@ -18,15 +18,19 @@ import html5lib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from recipes.data.tokenizer import Tokenizer, load_tokenizer
 from recipes.data.visible import visible
-from recipes.grpo.dump_files import read_step, step_files, write_step
-from tests.report_runs import CONFIG, HOSTILE, made_up_step, write_run
+from recipes.grpo.dump_files import StepDump, read_step, step_files, write_step
+from tests.report_runs import CONFIG, HOSTILE, draw, made_up_step, write_run
 from tools.report import main
 from tools.reporting.numbers import axis, drawable, key_steps, spread_out, written
 from tools.reporting.page import render
 from tools.reporting.runs import names_of, read_run
-from tools.reporting.samples import BOUNDS
+from tools.reporting.samples import BOUNDS, CUT, sampled_steps
 from tools.reporting.words import exact
 
 
@@ -189,6 +193,50 @@ def test_tokens_say_how_far_sampler_and_trainer_are_apart(two):
                 levels.add(level)
                 seen += 1
     assert seen > 20 and len(levels) > 3
+
+
+def test_a_long_response_loses_its_middle_and_equal_rewards_have_no_best(tmp_path, rng):
+    write_run(tmp_path / "run", rng, dumps=False)
+    header, groups = made_up_step(1, rng, prompts=1, samples=2)
+    for answer in groups[0]["responses"]:
+        sampler = [-draw(rng) for _ in range(600)]
+        answer |= {"reward": 1.0, "passages": [{"tokens": list(range(600)), "logprobs": sampler, "weight_version": 0}]}
+        answer["old_logprobs"] = sampler
+    write_step(tmp_path / "run" / "rollouts", header, groups)
+    page = section(parsed(page_of(tmp_path / "run")), "samples")
+    boxes = [node for node in page.iter("div") if "said" in classes(node)]
+    assert [text_of(node) for node in page.iter("strong")] == ["Prompt 0", "First", "Last"] and len(boxes) == 2
+    for box in boxes:
+        assert text_of(box).split() == [
+            *map(str, range(120)), "…", "360", "tokens", "left", "out", "…", *map(str, range(480, 600)),
+        ]  # fmt: skip
+        assert box.findall("span")[-1].get("title").startswith("token 600, id 599, sampler ")
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tmp_path_factory) -> Tokenizer:
+    """A tokenizer with a token for each byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Backend(models.BPE({letter: i for i, letter in enumerate(["<end>", *letters])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12))
+def test_tokens_together_are_the_text(of_bytes, text):
+    """A character of several tokens stands with its last one, and the others are marked."""
+    ids, prompt = of_bytes.encode(text), of_bytes.encode("a prompt: ")
+    answer = {"reward": 0.0, "advantage": 0.0, "finish_reason": "stop", "text": text, "mismatch": None,
+              "passages": [{"tokens": ids, "observed": True}], "old_logprobs": [0.0] * len(ids)}  # fmt: skip
+    group = {"number": 0, "line": 1, "row": {}, "prompt_text": "", "prompt_tokens": prompt, "responses": [answer]}
+    header = {"step": 1, "written": 1, "prompts": 1}
+    (step,) = sampled_steps([StepDump(Path("none"), header, [(2, group)])], of_bytes)
+    tokens = step.prompts[0].answers[0].tokens
+    assert len(tokens) == len(ids) == len(text.encode())
+    assert "".join(token.text for token in tokens if token.text != CUT) == text.replace(CUT, "")
 
 
 def test_several_runs_are_compared(two):

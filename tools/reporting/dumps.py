@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recipes.grpo.dump_files import StepDump, read_step
 from tools.reporting.numbers import spread_out
 from tools.reporting.runs import Run
 
-__all__ = ["DumpedStep", "Dumps", "Spread", "answers_of", "apart_of", "read_dumps"]
+__all__ = ["DumpedStep", "Dumps", "Spread", "apart_of", "read_dumps"]
+
+PROMPTS = 2  # of a step that are shown
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Dumps:
         run: its number.
         steps: those that were read.
         total: so many are there.
-        kept: whole, those of which samples are shown.
+        kept: steps of which samples are shown, with the prompts that are.
     """
 
     run: int
@@ -69,24 +71,26 @@ def read_dumps(number: int, run: Run, limit: int, samples: int) -> Dumps:
     """
     Args:
         limit: files that are read at most, evenly from the first to the last.
-        samples: of these so many are kept whole.
+        samples: of these so many are kept.
 
     Raises:
         DataError: one is damaged.
     """
     chosen = spread_out(list(run.dumps), limit)
-    whole, kept, steps = set(spread_out(chosen, samples)), [], []
+    wanted, kept, steps = set(spread_out(chosen, samples)), [], []
     for step in chosen:
         dump = read_step(run.dumps[step])  # one at a time: they may be large
         steps.append(_summary(step, dump))
-        if step in whole:
-            kept.append(dump)
+        if step in wanted:
+            kept.append(replace(dump, groups=_to_be_read(dump)))
     return Dumps(number, steps, len(run.dumps), kept)
 
 
-def answers_of(dump: StepDump) -> Iterator[dict[str, Any]]:
-    for _, group in dump.groups:
-        yield from group["responses"]
+def _to_be_read(dump: StepDump) -> list[tuple[int, dict[str, Any]]]:
+    """The first prompts whose responses differ in reward, and then others, in their order."""
+    differ = [len({answer["reward"] for answer in group["responses"]}) > 1 for _, group in dump.groups]
+    chosen = sorted(range(len(dump.groups)), key=lambda i: not differ[i])[:PROMPTS]
+    return [dump.groups[i] for i in sorted(chosen)]
 
 
 def apart_of(answer: dict[str, Any]) -> list[float | None]:
@@ -97,7 +101,7 @@ def apart_of(answer: dict[str, Any]) -> list[float | None]:
 
 
 def _summary(step: int, dump: StepDump) -> DumpedStep:
-    answers = list(answers_of(dump))
+    answers = [answer for _, group in dump.groups for answer in group["responses"]]
     lengths = Spread.of(sum(len(passage["tokens"]) for passage in answer["passages"]) for answer in answers)
     apart = [abs(x) for answer in answers for x in apart_of(answer) if x is not None]
     decades = Counter(10.0 ** math.floor(math.log10(x)) if x else 0.0 for x in apart)

@@ -31,11 +31,11 @@ class Bins:
 
     def place(self, value: float) -> float:
         """In bins from the lowest side, on a straight line between edges."""
-        i = min(max(bisect_right(self.edges, value) - 1, 0), max(len(self.edges) - 2, 0))
         if len(self.edges) == 1:
             return 0.5
+        i = min(max(bisect_right(self.edges, value) - 1, 0), len(self.edges) - 2)
         low, high = self.edges[i : i + 2]
-        return min(i + self.within + (value - low) / (high - low), float(len(self.edges)))
+        return min(i + self.within + (value - low) / (high - low or 1.0), float(len(self.edges)))
 
     def count(self, spread: Spread | None) -> list[int]:
         found = [0] * len(self.edges)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -118,7 +118,7 @@ def drawable(value: float) -> bool:
 def axis(values: Iterable[float], floor: float | None = None, may_be_log: bool = False) -> Axis:
     """
     Args:
-        values: what must be on it; those that are not finite do not count.
+        values: what must be on it, if it is drawable.
         floor: a value that is on it, too, and that it does not go beyond where no value does.
         may_be_log: whether it is logarithmic where all values are positive and far apart.
     """
@@ -157,9 +157,10 @@ def key_steps(series: Sequence[Mapping[int, float]], limit: int) -> list[int]:
         for values in series:
             there = [step for step in steps[begin : begin + size] if step in values]
             finite = [step for step in there if drawable(values[step])]
-            ends: tuple[Callable, ...] = (min, max)
-            kept.update(end(finite, key=values.__getitem__) for end in ends if finite)
-            kept.update([step for step in there if step not in finite][:1])
+            others = [step for step in there if not drawable(values[step])]
+            kept.update(others[:1])
+            if finite:
+                kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
     return sorted(kept)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from tools.reporting.runs import Run
 
 __all__ = ["BOUNDS", "Answer", "SampledStep", "Shown", "Token", "sampled_steps", "tokenizer_of"]
 
-PROMPTS = 2  # of a step
 TOKENS = 240  # of a response that are shown: half of them from its beginning
 CHARACTERS = 4000  # of a text
 # |trainer - sampler| in nats from which a token is marked as level 1, 2, ...
@@ -53,7 +52,7 @@ class Answer:
     """
     Attributes:
         text: None where tokens have theirs.
-        why: "best", "worst" or "furthest apart": of its group.
+        why: "best", "worst" or "furthest apart" of its group; "first" and "last" where all rewards are alike.
         tokens: its first and last ones, where it has many; `left_out` between them are not shown, `begins` of them come before.
     """
 
@@ -93,7 +92,6 @@ class Shown:
 class SampledStep:
     step: int
     prompts: list[Shown]
-    written: int
 
 
 def tokenizer_of(run: Run, vocabulary: str) -> Tokenizer | None:
@@ -118,63 +116,47 @@ def tokenizer_of(run: Run, vocabulary: str) -> Tokenizer | None:
 
 
 def sampled_steps(dumps: Sequence[StepDump], tokenizer: Tokenizer | None) -> list[SampledStep]:
-    return [
-        SampledStep(dump.header["step"], [_shown(group, tokenizer) for group in _chosen(dump)], dump.header["written"])
-        for dump in dumps
-    ]
-
-
-def _chosen(dump: StepDump) -> list[dict[str, Any]]:
-    """The first prompts whose responses differ in reward, and then others."""
-    groups = [group for _, group in dump.groups]
-    differ = [len({answer["reward"] for answer in group["responses"]}) > 1 for group in groups]
-    order = sorted(range(len(groups)), key=lambda i: not differ[i])
-    return [groups[i] for i in sorted(order[:PROMPTS])]
+    return [SampledStep(dump.header["step"], [_shown(group, tokenizer) for _, group in dump.groups]) for dump in dumps]
 
 
 def _shown(group: dict[str, Any], tokenizer: Tokenizer | None) -> Shown:
-    answers = group["responses"]
-    order = sorted(range(len(answers)), key=lambda i: -answers[i]["reward"])
+    answers, prompt = group["responses"], group["prompt_text"]
+    rewards = [answer["reward"] for answer in answers]
+    order = sorted(range(len(answers)), key=lambda i: -rewards[i])
     furthest = max(range(len(answers)), key=lambda i: (answers[i]["mismatch"] or {"max": -1.0})["max"])
-    why = {order[0]: "best", order[-1]: "worst"}
-    why = {order[0]: why[order[0]]} if len(order) == 1 else why
+    why = {order[0]: "best" if len(set(rewards)) > 1 else "first"}
+    why.setdefault(order[-1], "worst" if len(set(rewards)) > 1 else "last")
     why.setdefault(furthest, "furthest apart")
-    found = [_answer(i, reason, group, answers[i], tokenizer) for i, reason in why.items()]
-    prompt = group["prompt_text"]
     return Shown(
         group["number"],
         group["line"],
         prompt if len(prompt) <= CHARACTERS else "… " + prompt[-CHARACTERS:],
         group["row"],
-        [answer["reward"] for answer in answers],
-        found,
+        rewards,
+        [_answer(i, reason, group["prompt_tokens"], answers[i], tokenizer) for i, reason in why.items()],
     )
 
 
 def _answer(
-    sample: int, why: str, group: dict[str, Any], answer: dict[str, Any], tokenizer: Tokenizer | None
+    sample: int, why: str, prompt: Sequence[int], answer: dict[str, Any], tokenizer: Tokenizer | None
 ) -> Answer:
-    whole = list(_tokens(group["prompt_tokens"], answer, tokenizer))
-    left_out = max(0, len(whole) - TOKENS)
-    begins = TOKENS // 2 if left_out else len(whole)
+    ids = [(token, "observed" in passage) for passage in answer["passages"] for token in passage["tokens"]]
+    left_out = max(0, len(ids) - TOKENS)
+    begins = TOKENS // 2 if left_out else len(ids)
+    whole = [*prompt, *(token for token, _ in ids)]
+    sampler = [x for p in answer["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
+    apart, tokens = apart_of(answer), []
+    for i in (*range(begins), *range(begins + left_out, len(ids))):
+        end = len(prompt) + i
+        text = None if tokenizer is None else _added(tokenizer, whole[max(0, end - WINDOW) : end], ids[i][0])
+        level = None if apart[i] is None else _level(apart[i])
+        tokens.append(Token(i + 1, ids[i][0], text, sampler[i], answer["old_logprobs"][i], level, ids[i][1]))
     mismatch, text = answer["mismatch"] or {"mean": None, "max": None}, answer["text"]
     return Answer(
-        sample, why, answer["reward"], answer["advantage"], answer["finish_reason"], len(whole), mismatch["mean"],
-        mismatch["max"], None if tokenizer else text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …",
-        whole[:begins] + whole[begins + left_out :], begins, left_out,
+        sample, why, answer["reward"], answer["advantage"], answer["finish_reason"], len(ids), mismatch["mean"],
+        mismatch["max"], None if tokenizer else text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …", tokens,
+        begins, left_out,
     )  # fmt: skip
-
-
-def _tokens(prompt: Sequence[int], answer: dict[str, Any], tokenizer: Tokenizer | None) -> Iterator[Token]:
-    ids = [(token, "observed" in passage) for passage in answer["passages"] for token in passage["tokens"]]
-    sampler = [x for p in answer["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
-    before = list(prompt[-WINDOW:])
-    for place, ((token, observed), said, trainer, apart) in enumerate(
-        zip(ids, sampler, answer["old_logprobs"], apart_of(answer), strict=True), 1
-    ):
-        text = None if tokenizer is None else _added(tokenizer, before, token)
-        yield Token(place, token, text, said, trainer, None if apart is None else _level(apart), observed)
-        before = [*before, token][-WINDOW:]
 
 
 def _level(apart: float) -> int:

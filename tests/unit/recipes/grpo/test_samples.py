@@ -7,7 +7,6 @@ import unicodedata
 
 import pytest
 
-from recipes.data.visible import visible
 from recipes.grpo.samples import fitted, table
 from recipes.run.log_process import LoggedTable
 
@@ -35,11 +34,6 @@ def test_a_cell_is_as_wide_as_it_is_told(end_only):
             assert (
                 text.startswith(begin.rstrip()) and text.rstrip().endswith(end.strip()) and (not end_only or not begin)
             )
-
-
-def test_what_could_move_the_cursor_is_written_out():
-    said = visible("a\n\x1b[31m\u202e\x00é\ud800東")
-    assert said == "a\\n\\x1b[31m\\u202e\\x00é\\ud800東"
 
 
 def test_lines_are_no_wider_than_the_terminal():
