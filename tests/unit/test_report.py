@@ -301,6 +301,16 @@ def test_it_asks_no_other_host(two):
     assert policy == f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_headings_skip_no_level(two, count):
+    """Newer versions of the checker below say so."""
+    tree = parsed(page_of(*two[0][:count]))
+    levels = [int(node.tag[1]) for node in tree.iter() if re.fullmatch(r"h[1-6]", str(node.tag))]
+    assert levels[0] == 1 == levels.count(1) and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    ids = [node.get("id") for node in tree.iter() if node.get("id")]
+    assert len(ids) == len(set(ids))
+
+
 @pytest.mark.skipif(shutil.which("java") is None, reason="the Nu HTML checker needs Java")
 def test_the_nu_checker_finds_no_error(two, tmp_path):
     pages = [tmp_path / "one.html", tmp_path / "two.html"]
