@@ -16,7 +16,11 @@ from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
 from tests.gpt_cases import TERMS, Rollout, make_rollout, pack_rollout, small_config
 
-__all__ = ["counts", "gradient_floor", "grpo", "make_microbatches", "relative_error", "too_long_a_stream"]
+__all__ = [
+    "CONSTANT", "counts", "gradient_floor", "grpo", "make_microbatches", "relative_error", "too_long_a_stream",
+]  # fmt: skip
+
+CONSTANT = 100.0  # what tokens are divided by where normalisation is constant
 
 
 def counts(rollout: Rollout) -> dict[str, float]:
@@ -41,6 +45,7 @@ def make_microbatches(
             totals["tokens"],
             totals["responses"],
             level,
+            CONSTANT,
         )
         microbatches.append(
             GRPOMicrobatch(

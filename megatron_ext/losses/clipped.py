@@ -82,11 +82,13 @@ class Grpo(Objective):
 class Dapo(Grpo):
     """Decoupled clip: unlikely tokens of good responses may grow further than 1.2 times. Token level; responses cut off at
     max_length teach nothing (`trainer.grpo.overlong_filtering`), and the last fifth of that length costs up to 1 of the reward
-    (`trainer.grpo.overlong_buffer`, 4,096 of 20,480 in the paper)."""
+    (`trainer.grpo.overlong_buffer`, 4,096 of 20,480 in the paper). Groups without signal are sampled anew
+    (`trainer.grpo.max_sampling_rounds`; the paper has no limit)."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"normalisation": "token", "sequence_level_ratios": False}
     FILTERS_OVERLONG: ClassVar[bool] = True
     OVERLONG_BUFFER: ClassVar[float] = 0.2
+    SAMPLING_ROUNDS: ClassVar[int] = 10
 
     ratio_clip_max: float = 0.28
 

@@ -72,6 +72,8 @@ class Objective(ABC):
     FILTERS_OVERLONG: ClassVar[bool] = False
     # Share of max_length that trainer.grpo.overlong_buffer is unless it says otherwise.
     OVERLONG_BUFFER: ClassVar[float] = 0.0
+    # trainer.grpo.max_sampling_rounds unless it says otherwise.
+    SAMPLING_ROUNDS: ClassVar[int] = 1
 
     # token: every trained token of the batch weighs the same, so long responses weigh more. sequence: every response does.
     # constant: tokens weigh 1 / (responses of the batch x trainer.grpo.length_params.max_length), whatever was sampled.
@@ -94,7 +96,7 @@ class Objective(ABC):
         """
         Returns:
             ([r], the loss of each token before it is weighed; metrics, weighted sums that add up over microbatches and ranks as
-            the loss does, "ratio" among them).
+            the loss does: "ratio", and "clip_fraction" where something is clipped).
         """
 
 

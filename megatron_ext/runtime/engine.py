@@ -227,7 +227,6 @@ class Engine:
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Log-probabilities [r] of each microbatch, without gradient, known on every pipeline stage."""
-
         return self._scores(microbatches, "logprobs")[0]
 
     def score_with_entropies(self, microbatches: Sequence[Microbatch]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.losses import ADVANTAGES, OBJECTIVES, Objective
-from recipes.cli.config import ConfigError, show
+from recipes.cli.config import ConfigError, at_least, show
 from recipes.cli.named import Registry, Spec
 
-__all__ = ["advantages_file", "get_advantages", "get_objective", "objective_file", "of_earlier_keys", "said_in_full"]
+__all__ = ["advantages_file", "get_advantages", "get_objective", "objective_file", "of_earlier_keys", "settle"]
 
 SECTION = "trainer.grpo"
 KEY = f"{SECTION}.objective"
@@ -70,9 +70,46 @@ def get_advantages(objective: Objective) -> Callable[[Tensor], Tensor]:
     return _ADVANTAGES.with_options(*_ADVANTAGES.find(objective.advantages))
 
 
-def said_in_full(spec: Spec, objective: Objective) -> dict[str, Any]:
-    """What names the objective, with every option."""
-    return {"name": _OBJECTIVES.name(spec), **asdict(objective)}
+def settle(settings: Any) -> None:
+    """Say in full what `trainer.grpo` leaves to the objective: all of its options, and what goes with it.
+
+    Args:
+        settings: a `GRPOSettings`; what has been said is left.
+
+    Raises:
+        UserError: impossible values, or what cannot sample again and should.
+    """
+    objective = get_objective(settings.objective)
+    settings.objective = {"name": _OBJECTIVES.name(settings.objective), **asdict(objective)}
+    longest = settings.length_params.max_length
+    if settings.overlong_filtering is None:
+        settings.overlong_filtering = objective.FILTERS_OVERLONG
+    if settings.overlong_buffer is None:
+        settings.overlong_buffer = round(objective.OVERLONG_BUFFER * longest)
+    if settings.max_sampling_rounds is None:
+        settings.max_sampling_rounds = objective.SAMPLING_ROUNDS
+    if not 0 <= settings.overlong_buffer <= longest:
+        raise UserError(
+            f"{SECTION}.overlong_buffer={settings.overlong_buffer} must lie in [0, {SECTION}.length_params.max_length={longest}]"
+        )
+    if not 0 < settings.high_entropy_share <= 1:
+        raise UserError(f"{SECTION}.high_entropy_share={settings.high_entropy_share} must lie in (0, 1]")
+    at_least(SECTION, settings, 1, "max_sampling_rounds")
+    if settings.max_sampling_rounds > 1:
+        _check_sampling_again(settings)
+
+
+def _check_sampling_again(settings: Any) -> None:
+    rounds = f"{SECTION}.max_sampling_rounds={settings.max_sampling_rounds} (as said, or of {KEY}={settings.objective['name']})"
+    if settings.max_staleness:
+        raise UserError(
+            f"{rounds} samples again where groups have no signal, and {SECTION}.max_staleness={settings.max_staleness} samples "
+            "ahead of knowing it: set max_sampling_rounds=1, or max_staleness=0"
+        )
+    if settings.rollout.source == "file":
+        raise UserError(
+            f"{rounds} samples again, and {SECTION}.rollout.source=file has all that there is: set max_sampling_rounds=1"
+        )
 
 
 def objective_file(spec: Spec) -> Path | None:

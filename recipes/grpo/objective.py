@@ -6,11 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.losses.grpo import GrpoTerms, grpo_loss
 from megatron_ext.losses.off_policy import OffPolicyTerms, effective_share, mismatch, off_policy_weights
 from recipes.grpo.batches import GRPOMicrobatch
+from recipes.run.metrics import METRICS
 
 __all__ = ["as_means", "objective"]
+
+KNOWN = frozenset(name.removeprefix("train_optim/") for name in METRICS)
 
 
 def objective(
@@ -28,6 +32,9 @@ def objective(
     Args:
         logprobs, entropy: [r], of the policy being trained.
         off_policy: weights that make up for the sampler; None: none.
+
+    Raises:
+        UserError: an objective of one's own gives metrics that are not in the table of metrics.
 
     Returns:
         (scalar loss, metrics), which add up over microbatches and ranks; "weight", of the tokens, is what makes means of them.
@@ -54,6 +61,11 @@ def objective(
         importance=importance,
         kept=m.kept,
     )
+    if unknown := metrics.keys() - KNOWN:
+        raise UserError(
+            f"trainer.grpo.objective: {type(terms.objective).__name__} gives metrics that nobody knows, "
+            f"{', '.join(sorted(unknown))}: ratio and clip_fraction are logged, leave out others"
+        )
     return loss, metrics | seen | {"weight": m.weights.sum()}
 
 

@@ -117,10 +117,10 @@ class Recorder:
                 [{n: x for n, x in zip(names, of_one, strict=True) if x == x} for of_one in group]
                 for group in rollouts.parts.tolist()
             ]
+        drawn = rollouts.numbers or range(first, first + last)
         return [
-            self._group(
-                rollouts.prompts[i], rollouts.trajectories[i], rewards[i], parts[i], advantages[i], (step, first + i)
-            )
+            {"number": first + i, "key": [self.config.model.seed, step, drawn[i]]}
+            | self._group(rollouts.prompts[i], rollouts.trajectories[i], rewards[i], parts[i], advantages[i])
             for i in range(last)
         ]
 
@@ -131,7 +131,6 @@ class Recorder:
         rewards: list[float],
         parts: list[dict[str, float]],
         gains: list[float],
-        key: tuple[int, int],
     ) -> dict[str, Any]:
         tokenizer = self.session.inputs.tokenizer
         responses = [
@@ -146,8 +145,6 @@ class Recorder:
             for trajectory, reward, each, gain in zip(trajectories, rewards, parts, gains, strict=True)
         ]
         return {
-            "number": key[1],
-            "key": [self.config.model.seed, *key],
             "line": prompt.line,
             "row": {name: value for name, value in prompt.row.items() if name not in PROMPT_KEYS},
             "prompt_text": tokenizer.decode_whole(prompt.tokens),

@@ -43,6 +43,7 @@ class Rollouts:
             did not in time. None: rewards come out of a file.
         lost: fp64 [prompts, g]: how many rewards did not score a response in time; None as well.
         dropped: of each group, whether it is not trained on; empty: none.
+        numbers: that the random numbers of each group were drawn from; None: its place in the step.
     """
 
     prompts: list[Prompt]
@@ -52,6 +53,7 @@ class Rollouts:
     parts: Tensor | None = None
     lost: Tensor | None = None
     dropped: Sequence[bool] = ()
+    numbers: Sequence[int] | None = None
 
     def lengths(self, groups: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(prompt length, [response lengths]) of these groups."""
@@ -104,11 +106,11 @@ class RolloutSampler:
         requests = self.requests(prompts, step)
         return self.scored(prompts, requests, self.source.sample(requests))
 
-    def requests(self, prompts: list[Prompt], step: int) -> list[Request]:
-        """For the responses that this rank has made in this step."""
+    def requests(self, prompts: list[Prompt], step: int, before: int = 0) -> list[Request]:
+        """For the responses that this rank has made in this step, which has sampled so many prompts before."""
         settings = self.settings
         params = settings.sampling(self.session.inputs.tokenizer.stop_ids)
-        first = self.session.data_rank * len(prompts)
+        first = before + self.session.data_rank * len(prompts)
         mine = self._mine(prompts)
         key = self.config.model.seed, step
         given = [p.for_model() for p in prompts[mine]]
@@ -116,7 +118,14 @@ class RolloutSampler:
         return self._with_environments(requests, prompts[mine])
 
     def scored(self, prompts: list[Prompt], requests: list[Request], trajectories: list[list[Trajectory]]) -> Rollouts:
-        """With rewards and advantages.
+        """With rewards and advantages. Arguments are those of `rewarded`."""
+        return self.valued(prompts, *self.rewarded(prompts, requests, trajectories))
+
+    def rewarded(
+        self, prompts: list[Prompt], requests: list[Request], trajectories: list[list[Trajectory]]
+    ) -> tuple[list[list[Trajectory]], Tensor]:
+        """This data-parallel rank's trajectories, and fp64 [prompts, samples, 2 + rewards] as `_rewards`; of a file the rewards
+        alone.
 
         Args:
             requests, trajectories: of this rank.
@@ -127,7 +136,16 @@ class RolloutSampler:
             found = rewards[..., None]
         else:
             found = self._rewards(requests, prompts[mine], trajectories, self.settings.samples_per_prompt)
-        trajectories, found = self._from_all_context_ranks(trajectories, found)
+        return self._from_all_context_ranks(trajectories, found)
+
+    def valued(
+        self,
+        prompts: list[Prompt],
+        trajectories: list[list[Trajectory]],
+        found: Tensor,
+        numbers: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """With advantages; every data-parallel rank calls it, with as many prompts. Arguments are what `rewarded` gives."""
         rewards = found[..., 0]
         lengths = [[len(t) for t in group] for group in trajectories]
         lengths = torch.tensor(lengths, dtype=torch.float64, device=rewards.device).view_as(rewards)
@@ -135,7 +153,8 @@ class RolloutSampler:
         advantages, dropped = self._advantages(rewards + overlong_penalty(lengths, longest, buffer))
         if isinstance(self.source, RecordedSource):
             return Rollouts(prompts, trajectories, rewards, advantages)
-        return Rollouts(prompts, trajectories, rewards, advantages, found[..., 2:], found[..., 1], dropped)
+        more = found[..., 2:], found[..., 1], dropped, numbers
+        return Rollouts(prompts, trajectories, rewards, advantages, *more)
 
     def _advantages(self, rewards: Tensor) -> tuple[Tensor, list[bool]]:
         """Of this data-parallel rank's rewards, [prompts, samples], which may ask all of the step; and which groups are dropped,

@@ -16,7 +16,7 @@ from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
 from recipes.data.video import VideoSettings
 from recipes.environments.registry import SINGLE_TURN
-from recipes.grpo.choices import GRPO, get_objective, of_earlier_keys, said_in_full
+from recipes.grpo.choices import GRPO, get_objective, of_earlier_keys, settle
 from recipes.grpo.sampling import (
     LengthSection,
     OffPolicySection,
@@ -108,6 +108,10 @@ class GRPOSettings:
     # Tokens before max_length in which a response loses up to 1 of what its reward counts (DAPO's soft penalty); the reward
     # that is logged is without. 0: none. null: as the objective has it, which is a fifth of max_length for dapo, else 0.
     overlong_buffer: int | None = None
+    # Times that a step samples prompts at most, until so many groups as it takes have rewards that differ; the others are
+    # thrown away (DAPO's dynamic sampling). 1: what is sampled is trained. null: as the objective has it, which is 10 for
+    # dapo, else 1.
+    max_sampling_rounds: int | None = None
     # Share of the trained tokens, those of the highest entropy, that the objective trains: 1: all, 0.2 in the paper (arXiv
     # 2506.01939). KL penalty and entropy bonus still act on all. Below 1 a pass goes before the update.
     high_entropy_share: float = 1.0
@@ -162,19 +166,7 @@ class GRPOSettings:
                 "trainer.grpo.offload_reference_policy=true, but trainer.grpo.initial_policy_kl_penalty=0 has no reference "
                 "policy: set one of them otherwise"
             )
-        self.objective = said_in_full(self.objective, self.chosen)
-        if self.overlong_filtering is None:
-            self.overlong_filtering = self.chosen.FILTERS_OVERLONG
-        longest = self.length_params.max_length
-        if self.overlong_buffer is None:
-            self.overlong_buffer = round(self.chosen.OVERLONG_BUFFER * longest)
-        if not 0 <= self.overlong_buffer <= longest:
-            raise UserError(
-                f"trainer.grpo.overlong_buffer={self.overlong_buffer} must lie in [0, "
-                f"trainer.grpo.length_params.max_length={longest}]"
-            )
-        if not 0 < self.high_entropy_share <= 1:
-            raise UserError(f"trainer.grpo.high_entropy_share={self.high_entropy_share} must lie in (0, 1]")
+        settle(self)
         try:
             self.terms  # noqa: B018  raises on bad coefficients
         except UserError as error:

@@ -30,6 +30,7 @@ from recipes.grpo.objective import as_means, objective
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.recorded_rows import RecordedGroup
 from recipes.grpo.recorder import Recorder
+from recipes.grpo.refilling import RefillingSampler
 from recipes.grpo.rollouts import Answered, Rollouts, RolloutSampler
 from recipes.grpo.samples import COLUMNS, shown, table
 from recipes.grpo.servers import vllm_source
@@ -86,6 +87,7 @@ class GRPOTrainer(Trainer):
             self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
             self.sampler = RolloutSampler(session, self._source(), rewards, environment)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
+        self.refilling = RefillingSampler(self.sampler, self._draw) if settings.max_sampling_rounds > 1 else None
         self.recorder = Recorder(session)
         self.rollouts: Rollouts | None = None  # of the last step
         off_policy = None if settings.off_policy is None else settings.off_policy.terms
@@ -118,10 +120,11 @@ class GRPOTrainer(Trainer):
         settings, timers = self.settings, self.session.timers
         with timers("step"):
             with timers("generate"):
-                self.rollouts = rollouts = self._rollouts(step)
+                rollouts, sampled = self._rollouts(step)
+                self.rollouts = rollouts
             self._show(step, rollouts)
             updates, packing = self.batches.updates(rollouts)
-            metrics = self._rollout_metrics(rollouts) | packing
+            metrics = self._rollout_metrics(rollouts) | sampled | packing
             if self.ahead is not None:
                 metrics |= self.ahead.staleness(step, rollouts)
             with timers("old_and_reference_logprobs"):  # of the policy that sampled: before any update
@@ -153,10 +156,14 @@ class GRPOTrainer(Trainer):
         metrics["train_optim/tokens_per_second"] = repeated / metrics["timers/step"]
         return metrics
 
-    def _rollouts(self, step: int) -> Rollouts:
-        if self.ahead is not None:
-            return self.ahead.rollouts(step)
-        return self.sampler.rollouts([self.train[i] for i in self.order.next()], step)
+    def _rollouts(self, step: int) -> tuple[Rollouts, dict[str, float]]:
+        """And metrics of what is not in them."""
+        if self.refilling is not None:
+            return self.refilling.rollouts(step)
+        return (self.ahead.rollouts(step) if self.ahead else self.sampler.rollouts(self._draw(), step)), {}
+
+    def _draw(self) -> list[Prompt]:
+        return [self.train[i] for i in self.order.next()]
 
     def rows(self) -> list[str]:
         return [f"line {prompt.line}" for prompt in self.rollouts.prompts]

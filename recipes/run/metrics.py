@@ -61,6 +61,15 @@ METRICS = {
         "share",
         "Prompts whose responses differ in reward; the others teach nothing. Near 0: rows are too easy or too hard.",
     ),
+    "train_rollouts/sampling_rounds": Metric(
+        "GRPO, with trainer.grpo.max_sampling_rounds", "rounds", "Times that the step has sampled prompts."
+    ),
+    "train_rollouts/thrown_away": Metric(
+        "GRPO, with trainer.grpo.max_sampling_rounds",
+        "share",
+        "Groups of all rounds that are not trained: without signal, or more than the step takes. The reward and the groups with "
+        "signal are of all rounds, too.",
+    ),
     "train_optim/sampler_logprob_diff": Metric(
         "GRPO",
         "nats",

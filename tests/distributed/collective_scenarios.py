@@ -13,7 +13,14 @@ from megatron_ext.errors import AlreadyExistsError, DivergedError, UserError
 from megatron_ext.hf import export_hf
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import save_checkpoint
-from megatron_ext.runtime.collectives import broadcast_object, from_last, gather_objects, together
+from megatron_ext.runtime.collectives import (
+    broadcast_object,
+    from_last,
+    gather_objects,
+    gather_rows,
+    sum_of_all,
+    together,
+)
 from tests.gpt_cases import small_config
 
 __all__ = ["FAILURES", "fail", "refused_on_one_rank", "tell"]
@@ -55,6 +62,8 @@ def tell(device: torch.device) -> dict:
         "stages": gather_objects(rank, group),
         "first": broadcast_object(f"from {rank}"),
         "last": broadcast_object(rank, -1, group),
+        "rows": gather_rows(torch.full((2, 3), float(rank), dtype=torch.float64), group),
+        "sum": sum_of_all(torch.tensor(rank), group),
         "tensor": from_last(last, (2, 3), device, group).cpu(),
     }
 

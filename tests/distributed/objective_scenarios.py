@@ -20,12 +20,12 @@ from megatron_ext.runtime.engine import Engine
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
 from tests.distributed.sharding import load_full, ranks_here
-from tests.engine_cases import counts
+from tests.engine_cases import CONSTANT, counts
 from tests.gpt_cases import Rollout, small_config
 
-__all__ = ["CONSTANT", "IMPORTANCE", "TEMPERATURE", "ObjectiveCase", "objectives"]
+__all__ = ["IMPORTANCE", "TEMPERATURE", "ObjectiveCase", "objectives"]
 
-TEMPERATURE, CONSTANT = 0.9, 60.0
+TEMPERATURE = 0.9
 IMPORTANCE = {
     "none": None,
     "token": OffPolicyTerms("token", "mask", 0.8, 1.25),

@@ -17,6 +17,7 @@ from megatron_ext.attention.pages import PAGE, pages_of
 from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PrefixGroups
 from megatron_ext.losses import vocab_parallel_logprobs
+from megatron_ext.losses.objective import NORMALISATIONS
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
@@ -313,11 +314,11 @@ class DataCase:
 
 
 def data_parallel(device: torch.device, case: DataCase) -> dict[str, Any]:
-    """Gradients for both normalisations, and parameters after a step of both optimizers."""
+    """Gradients for every normalisation, and parameters after a step of both optimizers."""
     rank, _ = ranks_here()
     return {
         "rank": rank,
-        "gradients": {level: _data_run(device, case, level, "adam", step=False) for level in ("token", "sequence")},
+        "gradients": {level: _data_run(device, case, level, "adam", step=False) for level in NORMALISATIONS},
         "steps": {name: _data_run(device, case, "token", name, step=True) for name in OPTIMIZERS},
     }
 

@@ -33,6 +33,8 @@ def test_values_of_all_and_of_the_last_stage():
         assert result["gathered"] == [{"rank": n} for n in range(4)]
         assert result["stages"] == [rank % 2, rank % 2 + 2] and result["last"] == rank % 2 + 2
         assert result["first"] == "from 0"
+        rows = torch.tensor([rank % 2, rank % 2, rank % 2 + 2, rank % 2 + 2], dtype=torch.float64)
+        assert torch.equal(result["rows"], rows.unsqueeze(1).expand(4, 3)) and result["sum"] == 2 * (rank % 2) + 2
         assert torch.equal(result["tensor"], torch.arange(6.0).view(3, 2).t() + 10 * (rank % 2 + 2))
 
 

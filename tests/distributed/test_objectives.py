@@ -18,8 +18,9 @@ from megatron_ext.losses import OBJECTIVES
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
-from tests.distributed.objective_scenarios import CONSTANT, IMPORTANCE, TEMPERATURE, ObjectiveCase, objectives
+from tests.distributed.objective_scenarios import IMPORTANCE, TEMPERATURE, ObjectiveCase, objectives
 from tests.distributed.sharding import full_name, shard
+from tests.engine_cases import CONSTANT
 from tests.gpt_cases import make_rollout, randomize, small_config
 from tests.harness import run_ranks
 from tests.layouts import randn

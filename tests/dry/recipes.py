@@ -36,6 +36,7 @@ from tests.dry.run import (
     RECORDED,
     REJECTED,
     REWARDS,
+    SAMPLED,
     SCORES,
     SHARED,
     SHOWN,
@@ -99,13 +100,15 @@ CASES: dict[str, Case] = {
             "trainer.grpo.reward={{name:length,target:2}}", "++trainer.grpo.sampling_params.ignore_eos=true",
             "++trainer.grpo.rollout_dump={{}}", "++trainer.grpo.off_policy={{level:geometric,form:mask,reject_above:1}}",
             "++trainer.grpo.validation_sampling_params.ignore_eos=true",  # the pretended GPU says 0, the end token
+            "++trainer.grpo.high_entropy_share=0.5", "++trainer.grpo.max_sampling_rounds=2",
         ],
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
             (SUM, "copy"): 12,  # of a step five, of a validation, of which there is one before the first, one
             (REJECTED, "copy"): 2,
-            (CHOOSE, "copy"): 12,  # three tokens each in two steps and two validations
+            (CHOOSE, "copy"): 18,  # three tokens each in two steps of two rounds and two validations
+            (SAMPLED, "copy"): 4,  # all rewards are alike: it samples again
             (SHOWN, "copy"): 1,  # at the first step
             (RECORDED, "copy"): 4,
             (SCORES, "copy"): 2,  # of the one stream of each step

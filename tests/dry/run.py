@@ -39,6 +39,7 @@ CHOOSE, METRICS = (
 NORM = "megatron_ext/runtime/engine.py:Engine.step"
 SUM, STOP = "recipes/run/session.py:Session.sum_over_data", "recipes/run/session.py:Session.must_stop"
 REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
+SAMPLED = "recipes/grpo/refilling.py:RefillingSampler._round"
 SHOWN, RECORDED = "recipes/grpo/samples.py:shown", "recipes/grpo/recorder.py:Recorder._groups"
 SCORES = "recipes/grpo/recorder.py:old_logprobs"
 REJECTED = "recipes/grpo/batches.py:BatchMaker.without_rejected"
@@ -63,6 +64,7 @@ NECESSARY: dict[tuple[str, str], str] = {
     (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
     (STOP, "value"): "whether any rank has been asked to stop, once a step",
     (SHOWN, "copy"): "rewards of the responses that a table shows",
+    (SAMPLED, "copy"): "max_sampling_rounds: rewards, of which the groups that are trained are chosen",
     (RECORDED, "copy"): "rewards and advantages that are written down",
     (SCORES, "copy"): "old log-probabilities that are written down",
     (REJECTED, "copy"): "off_policy.reject_above: how many tokens and responses are left, which normalise the loss",

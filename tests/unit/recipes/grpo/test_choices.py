@@ -74,6 +74,30 @@ def test_the_last_fifth_of_a_response_costs_under_dapo_unless_it_is_said():
         settings(f"++trainer.grpo.overlong_buffer={longest + 1}")
 
 
+def test_groups_are_sampled_anew_under_dapo_unless_it_is_said():
+    assert settings().max_sampling_rounds == 1 and settings(objective("dapo")).max_sampling_rounds == 10
+    assert settings(objective("dapo"), "++trainer.grpo.max_sampling_rounds=1").max_sampling_rounds == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["++trainer.grpo.max_sampling_rounds=0"], "max_sampling_rounds=0 must be at least 1"),
+        (
+            ["++trainer.grpo.max_staleness=1", "++trainer.grpo.rollout={source: vllm, start: 1}"],
+            "trainer.grpo.max_staleness=1 samples ahead of knowing it: set max_sampling_rounds=1, or max_staleness=0",
+        ),
+        (
+            ["++trainer.grpo.rollout={source: file, path: x}", "data.train_path=null"],
+            "trainer.grpo.rollout.source=file has all that there is: set max_sampling_rounds=1",
+        ),
+    ],
+)
+def test_what_cannot_sample_again_is_refused(given, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        settings(objective("dapo"), *given)
+
+
 def test_overlong_filtering_is_what_is_said():
     assert settings(objective("grpo"), "++trainer.grpo.overlong_filtering=true").overlong_filtering
     assert not settings(objective("dapo"), "++trainer.grpo.overlong_filtering=false").overlong_filtering
@@ -108,6 +132,23 @@ def test_overlong_filtering_is_what_is_said():
 )  # fmt: skip
 def test_earlier_keys_say_what_they_said(keys, expected):
     assert settings(*(f"trainer.grpo.{key}={value}" for key, value in keys.items())).chosen == expected
+
+
+def test_a_run_of_before_there_were_objectives_is_the_one_that_would_go_on_now():
+    """Its run.yaml says every key that there was."""
+    now = asdict(settings())
+    new = ("objective", "overlong_buffer", "high_entropy_share", "max_sampling_rounds")
+    before = {key: value for key, value in now.items() if key not in new}
+    before |= {
+        "ratio_eps": 0.2,
+        "ratio_clip_min": None,
+        "ratio_clip_max": None,
+        "token_level_loss": True,
+        "sequence_level_importance_ratios": False,
+        "normalize_rewards": True,
+        "use_leave_one_out_baseline": False,
+    }
+    assert asdict(build(GRPOSettings, before, "trainer.grpo")) == now
 
 
 @pytest.mark.parametrize(

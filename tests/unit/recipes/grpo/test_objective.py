@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 
-from megatron_ext.losses import OBJECTIVES, GrpoTerms
+from megatron_ext.errors import UserError
+from megatron_ext.losses import OBJECTIVES, GrpoTerms, Objective
 from megatron_ext.losses.off_policy import OffPolicyTerms
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.optim import OptimConfig
-from recipes.grpo.objective import objective
+from recipes.grpo.objective import as_means, objective
 from tests.engine_cases import counts, make_microbatches
 from tests.gpt_cases import make_rollout, randomize, small_config
 from tests.layouts import randn
@@ -30,6 +31,39 @@ FORMS = {
     **{name: (GrpoTerms(make(), kl_penalty=0.05), None) for name, make in OBJECTIVES.items() if name != "grpo"},
     "their mean": (GrpoTerms(entropy_bonus=0.02), OffPolicyTerms("geometric", "mask", 0.8, 1.2)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talkative(Objective):
+    def policy_loss(self, tokens):
+        return -tokens.logprobs, {"ratio": tokens.weights.sum(), "mine": tokens.weights.sum()}
+
+
+def test_a_metric_that_is_not_in_the_table_is_refused(rng, world):
+    model = build_gpt(small_config(), world)
+    rollout = make_rollout(rng, LENGTHS, 61)
+    microbatches = make_microbatches(rollout, [[0]], counts(rollout))
+    with pytest.raises(
+        UserError, match="Talkative gives metrics that nobody knows, mine: ratio and clip_fraction are logged"
+    ):
+        Engine(model, OptimConfig()).update(microbatches, partial(objective, terms=GrpoTerms(Talkative())))
+
+
+def test_metrics_are_means_whatever_divides_the_loss():
+    sums = {
+        "loss": 3.0,
+        "grad_norm": 2.0,
+        "lr": 0.1,
+        "weight": 0.5,
+        "ratio": 0.5,
+        "kl": 1.0,
+        "sampler_logprob_diff_max": 7.0,
+    }
+    means = {"loss": 3.0, "grad_norm": 2.0, "lr": 0.1, "ratio": 1.0, "kl": 2.0, "sampler_logprob_diff_max": 7.0}
+    assert as_means(sums) == means
+    nothing = as_means({"loss": 0.0, "ratio": 0.0, "weight": 0.0, "importance": 0.0, "importance_squared": 0.0})
+    assert nothing == {"loss": 0.0, "ratio": 0.0, "importance": 0.0, "effective_samples": 1.0}
+    assert as_means({"weight": 0.5, "importance": 0.5, "importance_squared": 0.5})["effective_samples"] == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
