@@ -35,7 +35,7 @@ setup(
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
-            "pyarrow",  # zstd of rollouts on disk; `datasets`, which NeMo needs, brings it anyway
+            "pyarrow",  # parquet and Arrow files, zstd; `datasets`, which NeMo needs, would forget where rows stood
             "tqdm",  # progress bar over global steps
             "jinja2",  # the page of tools/report.py, all of it escaped; torch brings it anyway
             "pebble",  # processes of rewards, each call with a limit in time at which its process is killed

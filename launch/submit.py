@@ -30,6 +30,7 @@ import yaml
 from megatron_ext.errors import UserError
 from recipes.cli.compose import compose, forced
 from recipes.cli.errors import user_errors
+from recipes.data.files import existing_files
 from recipes.registry import RECIPES
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def check_data(config: dict) -> None:
     for key, value in (data | sets).items():
         paths = value if isinstance(value, list) else [value]
         for path in paths if key.endswith(("_path", "_paths", ".path")) else ():
-            if isinstance(path, str) and path and not Path(path).exists():
+            if isinstance(path, str) and path and not Path(path).exists() and not existing_files(path):
                 raise UserError(f"data.{key}={path} does not exist, seen from {Path.cwd()}")
 
 

@@ -1,7 +1,7 @@
-"""Text in: rows of JSONL files to prompts and to prompt/response pairs.
+"""Text in: rows of files to prompts and to prompt/response pairs.
 
-Every complaint about a row names its file and line, and every key of a row is read, declared by the reward, or refused
-(`recipes.data.keys`).
+Every complaint about a row names its file and line, or row of a table, and every key of a row is read, declared by the
+reward, or refused (`recipes.data.keys`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from recipes.data.chat import Chat
 from recipes.data.conversation import Conversation
 from recipes.data.errors import DataError, at
-from recipes.data.jsonl import check_text, numbered_rows
+from recipes.data.files import Place, placed_rows
+from recipes.data.jsonl import check_text
 from recipes.data.keys import HARMLESS, check_keys, remedy
 from recipes.data.settings import RowsSection
 from recipes.data.tokenizer import Tokenizer
@@ -30,8 +31,8 @@ PLAIN = RowsSection()
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, and the conversation that
-    it is, if it is no plain text.
+    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, the conversation that
+    it is, if it is no plain text, and file and line of the row.
 
     Where there is a video, `placeholder` stands among the tokens once for each of the video's tokens.
     """
@@ -42,6 +43,12 @@ class Prompt:
     clip: Clip | None = None
     placeholder: int = -1
     talk: Conversation | None = None
+    place: Place | None = None
+
+    @property
+    def where(self) -> str:
+        """File and line, or the line where no file is known."""
+        return str(self.place or f"line {self.line}")
 
     @property
     def content(self) -> tuple:
@@ -84,8 +91,8 @@ class Pair:
         return self.prompt.tokens, self.prompt.shown, self.response, self.learnt
 
     @property
-    def line(self) -> int:
-        return self.prompt.line
+    def where(self) -> str:
+        return self.prompt.where
 
     @property
     def clip(self) -> Clip | None:
@@ -215,24 +222,27 @@ def load_pairs(
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of a file.
+    """A row of a file.
 
     Attributes:
         row: what it holds.
         read: the same without keys that are ignored.
         kind: "prompt" or "messages", which of them it carries.
-        where: file and line.
+        place: file and line.
     """
 
     row: dict[str, Any]
     read: dict[str, Any]
     kind: str
-    line: int
-    where: str
+    place: Place
+
+    @property
+    def where(self) -> str:
+        return str(self.place)
 
 
 class _Rows:
-    """The rows of a file, and what reading prompts and pairs of them has in common.
+    """The rows of a path, and what reading prompts and pairs of them has in common.
 
     Attributes:
         used: by kind, keys that are read.
@@ -253,10 +263,10 @@ class _Rows:
 
     def __iter__(self) -> Iterator[_Row]:
         ignored = set(self.section.ignored_keys)
-        for line, row in numbered_rows(self.path):
-            where, read = f"{self.path}:{line}", {key: value for key, value in row.items() if key not in ignored}
+        for place, row in placed_rows(self.path, ignored):
+            where, read = str(place), {key: value for key, value in row.items() if key not in ignored}
             read = read if self.opening is None else self.opening.of(read, where)
-            yield _Row(row, read, _kind(read, where), line, where)
+            yield _Row(row, read, _kind(read, where), place)
         named = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self.section, key)]
         if named and not self.chat.used:
             raise DataError(f"data.{named[0]} is set, and no row of {self.path} has messages: leave it out")
@@ -265,10 +275,10 @@ class _Rows:
         if self.video is None:
             if row.read.get("video") is not None or row.read.get("features") is not None:
                 raise DataError(f"{row.where}: the row has a video, but data.video is not set")
-            return Prompt(tokens, row.row, row.line)
+            return Prompt(tokens, row.row, row.place.number, place=row.place)
         placeholder = self.tokenizer.token_id(self.video.settings.placeholder, "data.video.placeholder")
-        clip, expanded = self.video.read_row(row.read, tokens, placeholder, Path(self.path).parent, row.where)
-        return Prompt(tuple(expanded), row.row, row.line, clip, placeholder)
+        clip, expanded = self.video.read_row(row.read, tokens, placeholder, Path(row.place.file).parent, row.where)
+        return Prompt(tuple(expanded), row.row, row.place.number, clip, placeholder, place=row.place)
 
 
 def _kind(row: dict, where: str) -> str:

@@ -34,7 +34,7 @@ __all__ = ["Conversations", "check_template", "tool_format"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds, for one call of an environment, before the log says that it is waited for
-SLOW = "environment %s: %s has not come back for %.0f s, for the prompt of line %d"
+SLOW = "environment %s: %s has not come back for %.0f s, for the prompt of %s"
 
 
 def tool_format(environment: Named | None, tokenizer: Tokenizer) -> ToolFormat | None:
@@ -96,7 +96,7 @@ class Conversations:
         content = self._call("start", environment.start, row)
         if type(environment).start is not Environment.start and not self._is_prompt(content):
             raise EnvironmentFailedError(
-                f"environment {self.named.name}: start gave another prompt for line {self.prompt.line} than when rows were read: "
+                f"environment {self.named.name}: start gave another prompt for {self.prompt.where} than when rows were read: "
                 "it must depend on the row alone"
             )
         self._open[sample] = _Conversation(environment, row)
@@ -183,7 +183,7 @@ class Conversations:
         return float(reward)
 
     def _call(self, name: str, method: Callable, argument: Any) -> Any:
-        waiting = threading.Timer(PATIENCE, logger.warning, (SLOW, self.named.name, name, PATIENCE, self.prompt.line))
+        waiting = threading.Timer(PATIENCE, logger.warning, (SLOW, self.named.name, name, PATIENCE, self.prompt.where))
         waiting.daemon = True
         waiting.start()
         try:

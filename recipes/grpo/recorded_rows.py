@@ -65,6 +65,10 @@ class RecordedGroup:
         return self.prompt, said, [str(reason) for reason in self.reasons], self.rewards
 
     @property
+    def where(self) -> str:
+        return f"line {self.line}"
+
+    @property
     def trajectories(self) -> list[Trajectory]:
         passages = [[Passage(p.tokens, p.logprobs, p.weight_version) for p in response] for response in self.pieces]
         return [Trajectory(p, reason) for p, reason in zip(passages, self.reasons, strict=True)]

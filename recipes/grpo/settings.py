@@ -243,8 +243,8 @@ class GRPOModel(TrainedModel):
 
 @dataclass
 class GRPOData(RowsSection):
-    # JSONL rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside. null where
-    # trainer.grpo.rollout.source=file brings prompts and responses.
+    # Rows {"prompt" or "messages", and what the reward reads}, with {"video"} or {"features"} beside: a JSONL, parquet or
+    # Arrow file, a folder of them, or a pattern. null where trainer.grpo.rollout.source=file brings prompts and responses.
     train_path: str | None
     # Rows of the same form, answered at every validation as trainer.grpo.validation_sampling_params says; null: none.
     validation_path: str | None = None

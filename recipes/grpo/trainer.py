@@ -166,7 +166,7 @@ class GRPOTrainer(Trainer):
         return [self.train[i] for i in self.order.next()]
 
     def rows(self) -> list[str]:
-        return [f"line {prompt.line}" for prompt in self.rollouts.prompts]
+        return [prompt.where for prompt in self.rollouts.prompts]
 
     def save_batch(self, step: int) -> Path:
         return self.recorder.save_batch(step, self.rollouts)

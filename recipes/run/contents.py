@@ -20,6 +20,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint_files import checksum
 from megatron_ext.runtime.collectives import gather_objects
 from recipes.data.digests import RowsDigest, rows_digest, sampled_files
+from recipes.data.files import existing_files
 from recipes.run.inputs import Inputs
 from recipes.run.pretrained import START_KEY
 
@@ -73,8 +74,8 @@ class Contents:
     def complete(self) -> None:
         """What one process of a machine reads for all: files, clips and weights."""
         for key, rows in self._rows.items():
-            if (path := self._value(key)) is not None and Path(path).is_file():  # a folder is known by its rows
-                self.found[key]["file"] = checksum(Path(path))[1]
+            if files := existing_files(self._value(key)):  # a folder of another kind is known by its rows
+                self.found[key]["file"] = " ".join(checksum(Path(file))[1] for file in files)
             clips = [clip and clip.path for clip in (getattr(row, "clip", None) for row in rows)]
             if any(clips):
                 samples = sampled_files(filter(None, clips))
@@ -180,10 +181,10 @@ class Contents:
             return f"it has {now['rows']} rows, and had {before['rows']}"
         here, there = (RowsDigest(found["rows"], found["whole"], found["parts"]) for found in (now, before))
         numbers, rows = here.first_difference(there), self._rows[key]
-        lines = [getattr(rows[i], "line", None) for i in (numbers[0], numbers[-1])]
+        places = [getattr(rows[i], "where", None) for i in (numbers[0], numbers[-1])]
         if len(numbers) == 1:
-            return f"row {numbers[0] + 1}{f' (line {lines[0]})' if lines[0] else ''} is the first that differs"
-        stands = f" (lines {lines[0]} to {lines[1]})" if lines[0] else ""
+            return f"row {numbers[0] + 1}{f' ({places[0]})' if places[0] else ''} is the first that differs"
+        stands = f" ({places[0]} to {places[1]})" if places[0] else ""
         return f"one of rows {numbers[0] + 1} to {numbers[-1] + 1}{stands} is the first that differs"
 
     def _other_reading(self, versions: Mapping[str, str]) -> str:

@@ -41,7 +41,7 @@ class Trainer(ABC):
         """Take a step and return its metrics; none if it could not be taken, which ends the training."""
 
     def rows(self) -> list[str]:
-        """Which rows this rank's share of the last step was made of, as "line 12"."""
+        """Which rows this rank's share of the last step was made of, as "rows.jsonl:12"."""
         return []
 
     def save_batch(self, step: int) -> Path | None:

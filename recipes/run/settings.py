@@ -19,6 +19,7 @@ from megatron_ext.runtime.engine import Skipping
 from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.cli.stopping import seconds_of
+from recipes.data.files import existing_files
 from recipes.data.video import VideoSettings
 from recipes.run.profiling import ProfileSection
 
@@ -215,15 +216,18 @@ class TrainedModel(GPTModelConfig):
 
 
 def check_apart(data: object, trained: str, held_out: str) -> None:
-    """Refuse a section's two files to be one: what is trained on is not held out.
+    """Refuse a section's two paths to share a file: what is trained on is not held out.
 
     Args:
         trained, held_out: names of fields of the section `data`, which may be None.
     """
-    paths = getattr(data, trained), getattr(data, held_out)
-    if None not in paths and os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
+    files, others = (
+        {os.path.realpath(file): file for file in existing_files(path) or [path] if file is not None}
+        for path in (getattr(data, trained), getattr(data, held_out))
+    )
+    if shared := sorted(files.keys() & others):
         raise UserError(
-            f"data.{trained} and data.{held_out} are the same file, {paths[0]}: what is trained on is not held out; name "
+            f"data.{trained} and data.{held_out} are the same file, {files[shared[0]]}: what is trained on is not held out; name "
             f"another, or set data.{held_out}=null"
         )
 

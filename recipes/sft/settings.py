@@ -55,7 +55,8 @@ TURNS = ("last", "all")
 
 @dataclass
 class SFTData(RowsSection):
-    # JSONL rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside; docs/data.md.
+    # Rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside: a JSONL, parquet or Arrow file, a
+    # folder of them, or a pattern; docs/data.md.
     train_path: str
     # Rows of the same form whose loss is reported at every validation; null: none.
     validation_path: str | None = None

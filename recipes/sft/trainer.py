@@ -52,7 +52,7 @@ class SFTTrainer(Trainer):
         return {f"train_optim/{name}": value for name, value in metrics.items()}
 
     def rows(self) -> list[str]:
-        return [f"line {pair.prompt.line}" for pair in self.batch]
+        return [pair.where for pair in self.batch]
 
     def save_batch(self, step: int) -> Path:
         """Its rows as they were read, for data.train_path."""

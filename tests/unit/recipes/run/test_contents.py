@@ -22,6 +22,7 @@ from recipes.bias.settings import LFTFConfig
 from recipes.cli.stopping import StopRequests
 from recipes.data.conversation import Conversation
 from recipes.data.digests import PARTS, RowsDigest, rows_digest, sampled_digest
+from recipes.data.files import Place
 from recipes.data.rows import Pair, Prompt, load_pairs, load_prompts
 from recipes.data.tokenizer import load_tokenizer
 from recipes.data.video import Clip, VideoReader, VideoSettings
@@ -92,7 +93,7 @@ def test_an_edited_row_is_named_with_its_line(tmp_path, plain):
     rows[number]["response"] += " 3"
     message = refusal(read(write_rows(path, "", *rows), plain), before)
     assert f"{TRAIN}={path} holds other rows than when the run began" in message
-    assert f"row {number + 1} (line {number + 2}) is the first that differs" in message
+    assert f"row {number + 1} ({path}:{number + 2}) is the first that differs" in message
     rows.append(rows[0])
     assert "it has 41 rows, and had 40" in refusal(read(write_rows(path, *rows), plain), before)
 
@@ -110,7 +111,10 @@ def test_rows_that_are_used_in_order_may_become_more(tmp_path, plain):
     number = random.randrange(count)
     rows[number]["response"] += " 3"
     message = refusal(in_order(*rows), before)
-    assert f"holds other rows than when the run began: row {number + 1} (line {number + 1}) is the first" in message
+    assert (
+        f"holds other rows than when the run began: row {number + 1} ({tmp_path}/sft.jsonl:{number + 1}) is the first"
+        in message
+    )
 
 
 def test_what_a_file_is_called_and_how_it_is_written_does_not_matter(tmp_path, plain):
@@ -128,7 +132,7 @@ def test_a_reward_sees_the_whole_row(tmp_path, plain):
     before = read(write_rows(tmp_path / "train.jsonl", *rows), plain, load_prompts)
     rows[6]["answer"] = "seven"
     message = refusal(read(write_rows(tmp_path / "train.jsonl", *rows), plain, load_prompts), before)
-    assert "row 7 (line 7) is the first that differs" in message
+    assert f"row 7 ({tmp_path}/train.jsonl:7) is the first that differs" in message
 
 
 def test_the_first_row_that_differs_is_found_among_many(tmp_path):
@@ -174,6 +178,7 @@ CHANGES = {
         "tokens": ((1, 3), True), "row": ({"answer": "y"}, True), "line": (2, False), "placeholder": (8, True),
         "clip": (None, True),
         "talk": (Conversation(()), False),  # what the row, the configuration and the environment's file make of it
+        "place": (Place("b.jsonl", 1), False),
     },
     Pair: {"prompt": (dataclasses.replace(PROMPT, tokens=(5,)), True), "response": ((4,), True), "learnt": ((False,), True)},
     # Its file is compared by content, its settings are the configuration's.
@@ -219,7 +224,7 @@ def test_a_template_that_writes_the_date_gives_other_rows_tomorrow(tmp_path, mon
         f"{TRAIN}={path} gives other tokens than when the run began, and file and tokenizer are what they were"
         in message
     )
-    assert "writes the date of today (strftime_now)" in message and "row 1 (line 1) is the first" in message
+    assert "writes the date of today (strftime_now)" in message and f"row 1 ({path}:1) is the first" in message
     check(read(dated, tokenizer), fixed)
 
 
@@ -297,7 +302,7 @@ def test_features_of_the_same_shape_and_other_content_are_refused(tmp_path, plai
     check(read(moved, tokenizer, video=video), before)
     np.save(tmp_path / "moved/1.npy", rng.standard_normal((2, 1, 1, 6)).astype(np.float32))
     message = refusal(read(moved, tokenizer, video=video), before)
-    assert "clips or features have other content than when the run began: row 2 (line 2) is the first" in message
+    assert f"clips or features have other content than when the run began: row 2 ({moved}:2) is the first" in message
 
 
 def test_a_large_file_is_known_by_its_length_and_samples(tmp_path):
