@@ -105,7 +105,7 @@ CASES: dict[str, Case] = {
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
-            (SUM, "copy"): 12,  # of a step five, of a validation, of which there is one before the first, one
+            (SUM, "copy"): 14,  # of a step five, of a validation, of which there is one before the first, two
             (REJECTED, "copy"): 2,
             (CHOOSE, "copy"): 18,  # three tokens each in two steps of two rounds and two validations
             (SAMPLED, "copy"): 4,  # all rewards are alike: it samples again
