@@ -18,7 +18,7 @@ _STATED = ExactAnswer()
 # What may stand around a letter: brackets, emphasis, quotes, LaTeX.
 _BEFORE = r"""[\s*_`"'“(\[{$]*(?:\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{\s*\(?)*"""
 _BEHIND = r"""[)\]}*_`"'”$]*"""
-# Behind it: the end, a sign, or a word; but "A word" is an article.
+# Behind it: the end, a sign, or a word; but "A word" and "I think" choose nothing.
 _GOES_ON = r"(?=\s*$|\s*[.:,;!?)—–-]|\s*\n|\s+(?:because|since|as|is|was|for)\b|{word})"
 _OTHERS = re.compile(
     r"(?:\s*(?:,|/|&|;|and\b|or\b))+\s*(?:(?:option|choice)\s+)?[*(\[]*(?P<letter>[A-Za-z])(?![A-Za-z])"
@@ -68,7 +68,7 @@ class Choice:
     def _letter(self, text: str) -> str | None:
         """What a text begins with, if that is one letter alone."""
         for letters, word in (
-            (self.letters.replace("A", ""), r"\s"),
+            (re.sub("[AI]", "", self.letters), r"\s"),
             (self.letters, r"(?!)"),
             (self.letters.lower(), r"(?!)"),
         ):

@@ -166,10 +166,10 @@ def test_async_rewards(asked):
 
 @pytest.mark.parametrize("name", ["slow", "stubborn", "awaited"])
 def test_one_that_hangs_ends_the_run_with_its_row(asked, name):
-    rewards = asked(f"{OWN}.{name}", RewardLimits(0.5))
+    rewards = asked(f"{OWN}.{name}", RewardLimits(1.0))
     message = failed(rewards, [["a", "b"], ["c", "hang"]])
     assert message == (
-        f"reward {OWN}.{name} has not come back within trainer.grpo.reward_timeout=0.5 s for one of 2 responses to the prompt of "
+        f"reward {OWN}.{name} has not come back within trainer.grpo.reward_timeout=1 s for one of 2 responses to the prompt of "
         "line 5: mend it, raise trainer.grpo.reward_timeout, or set trainer.grpo.on_reward_timeout to zero or drop"
     )
 
@@ -177,7 +177,7 @@ def test_one_that_hangs_ends_the_run_with_its_row(asked, name):
 @pytest.mark.parametrize("name", ["slow", "mortal", "awaited"])
 def test_zero_is_for_the_response_alone_that_hangs(asked, caplog, name):
     bad = {"slow": "hang", "mortal": "die", "awaited": "hang"}[name]
-    rewards = asked(f"{OWN}.{name}", RewardLimits(0.5, "zero"))
+    rewards = asked(f"{OWN}.{name}", RewardLimits(1.0, "zero"))
     with caplog.at_level(logging.WARNING):
         scores = rewards.score([["a", "bb"], ["ccc", bad, "dd"], [bad]], prompts({}, {}, {}))
     if name != "awaited":
@@ -186,7 +186,7 @@ def test_zero_is_for_the_response_alone_that_hangs(asked, caplog, name):
     said = (
         "ended its process (exit code 7)"
         if bad == "die"
-        else "has not come back within trainer.grpo.reward_timeout=0.5 s"
+        else "has not come back within trainer.grpo.reward_timeout=1 s"
     )
     assert [record.getMessage() for record in caplog.records] == [
         f"reward {OWN}.{name} {said} for responses to the prompt of line {line}: they count as 0" for line in (5, 7)
@@ -194,7 +194,7 @@ def test_zero_is_for_the_response_alone_that_hangs(asked, caplog, name):
 
 
 def test_drop_leaves_the_group_without_a_number(asked):
-    rewards = asked(None, RewardLimits(0.5, "drop"), a={"reward": f"{OWN}.slow"}, b={"reward": f"{OWN}.plain"})
+    rewards = asked(None, RewardLimits(1.0, "drop"), a={"reward": f"{OWN}.slow"}, b={"reward": f"{OWN}.plain"})
     scores = rewards.score([["a", "hang"], ["b", "cc"]], prompts({}, {}))
     assert scores.lost == [[1, 1], [0, 0]] and scores.totals[1] == [2, 4]
     assert all(map(math.isnan, scores.totals[0])) and scores.parts[0][1][1] == 4 and math.isnan(scores.parts[0][1][0])
@@ -202,7 +202,7 @@ def test_drop_leaves_the_group_without_a_number(asked):
 
 def test_coroutines_that_keep_the_others_from_coming_back_are_asked_one_by_one(asked, monkeypatch):
     monkeypatch.setattr("recipes.rewards.processes.GRACE_SECONDS", 0.2)
-    scores = asked(f"{OWN}.awaited", RewardLimits(0.5, "zero")).score([["a"], ["block"], ["c"]], prompts({}, {}, {}))
+    scores = asked(f"{OWN}.awaited", RewardLimits(1.0, "zero")).score([["a"], ["block"], ["c"]], prompts({}, {}, {}))
     assert scores.lost == [[0], [1], [0]] and scores.totals[1] == [0] and scores.totals[0][0] >= 1
 
 

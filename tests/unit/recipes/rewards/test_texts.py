@@ -87,6 +87,7 @@ def test_rows_have_a_letter_and_there_may_be_more_of_them():
             reward.check_rows(prompts({"answer": wrong}), "rows.jsonl")
     ten = get_reward({"name": "choice", "letters": "ABCDEFGHIJ"})
     assert score(ten, ["Answer: J", "(J) x"], [{"answer": "J"}, {"answer": "I"}]) == [1, 0]
+    assert score(ten, ["I do not know", "I", "(I) x"], [{"answer": "I"}] * 3) == [0, 1, 1]
     for letters in ("A", "ab", "ABA", ""):
         with pytest.raises(ConfigError, match="must be capital letters"):
             get_reward({"name": "choice", "letters": letters})
