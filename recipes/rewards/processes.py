@@ -33,20 +33,20 @@ GRACE_SECONDS = 5.0  # beyond its limit, for an async reward to give up by itsel
 
 @dataclass(frozen=True)
 class PromptCall:
-    """The responses to one prompt, its row, and the row's line in its file, if it is known."""
+    """The responses to one prompt, its row, and the row's file and line, if they are known."""
 
     responses: tuple[str, ...]
     row: dict
-    line: int | None = None
+    where: str | None = None
 
     def each(self) -> list[PromptCall]:
         """One for each response."""
-        return [PromptCall((text,), self.row, self.line) for text in self.responses]
+        return [PromptCall((text,), self.row, self.where) for text in self.responses]
 
     @property
-    def arguments(self) -> tuple[Sequence[str], list[dict], list[int] | None]:
+    def arguments(self) -> tuple[Sequence[str], list[dict], list[str] | None]:
         count = len(self.responses)
-        return self.responses, [self.row] * count, None if self.line is None else [self.line] * count
+        return self.responses, [self.row] * count, None if self.where is None else [self.where] * count
 
 
 @dataclass(frozen=True)

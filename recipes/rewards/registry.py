@@ -142,30 +142,30 @@ def is_async(reward: Reward) -> bool:
 
 
 def score(
-    reward: Reward, responses: Sequence[str], rows: Sequence[dict], lines: Sequence[int] | None = None
+    reward: Reward, responses: Sequence[str], rows: Sequence[dict], origins: Sequence[str] | None = None
 ) -> list[float | None]:
     """One finite number for each response; None where a reward that bounds itself could not tell in time.
 
     Args:
-        lines: of each row in its file, for messages.
+        origins: of each row, file and line, for messages.
 
     Raises:
         RewardError: the reward raised, or gave a wrong count, something else than a number, NaN or infinity.
     """
-    with _reported(reward, lines):
+    with _reported(reward, origins):
         values = reward(responses, rows)
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
-    return _numbers(reward, values, responses, lines)
+    return _numbers(reward, values, responses, origins)
 
 
 async def score_async(
-    reward: Reward, responses: Sequence[str], rows: Sequence[dict], lines: Sequence[int] | None = None
+    reward: Reward, responses: Sequence[str], rows: Sequence[dict], origins: Sequence[str] | None = None
 ) -> list[float | None]:
     """The same for one that `is_async`."""
-    with _reported(reward, lines):
+    with _reported(reward, origins):
         values = await reward(responses, rows)
-    return _numbers(reward, values, responses, lines)
+    return _numbers(reward, values, responses, origins)
 
 
 async def _awaited(values: Awaitable[Sequence[float]]) -> Sequence[float]:
@@ -173,34 +173,36 @@ async def _awaited(values: Awaitable[Sequence[float]]) -> Sequence[float]:
 
 
 @contextlib.contextmanager
-def _reported(reward: Reward, lines: Sequence[int] | None) -> Iterator[None]:
+def _reported(reward: Reward, origins: Sequence[str] | None) -> Iterator[None]:
     """Whatever it raises, as a RewardError with its name and, where all that it was asked is of one row, that."""
-    of_row = f" for the prompt of line {lines[0]}" if lines and len({*lines}) == 1 else ""
+    of_row = f" for the prompt of {origins[0]}" if origins and len({*origins}) == 1 else ""
     try:
         yield
     except UserError as error:
         index = getattr(error, "index", None)
-        if lines and not of_row and index is not None:
-            of_row = f" for the prompt of line {lines[index]}"
+        if origins and not of_row and index is not None:
+            of_row = f" for the prompt of {origins[index]}"
         raise RewardError(f"reward {_name(reward)}{of_row}: {error}") from error
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {_name(reward)} failed{of_row}: {describe(error)}") from error
 
 
-def _numbers(reward: Reward, values: Any, responses: Sequence[str], lines: Sequence[int] | None) -> list[float | None]:
+def _numbers(
+    reward: Reward, values: Any, responses: Sequence[str], origins: Sequence[str] | None
+) -> list[float | None]:
     name = _name(reward)
     if not isinstance(values, Iterable) or isinstance(values, (str, Mapping, Set)):
         raise RewardError(f"reward {name} gave {_short(values)}; it must give a list of numbers, one for each response")
-    with _reported(reward, lines):
+    with _reported(reward, origins):
         values = list(values.tolist() if hasattr(values, "tolist") else values)  # a tensor, an array or a generator
     if len(values) != len(responses):
-        of_row = f" to the prompt of line {lines[0]}" if lines and len({*lines}) == 1 else ""
+        of_row = f" to the prompt of {origins[0]}" if origins and len({*origins}) == 1 else ""
         raise RewardError(
             f"reward {name} gave {len(values)} values for {len(responses)} responses{of_row}; it must give one for each"
         )
     places = [f"response {i}" for i in range(len(values))]
-    if lines is not None:
-        places = [f"{place} to the prompt of line {line}" for place, line in zip(places, lines, strict=True)]
+    if origins is not None:
+        places = [f"{place} to the prompt of {origin}" for place, origin in zip(places, origins, strict=True)]
     may_lack = isinstance(reward, NamedReward) and reward.bounds_itself
     pairs = zip(values, places, strict=True)
     return [None if value is None and may_lack else _number(value, place, name) for value, place in pairs]

@@ -131,7 +131,7 @@ class Rewards:
         totals, lost = ([[zero] * len(group) for group in texts] for zero in (0.0, 0))
         for number, part in enumerate(self.parts):
             mine = [i for i, prompt in enumerate(prompts) if part.takes(prompt.row)]
-            calls = [PromptCall(tuple(texts[i]), prompts[i].row, prompts[i].line) for i in mine]
+            calls = [PromptCall(tuple(texts[i]), prompts[i].row, prompts[i].where) for i in mine]
             answers = self._in_process(number, calls) if not part.reward.bounds_itself else self._at_once(part, calls)
             for i, values in zip(mine, answers, strict=True):
                 for sample, value in enumerate(values):
@@ -142,7 +142,7 @@ class Rewards:
         for prompt, group in zip(prompts, totals, strict=True):
             if any(map(math.isinf, group)):
                 raise RewardError(
-                    f"{SEVERAL}: the weighted sum for the prompt of line {prompt.line} is infinite: lower a weight"
+                    f"{SEVERAL}: the weighted sum for the prompt of {prompt.where} is infinite: lower a weight"
                 )
         return Scores(totals, parts, lost)
 
@@ -159,7 +159,7 @@ class Rewards:
                     count = len(call.responses)
                     raise RewardError(
                         f"reward {name} {answer.reason} for {f'one of {count} responses' if count > 1 else 'a response'} to the "
-                        f"prompt of line {call.line}: mend it, raise trainer.grpo.reward_timeout, or set "
+                        f"prompt of {call.where}: mend it, raise trainer.grpo.reward_timeout, or set "
                         "trainer.grpo.on_reward_timeout to zero or drop"
                     )
                 answers.append(answer)
@@ -174,33 +174,33 @@ class Rewards:
     def _known(self, name: str, call: PromptCall, answer: Answer | list[float | Lost]) -> list[float | None]:
         values = [answer] * len(call.responses) if isinstance(answer, Lost) else answer
         for lost in [value for value in values if isinstance(value, Lost)][:1]:
-            self._say(f"reward {name} {lost.reason}", call.line)
+            self._say(f"reward {name} {lost.reason}", call.where)
         return [None if isinstance(value, Lost) else value for value in values]
 
     def _at_once(self, part: WeightedReward, calls: Sequence[PromptCall]) -> Iterator[list[float | None]]:
         """One that bounds itself, for everything."""
         texts = [text for call in calls for text in call.responses]
         rows = [call.row for call in calls for _ in call.responses]
-        lines = [call.line for call in calls for _ in call.responses]
-        values = iter(score(part.reward, texts, rows, lines) if texts else ())
+        origins = [call.where for call in calls for _ in call.responses]
+        values = iter(score(part.reward, texts, rows, origins) if texts else ())
         for call in calls:
             found = [next(values) for _ in call.responses]
             if None in found:
                 reason = f"reward {part.reward.name} could not score a response in time"
                 if self.limits.on_timeout == "refuse":
                     raise RewardError(
-                        f"{reason}, to the prompt of line {call.line}: see what it asks, give it more time, or set "
+                        f"{reason}, to the prompt of {call.where}: see what it asks, give it more time, or set "
                         "trainer.grpo.on_reward_timeout to zero or drop"
                     )
-                self._say(reason, call.line)
+                self._say(reason, call.where)
             yield found
 
-    def _say(self, what: str, line: int) -> None:
+    def _say(self, what: str, where: str) -> None:
         self._said += 1
         if self._said <= SAID:
             done = "they count as 0" if self.limits.on_timeout == "zero" else "their group is not trained on"
             last = "; from now on such are only counted" if self._said == SAID else ""
-            logger.warning("%s for responses to the prompt of line %d: %s%s", what, line, done, last)
+            logger.warning("%s for responses to the prompt of %s: %s%s", what, where, done, last)
 
 
 def rewards_for(

@@ -107,7 +107,8 @@ def test_a_reward_that_hangs_never_hangs_the_run(task, tmp_path, ranks):
     (line,) = done.error_lines
     assert (
         done.code == 2
-        and "within trainer.grpo.reward_timeout=1 s for one of 4 responses to the prompt of line 3" in line
+        and f"within trainer.grpo.reward_timeout=1 s for one of 4 responses to the prompt of {tmp_path}/rows.jsonl:3:"
+        in line
     )
     for value in ("zero", "drop"):
         out = tmp_path / value
@@ -121,7 +122,7 @@ def test_a_reward_that_hangs_never_hangs_the_run(task, tmp_path, ranks):
         assert row["train_rollouts/reward"] == pytest.approx(sum(known) / (16 if value == "zero" else 12))
         assert row["train_rollouts/reward_timeouts"] == 0.25 and row.get("train_rollouts/dropped_groups", 0.25) == 0.25
         assert row["train_optim/ratio"] == pytest.approx(1)  # all weight lies on what is trained
-        assert "for responses to the prompt of line 3" in done.err
+        assert f"for responses to the prompt of {tmp_path}/rows.jsonl:3:" in done.err
 
 
 def test_a_reward_server_that_is_killed_and_started_again(task, tmp_path):
