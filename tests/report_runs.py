@@ -40,11 +40,16 @@ def write_run(folder: Path, rng: torch.Generator, steps: int = 12, dumps: bool =
     for step in range(1, steps + 1):
         names = ("train_rollouts/reward", "train_rollouts/response_length", "train_optim/kl", "train_optim/entropy")
         row = {"step": step, **{name: draw(rng) for name in names}, "train_rollouts/turns": 1.0}
+        row["train_rollouts/reward/format"] = draw(rng)
         row["train_optim/sampler_logprob_diff"] = 10 ** (-7 * draw(rng))
         row |= {"timers/weights": draw(rng), "timers/generate": 1 + draw(rng), "timers/actor_update": draw(rng)}
         row["timers/step"] = row["timers/generate"] + row["timers/actor_update"] + draw(rng)
         if step % 4 == 0:
-            row |= {"val_rollouts/reward": draw(rng), "timers/validation": draw(rng)}
+            row |= {
+                "val_rollouts/reward": draw(rng),
+                "timers/validation": draw(rng),
+                "val_rollouts/gsm/pass_at_4": draw(rng),
+            }
         if dumps:
             write_step(folder / "rollouts", *made_up_step(step, rng))
         rows.append(row)

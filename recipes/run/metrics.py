@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["METRICS", "Metric", "unknown_metrics"]
+__all__ = ["METRICS", "Metric", "in_order", "key_of", "unknown_metrics"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,20 @@ METRICS = {
 }
 
 
+def key_of(name: str) -> str | None:
+    """Under which key the table has a number; a * in it stands for a name of the user's. None: it lacks it."""
+    if name in METRICS:
+        return name
+    keys = [key for key in METRICS if key.endswith("/*") and name.startswith(key.removesuffix("*"))]
+    return max(keys, key=len, default=None)
+
+
 def unknown_metrics(names: Iterable[str]) -> list[str]:
-    """Names that the table lacks; a * in it stands for a name of the user's."""
-    named = [name.removesuffix("*") for name in METRICS if name.endswith("/*")]
-    return sorted(n for n in set(names) - METRICS.keys() if not n.startswith(tuple(named)))
+    """Names that the table lacks."""
+    return sorted(name for name in set(names) if key_of(name) is None)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """In that of the table, and then what it lacks."""
+    order = {key: i for i, key in enumerate(METRICS)}
+    return sorted(set(names), key=lambda name: (order.get(key_of(name), len(order)), name))

@@ -92,6 +92,11 @@ def test_curves_have_the_numbers_of_the_log(two, count):
                 (metric,), of = metrics, metric if count > 1 else ""
             values = {int(text_of(row[0])): value_of(row[column]) for row in rows}
             found[metric, of] = {step: value for step, value in values.items() if value is not None}
+    units = {
+        text_of(f.find(".//h4")): text_of(f.find(".//span[@class='unit']"))
+        for f in section(page, "curves").iter("figure")
+    }
+    assert (units["reward/format"], units["gsm/pass_at_4"], units["response_length"]) == ("reward", "share", "tokens")
     same = {text_of(node) for node in section(page, "curves").findall("./p/code")} - {"metrics.jsonl"}
     assert same == {"train_rollouts/turns"}
     for folder, log in zip(folders, logs, strict=True):
@@ -330,10 +335,11 @@ def test_a_long_curve_is_thinned_and_says_so(tmp_path, rng):
         (said,) = re.findall(
             r"Table: (\d+) of (\d+) steps, each peak among them", text_of(figure.find("./details/summary"))
         )
-        assert int(said[0]) == len(rows) <= 240 and int(said[1]) in (1500, 1501)
+        assert int(said[0]) == len(rows) <= 240 and int(said[1]) in (375, 1500, 1501)
         for column, name in enumerate(names[1:], 1):
             told = {int(text_of(row[0])): value_of(row[column]) for row in rows if value_of(row[column]) is not None}
-            metric = next(key for key in log[4] if key in (name, f"train_rollouts/{name}", f"train_optim/{name}"))
+            groups = ("", "train_rollouts/", "train_optim/", "val_rollouts/")
+            metric = next(key for key in log[4] if key in [group + name for group in groups])
             logged = {row["step"]: row[metric] for row in log if metric in row}
             assert told.items() <= logged.items()
             assert {min(logged.values()), max(logged.values())} <= set(told.values())

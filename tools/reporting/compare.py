@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.run.metrics import METRICS
+from recipes.run.metrics import in_order
 from tools.reporting.numbers import drawable
 from tools.reporting.runs import Run
 
@@ -37,8 +37,7 @@ def _value(point: tuple[int, float]) -> float:
 
 def ends(runs: Sequence[Run]) -> list[tuple[str, list[Ends | None]]]:
     """By metric, of each run; in the order of docs/metrics.md."""
-    there = {name for run in runs for row in run.rows for name in row if name != "step"}
-    names = [name for name in METRICS if name in there] + sorted(there - METRICS.keys())
+    names = in_order(name for run in runs for row in run.rows for name in row if name != "step")
     return [(name, [Ends.of(run.series(name)) for run in runs]) for name in names]
 
 

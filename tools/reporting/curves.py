@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recipes.run.metrics import METRICS, Metric
+from recipes.run.metrics import METRICS, Metric, in_order, key_of
 from tools.reporting.numbers import NARROW, Axis, axis, drawable, key_steps
 from tools.reporting.runs import Run
 
@@ -13,11 +13,11 @@ __all__ = ["Curve", "CurveChart", "Section", "curve_sections"]
 
 POINTS = 240  # steps of a chart that are drawn and told
 # Held-out values are drawn where those of training are.
-WITH = {"val_rollouts/reward": "train_rollouts/reward", "val/loss": "train_optim/loss",
+WITH = {"val_rollouts/": "train_rollouts/", "val/loss": "train_optim/loss",
         "train_optim/tokens_repeated": "train_optim/tokens_executed",
         "train_rollouts/staleness_max": "train_rollouts/staleness"}  # fmt: skip
 # The first part of a metric's name, and what stands above its charts.
-TITLES = {"train_rollouts": "Rollouts", "val_rollouts": "Rollouts", "train_optim": "Optimisation", "val": "Validation"}
+TITLES = {"train_rollouts": "Rollouts", "val_rollouts": "Held out", "val": "Held out", "train_optim": "Optimisation"}
 NOT_DRAWN = "timers/"  # they have a chart of their own
 
 
@@ -92,15 +92,20 @@ def curve_sections(runs: Sequence[Run]) -> list[Section]:
 
 def _drawn_together(runs: Sequence[Run]) -> Iterator[list[str]]:
     """Names of what the runs have logged, in the order of docs/metrics.md and then others."""
-    there = {name for run in runs for row in run.rows for name in row if name != "step"}
-    names = [name for name in METRICS if name in there] + sorted(there - METRICS.keys())
+    names = in_order(name for run in runs for row in run.rows for name in row if name != "step")
+    leaders = {name: lead for name in names if (lead := _leader(name)) in names}
     for name in names:
-        if not name.startswith(NOT_DRAWN) and WITH.get(name) not in there:
-            yield [name, *(other for other in names if WITH.get(other) == name)]
+        if not name.startswith(NOT_DRAWN) and name not in leaders:
+            yield [name, *(other for other in names if leaders.get(other) == name)]
+
+
+def _leader(name: str) -> str | None:
+    """The metric that this one would be drawn with."""
+    return next((lead + name.removeprefix(begin) for begin, lead in WITH.items() if name.startswith(begin)), None)
 
 
 def _chart(runs: Sequence[Run], metrics: list[str]) -> CurveChart:
-    about = METRICS.get(metrics[0])
+    about = METRICS.get(key_of(metrics[0]))
     whole = {(i, name): values for i, run in enumerate(runs) for name in metrics if (values := run.series(name))}
     steps = key_steps(list(whole.values()), POINTS)
     x = _steps_axis(steps)

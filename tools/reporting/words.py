@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from recipes.data.visible import visible
-from recipes.run.metrics import METRICS
+from recipes.run.metrics import METRICS, key_of
 from tools.reporting.compare import Missing
 from tools.reporting.curves import Curve, CurveChart
 from tools.reporting.numbers import BROAD, NARROW, short, written
@@ -61,8 +61,12 @@ def _phase(timer: str) -> str:
 
 
 def _unit(metric: str, algorithms: set[str | None]) -> str:
-    """Where the table says in which recipe it has one, only there."""
-    unit, only, where = METRICS[metric].unit.partition(" in ") if metric in METRICS else ("", "", "")
+    """Where the table says in which recipe it has one, only there; of a held-out set's number that of all answers'."""
+    key = key_of(metric)
+    if key == "val_rollouts/*":
+        key = f"val_rollouts/{metric.rpartition('/')[2]}"
+    whole = METRICS[key].unit if key in METRICS else "share" if key else ""
+    unit, only, where = whole.partition(" in ")
     return "" if unit == "none" or (only and algorithms != {where.partition(",")[0]}) else unit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from recipes.run.metrics import METRICS, unknown_metrics
+from recipes.run.metrics import METRICS, in_order, key_of, unknown_metrics
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -39,3 +39,12 @@ def test_names_of_the_users_are_known_below_theirs():
 
 def test_every_metric_has_a_writer_a_unit_and_a_meaning():
     assert all(m.recipes and m.unit and m.meaning.endswith(".") for m in METRICS.values())
+
+
+def test_names_of_the_users_stand_where_their_kind_does():
+    assert key_of("val_rollouts/reward/mine") == "val_rollouts/reward/*"
+    assert key_of("val_rollouts/mine/reward") == "val_rollouts/*"
+    order = ["train_rollouts/reward", "train_rollouts/reward/a", "train_rollouts/reward/b", "timers/step", "zz/mine"]
+    assert in_order(reversed(order)) == order
+    keys = [key for key in METRICS if not key.endswith("*")]
+    assert in_order(reversed(keys)) == keys
