@@ -223,7 +223,7 @@ def test_an_update_whose_own_pass_says_the_old_log_probabilities_is_bitwise_that
             assert same == metrics and metrics["ratio"] > 0 and metrics["clip_fraction"] == 0
             assert found.keys() == gradients.keys()
             assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
-            assert set(result["told"]) == {*metrics, "grad_norm", "lr"}
+            assert set(result["told"]) == {*metrics, "grad_norm", "lr", "skipped"}
             for told, before in zip(result["scores told"], result["scores before"], strict=True):
                 assert torch.equal(told, before) and not told.requires_grad
 
