@@ -50,7 +50,7 @@ from recipes.run.log_process import LogProcess
 from recipes.run.metrics import unknown_metrics
 from recipes.run.run_folder import held_run_folder
 from recipes.run.run_log import open_run_log
-from recipes.run.settings import TrainedModel
+from recipes.run.settings import ExpManagerSection, TrainedModel
 from recipes.run.watchdog import Watchdog
 
 __all__ = ["Session", "progress_bar"]
@@ -161,7 +161,8 @@ class Session:
         return self.inputs.log_dir
 
     def _build_model(self) -> PrefixGroupedGPT:
-        if self.config.exp_manager.save_hf:
+        manager = self.config.exp_manager
+        if isinstance(manager, ExpManagerSection) and manager.save_hf:
             make_hf_config(self.config.model)  # raises where transformers has no such model
         set_seed(self.config.model.seed)
         model = build_gpt(self.config.model, self.device)

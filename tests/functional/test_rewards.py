@@ -90,7 +90,7 @@ def test_several_rewards_by_the_source_of_rows(task, tmp_path):
             else:
                 assert f"train_rollouts/reward/{name}" not in row
     last = metrics(tmp_path / "run")[-1]
-    assert {name for name in last if name.startswith("val_rollouts/")} == {
+    assert {name for name in last if name.startswith("val_rollouts/reward")} == {
         "val_rollouts/reward", *(f"val_rollouts/reward/{name}" for name in ("size", "long", "b")),
     }  # fmt: skip
 
