@@ -6,17 +6,17 @@ reward, or refused (`recipes.data.keys`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.data.chat import Chat
 from recipes.data.conversation import Conversation
 from recipes.data.errors import DataError, at
-from recipes.data.files import Place, placed_rows
+from recipes.data.files import Place
 from recipes.data.jsonl import check_text
-from recipes.data.keys import HARMLESS, check_keys, remedy
+from recipes.data.keys import HARMLESS, check_keys
+from recipes.data.reader import FileRow, Opening, Rows
 from recipes.data.settings import RowsSection
 from recipes.data.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # reading text needs no torch
     from megatron_ext.models.media import MediaPrompt
     from recipes.data.video import Clip, VideoReader
 
-__all__ = ["Opening", "Pair", "Prompt", "load_pairs", "load_prompts"]
+__all__ = ["Pair", "Prompt", "load_pairs", "load_prompts"]
 
 PLAIN = RowsSection()
 
@@ -99,44 +99,6 @@ class Pair:
         return self.prompt.clip
 
 
-@dataclass(frozen=True)
-class Opening:
-    """Something else than the row itself that says what its prompt is.
-
-    Attributes:
-        write: (row) -> messages or plain text; raises ValueError for a row that is none of its own.
-        tools: offered in all prompts.
-        keys: of rows, that it reads; None: it does not say.
-    """
-
-    write: Callable[[Mapping[str, Any]], Any]
-    tools: Sequence[Mapping[str, Any]] = ()
-    keys: Collection[str] | None = ()
-
-    def of(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The row with that as its prompt or messages.
-
-        Raises:
-            DataError: a row that is none of its own, or has tools beside.
-        """
-        with at(where):
-            prompt = self.write(row)
-        read = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
-        if not isinstance(prompt, (str, list, tuple)):
-            raise DataError(
-                f"{where}: the environment's start gave {str(prompt)[:40]!r}: it must give messages or a text"
-            )
-        if isinstance(prompt, str):
-            if self.tools:
-                raise DataError(
-                    f"{where}: tools are offered by a chat template, and the prompt is plain text: write messages"
-                )
-            return read | {"prompt": prompt}
-        if self.tools and read.get("tools") is not None:
-            raise DataError(f"{where}: the row has tools, and the environment offers its own: leave them out")
-        return read | {"messages": [*prompt]} | ({"tools": [*self.tools]} if self.tools else {})
-
-
 def load_prompts(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -155,7 +117,7 @@ def load_prompts(
         opening: what makes prompts of rows; None: they are there.
     """
     prompts = []
-    reader = _Rows(path, tokenizer, video, section, opening)
+    reader = Rows(path, tokenizer, video, section, opening)
     if opening is not None:
         reward_keys = None if None in (opening.keys, reward_keys) else {*reward_keys, *opening.keys}
     for row in reader:
@@ -170,12 +132,11 @@ def load_prompts(
                 tokens = tuple(tokenizer.encode_prompt(text))
                 tokenizer.check_whole(text, tokens)
             _check_not_empty(tokens, row, "prompt")
-        prompt = reader.with_video(tokens, row)
+        prompt = _with_video(reader, tokens, row)
         if len(prompt.tokens) > max_prompt_tokens:
-            raise DataError(
-                f"{row.where}: the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}: "
-                "shorten it or raise the limit"
-            )
+            said = f"the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}"
+            reader.leave_out(row, f"{said}: shorten it or raise the limit")
+            continue
         prompts.append(replace(prompt, talk=talk))
     return prompts
 
@@ -197,7 +158,7 @@ def load_pairs(
         all_turns: learn all of the assistant's messages, not the last alone.
     """
     pairs = []
-    reader = _Rows(path, tokenizer, video, section)
+    reader = Rows(path, tokenizer, video, section)
     reader.used["prompt"] |= {"response"}
     for row in reader:
         learnt = None
@@ -208,91 +169,29 @@ def load_pairs(
         else:
             check_keys(row.read, reader.used[row.kind], row.where)
             tokens, response = _encode_pair(tokenizer, row)
-        prompt = reader.with_video(tokens, row)
+        prompt = _with_video(reader, tokens, row)
         if prompt.placeholder in response:
             raise DataError(f"{row.where}: a video's placeholder stands in the response: a video must come before it")
         if len(prompt.tokens) + len(response) > max_length:
-            raise DataError(
-                f"{row.where}: prompt and response have {len(prompt.tokens)} + {len(response)} tokens, more than "
-                f"model.encoder_seq_length={max_length}: shorten them or raise the limit"
-            )
+            said = f"prompt and response have {len(prompt.tokens)} + {len(response)} tokens, more than "
+            reader.leave_out(row, f"{said}model.encoder_seq_length={max_length}: shorten them or raise the limit")
+            continue
         pairs.append(Pair(prompt, response, None if learnt is None or all(learnt) else learnt))
     return pairs
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row of a file.
-
-    Attributes:
-        row: what it holds.
-        read: the same without keys that are ignored.
-        kind: "prompt" or "messages", which of them it carries.
-        place: file and line.
-    """
-
-    row: dict[str, Any]
-    read: dict[str, Any]
-    kind: str
-    place: Place
-
-    @property
-    def where(self) -> str:
-        return str(self.place)
+def _with_video(reader: Rows, tokens: tuple[int, ...], row: FileRow) -> Prompt:
+    if reader.video is None:
+        if row.read.get("video") is not None or row.read.get("features") is not None:
+            raise DataError(f"{row.where}: the row has a video, but data.video is not set")
+        return Prompt(tokens, row.row, row.place.number, place=row.place)
+    placeholder = reader.tokenizer.token_id(reader.video.settings.placeholder, "data.video.placeholder")
+    folder = Path(row.place.file).parent
+    clip, expanded = reader.video.read_row(row.read, tokens, placeholder, folder, row.where)
+    return Prompt(tuple(expanded), row.row, row.place.number, clip, placeholder, place=row.place)
 
 
-class _Rows:
-    """The rows of a path, and what reading prompts and pairs of them has in common.
-
-    Attributes:
-        used: by kind, keys that are read.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer,
-        video: VideoReader | None,
-        section: RowsSection,
-        opening: Opening | None = None,
-    ):
-        self.path, self.tokenizer, self.video, self.section, self.opening = path, tokenizer, video, section, opening
-        self.chat = Chat(tokenizer, section.chat_template_kwargs, section.ignored_keys)
-        media = {"video", "features"}
-        self.used = {"prompt": {"prompt", *media}, "messages": {"messages", "tools", "chat_template_kwargs", *media}}
-
-    def __iter__(self) -> Iterator[_Row]:
-        ignored = set(self.section.ignored_keys)
-        for place, row in placed_rows(self.path, ignored):
-            where, read = str(place), {key: value for key, value in row.items() if key not in ignored}
-            read = read if self.opening is None else self.opening.of(read, where)
-            yield _Row(row, read, _kind(read, where), place)
-        named = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self.section, key)]
-        if named and not self.chat.used:
-            raise DataError(f"data.{named[0]} is set, and no row of {self.path} has messages: leave it out")
-
-    def with_video(self, tokens: tuple[int, ...], row: _Row) -> Prompt:
-        if self.video is None:
-            if row.read.get("video") is not None or row.read.get("features") is not None:
-                raise DataError(f"{row.where}: the row has a video, but data.video is not set")
-            return Prompt(tokens, row.row, row.place.number, place=row.place)
-        placeholder = self.tokenizer.token_id(self.video.settings.placeholder, "data.video.placeholder")
-        clip, expanded = self.video.read_row(row.read, tokens, placeholder, Path(row.place.file).parent, row.where)
-        return Prompt(tuple(expanded), row.row, row.place.number, clip, placeholder, place=row.place)
-
-
-def _kind(row: dict, where: str) -> str:
-    """Which of `prompt` and `messages` the row carries. A null counts as absent: tables are exported that way."""
-    present = [key for key in ("prompt", "messages") if row.get(key) is not None]
-    if len(present) != 1:
-        keys = ", ".join(row) or "nothing"
-        found = "both prompt and messages" if present else f"neither prompt nor messages (only {keys})"
-        remedies = [f"; {key}: {remedy(key)}" for key in row if not present and remedy(key)]
-        raise DataError(f"{where}: {found}; a row carries exactly one of them{''.join(remedies)}")
-    return present[0]
-
-
-def _encode_pair(tokenizer: Tokenizer, row: _Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _encode_pair(tokenizer: Tokenizer, row: FileRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if row.read.get("response") is None:
         raise DataError(f"{row.where}: no response beside prompt; add the text to learn")
     texts = [check_text(row.read[key], key, row.where) for key in ("prompt", "response")]
@@ -305,7 +204,7 @@ def _encode_pair(tokenizer: Tokenizer, row: _Row) -> tuple[tuple[int, ...], tupl
     return tuple(prompt), (*response, *end)
 
 
-def _check_not_empty(tokens: Sequence[int], row: _Row, key: str) -> None:
+def _check_not_empty(tokens: Sequence[int], row: FileRow, key: str) -> None:
     if not tokens:
         reason = "is empty" if not row.read[key] else "is empty for this tokenizer: it encodes to no token"
         raise DataError(f"{row.where}: {key} {reason}; fill it or remove the row")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from recipes.cli.config import ConfigError
 from recipes.cli.named import Registry, describe
 from recipes.data.errors import DataError
-from recipes.data.rows import Opening
+from recipes.data.reader import Opening
 from recipes.environments.environment import Environment, EnvironmentFailedError, Messages
 
 __all__ = ["SINGLE_TURN", "Named", "environment_file", "get_environment", "register_environment"]

@@ -257,6 +257,7 @@ class GRPOData(RowsSection):
     video: VideoSettings | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_apart(self, "train_path", "validation_path")
         if self.validation_sets and self.validation_path is not None:
             raise UserError(

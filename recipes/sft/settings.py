@@ -66,6 +66,7 @@ class SFTData(RowsSection):
     video: VideoSettings | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_apart(self, "train_path", "validation_path")
         if self.train_on_turns not in TURNS:
             raise UserError(f"data.train_on_turns must be {' or '.join(TURNS)}, got {self.train_on_turns!r}")

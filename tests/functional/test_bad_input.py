@@ -53,7 +53,10 @@ CASES = {
     "world not divisible": (["model.tensor_model_parallel_size=2"], ["1 processes", "tensor_model_parallel_size=2"]),
     "launcher disagrees": (["trainer.devices=4"], ["trainer.devices=4", "1 processes"]),
     "dropout": (["model.attention_dropout=0.1"], ["attention_dropout=0.1", "set it to 0"]),
-    "prompt too long": (["data.max_prompt_length=20"], ["train.jsonl:1", "data.max_prompt_length=20"]),
+    "prompt too long": (
+        ["data.max_prompt_length=20", "data.overlong=error"],
+        ["train.jsonl:1", "data.max_prompt_length=20"],
+    ),
     "empty prompt": (["data.train_path={empty}"], ["empty.jsonl:1", "prompt is empty"]),
     "no answer": (
         ["data.train_path={unanswered}", "trainer.grpo.reward=exact_answer"],
