@@ -203,7 +203,8 @@ def check_container(image: str | None, mounts: str | None, whose: str) -> None:
 def check_data(config: dict) -> None:
     """Files that `data` names must be there, as this folder sees them, in which the job will run."""
     data = config.get("data") or {}
-    sets = {f"validation_sets.{name}.path": x.get("path") for name, x in (data.get("validation_sets") or {}).items()}
+    kinds = ("train_sets", "validation_sets")
+    sets = {f"{kind}.{name}.path": x.get("path") for kind in kinds for name, x in (data.get(kind) or {}).items()}
     for key, value in (data | sets).items():
         paths = value if isinstance(value, list) else [value]
         for path in paths if key.endswith(("_path", "_paths", ".path")) else ():

@@ -38,26 +38,25 @@ def main(cfg: dict, loggers) -> None:
     keys = rewards.row_keys
     opening = environment and environment.opening
 
-    def load(path):
-        prompts = load_prompts(path, inputs.tokenizer, limit, video, config.data, keys, opening)
+    def load(path, section=config.data):
+        prompts = load_prompts(path, inputs.tokenizer, limit, video, section, keys, opening)
         rewards.check_rows(prompts, path)
         return prompts
 
-    train = load(config.data.train_path) if config.data.train_path else []
-    held_out = config.data.held_out
+    data = config.data
+    train = {name: load(section.path, data.of_set(section)) for name, section in data.trained.items()}
+    held_out = data.held_out
     validation = [ValidationSet(name, i, held_out[name], load(held_out[name].path)) for i, name in enumerate(held_out)]
     recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
-    prompts = train or [prompt for each in validation for prompt in each.prompts]
+    prompts = [prompt for each in train.values() or [each.prompts for each in validation] for prompt in each]
     check_template(environment, inputs.tokenizer, prompts, grpo.sampling(inputs.tokenizer.stop_ids).ends)
     code = rewards.files | {
         "trainer.grpo.environment": environment_file(grpo.environment),
         "trainer.grpo.objective": objective_file(grpo.objective),
         "trainer.grpo.objective.advantages": advantages_file(grpo.chosen),
     }
-    rows = {"data.train_path": train, "trainer.grpo.rollout.path": recorded}
-    for each in validation:
-        key = f"data.validation_sets.{each.name}.path" if each.name else "data.validation_path"
-        rows[key] = each.prompts
+    rows = {data.train_key(name): prompts for name, prompts in train.items()} | {"trainer.grpo.rollout.path": recorded}
+    rows |= {data.held_out_key(each.name): each.prompts for each in validation}
     contents = Contents(inputs, rows, code, in_order=["trainer.grpo.rollout.path"])
     with Session.start(inputs, loggers, contents) as session:
         if recorded:

@@ -25,12 +25,16 @@ def main(cfg: dict, loggers) -> None:
     video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
     inputs.tokenizer.template.choose(config.data.chat_template)
     all_turns = config.data.train_on_turns == "all"
-    train, validation = (
-        load_pairs(path, inputs.tokenizer, limit, video, config.data, all_turns) if path else []
-        for path in (config.data.train_path, config.data.validation_path)
-    )
-    check_validation(validation, config.data.validation_path, inputs.data_size)
-    contents = Contents(inputs, {"data.train_path": train, "data.validation_path": validation})
+    data = config.data
+    train = {
+        name: load_pairs(section.path, inputs.tokenizer, limit, video, data.of_set(section), all_turns)
+        for name, section in data.trained.items()
+    }
+    held_out = data.validation_path
+    validation = load_pairs(held_out, inputs.tokenizer, limit, video, data, all_turns) if held_out else []
+    check_validation(validation, held_out, inputs.data_size)
+    rows = {data.train_key(name): pairs for name, pairs in train.items()}
+    contents = Contents(inputs, rows | {"data.validation_path": validation})
     with Session.start(inputs, loggers, contents) as session:
         SFTTrainer(session, train, validation).fit()
 

@@ -178,6 +178,21 @@ def write_rows(path, *rows):
     return path
 
 
+def write_table(path, rows, **options):
+    """Rows as a table of the kind that the file's name says; `.stream.arrow` as `datasets` writes it."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, **options)
+    else:
+        new = ipc.new_stream if ".stream" in path.name else ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, **options)
+    return path
+
+
 def encode_chat(tokenizer, messages, generate, tools=None, **variables):
     """A conversation in tokens."""
     return tokenizer.encode(tokenizer.template.render(messages, generate, tools, variables))

@@ -101,7 +101,7 @@ class LFTFData:
     validation_text_path: str | None = None
 
     def __post_init__(self):
-        check_apart(self, "text_path", "validation_text_path")
+        check_apart({"data.text_path": self.text_path}, {"data.validation_text_path": self.validation_text_path})
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_ext.errors import UserError
 
-__all__ = ["EpochSampler", "InOrder"]
+__all__ = ["EpochSampler", "InOrder", "check_share", "shuffled"]
 
 
 class EpochSampler:
@@ -25,11 +25,7 @@ class EpochSampler:
     def __init__(self, count: int, batch: int, seed: int, rank: int, world: int):
         if count < 1 or batch < 1:
             raise UserError(f"there is nothing to draw: {count} rows in batches of {batch}; both must be at least 1")
-        if batch % world:
-            raise UserError(
-                f"batch={batch} (trainer.grpo.num_prompts_per_grpo_step, or model.global_batch_size in SFT) is not "
-                f"divisible by world={world}, the data-parallel size: make it a multiple"
-            )
+        check_share(batch, world)
         assert 0 <= rank < world, (rank, world)
         self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
         self._epoch = self._drawn = 0  # position: rows drawn of this epoch
@@ -63,9 +59,23 @@ class EpochSampler:
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:
-        order = list(range(self.count))
-        random.Random(f"{self.seed}/{self._epoch}").shuffle(order)
-        return order
+        return shuffled(self.count, f"{self.seed}/{self._epoch}")
+
+
+def check_share(batch: int, world: int) -> None:
+    """Refuse a global batch that data-parallel ranks cannot share evenly."""
+    if batch % world:
+        raise UserError(
+            f"batch={batch} (trainer.grpo.num_prompts_per_grpo_step, or model.global_batch_size in SFT) is not "
+            f"divisible by world={world}, the data-parallel size: make it a multiple"
+        )
+
+
+def shuffled(count: int, seed: str) -> list[int]:
+    """Indices in an order that the seed alone decides."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class InOrder:

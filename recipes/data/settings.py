@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ext.errors import UserError
 
-__all__ = ["RowsSection"]
+__all__ = ["RowsSection", "TrainSetSection"]
 
 OVERLONG = ("filter", "error")
 
 
+@dataclass
+class TrainSetSection:
+    # As data.train_path.
+    path: str
+    # Of drawn rows, those of this set are to those of another as their weights; all sets have one or none. null: as their rows,
+    # times their epochs.
+    weight: float | None = None
+    # How often its rows are drawn at most; the other sets then go on without it. null: as often as the run asks.
+    epochs: float | None = None
+    # In place of data.fields; null: that.
+    fields: dict[str, str] | None = None
+
+    def check(self, name: str) -> None:
+        for key in ("weight", "epochs"):
+            if (value := getattr(self, key)) is not None and not 0 < value < float("inf"):
+                raise UserError(f"data.train_sets.{name}.{key}={value} must be above 0 and finite")
+
+
 @dataclass(kw_only=True)
 class RowsSection:
+    """
+    Attributes:
+        train_path: of sections that have one, the rows to train on where they are of one set.
+    """
+
     # What writes the messages of a row as text: the name of one of the tokenizer's chat templates, or a .jinja file,
     # for a tokenizer that has none; null: its default. It is saved with the checkpoint's tokenizer. Rows with "prompt"
     # need none.
@@ -33,6 +57,9 @@ class RowsSection:
     system_prompt: str | None = None
     # Rows that are too long: "filter" leaves them out and says how many, "error" refuses the first.
     overlong: str = "filter"
+    # Several sets to train on, in place of train_path (null), each under a name: {math: {path: math.jsonl, weight: 2}, chat:
+    # {path: chat.parquet, weight: 1, epochs: 3}}.
+    train_sets: dict[str, TrainSetSection] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
@@ -42,3 +69,34 @@ class RowsSection:
             raise UserError(f"data.fields reads {twice[0]} under two names: leave one out")
         if self.system_prompt == "":
             raise UserError("data.system_prompt is empty: write what it says, or null")
+        self._check_train_sets()
+
+    def _check_train_sets(self) -> None:
+        if self.train_sets and (path := getattr(self, "train_path", None)) is not None:
+            raise UserError(
+                f"data.train_path={path} and data.train_sets are both set: write it as one of the sets, and data.train_path=null"
+            )
+        for name, section in self.train_sets.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"data.train_sets: {name!r} names a set: use letters, digits, _ and -")
+            section.check(name)
+        without = [name for name, section in self.train_sets.items() if section.weight is None]
+        if 0 < len(without) < len(self.train_sets):
+            raise UserError(
+                f"data.train_sets.{without[0]} has no weight, and others have one: give all of them one, or none"
+            )
+
+    @property
+    def trained(self) -> dict[str, TrainSetSection]:
+        """By name; "" is that of train_path."""
+        path = getattr(self, "train_path", None)
+        return self.train_sets if path is None else {"": TrainSetSection(path)}
+
+    def of_set(self, section: TrainSetSection) -> RowsSection:
+        """What is said of the rows of one set."""
+        return self if section.fields is None else replace(self, fields=section.fields)
+
+    @staticmethod
+    def train_key(name: str) -> str:
+        """The dotted key of a set's path."""
+        return f"data.train_sets.{name}.path" if name else "data.train_path"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.rollouts import Request
 from megatron_ext.rollouts.vllm import Begun, VllmSource
+from recipes.data.mixture import MixedSampler
 from recipes.data.rows import Prompt
 from recipes.data.sampler import EpochSampler
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
@@ -36,13 +37,13 @@ class AheadSampler:
         order: of these, over the steps that are trained: what a checkpoint keeps. What is sampled ahead is drawn from a copy.
     """
 
-    def __init__(self, sampler: RolloutSampler, prompts: Sequence[Prompt], order: EpochSampler):
+    def __init__(self, sampler: RolloutSampler, prompts: Sequence[Prompt], order: EpochSampler | MixedSampler):
         self.sampler, self.prompts, self.order = sampler, prompts, order
         self.settings = sampler.settings
         self.updates = (
             self.settings.num_prompts_per_grpo_step // sampler.config.prompts_per_update
         )  # of the weights, in a step
-        self._drawing: EpochSampler | None = None
+        self._drawing: EpochSampler | MixedSampler | None = None
         self._begun: deque[StepAhead] = deque()
 
     def rollouts(self, step: int) -> Rollouts:

@@ -258,7 +258,6 @@ class GRPOData(RowsSection):
 
     def __post_init__(self):
         super().__post_init__()
-        check_apart(self, "train_path", "validation_path")
         if self.validation_sets and self.validation_path is not None:
             raise UserError(
                 f"data.validation_path={self.validation_path} and data.validation_sets are both set: write it as one of the sets"
@@ -266,6 +265,10 @@ class GRPOData(RowsSection):
         for name in self.validation_sets:
             if not re.fullmatch(r"[\w-]+", name):
                 raise UserError(f"data.validation_sets: {name!r} names a set in the log: use letters, digits, _ and -")
+        check_apart(
+            {self.train_key(name): section.path for name, section in self.trained.items()},
+            {self.held_out_key(name): section.path for name, section in self.held_out.items()},
+        )
 
     @property
     def held_out(self) -> dict[str, ValidationSetSection]:
@@ -273,6 +276,11 @@ class GRPOData(RowsSection):
         return (
             self.validation_sets if self.validation_path is None else {"": ValidationSetSection(self.validation_path)}
         )
+
+    @staticmethod
+    def held_out_key(name: str) -> str:
+        """The dotted key of a set's path."""
+        return f"data.validation_sets.{name}.path" if name else "data.validation_path"
 
 
 @dataclass
@@ -295,7 +303,8 @@ class GRPOConfig:
         for name, section in self.data.validation_sets.items():
             section.check(name, grpo.validation_sampling_params)
         self._check_rollout_tokens()
-        grpo.rollout.check(self.trainer.num_nodes, self.data.train_path, self.data.video is not None)
+        train_path = ", ".join(section.path for section in self.data.trained.values()) or None
+        grpo.rollout.check(self.trainer.num_nodes, train_path, self.data.video is not None)
         if model.micro_batch_tokens is not None and model.micro_batch_tokens < longest:
             raise UserError(
                 f"model.micro_batch_tokens={model.micro_batch_tokens} is less than data.max_prompt_length + "

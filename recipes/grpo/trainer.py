@@ -8,7 +8,7 @@ left out where the actor's own log-probabilities are those (`GRPOConfig.why_old_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.reference import ReferenceWeights
 from recipes.cli.config import show
+from recipes.data.mixture import draw_order
 from recipes.data.rows import Prompt
-from recipes.data.sampler import EpochSampler, InOrder
+from recipes.data.sampler import InOrder
 from recipes.environments.registry import Named
 from recipes.grpo.ahead import AheadSampler
 from recipes.grpo.batches import BatchMaker, GRPOMicrobatch
@@ -50,7 +51,7 @@ class GRPOTrainer(Trainer):
     Args:
         session: the run.
         rewards: without any where environments give them.
-        train: prompts.
+        train: prompts, by the name of their set.
         validation: held-out ones; may be empty.
         recorded: in place of `train`, prompts with their responses and rewards.
         environment: what answers the turns of a response; None: it has one.
@@ -62,7 +63,7 @@ class GRPOTrainer(Trainer):
         self,
         session: Session,
         rewards: Rewards,
-        train: list[Prompt],
+        train: Mapping[str, list[Prompt]],
         validation: Sequence[ValidationSet],
         recorded: Sequence[RecordedGroup] = (),
         environment: Named | None = None,
@@ -70,7 +71,7 @@ class GRPOTrainer(Trainer):
         self.session = session
         self.config: GRPOConfig = session.config
         self.settings = settings = self.config.trainer.grpo
-        self.train, self.validation = train, validation
+        self.train, self.validation = [prompt for prompts in train.values() for prompt in prompts], validation
         updates = settings.num_prompts_per_grpo_step // self.config.prompts_per_update
         steps = settings.max_steps * updates
         health = self.config.trainer.health
@@ -84,7 +85,8 @@ class GRPOTrainer(Trainer):
             self.sampler = RolloutSampler(session, source, rewards, environment, answers=self._source())
         else:
             batch, *rank = place
-            self.order = EpochSampler(len(train), batch, self.config.model.seed, *rank)
+            sections, seed = self.config.data.trained, self.config.model.seed
+            self.order = draw_order(train, sections, batch, settings.max_steps, seed, *rank)
             self.sampler = RolloutSampler(session, self._source(), rewards, environment)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
         self.refilling = RefillingSampler(self.sampler, self._draw) if settings.max_sampling_rounds > 1 else None

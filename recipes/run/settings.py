@@ -7,8 +7,10 @@ error that names the nearest known one.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,21 +217,22 @@ class TrainedModel(GPTModelConfig):
         at_least("model", self, 1, "micro_batch_size", "global_batch_size")
 
 
-def check_apart(data: object, trained: str, held_out: str) -> None:
-    """Refuse a section's two paths to share a file: what is trained on is not held out.
+def check_apart(trained: Mapping[str, str | None], held_out: Mapping[str, str | None]) -> None:
+    """Refuse paths to share a file: what is trained on is not held out.
 
     Args:
-        trained, held_out: names of fields of the section `data`, which may be None.
+        trained, held_out: paths by their dotted keys; None: not set.
     """
-    files, others = (
-        {os.path.realpath(file): file for file in existing_files(path) or [path] if file is not None}
-        for path in (getattr(data, trained), getattr(data, held_out))
-    )
-    if shared := sorted(files.keys() & others):
-        raise UserError(
-            f"data.{trained} and data.{held_out} are the same file, {files[shared[0]]}: what is trained on is not held out; name "
-            f"another, or set data.{held_out}=null"
+    for (key, path), (other_key, other) in itertools.product(trained.items(), held_out.items()):
+        files, others = (
+            {os.path.realpath(file): file for file in existing_files(name) or [name] if file is not None}
+            for name in (path, other)
         )
+        if shared := sorted(files.keys() & others):
+            raise UserError(
+                f"{key} and {other_key} are the same file, {files[shared[0]]}: what is trained on is not held out; name "
+                f"another, or set {other_key}=null"
+            )
 
 
 def check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:

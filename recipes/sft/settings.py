@@ -57,7 +57,7 @@ TURNS = ("last", "all")
 class SFTData(RowsSection):
     # Rows {"prompt", "response"} or {"messages"}, with {"video"} or {"features"} beside: a JSONL, parquet or Arrow file, a
     # folder of them, or a pattern; docs/data.md.
-    train_path: str
+    train_path: str | None
     # Rows of the same form whose loss is reported at every validation; null: none.
     validation_path: str | None = None
     # Which of the assistant's messages are learnt: "last", or "all" of a conversation.
@@ -67,7 +67,12 @@ class SFTData(RowsSection):
 
     def __post_init__(self):
         super().__post_init__()
-        check_apart(self, "train_path", "validation_path")
+        trained = {self.train_key(name): section.path for name, section in self.trained.items()}
+        if not trained:
+            raise UserError(
+                "data.train_path is null: name the file with the rows to learn, or several in data.train_sets"
+            )
+        check_apart(trained, {"data.validation_path": self.validation_path})
         if self.train_on_turns not in TURNS:
             raise UserError(f"data.train_on_turns must be {' or '.join(TURNS)}, got {self.train_on_turns!r}")
 

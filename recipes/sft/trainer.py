@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_whole
 from megatron_ext.runtime.collectives import together
 from megatron_ext.runtime.engine import Engine
+from recipes.data.mixture import draw_order
 from recipes.data.rows import Pair
-from recipes.data.sampler import EpochSampler
 from recipes.run.loop import FAILED, Schedule, Trainer, fit
 from recipes.run.session import Session
 from recipes.sft.batches import SFTMicrobatch, make_microbatches, negative_log_likelihood
@@ -23,22 +24,22 @@ class SFTTrainer(Trainer):
     """
     Args:
         session: the run.
-        train, validation: prompt and response pairs.
+        train, validation: prompt and response pairs; those to train on by the name of their set.
     """
 
     watched = ("train_optim/grad_norm", "train_optim/loss")
 
-    def __init__(self, session: Session, train: list[Pair], validation: list[Pair]):
+    def __init__(self, session: Session, train: Mapping[str, list[Pair]], validation: list[Pair]):
         self.session = session
         self.config: SFTConfig = session.config
-        self.train, self.validation = train, validation
+        self.train, self.validation = [pair for pairs in train.values() for pair in pairs], validation
         model, settings = self.config.model, self.config.trainer.sft
         skipping = self.config.trainer.health.skipping
         self.engine = Engine(session.model, model.optim, settings.max_steps, settings.gradient_clip_val, skipping)
         self.batch: list[Pair] = []  # of the last step, this rank's
-        self.sampler = EpochSampler(
-            len(train), model.global_batch_size, model.seed, session.data_rank, session.data_size
-        )
+        place = session.data_rank, session.data_size
+        batch, sections = model.global_batch_size, self.config.data.trained
+        self.sampler = draw_order(train, sections, batch, settings.max_steps, model.seed, *place)
 
     def fit(self) -> None:
         settings = self.config.trainer.sft

@@ -11,27 +11,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import ipc, parquet
 
 from recipes.data.files import data_files, existing_files, placed_rows
 from recipes.data.rows import load_pairs, load_prompts
 from recipes.data.settings import RowsSection
 from recipes.data.tables import BATCH
-from tests.data_cases import ANSWER, USER, refused, write_rows
+from tests.data_cases import ANSWER, USER, refused, write_rows, write_table
 
 TIME = datetime.datetime(2026, 11, 1)
-
-
-def write_table(path, rows, **options):
-    """Rows as a table of the kind that the file's name says; `.stream.arrow` as `datasets` writes it."""
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
-    if path.suffix == ".parquet":
-        parquet.write_table(table, path, **options)
-    else:
-        new = ipc.new_stream if ".stream" in path.name else ipc.new_file
-        with new(str(path), table.schema) as writer:
-            writer.write_table(table, **options)
-    return path
 
 
 def read(path, ignored=()):
