@@ -204,7 +204,8 @@ def check_data(config: dict) -> None:
     """Files that `data` names must be there, as this folder sees them, in which the job will run."""
     data = config.get("data") or {}
     kinds = ("train_sets", "validation_sets")
-    sets = {f"{kind}.{name}.path": x.get("path") for kind in kinds for name, x in (data.get(kind) or {}).items()}
+    sets = ((f"{kind}.{name}.path", x) for kind in kinds for name, x in (data.get(kind) or {}).items())
+    sets = {key: x.get("path") for key, x in sets if isinstance(x, dict)}
     for key, value in (data | sets).items():
         paths = value if isinstance(value, list) else [value]
         for path in paths if key.endswith(("_path", "_paths", ".path")) else ():

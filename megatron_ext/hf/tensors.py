@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.files import DTYPES, Slot, Stored
+from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = ["TensorWriter", "is_finite", "not_finite", "read_slice"]
 
@@ -114,6 +115,7 @@ class TensorWriter:
         """
         if self.error is not None or not data.numel():
             return
+        PROGRESS.made()
         slot = self.slots[name]
         shape = slot.shape or (1,)
         if index is None:

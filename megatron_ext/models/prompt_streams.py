@@ -24,6 +24,7 @@ from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, pack_prompts
 from megatron_ext.runtime.collectives import from_last
 from megatron_ext.runtime.pieces import ModelPieces, pieces_of
+from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = [
     "PromptStream", "StageRun", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams",
@@ -104,6 +105,7 @@ def next_token_probabilities(
     parts = []
     for stream in prompt_streams(model, prompts, stream_tokens):
         logits = stream.run(model)
+        PROGRESS.made()
         found = None if logits is None else logits.softmax(-1).index_select(1, wanted)
         parts.append(from_last_stage(found, (len(stream.ends), len(tokens)), wanted.device))
     return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=wanted.device)

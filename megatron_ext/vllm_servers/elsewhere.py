@@ -2,7 +2,7 @@
 
     machines        their names, one a line: whoever starts `serve` there writes it
     serve.json      an `Order`: by the run when it begins and with each update of its weights; gone: the run has ended
-    NAME.json       a machine's answer: {"urls": [...]}, or {"gone": why}
+    NAME.json       a machine's answer to the order of that number: {"number": ..., "urls": [...]}, or {..., "gone": why}
 
 Nothing of the training environment is needed where `serve` runs, and nothing but the folder joins both sides, so either may
 live in a container. The folder is the user's alone: the servers' key stands in it.
@@ -10,6 +10,7 @@ live in a container. The folder is the user's alone: the servers' key stands in 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import secrets
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 MACHINES = "machines"
 ORDER = "serve.json"
 PAUSE = 0.5  # seconds between looks
+LOOKS = 3  # for a file that is not there
 SAY = 60.0  # seconds after which waiting is told
 
 
@@ -39,11 +41,13 @@ class Order:
     """What a run wants served.
 
     Attributes:
+        number: of the run's own, which no other run's order has.
         model, dtype, max_length, key: see `ServerProcesses`.
         have_answered: see there.
         start, python, cuda_devices, arguments, weights, max_restarts: see `VllmOptions`.
     """
 
+    number: str
     model: str
     dtype: str
     max_length: int
@@ -83,8 +87,8 @@ class ServersElsewhere:
         self._folder, self.key = Path(options.rendezvous), secrets.token_hex(32)
         self._names = _machines(self._folder)
         self._order = Order(
-            str(model), dtype, max_length, self.key, False, options.start, options.python, options.cuda_devices,
-            options.arguments, options.weights, options.max_restarts,
+            secrets.token_hex(8), str(model), dtype, max_length, self.key, False, options.start, options.python,
+            options.cuda_devices, options.arguments, options.weights, options.max_restarts,
         )  # fmt: skip
         self._write(self._order)
         try:
@@ -113,13 +117,18 @@ class ServersElsewhere:
 
     def hopeless(self) -> str | None:
         """Why no server will answer any more; None: one may."""
-        answers = {name: _read(self._folder, name) or {} for name in self._names}
+        answers = {name: self._answer(name) for name in self._names}
         gone = [f"{name}: {answer['gone']}" for name, answer in answers.items() if "gone" in answer]
         return "; ".join(gone) if len(gone) == len(self._names) else None
 
     def close(self) -> None:
         """Every machine ends its servers when it sees this."""
         (self._folder / ORDER).unlink(missing_ok=True)
+
+    def _answer(self, name: str) -> dict:
+        """To this run's order; empty: none yet, or one to an earlier run's."""
+        found = _read(self._folder, name) or {}
+        return found if found.get("number") == self._order.number else {}
 
     def _write(self, order: Order) -> None:
         self._order = order
@@ -129,7 +138,7 @@ class ServersElsewhere:
         deadline, found = time.monotonic() + patience, {}
         while True:
             for name in self._names:
-                found[name] = _read(self._folder, name) or {}
+                found[name] = self._answer(name)
                 if "gone" in found[name]:
                     raise UserError(f"{name}: {found[name]['gone']}")
             if missing := [name for name in self._names if "urls" not in found[name]]:
@@ -159,24 +168,38 @@ def serve(folder: Path, name: str, address: str, logs: Path, asked_to_end: Calla
     if name not in _machines(folder):
         raise UserError(f"{folder / MACHINES} does not name {name}: a run would not wait for it")
     order = _wait_for_order(folder, asked_to_end)
-    if order is None:
-        return
-    answer = folder / f"{name}.json"
+    while order is not None:
+        order = _serve_one(order, folder, name, address, logs, asked_to_end)
+
+
+def _serve_one(
+    order: Order, folder: Path, name: str, address: str, logs: Path, asked_to_end: Callable[[], bool]
+) -> Order | None:
+    """Serve a run until it ends, or another takes its place: then that one's order."""
+
+    def answer(**what: object) -> None:
+        write_whole(folder / f"{name}.json", json.dumps({"number": order.number, **what}))
+
     try:
         logs.mkdir(parents=True, exist_ok=True)
         with ServerProcesses(
             order.options(address), Path(order.model), order.dtype, order.max_length, logs, key=order.key
         ) as processes:
-            write_whole(answer, json.dumps({"urls": processes.urls}))
+            answer(urls=processes.urls)
             print(f"{name} serves {order.model} at {', '.join(processes.urls)}", flush=True)
-            while (order := _read_order(folder)) is not None and not asked_to_end():
-                processes.newest, processes.have_answered = Path(order.model), order.have_answered
+            while not asked_to_end():
+                newest = _read_order(folder)
+                if newest is None or newest.number != order.number:
+                    return newest
+                processes.newest, processes.have_answered = Path(newest.model), newest.have_answered
                 if reason := processes.hopeless():
                     raise UserError(reason)
                 time.sleep(PAUSE)
+            answer(gone="its servers were ended by somebody")
     except (UserError, OSError) as error:
-        write_whole(answer, json.dumps({"gone": str(error)}))
+        answer(gone=str(error))
         raise
+    return None
 
 
 def _wait_for_order(folder: Path, asked_to_end: Callable[[], bool]) -> Order | None:
@@ -209,11 +232,15 @@ def _machines(folder: Path) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> dict | None:
-    """None: it has not been written."""
-    try:
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    """None: it has not been written. What is renamed over at this moment may be missing, or stale on NFS, for a moment."""
+    for _ in range(LOOKS):
+        try:
+            return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            time.sleep(PAUSE / LOOKS)
+    return None
 
 
 def _read_order(folder: Path) -> Order | None:

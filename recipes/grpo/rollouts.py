@@ -240,7 +240,7 @@ class RolloutSampler:
                 values = torch.tensor(scores.table(), dtype=torch.float64).view(shape)
                 if self.environment is not None:
                     given = [[r.environment.reward(i) for i in range(samples)] for r in requests]
-                    values[..., 0] += torch.tensor(given, dtype=torch.float64)
+                    values[..., 0] += torch.tensor(given, dtype=torch.float64).view(len(requests), samples)
                 rewards.copy_(values)
                 for conversations in (r.environment for r in requests if r.environment is not None):
                     conversations.close()

@@ -159,7 +159,7 @@ def _tell_spikes(trainer: Trainer, spikes: Spikes, step: int, metrics: dict[str,
 
 
 def _save_for_trying(trainer: Trainer, step: int, error: SkippedError) -> NoReturn:
-    """The batch, and a checkpoint with the weights that it met: they have not changed since.
+    """The batch, and a checkpoint with the weights as they are: those that it met, unless an update of the step was taken.
 
     Raises:
         SkippedError: with the places of both.
@@ -169,4 +169,4 @@ def _save_for_trying(trainer: Trainer, step: int, error: SkippedError) -> NoRetu
     folder = session.save(trainer.engine, step, trainer.state_dict(), {}, False, trainer.tensors())
     session.say_saved(folder, step, "training cannot go on")
     kept = f"; the batch of step {step} is in {batch}" if batch is not None else ""
-    raise SkippedError(f"{error}{kept}, the weights that it met in {folder}") from error
+    raise SkippedError(f"{error}{kept}, the weights as they are in {folder}") from error

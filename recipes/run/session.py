@@ -42,6 +42,7 @@ from megatron_ext.runtime.collectives import broadcast_object, together
 from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
+from megatron_ext.runtime.progress import PROGRESS
 from recipes.cli.stopping import REASONS
 from recipes.run.contents import Contents, is_first_here
 from recipes.run.inputs import Inputs
@@ -84,6 +85,8 @@ class Session:
         self._saving: CheckpointSave | None = None
         self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
         self._lock: FolderLock | None = None  # rank 0's
+        self._monitored = False  # whether the metric that tells the best checkpoint has been seen
+        self._watchdog: Watchdog | None = None
         self._loggers, self._metrics = loggers, MetricsLog(None)
         self._open = contextlib.ExitStack()
         with self._open as opened:  # what is open is closed again if the rest fails
@@ -154,7 +157,9 @@ class Session:
                 self._lock.check()
                 last = self.resumed[0] if self.resume_from else -1
                 self._metrics, self._loggers = open_run_log(self.inputs, self._loggers, last), None
-        self.at_end(Watchdog(self.log_dir, self.config.trainer.health.hang_seconds).close)
+        if self._watchdog is None:
+            self._watchdog = Watchdog(self.log_dir, self.config.trainer.health.hang_seconds)
+            self.at_end(self._watchdog.close)
 
     @property
     def log_dir(self) -> Path:
@@ -203,28 +208,34 @@ class Session:
             "model": model, "trainer": trainer, "config": self.inputs.resolved, "contents": self._contents.found,
             "versions": self._contents.versions(),
         }  # fmt: skip
-        if self.config.exp_manager.save_hf and self.agreed(
-            self.is_main and self.inputs.checkpoints.is_best(metrics, ended)
-        ):
+        is_new = not self.agreed(folder.exists())
+        if self.config.exp_manager.save_hf and is_new and self._is_best(metrics, ended):
             self._save_hf(engine.module, step)
-        if not folder.exists():  # the last step of a run that is started again when it had ended
+        if is_new:  # the last step of a run that is started again when it had ended
             in_background = self.config.exp_manager.checkpoint_callback_params.async_save and not ended
-            self._saving = CheckpointSave(
-                folder, engine.module, info, engine.optimizer, self._save_companions, tensors, in_background
-            )
+            with PROGRESS.bounded():  # a large one may take long, and a disk that hangs is torch's to find
+                self._saving = CheckpointSave(
+                    folder, engine.module, info, engine.optimizer, self._save_companions, tensors, in_background
+                )
         self._saved = step, ended
         if self._saving is None or not self._saving.in_background:
             self._finish_saving()
         return self.inputs.checkpoints.folder / "final" if ended else folder
 
+    def _is_best(self, metrics: dict[str, float], ended: bool) -> bool:
+        found = False
+        with together():
+            if self.is_main:
+                found = self.inputs.checkpoints.is_best(metrics, ended)
+        return self.agreed(found)
+
     def _save_hf(self, model: PrefixGroupedGPT, step: int) -> None:
         """The weights as they are, for transformers and for servers."""
         target, pretrained = self.inputs.checkpoints.hf(step), self.inputs.pretrained
-        if self.agreed(target.exists()):
-            return
         tokenizer = self.log_dir / ".tokenizer"
         with together():
             if self.is_main:
+                shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its checkpoint was whole
                 self.inputs.tokenizer.save(tokenizer)
         source = pretrained.folder if pretrained is not None and pretrained.hugging_face else None
         try:
@@ -243,7 +254,8 @@ class Session:
             return
         if self._saving is not None:
             if wait:
-                self._saving.finish()
+                with PROGRESS.bounded():
+                    self._saving.finish()
             elif not self._saving.is_finished():
                 return
         with together():
@@ -289,8 +301,9 @@ class Session:
         self._metrics.write(step, metrics)
         monitor = self.config.exp_manager.checkpoint_callback_params.monitor
         validated = any(name.startswith("val") for name in metrics)
-        # Before the first step there is validation alone.
-        if monitor and validated and monitor not in metrics and (step > 0 or monitor.startswith("val")):
+        self._monitored = self._monitored or monitor in metrics
+        # Before the first step there is validation alone. Later one may be missing, where no reward came back in time.
+        if monitor and validated and not self._monitored and (step > 0 or monitor.startswith("val")):
             raise UserError(
                 f"exp_manager.checkpoint_callback_params.monitor={monitor} is no metric of this run; there are "
                 f"{', '.join(sorted(metrics))}"

@@ -49,8 +49,9 @@ class Machines:
 class HealthSection:
     """When a run is told to be ill, and when it ends for it."""
 
-    # Seconds in which no rank has done anything, not a stream, a token or a write, after which the run ends; every rank then
-    # says where it is. It may take half as long again. null: until torch's collectives give up, after half an hour.
+    # Seconds in which no rank has done anything, not a stream, a token or an answer, after which the run ends; every rank then
+    # says where it is. It may take half as long again. Saving a checkpoint, rewards and servers have limits of their own.
+    # null: until torch's collectives give up, after half an hour.
     hang_seconds: Record[float | None] = 900.0
     # Optimizer steps in a row that are left out because their gradient is not finite, or above skip_above: parameters stay as
     # they are. One more ends the run, with its batch and a checkpoint saved. 0: the first one does.

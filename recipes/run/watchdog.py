@@ -20,6 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from megatron_ext.errors import of_system
 from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = ["HEARTBEAT", "Watchdog"]
@@ -50,6 +51,7 @@ class Watchdog:
         self._seen: dict[int, str] = {}
         self._since = time.monotonic()
         self._end = threading.Event()
+        self._said = False  # that a heartbeat could not be written
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -62,11 +64,10 @@ class Watchdog:
         try:
             while not self._end.wait(pause):
                 self._look()
-        except Exception:  # a store that is gone, a full disk: the run itself must not end for it
+        except Exception:  # a store that is gone: the run itself must not end for it
             logger.exception("nobody watches this run any more")
-        finally:
-            if self._rank == 0:
-                self._beat("ended")
+        if self._rank == 0 and self._end.is_set():
+            self._beat("ended")
 
     def _look(self) -> None:
         if PROGRESS.is_bounded:
@@ -119,8 +120,13 @@ class Watchdog:
             "seconds_since_progress": round(time.monotonic() - self._since, 1),
         }  # fmt: skip
         beside = self._folder / f".{HEARTBEAT}"
-        beside.write_text(json.dumps(beat) + "\n", encoding="utf-8")
-        os.replace(beside, self._folder / HEARTBEAT)
+        try:
+            beside.write_text(json.dumps(beat) + "\n", encoding="utf-8")
+            os.replace(beside, self._folder / HEARTBEAT)
+        except OSError as error:  # a disk that is full for a while
+            if not self._said:
+                logger.warning("no heartbeat could be written (%s)", of_system(error))
+            self._said = True
 
     def _end_the_run(self) -> None:
         """From here: the main thread does not come back."""

@@ -21,7 +21,7 @@ def test_a_batch_that_grpo_could_not_go_on_with_is_tried_again(task, tmp_path):
     (line,) = done.error_lines
     batch, weights = tmp_path / "run/failed/step-000002.jsonl.zst", tmp_path / "run/checkpoints/step-2"
     assert "above 1e-09 (trainer.health.skip_above) 2 times in a row: the step was not taken" in line
-    assert f"the batch of step 2 is in {batch}, the weights that it met in {weights}" in line
+    assert f"the batch of step 2 is in {batch}, the weights as they are in {weights}" in line
     (row,) = metrics(tmp_path / "run")
     assert row["train_optim/skipped"] == 1 and row["train_optim/grad_norm"] > 1e-9
     again = task.grpo(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_ext.rollouts.vllm.protocol import GivenUpError, VllmError
+from megatron_ext.runtime.progress import PROGRESS
 from megatron_ext.vllm_servers.options import KEY_VARIABLE
 
 __all__ = ["BrokenError", "Connection", "opened", "with_patience"]
@@ -77,6 +78,7 @@ class Connection:
             answer = await self.http.request(method, f"{self.url}{path}", json=body)
         except httpx.RequestError as error:
             raise GivenUpError(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
+        PROGRESS.made()
         status = answer.status_code
         if status == 429:
             raise GivenUpError(f"{self.url}{path} says {status}")

@@ -108,6 +108,7 @@ class VllmSource:
         self._keeper: Keeper | None = None  # rank 0's
         self._weights: Weights | None = None
         self._root: Path | None = None
+        self._has_environments = False
 
     @property
     def processes(self) -> ServerProcesses | ServersElsewhere | None:
@@ -147,7 +148,7 @@ class VllmSource:
         self._check(requests)
         group = parallel_state.get_model_parallel_group()
         found = None
-        with PROGRESS.bounded(), together(group), self._kept():
+        with self._waiting(), together(group), self._kept():
             if group.rank() == 0 and requests:
                 found = self._fleet.complete(requests, self._weights)
         return broadcast_object(found, 0, group) or []
@@ -179,7 +180,7 @@ class VllmSource:
             WrongWeightsError: the canary died on a server that was started again.
         """
         group, found = parallel_state.get_model_parallel_group(), None
-        with PROGRESS.bounded(), together(group), self._kept():
+        with self._waiting(), together(group), self._kept():
             if begun is not None:
                 found = begun.result()
         return broadcast_object(found, 0, group) or []
@@ -197,7 +198,12 @@ class VllmSource:
         if self._is_first and self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
 
+    def _waiting(self) -> contextlib.AbstractContextManager:
+        """Servers have limits of their own; environments, which are asked meanwhile, have none."""
+        return contextlib.nullcontext() if self._has_environments else PROGRESS.bounded()
+
     def _check(self, requests: Sequence[Request]) -> None:
+        self._has_environments = any(request.environment is not None for request in requests)
         assert self._weights is not None, "update_weights comes first"
         for request in requests:
             check_request(request, self.max_length)

@@ -100,6 +100,24 @@ def test_a_run_has_servers_started_on_every_machine(folder, machine):
     assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
 
 
+def test_a_run_after_another_is_served_anew(folder, machine):
+    """Also after one that was killed and has left its order, and machines that were ended and have left their answers."""
+    (folder / MACHINES).write_text("a1\n")
+    first = machine("a1")
+    killed = ServersElsewhere(options(folder, program(folder, STAYS), start=1), Path("/shared/v0"), "float32", 77)
+    again = ServersElsewhere(options(folder, program(folder, STAYS)), Path("/shared/w0"), "float32", 99)
+    assert len(again.urls) == 2 and not set(again.urls) & set(killed.urls) and again.key != killed.key
+    wait_for(
+        lambda: "--model /shared/w0 " in logs(folder, "a1")[1] and logs(folder, "a1")[1].endswith(f" {again.key}\n")
+    )
+    first.terminate()
+    assert first.wait(PATIENCE) == 0
+    assert again.hopeless() == "a1: its servers were ended by somebody" and killed.hopeless() is None
+    again.close()
+    with pytest.raises(UserError, match="^a1: no vLLM server was started there in 2 s"):
+        ServersElsewhere(options(folder, program(folder, STAYS), patience=2.0), Path("/shared/v0"), "float32", 77)
+
+
 def test_a_machine_that_cannot_serve_says_why(folder, machine):
     first, second = machine("a1"), machine("a2")
     ends = program(folder, "#!/bin/sh\necho 'ImportError: no vLLM here'\nexit 1\n")
