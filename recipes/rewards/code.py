@@ -17,7 +17,7 @@ from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
 from recipes.rewards.exact_answer import without_thought
 from recipes.rewards.registry import KEY, register_reward
-from recipes.rewards.sandbox import Outcome, SandboxError, SandboxLimits, bubblewrap, run_program
+from recipes.rewards.sandbox import START, Outcome, SandboxError, SandboxLimits, bubblewrap, run_program
 
 __all__ = ["CodeTests"]
 
@@ -82,21 +82,24 @@ class CodeTests:
                 'text, "output": text}'
             )
 
-    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float]:
+    def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
         run = self._runner()
         with ThreadPoolExecutor(self.workers or _share_of_cores(), "sandbox") as pool:
             return list(pool.map(functools.partial(self._score, run), responses, rows))
 
-    def _score(self, run: Runner, response: str, row: Mapping[str, Any]) -> float:
+    def _score(self, run: Runner, response: str, row: Mapping[str, Any]) -> float | None:
         self.check(row)
         program, tests = _program(response), row["tests"]
         if not program.strip():
             return 0.0
         if isinstance(tests, str):
-            return float(run([program, tests], b"").reached_end)
+            done = run([program, tests], b"")
+            return float(done.reached_end) if done.killed != START else None
         passed = 0
         for test in tests:
             done = run([program], test["input"].encode())
+            if done.killed == START:
+                return None
             right = done.code == 0 and _lines(done.output.decode(errors="replace")) == _lines(test["output"])
             if not right and not self.partial:
                 return 0.0

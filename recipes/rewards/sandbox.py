@@ -26,38 +26,73 @@ import psutil
 from megatron_ext.errors import UserError
 from recipes.rewards.seccomp import syscall_filter
 
-__all__ = ["Outcome", "SandboxError", "SandboxLimits", "bubblewrap", "run_program"]
+__all__ = ["START", "Outcome", "SandboxError", "SandboxLimits", "bubblewrap", "run_program"]
 
 LOOK_SECONDS = 0.05  # between looks at the memory of all its processes
 STARTS_SECONDS = 60.0  # for an interpreter on a machine that is busy
-# Within the sandbox, before a program: limits that cannot be raised again. What it is asked comes through a file without a name,
-# which is closed before the program begins.
+START = "start"
+# Within the sandbox, before a program: limits that cannot be raised again, then a process for it. This one's parent alone knows
+# the words that say how it ended, lets nobody look into it, and gives a text of Python when the one before it has run. The last
+# one ends with a word of its own, so that it is not enough to leave with 0.
 _RUNNER = """
-def run():
-    import ctypes, json, os, resource, sys
-    with open(int(sys.argv.pop()), encoding="utf-8") as file:
-        asked = json.load(file)
-    if asked["user"] is not None:
+def run(exec=exec, compile=compile):
+    import ctypes, json, os, resource, select, sys
+    question, settings = int(sys.argv.pop()), json.loads(sys.argv.pop())
+    if settings["user"] is not None:
         os.setgroups([])
-        os.setgid(asked["user"])
-        os.setuid(asked["user"])
-    for name, value in asked["limits"].items():
+        os.setgid(settings["user"])
+        os.setuid(settings["user"])
+    for name, value in settings["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    filter = bytes.fromhex(asked["filter"])
+    filter = bytes.fromhex(settings["filter"])
     class Filter(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
-    call = ctypes.CDLL(None, use_errno=True).prctl
-    zero = ctypes.c_ulong(0)
-    if call(38, ctypes.c_ulong(1), zero, zero, zero):
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    zero, one = ctypes.c_ulong(0), ctypes.c_ulong(1)
+    if prctl(38, one, zero, zero, zero):
         raise OSError(ctypes.get_errno(), "PR_SET_NO_NEW_PRIVS")
-    if call(22, ctypes.c_ulong(2), ctypes.byref(Filter(len(filter) // 8, filter)), zero, zero):
+    if prctl(22, ctypes.c_ulong(2), ctypes.byref(Filter(len(filter) // 8, filter)), zero, zero):
         raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP")
+    if prctl(4, zero, zero, zero, zero):
+        raise OSError(ctypes.get_errno(), "PR_SET_DUMPABLE")
+    texts, give = os.pipe()
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for each in (question, give, told):
+            os.close(each)
+        os.setsid()
+        prctl(4, one, zero, zero, zero)
+        texts = os.fdopen(texts, encoding="utf-8")
+        program = {"__name__": settings["name"]}
+        for _ in range(settings["parts"]):
+            os.write(tell, b"+")
+            exec(compile(json.loads(texts.readline()), "program.py", "exec", dont_inherit=True), program)
+        return
+    os.close(texts)
+    os.close(tell)
+    with open(question, encoding="utf-8") as file:
+        asked = json.load(file)
+    end = os.urandom(16).hex().encode()
+    parts = asked["parts"]
+    parts[-1] += f"\\n__import__('os').write({tell}, {end})\\n"
     print(asked["begun"], end="", file=sys.stderr, flush=True)
-    program = {"__name__": asked["name"]}
-    for part in asked["parts"]:
-        exec(compile(part, "program.py", "exec", dont_inherit=True), program)
-    sys.stdout.flush()
-    print(asked["ended"], end="", file=sys.stderr, flush=True)
+    give, gone, said = os.fdopen(give, "w", encoding="utf-8"), os.pidfd_open(child), b""
+    watched = [told, gone]
+    while told in (ready := select.select(watched, [], [])[0]) or gone not in ready:
+        chunk = os.read(told, 64)
+        said = (said + chunk)[-len(end):]
+        if not chunk:
+            watched.remove(told)
+        elif parts:
+            try:
+                print(json.dumps(parts.pop(0)), file=give, flush=True)
+            except OSError:  # it has ended
+                parts.clear()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0 and said == end:
+        print(asked["ended"], end="", file=sys.stderr, flush=True)
+    os._exit(code if code >= 0 else 128 - code)
 run()
 """
 
@@ -95,7 +130,7 @@ class Outcome:
         output: what it wrote to its standard output.
         code: its exit code; None: it was killed, or stopped by a limit.
         reached_end: whether its last line was run: `sys.exit(0)` before that is no end.
-        killed: which limit it broke; None: none.
+        killed: which limit it broke; None: none. START: it has not begun in time, twice, which says nothing of it.
     """
 
     output: bytes
@@ -138,14 +173,20 @@ def run_program(parts: list[str], stdin: bytes, limits: SandboxLimits, python: s
 
 
 def _run(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits, python: str | None) -> Outcome:
+    first = _run_once(bwrap, parts, stdin, limits, python)
+    return first if first.killed != START else _run_once(bwrap, parts, stdin, limits, python)
+
+
+def _run_once(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits, python: str | None) -> Outcome:
     begun, ended = secrets.token_hex(16), secrets.token_hex(16)
     name = "__main__" if len(parts) == 1 else "program"
-    asked = {
-        "name": name, "parts": parts, "user": _user(), "limits": _rlimits(limits), "filter": syscall_filter().hex(),
-        "begun": begun, "ended": ended,
-    }  # fmt: skip
+    settings = json.dumps({
+        "name": name, "parts": len(parts), "user": _user(), "limits": _rlimits(limits), "filter": syscall_filter().hex(),
+    })  # fmt: skip
+    asked = {"parts": parts, "begun": begun, "ended": ended}
     with _file(json.dumps(asked).encode()) as question, _file(stdin) as given:
-        inside = [_interpreter(python), "-I", "-B", *([] if python else ["-S"]), "-c", _RUNNER, str(question.fileno())]
+        flags = ["-I", "-B", *([] if python else ["-S"])]
+        inside = [_interpreter(python), *flags, "-c", _RUNNER, settings, str(question.fileno())]
         command = [bwrap, *_arguments(limits, python), *inside]
         try:
             process = subprocess.Popen(
@@ -156,7 +197,7 @@ def _run(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits, pyth
             raise SandboxError(f"bubblewrap does not start: {error}") from error
         with process:
             out, err, killed = _watch(process, limits, begun.encode())
-    if begun.encode() not in err:
+    if begun.encode() not in err and killed != START:
         said = " ".join(err.decode(errors="replace").split())[-300:]
         raise SandboxError(f"bubblewrap has run nothing (exit code {process.returncode}): {said or 'without a word'}")
     code = process.returncode if killed is None and process.returncode >= 0 else None
@@ -182,9 +223,13 @@ def _user() -> int | None:
 def _rlimits(limits: SandboxLimits) -> dict[str, int]:
     cpu = int(limits.seconds) + 1
     return {
-        "RLIMIT_CPU": cpu, "RLIMIT_AS": limits.memory, "RLIMIT_NPROC": limits.processes, "RLIMIT_FSIZE": limits.disk,
-        "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256,
-    }  # fmt: skip
+        "RLIMIT_CPU": cpu,
+        "RLIMIT_AS": limits.memory,
+        "RLIMIT_NPROC": limits.processes + 1,
+        "RLIMIT_FSIZE": limits.disk,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_NOFILE": 256,
+    }  # fmt: skip  one process is the program's parent
 
 
 def _interpreter(python: str | None) -> str:
@@ -258,7 +303,7 @@ def _watch(process: subprocess.Popen, limits: SandboxLimits, begun: bytes) -> tu
             if not started and begun in err:
                 started, deadline = True, time.monotonic() + limits.seconds
             if time.monotonic() > deadline:
-                killed = "seconds"
+                killed = "seconds" if started else START
             elif len(out) + len(err) > limits.output:
                 killed = "output"
             elif _memory(process.pid) > limits.memory:
@@ -267,7 +312,7 @@ def _watch(process: subprocess.Popen, limits: SandboxLimits, begun: bytes) -> tu
         try:  # what closes its streams has not ended
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            killed = "seconds"
+            killed = "seconds" if started else START
     process.kill()
     process.wait()
     return out, err, killed

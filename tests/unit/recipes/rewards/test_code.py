@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -49,6 +50,95 @@ def test_asserts():
     ]  # fmt: skip
     values = score(reward(), responses, [{"tests": "assert f(2) == 4\nassert f(-1) == -2"}] * len(responses))
     assert values == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+FRAME = """
+    import os, sys
+    frame = sys._getframe()
+    while frame is not None:
+        for value in [*frame.f_locals.values()]:
+            if isinstance(value, dict) and "ended" in value:
+                found = value
+        frame = frame.f_back
+"""
+
+WORDS = """
+    import os
+    for fd in range(3, 50):
+        try:
+            os.write(fd, b"+" * 32)
+        except OSError:
+            pass
+    os._exit(0)
+"""
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "program",
+    [
+        FRAME + "    os.write(2, found['ended'].encode())\n    os._exit(0)",
+        FRAME + "    found['parts'][1] = 'pass'",
+        "import builtins\nbuiltins.exec = lambda *_: None",
+        "import builtins\nbuiltins.compile = lambda *_, **__: 'pass'",
+        WORDS,
+        "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(0)",
+        "import os\nos.kill(os.getppid(), 9)",
+        "import os, sys\nsys.excepthook = lambda *_: os._exit(0)",
+        "import atexit, os\natexit.register(os._exit, 0)",
+    ],
+)
+def test_a_program_that_claims_to_have_passed(program):
+    assert score(reward(), [textwrap.dedent(program)], [{"tests": "assert False"}]) == [0]
+
+
+@sandboxed
+def test_the_tests_are_not_there_before_the_program_has_run():
+    """Nor can it look into the process that has them."""
+    found = run_program(
+        [
+            textwrap.dedent(
+                """
+                import gc, os, sys
+                known = [x for x in gc.get_objects() if isinstance(x, (dict, list)) and chr(64) * 7 in str(x)]
+                print(len(known))
+                for path in (f"/proc/{os.getppid()}/mem", f"/proc/{os.getppid()}/fd"):
+                    try:
+                        print(open(path, "rb") if path.endswith("mem") else os.listdir(path))
+                    except OSError as error:
+                        print(type(error).__name__)
+                """
+            ),
+            "print('@@@@@@@')",
+        ],
+        b"",
+        LIMITS,
+    )
+    assert found.output.split() == [b"0", b"PermissionError", b"PermissionError", b"@" * 7] and found.reached_end
+
+
+@sandboxed
+def test_what_a_program_has_left_running_keeps_nobody_waiting():
+    leaves = "import os, time\nif os.fork() == 0:\n    time.sleep(100)\n"
+    assert run_program([leaves, "x = 1\n" * 100_000 + "assert x"], b"", LIMITS).reached_end
+    assert run(leaves + "os._exit(3)").code == 3
+
+
+@sandboxed
+def test_one_that_does_not_begin_is_started_again_and_is_then_lost(monkeypatch):
+    starts = []
+
+    def slow(*_):
+        starts.append(1)
+        return ["-c", "import time; time.sleep(100)"]
+
+    found = reward()
+    monkeypatch.setattr("recipes.rewards.sandbox.STARTS_SECONDS", 0.2)
+    monkeypatch.setattr("recipes.rewards.sandbox._arguments", slow)
+    monkeypatch.setattr("recipes.rewards.code.bubblewrap", lambda: None)
+    monkeypatch.setattr("recipes.rewards.sandbox.bubblewrap", lambda: sys.executable)
+    assert score(found, ["x = 1"], [{"tests": "assert True"}]) == [None] and len(starts) == 2
+    assert score(found, ["x = 1"], [{"tests": [{"input": "", "output": ""}]}]) == [None] and len(starts) == 4
 
 
 @sandboxed
