@@ -81,7 +81,13 @@ class HttpReward:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # each request has its own limit, for all of it
         free = asyncio.Semaphore(self.requests)
-        async with httpx.AsyncClient(base_url=self._address, headers=headers, timeout=timeout) as client:
+        opened = httpx.AsyncClient(
+            base_url=self._address,
+            headers=headers,
+            timeout=timeout,
+            trust_env=False,  # a cluster's proxy does not know its machines
+        )
+        async with opened as client:
 
             async def batch(first: int) -> list[float | None]:
                 part = slice(first, first + self.batch_size)

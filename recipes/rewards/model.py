@@ -40,7 +40,7 @@ class RewardModel:
     batch_size: int = 8
     # Longest text in tokens; null: what the tokenizer says. A longer one is refused, as what was cut off would not be scored.
     max_length: int | None = None
-    # Device and dtype; null: a GPU if there is one.
+    # Device and dtype; null: this rank's GPU if there is one.
     device: str | None = None
     dtype: str = "float32"
     _loaded: _Loaded = field(default_factory=_Loaded, init=False, repr=False, compare=False)
@@ -65,7 +65,9 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from megatron_ext.runtime.distributed import local_device
+
+        device = self.device or local_device()  # a process of its own has no current one
         model, said = AutoModelForSequenceClassification.from_pretrained(
             self.path, dtype=getattr(torch, self.dtype), local_files_only=True, output_loading_info=True
         )

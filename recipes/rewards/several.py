@@ -50,7 +50,7 @@ class WeightedReward:
 class Scores:
     """
     Attributes:
-        totals: [prompts][samples]: weighted sums; NaN for a response that a reward did not score in time, with "drop".
+        totals: [prompts][samples]: weighted sums; NaN for a response that a reward with a weight did not score in time, with "drop".
         parts: [prompts][samples][rewards], before weights; NaN: the row is not for this reward, or as in `totals`.
         lost: [prompts][samples]: how many rewards did not score it in time.
     """
@@ -138,7 +138,8 @@ class Rewards:
                     lost[i][sample] += value is None
                     value = value if value is not None else 0.0 if self.limits.on_timeout == "zero" else NAN
                     parts[i][sample][number] = value
-                    totals[i][sample] += part.weight * value
+                    if part.weight:  # 0 times what is lost would be NaN
+                        totals[i][sample] += part.weight * value
         for prompt, group in zip(prompts, totals, strict=True):
             if any(map(math.isinf, group)):
                 raise RewardError(

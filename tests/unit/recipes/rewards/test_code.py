@@ -393,8 +393,9 @@ def test_a_bubblewrap_that_does_not_run_is_none(nowhere, text, words):
     assert words in str(caught.value) or "bubblewrap does not start" in str(caught.value)
 
 
-def test_a_server_in_its_place(nowhere):
-    """As SandboxFusion's documentation has requests and answers; its own server is not run here."""
+def test_a_server_in_its_place(nowhere, monkeypatch):
+    """As SandboxFusion's documentation has requests and answers; its own server is not run here. A proxy is not asked."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     seen = []
 
     def finished(asked, output="", code=0, status="Finished"):

@@ -70,6 +70,18 @@ def test_it_is_loaded_in_the_process_that_asks(folder):
     assert rewards.parts[0].reward.reward._loaded.model is None
 
 
+def test_each_rank_has_a_gpu_of_its_own(folder, monkeypatch):
+    """Without GPUs here: where it would be put."""
+    places = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: places.append(torch.device(place)) or self)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    get_reward({"name": "model", "path": str(folder)}).target.prepare()
+    get_reward({"name": "model", "path": str(folder), "device": "cuda:1"}).target.prepare()
+    assert places == [torch.device("cuda", 2), torch.device("cuda", 1)]
+
+
 def test_what_cannot_be_scored_is_refused(folder, tmp_path):
     with pytest.raises(
         ConfigError, match=r"path=.*nowhere is no folder of a Hugging Face model: it has no config.json"

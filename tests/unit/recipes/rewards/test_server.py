@@ -69,6 +69,14 @@ def test_the_same_rewards_as_without_a_server(serve, monkeypatch):
     assert counted["reward_timeouts_total"] == "0" and float(counted["reward_seconds_total"]) > 0
 
 
+def test_a_proxy_is_not_asked(serve, monkeypatch):
+    """Nothing listens at the discard port."""
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    asked = get_reward({"name": "http", "url": serve("exact_answer"), "patience": 0})
+    assert score(asked, RESPONSES, ROWS) == [1.0, 0.0, 1.0]
+
+
 def test_a_token_is_asked_for(serve, monkeypatch):
     asked = HttpReward(serve("exact_answer", "secret"))
     with pytest.raises(RewardError, match=f"says 401: wrong token, or none: set {TOKEN_VARIABLE} as the server has it"):

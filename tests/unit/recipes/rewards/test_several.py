@@ -74,6 +74,14 @@ def test_a_weighted_sum_of_those_that_score_the_row(asked):
     assert scores.totals == [[-1.5, 1.0], [1.5, 4.0], [0.5, 1.0]]
 
 
+def test_one_of_weight_0_that_is_lost_takes_nothing_away(asked):
+    rewards = asked(
+        None, RewardLimits(0.5, "drop"), a={"reward": f"{OWN}.slow", "weight": 0.0}, b={"reward": f"{OWN}.plain"}
+    )
+    scores = rewards.score([["hang", "cc"]], prompts({}))
+    assert scores.totals == [[4.0, 2.0]] and scores.lost == [[1, 1]] and math.isnan(scores.parts[0][0][0])
+
+
 def test_a_row_that_nothing_scores_is_refused(asked):
     rewards = asked(
         None, a={"reward": f"{OWN}.plain", "data_sources": ["x"]}, b={"reward": "exact_answer", "data_sources": ["y"]}
