@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import random
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,9 +21,12 @@ from recipes.rewards.registry import KEY, RewardError, register_reward
 
 __all__ = ["KEY_VARIABLE", "Judge"]
 
+logger = logging.getLogger(__name__)
+
 KEY_VARIABLE = "MEGATRON_EXT_JUDGE_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 BUSY = (408, 425, 429, 500, 502, 503, 504)
+WRONG = (401, 403, 404)  # whatever is asked
 RUBRIC = """You are a strict judge. Here is a question and a response to it.
 
 # Question
@@ -37,13 +40,17 @@ Score: a number from {low} to {high}"""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
+class _Refused(RewardError):
+    """One question, such as one that is too long for it."""
+
+
 @register_reward("judge")
 @dataclass(frozen=True)
 class Judge:
     """(verdict - low) / (high - low): what the judge says behind its last "Score:", 0 to 1.
 
-    A judge that gives no verdict is asked again; if it never does, the response was not scored in time
-    (trainer.grpo.on_reward_timeout).
+    A judge that gives no verdict is asked again; if it never does, or refuses the question, the response was not scored in
+    time (trainer.grpo.on_reward_timeout).
     """
 
     bounds_itself: ClassVar = True
@@ -62,10 +69,10 @@ class Judge:
     # Of the judge.
     temperature: float = 0.0
     max_tokens: int = 2048
-    # Requests at once, how often one response is asked about at most, and seconds for all of that.
+    # Requests at once, how often one response is asked about at most, and seconds for all responses of a step.
     requests: int = 16
     tries: int = 4
-    timeout: float = 300.0
+    timeout: float = 900.0
 
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
@@ -129,36 +136,48 @@ class Judge:
     async def _all(self, questions: Sequence[str]) -> list[float | None]:
         key = os.environ.get(KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        free = asyncio.Semaphore(self.requests)
+        free, deadline = asyncio.Semaphore(self.requests), asyncio.get_running_loop().time() + self.timeout
+        away: list[httpx.TransportError] = []  # since it has last answered
+        refused: list[_Refused] = []
         async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=10.0)) as client:
 
             async def one(question: str) -> float | None:
-                async with free:
-                    try:
-                        async with asyncio.timeout(self.timeout):
-                            return await self._verdict(client, question)
-                    except TimeoutError:
-                        return None
+                try:
+                    async with asyncio.timeout_at(deadline), free:
+                        return await self._verdict(client, question, away)
+                except _Refused as error:
+                    refused.append(error)
+                except TimeoutError as error:
+                    if away:
+                        said = str(away[-1]) or type(away[-1]).__name__
+                        raise RewardError(f"{self.url} does not answer ({said}), for {self.timeout:g} s") from error
+                return None
 
             try:
                 async with asyncio.TaskGroup() as group:
                     asked = [group.create_task(one(question)) for question in questions]
             except* RewardError as errors:
                 raise errors.exceptions[0] from errors
+        if refused and len(refused) == len(questions):
+            raise refused[0]
+        if refused:
+            logger.warning("the judge refuses %d of %d questions: %s", len(refused), len(questions), refused[0])
         return [task.result() for task in asked]
 
-    async def _verdict(self, client: httpx.AsyncClient, question: str) -> float | None:
+    async def _verdict(
+        self, client: httpx.AsyncClient, question: str, away: list[httpx.TransportError]
+    ) -> float | None:
         """Until it gives one, or has had its tries; a server that is away is waited for as long as there is time."""
-        pause, tries, begun = FIRST_PAUSE, 0, time.monotonic()
+        pause, tries = FIRST_PAUSE, 0
         while tries < self.tries:
             try:
                 answer = await client.post(
                     f"{self.url.rstrip('/')}/chat/completions", json=self._asked(question, tries)
                 )
             except httpx.TransportError as error:
-                if time.monotonic() - begun > self.timeout - LONGEST_PAUSE:
-                    raise RewardError(f"{self.url} does not answer ({str(error) or type(error).__name__})") from error
+                away.append(error)
             else:
+                away.clear()
                 if answer.status_code not in BUSY:
                     if (value := self._read(answer)) is not None:
                         return value
@@ -177,7 +196,8 @@ class Judge:
 
     def _read(self, answer: httpx.Response) -> float | None:
         if not answer.is_success:
-            raise RewardError(f"{self.url} says {answer.status_code}: {' '.join(answer.text.split())[:200]}")
+            kind = RewardError if answer.status_code in WRONG else _Refused
+            raise kind(f"{self.url} says {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         try:
             said = answer.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:

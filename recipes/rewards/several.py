@@ -50,7 +50,7 @@ class WeightedReward:
 class Scores:
     """
     Attributes:
-        totals: [prompts][samples]: weighted sums; NaN for a response that a reward with a weight did not score in time, with "drop".
+        totals: [prompts][samples]: weighted sums; NaN where a reward with a weight did not score in time, with "drop".
         parts: [prompts][samples][rewards], before weights; NaN: the row is not for this reward, or as in `totals`.
         lost: [prompts][samples]: how many rewards did not score it in time.
     """

@@ -14,11 +14,11 @@ from recipes.rewards.judge import KEY_VARIABLE
 from recipes.rewards.registry import RewardError, get_reward, score
 from recipes.rewards.settings import RewardLimits
 from recipes.rewards.several import rewards_for
-from tests.unit.recipes.rewards.cases import prompts
+from tests.unit.recipes.rewards.cases import free_port, prompts
 
 
 @contextlib.contextmanager
-def judging(answer):
+def judging(answer, port=0):
     """A chat endpoint: `answer(question, how often it was asked)` gives what it says, or (status, body)."""
     seen: list[tuple[dict, dict]] = []
     lock = threading.Lock()
@@ -45,7 +45,7 @@ def judging(answer):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
@@ -128,6 +128,37 @@ def test_an_endpoint_that_is_busy_slow_or_wrong():
     with judging(lambda *_: done.wait(30) and "Score: 1") as (url, _):
         assert score(get_reward(judge(url, timeout=0.3)), ["a"], [{"prompt": "x"}]) == [None]
         done.set()
+
+
+def test_a_question_that_is_refused_is_one_response():
+    def answer(question, _):
+        return (400, {"error": "too long"}) if "long" in question else "Score: 10"
+
+    rows = [{"prompt": "x"}] * 3
+    with judging(answer) as (url, seen):
+        assert score(get_reward(judge(url)), ["a", "long", "b"], rows) == [1.0, None, 1.0] and len(seen) == 3
+        with pytest.raises(RewardError, match="says 400: .*too long"):
+            score(get_reward(judge(url)), ["long", "long"], rows[:2])
+
+
+def test_a_server_that_is_away_is_waited_for_until_the_time_is_over():
+    port = free_port()
+    spec = judge(f"http://127.0.0.1:{port}/v1", timeout=20)
+    starting = threading.Timer(0.3, lambda: started.enter_context(judging(lambda *_: "Score: 10", port)))
+    with contextlib.ExitStack() as started:
+        starting.start()
+        assert score(get_reward(spec), ["a"], [{"prompt": "x"}]) == [1.0]
+    with pytest.raises(RewardError, match=r"127\.0\.0\.1:\d+/v1 does not answer \(.+\), for 0\.2 s"):
+        score(get_reward(spec | {"timeout": 0.2}), ["a"], [{"prompt": "x"}])
+
+
+def test_the_time_is_for_all_questions_together():
+    """One request at a time, and none is answered: each would have had its own second."""
+    done = threading.Event()
+    with judging(lambda *_: done.wait(30) and "Score: 1") as (url, seen):
+        found = score(get_reward(judge(url, timeout=0.5, requests=1)), ["a", "b", "c"], [{"prompt": "x"}] * 3)
+        done.set()
+    assert found == [None] * 3 and len(seen) == 1
 
 
 @pytest.mark.parametrize(
