@@ -1,7 +1,8 @@
 """Rewards in processes of their own, which are killed when one does not come back.
 
 A process makes its rewards again from what the configuration says, keeps them, and is asked for the responses to one prompt at a
-time. Its limit begins when it begins with a call; the time that it needs to start is none of it.
+time. Its limit begins when it begins with a call; the time that it needs to start is none of it. It leads a group, which is
+killed after it: with what its rewards have started.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from recipes.rewards.registry import NamedReward, RewardError, get_reward, is_async, score, score_async
@@ -70,6 +72,7 @@ class RewardProcesses:
     def __init__(self, rewards: Sequence[NamedReward], limit: float, count: int):
         self._rewards, self._limit, self._count = rewards, limit, count
         self._pool: ProcessPool | None = None
+        self._groups: set[int] = set()
 
     def ask(self, number: int, calls: Sequence[PromptCall]) -> Iterator[Answer]:
         """Of each call, in order, as many numbers as it has responses, or what became of it.
@@ -108,6 +111,18 @@ class RewardProcesses:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+            self._kill_groups()
+            self._heard.close()
+            self._tell.close()
+
+    def _kill_groups(self) -> None:
+        """Of processes that have ended, what they have started."""
+        while not self._heard.closed and self._heard.poll():
+            self._groups.add(int(self._heard.recv_bytes()))
+        for leader in [each for each in self._groups if not _runs(each)]:
+            self._groups.remove(leader)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
 
     def _schedule(self, function, *arguments, limit: float) -> ProcessFuture:
         if self._pool is None or not self._pool.active:
@@ -118,7 +133,8 @@ class RewardProcesses:
             ]
             # Not forked: CUDA and threads survive no fork.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(self._count, context=context, initializer=_begin, initargs=(specs,))
+            self._heard, self._tell = context.Pipe(duplex=False)
+            self._pool = ProcessPool(self._count, context=context, initializer=_begin, initargs=(specs, self._tell))
         return self._pool.schedule(function, args=arguments, timeout=limit)
 
     def _result(self, future: ProcessFuture, number: int):
@@ -130,13 +146,22 @@ class RewardProcesses:
         except TimeoutError as error:
             if not future.done():
                 raise RewardError(f"reward {name}: its process has not started in {patience:g} s") from error
+            self._kill_groups()
             return Lost(f"has not come back within trainer.grpo.reward_timeout={self._limit:g} s")
         except ProcessExpired as error:
+            self._kill_groups()
             return Lost(f"ended its process ({_ending(error.exitcode)})")
         except BrokenProcessPool as error:
             raise RewardError(
                 f"reward {name}: its processes have ended, and none was at work: were they killed?"
             ) from error
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ending(code: int) -> str:
@@ -153,12 +178,15 @@ _rewards: list[NamedReward | None] = []
 _failure: str | None = None
 
 
-def _begin(specs: Sequence[tuple | None]) -> None:
+def _begin(specs: Sequence[tuple | None], tell: multiprocessing.connection.Connection) -> None:
     """
     Args:
         specs: what rewards are made of; None: one that is not asked here.
+        tell: hears which group this is.
     """
     global _failure
+    os.setsid()
+    tell.send_bytes(str(os.getpid()).encode())  # in one piece: several write to it
     for number in (signal.SIGINT, signal.SIGUSR1):  # they go to all processes of a job; this one ends with its run
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -181,7 +209,7 @@ def _made(spec: Any, key: str, module: str | None) -> NamedReward:
 
 def _end_with_parent() -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _reward(number: int) -> NamedReward:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -63,6 +64,15 @@ def stubborn(responses, rows):
     """Not even SIGTERM ends it."""
     if "hang" in responses:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    return slow(responses, rows)
+
+
+def starts(responses, rows):
+    """What it starts says so in a file, and outlives it; then as `mortal` and `slow`."""
+    started = subprocess.Popen(["sleep", "600"])
+    with Path(rows[0]["file"]).open("a") as file:
+        print(started.pid, file=file)
+    mortal(responses, rows)
     return slow(responses, rows)
 
 

@@ -225,6 +225,28 @@ def test_several_processes_do_not_wait_for_one_that_hangs(asked):
     assert scores.totals == [[0], [1], [2], [3]]
 
 
+@pytest.mark.parametrize("bad", ["hang", "die"])
+def test_what_a_reward_has_started_ends_with_its_process(asked, tmp_path, bad):
+    file = tmp_path / "pids"
+    rewards = asked(f"{OWN}.starts", RewardLimits(1.0, "drop"))
+    scores = rewards.score([["a"], [bad], ["b"]], prompts(*[{"file": str(file)}] * 3))
+    assert scores.lost == [[0], [1], [0]]
+    started = [int(line) for line in file.read_text().split()]
+    assert [alive(pid) for pid in started] == [False, False, True]
+    rewards.close()
+    assert not alive(started[2])
+
+
+def alive(pid: int) -> bool:
+    """A moment later, as a signal may take one."""
+    try:
+        process = psutil.Process(pid)
+        psutil.wait_procs([process], timeout=1)
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.kills
 def test_no_process_is_left_when_the_run_is_killed():
     """While a reward hangs."""
