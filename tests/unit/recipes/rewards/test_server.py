@@ -89,7 +89,7 @@ def test_a_token_is_asked_for(serve, monkeypatch):
 
 
 def test_what_is_wrong_with_the_reward_names_the_row(serve):
-    rewards = rewards_for({"name": "http", "url": serve(f"{OWN}.gives_nan"), "batch_size": 2}, {})
+    rewards = rewards_for({"name": "http", "url": serve(f"{OWN}.gives_nan"), "batch_size": 2, "requests": 1}, {})
     with pytest.raises(RewardError) as caught:
         rewards.score([["a", "b"], ["c"]], prompts({}, {"x": 1}))
     assert "reward http for the prompt of line 3: http://127.0.0.1:" in str(caught.value)
