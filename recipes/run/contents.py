@@ -161,7 +161,7 @@ class Contents:
             now = now | asdict(self._digest(key, rows))
         if now["whole"] != before["whole"]:
             where = self._first_difference(key, now, before)
-            if now.get("file") is None or now["file"] != before.get("file"):
+            if now.get("file") is None or now["file"] != before.get("file") or now["rows"] != before["rows"]:
                 raise UserError(
                     f"{place} holds other rows than when the run began: {where}: {ANOTHER}put them back, or choose a new folder"
                 )

@@ -192,7 +192,7 @@ def test_a_run_goes_on_by_what_it_holds_whatever_that_is_called(task, tmp_path):
     done = task.sft(out, *more, "trainer.sft.max_steps=6")
     (line,) = done.error_lines
     assert done.code == 2 and f"data.train_path={moved} holds other rows than when the run began" in line
-    assert f"row {number + 1} (line {number + 1}) is the first that differs" in line
+    assert f"row {number + 1} ({moved}:{number + 1}) is the first that differs" in line
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
