@@ -23,8 +23,6 @@ import time
 import warnings
 from pathlib import Path
 
-from bench_common import print_table, ratios, record, spread, write_json
-
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 768,
          "vocab_size": 4096, "encoder_seq_length": 2048, "precision": "32"}  # fmt: skip
@@ -57,7 +55,8 @@ def work(options: argparse.Namespace) -> None:
     model = build_gpt(GPTModelConfig(**MODEL), device)
     rng = random.Random(options.seed)
     prompts = [[rng.randrange(MODEL["vocab_size"]) for _ in range(options.prompt)] for _ in range(options.prompts)]
-    here = Path(megatron_ext.__file__).parent  # of this checkout, whatever is installed
+    here = Path(megatron_ext.__file__).resolve().parent  # of this checkout, whatever is installed
+    assert here.parent == Path.cwd().resolve(), f"megatron_ext is that of {here.parent}"
     sampler = _continuous if (here / "rollouts").is_dir() else _static
     for line in sys.stdin:
         lengths = response_lengths(line.strip(), options.prompts, options.samples, options.seed)
@@ -110,6 +109,14 @@ class Worker:
 
 
 def compare(options: argparse.Namespace) -> None:
+    from bench_common import (
+        print_table,
+        ratios,
+        record,
+        spread,
+        write_json,
+    )  # not in a worker: it has a checkout of its own
+
     names = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
     workers = {name: Worker(checkout, options) for name, checkout in names.items()}
     rows, found = [], {}
