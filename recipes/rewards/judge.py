@@ -40,7 +40,7 @@ Score: a number from {low} to {high}"""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-class _Refused(RewardError):
+class _Declined(RewardError):
     """One question, such as one that is too long for it."""
 
 
@@ -138,14 +138,14 @@ class Judge:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         free, deadline = asyncio.Semaphore(self.requests), asyncio.get_running_loop().time() + self.timeout
         away: list[httpx.TransportError] = []  # since it has last answered
-        refused: list[_Refused] = []
+        refused: list[_Declined] = []
         async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=10.0)) as client:
 
             async def one(question: str) -> float | None:
                 try:
                     async with asyncio.timeout_at(deadline), free:
                         return await self._verdict(client, question, away)
-                except _Refused as error:
+                except _Declined as error:
                     refused.append(error)
                 except TimeoutError as error:
                     if away:
@@ -196,7 +196,7 @@ class Judge:
 
     def _read(self, answer: httpx.Response) -> float | None:
         if not answer.is_success:
-            kind = RewardError if answer.status_code in WRONG else _Refused
+            kind = RewardError if answer.status_code in WRONG else _Declined
             raise kind(f"{self.url} says {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         try:
             said = answer.json()["choices"][0]["message"]["content"]
