@@ -93,7 +93,7 @@ def test_curves_have_the_numbers_of_the_log(two, count):
             values = {int(text_of(row[0])): value_of(row[column]) for row in rows}
             found[metric, of] = {step: value for step, value in values.items() if value is not None}
     units = {
-        text_of(f.find(".//h4")): text_of(f.find(".//span[@class='unit']"))
+        text_of(f.find(".//h4")): text_of(f.find(".//span[@class='unit']")).partition(" · ")[0]  # the scale is as drawn
         for f in section(page, "curves").iter("figure")
     }
     assert (units["reward/format"], units["gsm/pass_at_4"], units["response_length"]) == ("reward", "share", "tokens")
