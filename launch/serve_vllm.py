@@ -46,7 +46,7 @@ def main() -> int:
         serve(args.rendezvous, args.name, address, args.rendezvous / f"{args.name}.logs", lambda: bool(asked))
     except (UserError, OSError) as error:
         print(f"error: {of_system(error) if isinstance(error, OSError) else error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -2,7 +2,8 @@
 
     machines        their names, one a line: whoever starts `serve` there writes it
     serve.json      an `Order`: by the run when it begins and with each update of its weights; gone: the run has ended
-    NAME.json       a machine's answer to the order of that number: {"number": ..., "urls": [...]}, or {..., "gone": why}
+    NAME.json       a machine's answer to the order of that number: {"number": ..., "urls": [...], "model": what servers that are
+                    started again begin with}, or {"number": ..., "gone": why}
 
 Nothing of the training environment is needed where `serve` runs, and nothing but the folder joins both sides, so either may
 live in a container. The folder is the user's alone: the servers' key stands in it.
@@ -185,13 +186,16 @@ def _serve_one(
         with ServerProcesses(
             order.options(address), Path(order.model), order.dtype, order.max_length, logs, key=order.key
         ) as processes:
-            answer(urls=processes.urls)
+            answer(urls=processes.urls, model=order.model)
             print(f"{name} serves {order.model} at {', '.join(processes.urls)}", flush=True)
             while not asked_to_end():
                 newest = _read_order(folder)
                 if newest is None or newest.number != order.number:
                     return newest
-                processes.newest, processes.have_answered = Path(newest.model), newest.have_answered
+                if newest != order:
+                    order = newest
+                    processes.newest, processes.have_answered = Path(order.model), order.have_answered
+                    answer(urls=processes.urls, model=order.model)
                 if reason := processes.hopeless():
                     raise UserError(reason)
                 time.sleep(PAUSE)

@@ -19,7 +19,6 @@ from recipes.run.spikes import Spikes
 __all__ = ["FAILED", "Schedule", "Trainer", "fit"]
 
 FAILED = "failed"  # folder of batches that a run could not go on with
-
 MOST_ROWS = 16  # that are named in one line
 
 
@@ -120,7 +119,8 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
     metrics: dict[str, float] = {}
     stopped = ""
     spikes = Spikes(trainer.watched, session.config.trainer.health.spike)
-    profile = profiled(session.config.trainer.profile, session.log_dir, session.say)
+    to_take = range(step + 1, schedule.max_steps + 1)
+    profile = profiled(session.config.trainer.profile, session.log_dir, to_take, session.say)
     with session.progress(schedule.max_steps, schedule.name, step) as bar, profile as before_step:
         while step < schedule.max_steps and not trainer.has_ended() and not stopped:
             step += 1

@@ -36,6 +36,18 @@ class ProfileSection:
     def __post_init__(self):
         at_least("trainer.profile", self, 1, "start_step", "steps")
 
+    def check(self, ranks: int) -> None:
+        """
+        Raises:
+            UserError: what cannot be recorded by so many ranks, here.
+        """
+        if beyond := [rank for rank in self.ranks if not 0 <= rank < ranks]:
+            raise UserError(f"trainer.profile.ranks names {beyond[0]}, and the run has ranks 0 to {ranks - 1}")
+        if self.memory and not torch.cuda.is_available():
+            raise UserError(
+                "trainer.profile.memory=true records what a GPU allocates, and there is none: set it to false"
+            )
+
     @property
     def last(self) -> int:
         return self.start_step + self.steps - 1
@@ -43,18 +55,16 @@ class ProfileSection:
 
 @contextlib.contextmanager
 def profiled(
-    section: ProfileSection | None, folder: Path, say: Callable[[str], None]
+    section: ProfileSection | None, folder: Path, steps: range, say: Callable[[str], None]
 ) -> Iterator[Callable[[int], None]]:
     """Gives what is to be told before each step; the window is written when it has passed, or the run ends in it.
 
     Args:
         folder: of the run.
-
-    Raises:
-        UserError: memory is asked for without a GPU.
+        steps: that the run takes now.
     """
-    if section is not None and section.memory and not torch.cuda.is_available():
-        raise UserError("trainer.profile.memory=true records what a GPU allocates, and there is none: set it to false")
+    if section is not None and section.start_step not in steps:
+        say(f"nothing is profiled: trainer.profile.start_step={section.start_step} is none of the steps to be taken")
     wanted = section is not None and dist.get_rank() in section.ranks
     with contextlib.ExitStack() as window:
 

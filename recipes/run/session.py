@@ -38,7 +38,7 @@ from megatron_ext.runtime.checkpoint import (
     load_weights,
     read_checkpoint_info,
 )
-from megatron_ext.runtime.collectives import broadcast_object, together
+from megatron_ext.runtime.collectives import broadcast_object, gather_objects, together
 from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
@@ -169,6 +169,8 @@ class Session:
         manager = self.config.exp_manager
         if isinstance(manager, ExpManagerSection) and manager.save_hf:
             make_hf_config(self.config.model)  # raises where transformers has no such model
+        if (profile := getattr(self.config.trainer, "profile", None)) is not None:
+            profile.check(dist.get_world_size())
         set_seed(self.config.model.seed)
         model = build_gpt(self.config.model, self.device)
         if self.resume_from is not None and not self.config.reads_start:  # all of it is in the checkpoint
@@ -356,9 +358,7 @@ class Session:
     @staticmethod
     def gathered(mine: list[str]) -> list[str]:
         """Of all data-parallel ranks, in their order, on every rank."""
-        parts: list[list[str] | None] = [None] * parallel_state.get_data_parallel_world_size()
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
-        return [x for part in parts for x in part]
+        return [x for part in gather_objects(mine, parallel_state.get_data_parallel_group()) for x in part]
 
     @staticmethod
     def agreed(value: Any) -> Any:

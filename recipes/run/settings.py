@@ -58,7 +58,6 @@ class HealthSection:
     max_skipped: Record[int] = 3
     # The largest norm of a gradient, before clipping, that is applied. null: any that is finite.
     skip_above: Record[float | None] = None
-
     # Deviations from the median of the 50 steps before at which the gradient norm, the mean reward of GRPO or the loss of SFT is
     # told as a spike, with the rows of the step. null: never.
     spike: Record[float | None] = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -78,10 +79,29 @@ def test_a_window_of_steps_is_profiled(task, tmp_path):
     events = json.loads(gzip.decompress((place / "step-2-to-3-rank-1.json.gz").read_bytes()))["traceEvents"]
     steps = [e for e in events if e.get("name") == "aten::_fused_adam_" or "Optimizer.step" in e.get("name", "")]
     assert len(steps) == 2 and "aten::mm" in (place / "step-2-to-3-rank-1.txt").read_text()
-    refused = task.sft(tmp_path / "other", "trainer.devices=1", "trainer.profile={memory: true}")
-    assert refused.error_lines == [
-        "error: trainer.profile.memory=true records what a GPU allocates, and there is none: set it to false"
-    ]
+    for profile, words in [
+        ("{memory: true}", "trainer.profile.memory=true records what a GPU allocates, and there is none"),
+        ("{ranks: [1]}", "trainer.profile.ranks names 1, and the run has ranks 0 to 0"),
+    ]:
+        refused = task.sft(tmp_path / "other", "trainer.devices=1", f"trainer.profile={profile}")
+        assert refused.code == 2 and words in refused.error_lines[0] and not (tmp_path / "other/metrics.jsonl").exists()
+
+
+def test_a_spike_is_told_with_the_rows_of_its_step(task, tmp_path):
+    """Of two data-parallel ranks; from the 21st step on, and a window that the run does not reach is told as well."""
+    done = task.sft(
+        tmp_path / "run", "trainer.devices=2", "trainer.sft.max_steps=22", "trainer.health.spike=1e-6",
+        "trainer.profile={start_step: 23}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "nothing is profiled: trainer.profile.start_step=23 is none of the steps to be taken" in done.out
+    told = [line for line in done.out.splitlines() if line.startswith("a spike at step ")]
+    assert {line.split()[4].rstrip(":") for line in told} <= {"21", "22"} and told
+    (row,) = [r for r in metrics(tmp_path / "run") if r["step"] == 21]
+    assert f"train_optim/loss is {row['train_optim/loss']:.4g}, the median of the 20 steps before " in told[0]
+    rows = told[0].rpartition(" (")[2].removesuffix(")").split(", ")
+    assert len(set(rows)) == len(rows) == 8
+    assert all(re.fullmatch(re.escape(str(task.data / "sft.jsonl")) + r":\d+", place) for place in rows)
 
 
 def test_a_run_that_ends_says_so_in_its_heartbeat(task, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -85,10 +86,11 @@ def test_a_run_has_servers_started_on_every_machine(folder, machine):
         assert "--model /shared/v0 " in line and "--max-model-len 77 " in line and "--dtype float32 " in line
         assert '--load-format dummy --weight-transfer-config {"backend": "nccl"} ' in line
         assert f"--port {url.rpartition(':')[2]} " in line and line.endswith(f" {servers.key}\n")
-    servers.newest, servers.have_answered = Path("/shared/v3"), True
-    time.sleep(1.5)  # until machines have looked again
+    servers.have_answered = True
+    servers.newest = Path("/shared/v3")
+    wait_for(lambda: json.loads((folder / "a1.json").read_text())["model"] == "/shared/v3")
     (victim,) = [
-        p for p in psutil.Process(processes[0].pid).children() if str(servers.urls[0][-5:]) in " ".join(p.cmdline())
+        p for p in psutil.Process(processes[0].pid).children() if servers.urls[0][-5:] in " ".join(p.cmdline())
     ]
     victim.kill()
     wait_for(lambda: "--model /shared/v3 " in logs(folder, "a1")[0])
@@ -175,6 +177,6 @@ def test_a_folder_in_which_nobody_can_meet_is_refused(folder, spoil, words):
 def test_a_machine_that_nobody_waits_for(machine, name, more, words):
     process = machine(name, *more)
     said = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 1 and words in said
+    assert process.returncode == 2 and words in said
     (line,) = said.splitlines()
     assert line.startswith("error: ")
