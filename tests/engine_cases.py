@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.losses import token_weights
 from megatron_ext.models import build_gpt
+from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.engine import Engine
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
@@ -81,15 +83,21 @@ def gradient_floor(gradients: dict[str, Tensor]) -> float:
     return 0.1 * max(g.abs().max().item() for g in gradients.values())
 
 
-def too_long_a_stream(device: torch.device) -> str:
-    """What is said where a stream needs more than the 24 MB of address space that are left to this rank."""
-    engine = Engine(build_gpt(small_config(encoder_seq_length=1 << 16), device))
-    rollout = make_rollout(torch.Generator().manual_seed(1), [(3, [40960])], 61)
+def too_long_a_stream(device: torch.device) -> tuple[str, str]:
+    """What is said where a stream, and then a prompt to be sampled behind, needs more memory than this rank may have."""
+    model = build_gpt(small_config(encoder_seq_length=1 << 16), device)
+    engine, rollout = Engine(model), make_rollout(torch.Generator().manual_seed(1), [(3, [40960])], 61)
     microbatches = make_microbatches(rollout, [[0]], {"tokens": 40960, "responses": 1})
+    requests = Request.each([rollout.responses[0][0]], 2, SamplingParams(4))
+    return full(lambda: engine.run(microbatches, grpo)), full(lambda: MegatronSource(model).sample(requests))
+
+
+def full(work: Callable[[], object]) -> str:
+    """What is said where it needs more than 24 MB of address space beside what this process has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.RLIM_INFINITY))
     try:
-        engine.run(microbatches, grpo)
+        work()
     except UserError as error:
         return str(error)
     finally:

@@ -33,6 +33,7 @@ from megatron_ext.rollouts.responses import Decode, Response
 from megatron_ext.rollouts.scheduler import Lane, Sampled, check_fits, deal
 from megatron_ext.rollouts.trajectories import Trajectory
 from megatron_ext.runtime.collectives import LastValues
+from megatron_ext.runtime.full_memory import full_memory_told
 from megatron_ext.runtime.pieces import pieces_of
 from megatron_ext.runtime.progress import PROGRESS
 
@@ -68,7 +69,7 @@ class MegatronSource:
         """
         Raises:
             UserError: an empty prompt; one that with its longest response exceeds the model's `encoder_seq_length` or
-                `rollout_tokens`; stop strings without `decode`.
+                `rollout_tokens`; stop strings without `decode`; memory is full.
         """
         pool = self._pages()
         self._check(requests, pool)
@@ -78,15 +79,25 @@ class MegatronSource:
         responses = deal(requests, self.lanes, self.decode)
         begin(responses)
         turns = [_Turn(self.model, lane, device) for lane in self.lanes]
-        while not all(turn.done for turn in turns):
-            for piece in range(len(pieces_of(self.model))):
-                for turn in turns:
-                    if piece == 0:
-                        turn.begin()
-                    turn.run(piece)
+        with full_memory_told(self._too_many):
+            while not all(turn.done for turn in turns):
+                for piece in range(len(pieces_of(self.model))):
+                    for turn in turns:
+                        if piece == 0:
+                            turn.begin()
+                        turn.run(piece)
         for lane in self.lanes:
             lane.pool.layers.clear()
         return [[response.trajectory(self.weight_version) for response in group] for group in responses]
+
+    def _too_many(self) -> str:
+        running, pages = (
+            sum(x) for x in zip(*((len(lane.running), lane.pool.used) for lane in self.lanes), strict=True)
+        )
+        return (
+            f"while responses are sampled, {running} at once with keys and values of {PAGE * pages} tokens: lower "
+            f"trainer.grpo.rollout_tokens, which is {self.rollout_tokens}; tools/plan.py says what fits"
+        )
 
     def _pages(self) -> int | None:
         """Of one lane."""

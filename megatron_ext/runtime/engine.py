@@ -5,10 +5,9 @@ The engine knows microbatches and loss functions, not algorithms.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,10 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ext.errors import DivergedError, UserError
+from megatron_ext.errors import DivergedError
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.runtime.collectives import broadcast_object, from_last
+from megatron_ext.runtime.full_memory import full_memory_told
 from megatron_ext.runtime.grad_norm import clip_gradients, gradient_norm
 from megatron_ext.runtime.optim import OptimConfig, ddp_config, make_optimizer, make_scheduler
 from megatron_ext.runtime.pieces import pieces_of, streams_per_turn
@@ -184,7 +184,7 @@ class Engine:
             return output, reduce
 
         iterators = [iter(streams) for _ in self.pieces]
-        with torch.set_grad_enabled(not forward_only), _told_of(lambda: newest.batch):
+        with torch.set_grad_enabled(not forward_only), full_memory_told(lambda: _too_large(newest.batch)):
             outputs = get_forward_backward_func(stages, pieces if pieces > 1 else None)(
                 forward_step_func=forward_step,
                 data_iterator=iterators if pieces > 1 else iterators[0],
@@ -314,21 +314,9 @@ class Engine:
         return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 0.0}
 
 
-@contextlib.contextmanager
-def _told_of(newest: Callable[[], PackedTokens]) -> Iterator[None]:
-    """Where memory is full, which stream was too much for it, and what helps.
-
-    Raises:
-        UserError: memory is full, on a GPU or not.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        groups = newest().groups
-        raise UserError(
-            f"memory is full at a stream of {groups.num_tokens} rows, of which {groups.num_predicted_tokens} predict: lower "
-            "model.micro_batch_tokens or model.micro_batch_size, set model.activations_checkpoint_granularity=full, or take more "
-            f"ranks; tools/plan.py says what fits ({str(error).splitlines()[0][:200]})"
-        ) from error
+def _too_large(stream: PackedTokens) -> str:
+    return (
+        f"at a stream of {stream.groups.num_tokens} rows, of which {stream.groups.num_predicted_tokens} predict: lower "
+        "model.micro_batch_tokens or model.micro_batch_size, set model.activations_checkpoint_granularity=full, or take more "
+        "ranks; tools/plan.py says what fits"
+    )

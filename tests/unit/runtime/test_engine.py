@@ -204,11 +204,15 @@ def test_a_gradient_above_the_limit_is_left_out(rng, world):
 
 def test_a_full_memory_tells_which_stream_was_too_long():
     """With as much address space as the process has, and a little more."""
-    (said,) = run_ranks(too_long_a_stream, 1)
+    ((said, of_sampling),) = run_ranks(too_long_a_stream, 1)
     assert said.startswith(
         "memory is full at a stream of 40976 rows, of which 40960 predict: lower model.micro_batch_tokens"
     )
-    assert "DefaultCPUAllocator" in said
+    assert "DefaultCPUAllocator" in said and "DefaultCPUAllocator" in of_sampling
+    assert of_sampling.startswith(
+        "memory is full while responses are sampled, 1 at once with keys and values of 40992 tokens: lower"
+    )
+    assert "trainer.grpo.rollout_tokens, which is None" in of_sampling
 
 
 def test_zero_grad_forgets_the_step_before(rng, world):
