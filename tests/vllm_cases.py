@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
 from megatron_ext.models.prompt_streams import text_logits
 from megatron_ext.rollouts import Request, SamplingParams, Trajectory
-from megatron_ext.rollouts.vllm import Home, VllmSource
+from megatron_ext.rollouts.vllm import Home, VllmSource, source
+from megatron_ext.rollouts.vllm.checks import WrongWeightsError
 from megatron_ext.rollouts.vllm.nccl import Broadcasters
 from megatron_ext.vllm_servers import VllmOptions
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
@@ -83,11 +84,11 @@ def source_of(
 ) -> Iterator[VllmSource]:
     """One that starts a server, unless it is told otherwise."""
     given = {"start": 1, "python": str(PYTHON), "arguments": QUICK, "patience": 500.0} | options
-    source = VllmSource(model, VllmOptions(**given), home, broadcasters=broadcasters)
+    opened = VllmSource(model, VllmOptions(**given), home, broadcasters=broadcasters)
     try:
-        yield source
+        yield opened
     finally:
-        source.close()
+        opened.close()
 
 
 def largest_difference(
@@ -135,6 +136,21 @@ class Served:
     def update(self) -> None:
         self.version += 1
         self.source.update_weights(self.version)
+
+    def stops_at(self, wrong: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Behind a training step at a learning rate of 1e-3 the canary finds what `wrong` does in place of `source`'s function
+        of that name; and nothing, when that is done right."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(1e-3 * torch.randn(parameter.shape, generator=self.rng).sign())
+        monkeypatch.setattr(source, name, wrong)
+        with pytest.raises(
+            WrongWeightsError, match=r"differ from the trainer's by [\d.e-]+ nats on average, at most 0\.0001"
+        ):
+            self.update()
+        monkeypatch.undo()
+        self.update()
+        self.check()
 
     def requests(self, samples: int, params: SamplingParams, lengths=(1, 5, 40, 130)) -> list[Request]:
         prompts = [torch.randint(self.vocab_size, (n,), generator=self.rng).tolist() for n in lengths]
