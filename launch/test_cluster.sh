@@ -24,8 +24,16 @@ install() {
     } >"$folder/install.log" 2>&1 || skip "apt-get could not install slurm-wlm and munge, see $folder/install.log"
 }
 
-free_port() {
-    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+free_ports() { # $1 of them
+    PYTHONPATH=$(dirname "$0")/.. python3 - "$1" <<'PYTHON'
+import sys
+from megatron_ext.ports import free_port
+
+ports = []
+for _ in range(int(sys.argv[1])):
+    ports.append(free_port(besides=ports))
+print(*ports)
+PYTHON
 }
 
 start() {
@@ -37,11 +45,12 @@ start() {
     chmod 400 "$folder/munge.key"
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/log/munged.log" --seed-file="$folder/munge.seed"
+    read -ra ports <<<"$(free_ports $((nodes + 1)))"
     {
         cat <<CONF
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
-SlurmctldPort=$(free_port)
+SlurmctldPort=${ports[0]}
 SlurmUser=root
 # A requeued job waits for the old credential to expire.
 AuthInfo=socket=$folder/munge.socket,cred_expire=3
@@ -70,7 +79,7 @@ NodeName=gpu[1-17] CPUs=64 Gres=gpu:8 State=CLOUD
 PartitionName=gpus Nodes=gpu[1-17] MaxTime=INFINITE State=UP
 CONF
         for ((i = 1; i <= nodes; i++)); do
-            echo "NodeName=node$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=1 State=UNKNOWN"
+            echo "NodeName=node$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${ports[i]} CPUs=1 State=UNKNOWN"
         done
         echo "PartitionName=test Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP"
     } >"$folder/slurm.conf"

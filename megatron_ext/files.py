@@ -6,12 +6,15 @@ A kill at any moment leaves what was there before and perhaps something unfinish
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["flush", "give_name", "unfinished", "whole", "write_whole"]
+__all__ = ["flush", "give_name", "json_text", "unfinished", "whole", "write_json", "write_whole"]
 
 
 def unfinished(path: Path) -> Path:
@@ -51,6 +54,24 @@ def whole(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file that any reader of JSON takes, see `json_text`."""
+    write_whole(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """JSON. It knows no NaN and no infinities: these are null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flush_one(path: Path) -> None:

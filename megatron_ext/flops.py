@@ -10,7 +10,7 @@ The repeated form is G sequences [prefix, response] without padding, which is al
 grouping off.
 
 Symbols: P prefix length, S response lengths, G responses of a group, L layers, h hidden size, n query and m key/value
-heads, d head size, f width of the MLP, v vocabulary.
+heads, d head size, f width of the MLP, v vocabulary. With experts a token's MLP is that of those it takes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_ext.prefix_tree import Nested, PrefixTree, causal_pairs
 __all__ = [
     "BACKWARD_OVER_FORWARD",
     "Flops",
+    "Lengths",
     "ModelShape",
     "attention_flops",
     "attention_pairs",
@@ -58,6 +59,11 @@ class ModelShape:
     kv_channels: int
     # Of each layer, the rows before a query that it sees, None for all; empty: all rows in every layer.
     windows: tuple[int | None, ...] = ()
+    # Weights of the linears of a layer's attention, and channels of a value head; None: of plain attention.
+    attention_weights: int | None = None
+    value_channels: int | None = None
+    # Weights of all layers' MLPs that a token is multiplied with, of experts the chosen ones and the router's; None: no experts.
+    active_mlp_weights: int | None = None
 
     @classmethod
     def of(cls, config) -> ModelShape:
@@ -71,18 +77,38 @@ class ModelShape:
             num_query_groups=config.num_query_groups,
             kv_channels=config.kv_channels,
             windows=tuple(config.layer_windows) if config.window_size is not None else (),
+            attention_weights=config.latent_weights,
+            value_channels=None if config.latent_weights is None else config.value_channels,
+            active_mlp_weights=None if config.num_moe_experts is None else _active_mlp_weights(config),
         )
 
     @property
-    def linear_weights_per_layer(self) -> int:
-        """Weights of a layer's linears: QKV h(n + 2m)d, projection ndh, gated MLP 3hf."""
+    def linear_weights_per_layer(self) -> float:
+        """Weights of a layer's linears: QKV h(n + 2m)d, projection ndh, gated MLP 3hf; with experts those that a token meets, the
+        mean of layers."""
         heads = 2 * self.num_attention_heads + 2 * self.num_query_groups
-        return self.hidden_size * (heads * self.kv_channels + 3 * self.ffn_hidden_size)
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        if self.active_mlp_weights is not None:
+            mlp = self.active_mlp_weights / self.num_layers
+        attention = self.attention_weights or self.hidden_size * heads * self.kv_channels
+        return attention + mlp
+
+    @property
+    def channels_per_pair(self) -> float:
+        """Half of a head's channels in its scores and in their product with the values."""
+        return (self.kv_channels + (self.value_channels or self.kv_channels)) / 2
 
     @property
     def pairs_per_token(self) -> float:
         """What a token's linears cost, in query-key pairs of all heads: 2 operations per weight, 4 n d per pair."""
-        return self.linear_weights_per_layer / (2 * self.num_attention_heads * self.kv_channels)
+        return self.linear_weights_per_layer / (2 * self.num_attention_heads * self.channels_per_pair)
+
+
+def _active_mlp_weights(config) -> int:
+    h = config.hidden_size
+    width = config.moe_router_topk * config.expert_width + (config.moe_shared_expert_intermediate_size or 0)
+    routed = h * (3 * width + config.num_moe_experts + config.moe_shared_expert_gate)
+    return sum(routed if has else 3 * h * config.ffn_hidden_size for has in config.layers_with_experts)
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,7 @@ def _trees(lengths: Lengths) -> list[PrefixTree]:
 def attention_flops(
     lengths: Lengths,
     num_heads: int,
-    head_dim: int,
+    head_dim: float,
     share_prefix: bool = True,
     backward: bool = True,
     window: int | None = None,
@@ -154,7 +180,7 @@ def model_flops(shape: ModelShape, lengths: Lengths, share_prefix: bool = True, 
     """A GPT over a stream: 2 operations per weight and token, attention, and 2hv per predicted token."""
     passes, tokens = _passes(backward), num_tokens(lengths, share_prefix)
     layers = Counter(shape.windows or (None,) * shape.num_layers)
-    heads = (shape.num_attention_heads, shape.kv_channels)
+    heads = (shape.num_attention_heads, shape.channels_per_pair)
     return Flops(
         linear=passes * 2 * shape.num_layers * shape.linear_weights_per_layer * tokens,
         attention=sum(

@@ -3,7 +3,8 @@
     python recipes/eval_bias.py pretrained_checkpoint.restore_from_path=... exp_manager.explicit_log_dir=runs/bias
 
 The model is a checkpoint of ours, spread over ranks as the command line says, or a Hugging Face folder, which
-transformers runs in one process. Leaves bias.json, bias.md and professions.png.
+transformers runs in one process. Leaves bias.json, bias.md and professions.png, and answers.json, with which
+data.compare_with=[...] of a later evaluation sets models side by side.
 """
 
 import sys
@@ -11,55 +12,76 @@ from pathlib import Path
 
 
 def main(cfg: dict) -> None:
+    from recipes.bias.comparing import digest_of, read_earlier
     from recipes.bias.models import open_model
-    from recipes.bias.prompts import load_prompt_sets, load_texts, pair_tokens
+    from recipes.bias.prompts import answer_tokens, load_prompt_sets, load_texts
+    from recipes.bias.sets import read_public_sets
     from recipes.bias.settings import BiasEvalConfig
     from recipes.cli.config import build
 
     config = build(BiasEvalConfig, cfg)
+    data, pair = config.data, config.data.prompts.pair
+    earlier = read_earlier(data.compare_with)
     model = open_model(config)
-    data, words = config.data, (config.data.prompts.pair.first, config.data.prompts.pair.second)
-    pair = pair_tokens(model.tokenizer, words)
+    answers = answer_tokens(model.tokenizer, pair.words)
     prompts = load_prompt_sets(data.prompts, model.tokenizer, model.longest)[data.split]
     path = data.validation_text_path
     texts = load_texts(path, model.tokenizer, model.longest) if path else []
-    evaluate_all(config, model, prompts, pair, texts, words)
+    sets = read_public_sets(data, model.tokenizer, model.longest)
+    asked = {"prompts": digest_of(prompts.bias, prompts.hinted, pair.words), "texts": digest_of(texts)}
+    asked |= {one.name: digest_of(one.questions) for one in sets}
+    general = harness_tasks(data.harness)
+    if general:
+        asked["general"] = digest_of(general.tasks)
+    for one in earlier:
+        one.check(asked)
+    evaluate_all(config, model, prompts, answers, texts, sets, general, asked, earlier)
 
 
-def evaluate_all(config, model, prompts, pair, texts, words) -> None:
-    from megatron_ext.bias.public_sets import read_crows_pairs
-    from megatron_ext.bias.winobias import read_winobias
-    from recipes.bias.evaluation import evaluate, pair_preference, question_accuracy
-    from recipes.bias.prompts import question_rows, read_winogender, sentence_rows
-    from recipes.bias.report import summary_rows, write_report
+def harness_tasks(section):
+    """Loaded, if any are named."""
+    from recipes.bias.general import HarnessTasks, LoadedTasks
 
-    data = config.data
-    pairs, counts = {}, {}
-    if data.crows_pairs_path:
-        found = read_crows_pairs(data.crows_pairs_path)
-        pairs["crows_pairs_stereotype_share"] = sentence_rows(found, model.tokenizer, model.longest)
-        counts["crows_pairs"] = len(found)
-    if data.winobias_paths:
-        found, dropped = read_winobias(*data.winobias_paths)
-        pairs["winobias_stereotype_share"] = sentence_rows(found, model.tokenizer, model.longest)
-        counts |= {"winobias_pairs": len(found), "winobias_dropped": dropped}
-    questions = read_winogender(data.winogender_path) if data.winogender_path else []
-    if questions:
-        counts["winogender_questions"] = len(questions)
-    asked = question_rows(questions, model.tokenizer, model.longest)
-    total = len(prompts.bias) + len(prompts.hinted) + len(texts) + len(asked) + sum(map(len, pairs.values()))
+    if not section.tasks:
+        return None
+    return LoadedTasks.load(
+        HarnessTasks(tuple(section.tasks), section.include_path, section.num_fewshot, section.limit)
+    )
+
+
+def evaluate_all(config, model, prompts, answers, texts, sets, general, asked, earlier) -> None:
+    from recipes.bias.comparing import Answers, compared, comparison_lines
+    from recipes.bias.evaluation import ask_prompts, ask_texts, summary
+    from recipes.bias.report import harness_lines, summary_rows, write_report
+
+    data, pair = config.data, config.data.prompts.pair
+    words = pair.first, pair.second
+    total = len(prompts.bias) + len(prompts.hinted) + len(texts) + sum(len(one.rows) for one in sets)
+    found = Answers(asked)
     with model.start() as scorer:
         with model.progress(total) as bar:
-            result = evaluate(scorer, prompts, pair, texts, data.bootstrap_samples, bar.update) | counts
-            for key, rows in pairs.items():
-                result[key] = pair_preference(scorer, rows, bar.update)
-            if questions:
-                result |= question_accuracy(scorer, questions, asked, bar.update)
+            found.measures["prompts"], facts = ask_prompts(scorer, prompts, answers, pair.others, bar.update)
+            if texts:
+                found.measures["texts"] = ask_texts(scorer, texts, bar.update)
+            for one in sets:
+                found.measures[one.name] = one.measures(scorer.token_logprobs(one.rows, bar.update))
+                facts |= one.counts
+        if general:
+            found.measures["general"], facts["harness"] = general.ask(scorer, model.tokenizer, model.longest)
         model.check_folder()
         if model.is_main:
             name = config.pretrained_checkpoint.restore_from_path
-            write_report(model.log_dir, f"Gender bias of {name}", {"model": name, "split": data.split, **result}, words)
+            result = {"model": name, "split": data.split, **facts, **summary(found.by_name, data.bootstrap_samples)}
+            beside = [compared(one, found, data.bootstrap_samples) for one in earlier]
+            if earlier:
+                result["compared"] = {one.name: gaps for one, gaps in zip(earlier, beside, strict=True)}
+            table = facts["profession_table"]
+            found.write(model.log_dir, name, table)
+            lines = harness_lines(facts["harness"]) if general else []
+            lines += comparison_lines(earlier, beside, found, table, words) if earlier else []
+            write_report(model.log_dir, f"Gender bias of {name}", result, words, lines)
             print("\n".join(f"  {title:<56} {value}" for title, value in summary_rows(result, words)))
+            print("\n".join(lines))
             print(f"report in {model.log_dir / 'bias.md'}")
 
 

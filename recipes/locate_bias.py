@@ -1,4 +1,5 @@
-"""Rank the blocks of a checkpoint by how much they have to do with its gender bias, by one BMI estimator or several.
+"""Rank the blocks of a checkpoint, their parts or their heads by how much they have to do with its gender bias, by one BMI
+estimator or several.
 
     python recipes/locate_bias.py pretrained_checkpoint.restore_from_path=... exp_manager.explicit_log_dir=runs/located
 
@@ -8,6 +9,8 @@ compare.
 
 import sys
 from pathlib import Path
+
+NAMED = 40  # places that a line names behind the first
 
 
 def main(cfg: dict) -> None:
@@ -29,13 +32,16 @@ def main(cfg: dict) -> None:
     pair = pair_tokens(opened.tokenizer, (prompts.pair.first, prompts.pair.second))
     train = load_prompt_sets(prompts, opened.tokenizer, opened.longest)["train"]
     probe = train.probe(pair, settings.locate_prompts, settings.seed)
-    with opened.session() as session, session.progress(len(settings.estimators), "locate", unit="estimator") as bar:
-        for name in settings.estimators:
-            ranking = rank_blocks(name, session.model, probe, settings.exclude_blocks)
+    asked = [(name, grain) for grain in settings.places for name in settings.estimators]
+    with opened.session() as session, session.progress(len(asked), "locate", unit="ranking") as bar:
+        for name, grain in asked:
+            ranking = rank_blocks(name, session.model, probe, settings.exclude_blocks, grain)
             session.check_folder()
             if session.is_main:
                 write_ranking(session.log_dir, ranking)
-            session.say(f"{name}: block {ranking.best} first, then {', '.join(map(str, ranking.order[1:])) or 'none'}")
+            first, *others = (ranking.name(place) for place in ranking.order)
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            session.say(f"{name}: block {first} first, then {', '.join(others[:NAMED]) or 'none'}{more}")
             bar.update()
         session.say(f"rankings in {session.log_dir}")
 

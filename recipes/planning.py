@@ -104,8 +104,9 @@ def job_of(
             f"a sample is one document of prompt plus response: beside prompt={prompt} give response, too"
         )
     trainer = config.trainer
-    block = isinstance(config, LFTFConfig) and trainer.lftf.block != "all"
+    blocks = trainer.lftf.most_blocks if isinstance(config, LFTFConfig) else 0
     length = model.encoder_seq_length if response is None else (prompt or 0) + response
+    budget = model.micro_batch_tokens if isinstance(config, SFTConfig) else None
     return Job(
         model=model,
         nodes=trainer.num_nodes,
@@ -114,9 +115,10 @@ def job_of(
         # A sample is one document, whatever part of it is the prompt; LFTF's largest are its texts.
         prompt=0,
         response=length,
-        groups_per_stream=model.micro_batch_size,
-        block=block,
-        locates=block and trainer.lftf.block == "gradient",
+        groups_per_stream=model.micro_batch_size if budget is None else None,
+        stream_tokens=budget,
+        blocks=blocks,
+        locates=bool(blocks) and trainer.lftf.estimator == "gradient",
         distributed_optimizer=model.optim.sharded,
         moments=model.optim.moments,
         overlap_grad_reduce=model.optim.overlap_grad_reduce,
@@ -146,7 +148,7 @@ def _grpo(config: GRPOConfig, model: GRPOModel, prompt: int | None, response: in
         groups_per_stream=None if by_tokens else model.micro_batch_size,
         stream_tokens=model.micro_batch_tokens,
         scoring_passes=(config.why_old_pass is not None) + bool(grpo.initial_policy_kl_penalty),
-        reference_copy=bool(grpo.initial_policy_kl_penalty),
+        reference_copy=bool(grpo.initial_policy_kl_penalty) and model.peft is None,
         reference_on_host=grpo.offload_reference_policy,
         rollout=grpo.rollout.source != "vllm",
         rollout_tokens=grpo.rollout_tokens,

@@ -55,7 +55,8 @@ RECIPES = {
     "train_lftf": Recipe("recipes.bias.settings:LFTFConfig", "lftf_tiny", "lftf", resumes=True, planned=True),
     "locate_bias": Recipe("recipes.bias.settings:LocateConfig", "locate_bias", "locate"),
     "eval_bias": Recipe("recipes.bias.settings:BiasEvalConfig", "eval_bias"),
-    "train_video_niah": Recipe("recipes.niah.settings:NiahConfig", "video_niah", "niah"),
+    "eval_video": Recipe("recipes.video_eval.settings:VideoEvalConfig", "eval_video"),
+    "train_video_niah": Recipe("recipes.niah.settings:NiahConfig", "video_niah", "niah", resumes=True),
 }
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 
 def main(cfg: dict, loggers) -> None:
-    from recipes.data.rows import load_prompts
+    from recipes.data.mixture import Joined
+    from recipes.data.rows import PromptReading
+    from recipes.data.token_cache import TokenCache
     from recipes.data.video import VideoReader
     from recipes.environments.registry import environment_file, get_environment
     from recipes.grpo.choices import advantages_file, objective_file
@@ -32,24 +34,36 @@ def main(cfg: dict, loggers) -> None:
     rewards = rewards_for(grpo.reward, grpo.rewards, environment, grpo.reward_limits)
     inputs = Inputs.check(config)
     limit = config.data.max_prompt_length
-    video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
+    video = VideoReader.of(config.data.video, config.model)
     inputs.tokenizer.template.choose(config.data.chat_template)
     rewards.check_here()
     keys = rewards.row_keys
     opening = environment and environment.opening
+    cache = TokenCache.of(config.data, inputs.log_dir)
+
+    def reading(section):
+        return PromptReading(inputs.tokenizer, limit, video, section, keys, opening)
 
     def load(path, section=config.data):
-        prompts = load_prompts(path, inputs.tokenizer, limit, video, section, keys, opening)
+        prompts = cache.load(path, reading(section))
         rewards.check_rows(prompts, path)
         return prompts
 
+    def rows_of(section):
+        if not data.streaming:
+            return load(section.path, data.of_set(section))
+        return cache.stream(
+            section.path, reading(data.of_set(section)), lambda row: rewards.check_row(row, section.path)
+        )
+
     data = config.data
-    train = {name: load(section.path, data.of_set(section)) for name, section in data.trained.items()}
+    train = {name: rows_of(section) for name, section in data.trained.items()}
     held_out = data.held_out
     validation = [ValidationSet(name, i, held_out[name], load(held_out[name].path)) for i, name in enumerate(held_out)]
     recorded = load_recorded(config, inputs.tokenizer) if grpo.rollout.source == "file" else []
-    prompts = [prompt for each in train.values() or [each.prompts for each in validation] for prompt in each]
-    check_template(environment, inputs.tokenizer, prompts, grpo.sampling(inputs.tokenizer.stop_ids).ends)
+    prompts = Joined(train.values() or [each.prompts for each in validation])
+    first = next(filter(None, prompts), None)
+    check_template(environment, inputs.tokenizer, first, grpo.sampling(inputs.tokenizer.stop_ids).ends)
     code = rewards.files | {
         "trainer.grpo.environment": environment_file(grpo.environment),
         "trainer.grpo.objective": objective_file(grpo.objective),

@@ -32,7 +32,7 @@ def main(cfg: dict, loggers) -> None:
     }
     rows |= {"data.text_path": texts, "data.validation_text_path": validation_texts}
     with Session.start(inputs, loggers, Contents(inputs, rows)) as session:
-        LFTFTrainer(session, prompts, pair, texts, validation_texts).fit()
+        LFTFTrainer(session, inputs.tokenizer, prompts, pair, texts, validation_texts).fit()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def main(cfg: dict, loggers) -> None:
-    from recipes.data.rows import load_pairs
+    from recipes.data.rows import PairReading
+    from recipes.data.token_cache import TokenCache
     from recipes.data.video import VideoReader
     from recipes.run.contents import Contents
     from recipes.run.inputs import Inputs
@@ -22,16 +23,25 @@ def main(cfg: dict, loggers) -> None:
     config = configure(SFTConfig, cfg)
     inputs = Inputs.check(config)
     limit = config.model.encoder_seq_length
-    video = VideoReader(config.data.video, config.model.vision.feature_size) if config.data.video else None
+    video = VideoReader.of(config.data.video, config.model)
     inputs.tokenizer.template.choose(config.data.chat_template)
-    all_turns = config.data.train_on_turns == "all"
     data = config.data
-    train = {
-        name: load_pairs(section.path, inputs.tokenizer, limit, video, data.of_set(section), all_turns)
-        for name, section in data.trained.items()
-    }
+    cache = TokenCache.of(data, inputs.log_dir)
+
+    def reading(section):
+        return PairReading(inputs.tokenizer, limit, video, section, data.train_on_turns == "all")
+
+    def load(path, section=data):
+        return cache.load(path, reading(section))
+
+    def rows_of(section):
+        if not data.streaming:
+            return load(section.path, data.of_set(section))
+        return cache.stream(section.path, reading(data.of_set(section)))
+
+    train = {name: rows_of(section) for name, section in data.trained.items()}
     held_out = data.validation_path
-    validation = load_pairs(held_out, inputs.tokenizer, limit, video, data, all_turns) if held_out else []
+    validation = load(held_out) if held_out else []
     check_validation(validation, held_out, inputs.data_size)
     rows = {data.train_key(name): pairs for name, pairs in train.items()}
     contents = Contents(inputs, rows | {"data.validation_path": validation})

@@ -198,6 +198,11 @@ def encode_chat(tokenizer, messages, generate, tools=None, **variables):
     return tokenizer.encode(tokenizer.template.render(messages, generate, tools, variables))
 
 
+def names_in(folder) -> set[str]:
+    """Of files and folders."""
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
 def refused(function, *arguments, **options) -> str:
     """The one line that is said of bad data."""
     with pytest.raises(DataError) as caught:

@@ -10,19 +10,25 @@ import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
-from megatron_ext.losses import token_weights
-from megatron_ext.models import build_gpt
+from megatron_ext.losses import GrpoTerms, token_weights
+from megatron_ext.losses.gpg import Gpg
+from megatron_ext.models import PrefixGroupedGPT, build_gpt
 from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.engine import Engine
 from recipes.grpo.batches import GRPOMicrobatch
 from recipes.grpo.objective import objective
-from tests.gpt_cases import TERMS, Rollout, make_rollout, pack_rollout, small_config
+from tests.edges import Edges
+from tests.gpt_cases import TERMS, Rollout, make_rollout, pack_rollout, run, small_config
+from tests.gpt_cases import objective as plain_objective
 
 __all__ = [
-    "CONSTANT", "counts", "gradient_floor", "grpo", "make_microbatches", "relative_error", "too_long_a_stream",
+    "CONSTANT", "counts", "edges_of", "gradient_floor", "grpo", "make_microbatches", "relative_error", "smooth",
+    "too_long_a_stream",
 ]  # fmt: skip
 
 CONSTANT = 100.0  # what tokens are divided by where normalisation is constant
+TEMPERATURE = 0.9
+SMOOTH = GrpoTerms(Gpg(), kl_penalty=TERMS.kl_penalty, entropy_bonus=TERMS.entropy_bonus)
 
 
 def counts(rollout: Rollout) -> dict[str, float]:
@@ -52,7 +58,7 @@ def make_microbatches(
         microbatches.append(
             GRPOMicrobatch(
                 batch,
-                temperature=0.9,
+                temperature=TEMPERATURE,
                 advantages=torch.tensor(part.advantages)[groups.response_ids],
                 weights=weights,
                 old_logprobs=torch.cat(part.old).float(),
@@ -62,9 +68,24 @@ def make_microbatches(
     return microbatches
 
 
+def edges_of(model: PrefixGroupedGPT, rollout: Rollout) -> Edges:
+    """Of a whole model's pass over the rollout, and of its GRPO loss."""
+    batch = pack_rollout(rollout)
+    model.eval()  # experts' tokens are not counted
+    with Edges() as edges:
+        plain_objective(rollout, batch.groups, *run(model, batch, TEMPERATURE))
+    model.train()
+    return edges
+
+
 def grpo(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
     """The engine's loss function, as the recipe has it."""
     return objective(microbatch, logprobs, entropy, TERMS)
+
+
+def smooth(microbatch: GRPOMicrobatch, logprobs: Tensor, entropy: Tensor):
+    """One that clips nothing: of weights that differ by a last bit its gradients do, too, wherever ratios lie."""
+    return objective(microbatch, logprobs, entropy, SMOOTH)
 
 
 def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:

@@ -11,9 +11,12 @@ from megatron_ext.grouping import PackedTokens, PrefixGroups, pack
 from megatron_ext.losses import GrpoTerms, grpo_loss, token_weights
 from megatron_ext.losses.clipped import Grpo
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT
+from megatron_ext.models.config import PositionEmbedding
+from megatron_ext.rotary import RopeScaling
 from tests.layouts import Lengths, randn
 
 __all__ = [
+    "LATENT",
     "TERMS",
     "Rollout",
     "make_rollout",
@@ -25,6 +28,17 @@ __all__ = [
     "small_config",
 ]
 
+# Latent attention, of heads that are unlike in everything, with DeepSeek's positions.
+LATENT = {
+    "multi_latent_attention": True, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8, "num_query_groups": None, "kv_channels": None, "add_qkv_bias": False, "qk_layernorm": False,
+    "position_embedding": PositionEmbedding(
+        interleaved=True,
+        scaling=RopeScaling(
+            4.0, original_max_position_embeddings=32, rope_type="yarn", beta_fast=3.0, mscale=1.0, mscale_all_dim=0.7
+        ),
+    ),
+}  # fmt: skip
 TERMS = GrpoTerms(Grpo(ratio_clip_max=0.3), kl_penalty=0.05, entropy_bonus=0.02)
 
 

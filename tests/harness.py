@@ -77,7 +77,7 @@ def cuda_devices() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    out = subprocess.run(command, env=_with_gpus(dict(os.environ)), capture_output=True, text=True, timeout=120)
+    out = subprocess.run(command, env=_with_gpus(dict(os.environ)), capture_output=True, text=True, timeout=300)
     return int(out.stdout) if out.returncode == 0 else 0
 
 
@@ -86,7 +86,7 @@ def run_ranks(
     ranks: int,
     *args: Any,
     sizes: ParallelSizes | None = None,
-    timeout: float = 240.0,
+    timeout: float = 900.0,
     cuda: bool = False,
 ) -> list[Any]:
     """Run `function(device, *args)` on `ranks` processes; returns the results in rank order.
@@ -94,7 +94,7 @@ def run_ranks(
     Args:
         function: found by module and name in the ranks, so a module-level function of an importable module.
         sizes: parallel sizes of the run, 1 x 1 by default.
-        timeout: seconds after which the ranks are ended.
+        timeout: seconds after which the ranks are ended; by default more than a machine with much else to do needs.
         cuda: NCCL on GPUs instead of gloo on CPUs.
 
     Raises:

@@ -41,7 +41,9 @@ def engine_storages(engine: Engine) -> dict[str, dict[int, int]]:
     """Storages of parameters, gradients and, once it has stepped, what the optimizer holds beside them, also on the host."""
     kinds = {
         "parameters": storages(engine.module.parameters()),
-        "gradients": storages(b.grad_data for piece in engine.pieces for b in piece.buffers),
+        "gradients": storages(
+            b.grad_data for piece in engine.pieces for b in (*piece.buffers, *piece.expert_parallel_buffers)
+        ),
     }
     known = {key for found in kinds.values() for key in found}
     tensors = list(optimizer_tensors(engine.optimizer))

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.blocks.delta import block_digest, block_weights, save_delta
+from megatron_ext.blocks.delta import base_digest, place_weights, save_delta
+from megatron_ext.blocks.places import ModelPlace
 from megatron_ext.hf import hf_model_config, load_hf_weights, make_patch
 from megatron_ext.models import build_gpt
 
@@ -61,8 +62,8 @@ def change_block(model, rng, block=BLOCK) -> None:
 
 def made_patch(folder, world, tmp_path) -> Path:
     model = imported(folder, world)
-    base = block_digest(block_weights(model, BLOCK))
+    base = base_digest(place_weights(model, [ModelPlace(BLOCK)]))
     change_block(model, torch.Generator().manual_seed(1))
-    save_delta(tmp_path / "delta", model, BLOCK, base)
-    assert make_patch(tmp_path / "delta", folder, tmp_path / "patch") == BLOCK
+    save_delta(tmp_path / "delta", model, [ModelPlace(BLOCK)], base)
+    assert make_patch(tmp_path / "delta", folder, tmp_path / "patch") == (ModelPlace(BLOCK),)
     return tmp_path / "patch"

@@ -102,7 +102,7 @@ def plain_attention(
 ) -> Tensor:
     """Causal softmax attention over [prefix, response], one response after the other, in the inputs' precision.
 
-    query [t, n, d], key and value [t, m, d] -> [rows without the pad, n, d]. Differentiable. `rules`: softcap, window.
+    query [t, n, d], key and value [t, m, d] -> [rows without the pad, n, d]. Differentiable. `rules`: softcap, window, sinks.
     """
     parts = []
     for prefix, responses in spans(lengths):
@@ -118,13 +118,19 @@ def plain_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: list
     out: dict[int, Tensor] = {}
     for rows, _ in documents(forest):
         if any(row not in out for row in rows):
-            part = _causal(query[rows], key[rows], value[rows], None, **rules)
+            part = _causal(query[rows], key[rows], value[rows], **rules)
             out |= {row: part[i] for i, row in enumerate(rows) if row not in out}
     return torch.stack([out[row] for row in sorted(out)])
 
 
 def _causal(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One document: q [s, n, d], k and v [s, m, d] -> [s, n, d]."""
     s, n, d = q.shape
@@ -135,7 +141,10 @@ def _causal(
     hidden = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(-window - 1)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:  # one more column, without a value
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, s, 1)), -1)
+    return (scores.softmax(-1)[..., :s] @ v).transpose(0, 1)
 
 
 def error(value: Tensor, truth: Tensor) -> float:

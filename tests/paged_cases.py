@@ -87,13 +87,15 @@ def _fill(pool: PagePool, table: Table, x: Tensor, device: torch.device) -> Tabl
     return table
 
 
-def seen(query: Tensor, path: Tensor, scoring: Scoring) -> Tensor:
-    """query [n, d] over its path [2, t, m, d], its own token last."""
+def seen(query: Tensor, path: Tensor, scoring: Scoring, sinks: Tensor | None = None) -> Tensor:
+    """query [n, d] over its path [2, t, m, d], its own token last; sinks [n]."""
     keys, values = _windowed(path, scoring, len(query))
     scores = torch.einsum("nd,tnd->nt", query, keys) * scoring.scale
     if scoring.softcap:
         scores = scoring.softcap * (scores / scoring.softcap).tanh()
-    return torch.einsum("nt,tnd->nd", scores.softmax(-1), values)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.unsqueeze(1)), 1)
+    return torch.einsum("nt,tnd->nd", scores.softmax(-1)[:, : len(keys)], values)
 
 
 def _windowed(path: Tensor, scoring: Scoring, n: int) -> Sequence[Tensor]:

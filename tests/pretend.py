@@ -22,12 +22,7 @@ def pretend(rank: int, world: int, sizes: ParallelSizes) -> None:
     """Be this rank from now on."""
     shutdown()
     dist.init_process_group(BACKENDS, store=FakeStore(), rank=rank, world_size=world)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
-        context_parallel_size=sizes.context,
-        create_gloo_process_groups=False,
-    )
+    parallel_state.initialize_model_parallel(**sizes.named, create_gloo_process_groups=False)
     # The optimizer asks for gloo's twins of these groups, for its checkpoints, which nobody writes here.
     twins = parallel_state.get_data_parallel_group(with_context_parallel=True)
     parallel_state._DATA_PARALLEL_GROUP_GLOO = parallel_state._DATA_PARALLEL_GROUP_WITH_CP_GLOO = twins

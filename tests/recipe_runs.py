@@ -10,13 +10,18 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_ext.bias.prompts import own_professions
 from tests.harness import ROOT, end, forking
+from tests.waiting import until
+
+T = TypeVar("T")
 
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"]
 STREAMS = ("out", "err")
@@ -67,6 +72,10 @@ class Running:
     def ended(self) -> bool:
         return self._process.exitcode is not None
 
+    def until(self, happens: Callable[[], T], seconds: float = 600, pause: float = 0.02) -> T:
+        """What `happens` gives once it is true, which it must be before the script ends, see `tests.waiting`."""
+        return until(happens, lambda: self.said()[1][-3000:], self.ended, seconds, pause)
+
     def wait(self, timeout: float) -> Finished:
         """
         Args:
@@ -81,7 +90,7 @@ class Running:
         return Finished(self._process.exitcode, *self.said())
 
 
-def run(*arguments: object, imports: bool = False, timeout: float = 240) -> Finished:
+def run(*arguments: object, imports: bool = False, timeout: float = 900) -> Finished:
     """Run a script to its end, see `Running`.
 
     Args:
@@ -107,7 +116,7 @@ def run_on(ranks: int, *arguments: object) -> list[Finished]:
         started = [
             stack.enter_context(Running(*arguments, RANK=rank, LOCAL_RANK=rank, **shared)) for rank in range(ranks)
         ]
-        return [running.wait(240) for running in started]
+        return [running.wait(900) for running in started]
 
 
 def _script(arguments: list[str], environment: dict[str, str], folder: Path) -> None:
@@ -209,17 +218,18 @@ class VideoTask:
 
 @dataclass
 class BiasTask:
-    """Eighty professions with skewed pronouns, and a small model that has learnt them."""
+    """Eighty professions with skewed pronouns, and a small model that has learnt them; `model` changes it."""
 
     folder: Path
+    model: tuple[str, ...] = ()
 
     @classmethod
-    def make(cls, folder: Path, steps: int = 500) -> BiasTask:
+    def make(cls, folder: Path, steps: int = 500, model: tuple[str, ...] = ()) -> BiasTask:
         """
         Args:
             steps: of learning; 500 are needed.
         """
-        task, rng = cls(folder), random.Random(1)
+        task, rng = cls(folder, model), random.Random(1)
         names = rng.sample(own_professions(), 80)
         task.professions.write_text(json.dumps([[name.replace(" ", "_"), 0.0, 0.0] for name in names]))
         rates, shares = folder / "rates.csv", (0.05, 0.1, 0.2, 0.8, 0.9, 0.95)
@@ -249,14 +259,14 @@ class BiasTask:
         return run(
             "recipes/train_sft.py", "--config-name", "sft_bias_tiny", f"data.train_path={self.data / 'sft.jsonl'}",
             f"model.tokenizer={self.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={self.folder / 'sft'}",
-            *BIASED, "trainer.devices=1", f"trainer.sft.max_steps={steps}", "model.optim.lr=4e-3",
+            *BIASED, *self.model, "trainer.devices=1", f"trainer.sft.max_steps={steps}", "model.optim.lr=4e-3",
             "model.micro_batch_size=64",
         )  # fmt: skip
 
     def lftf_overrides(self, out: Path) -> list[str]:
         return [
-            f"exp_manager.explicit_log_dir={out}", *BIASED, f"pretrained_checkpoint.restore_from_path={self.checkpoint}",
-            f"data.text_path={self.data / 'neutral_train.jsonl'}",
+            f"exp_manager.explicit_log_dir={out}", *BIASED, *self.model,
+            f"pretrained_checkpoint.restore_from_path={self.checkpoint}", f"data.text_path={self.data / 'neutral_train.jsonl'}",
             f"data.validation_text_path={self.data / 'neutral_test.jsonl'}",
             f"data.prompts.professions_path={self.professions}",
         ]  # fmt: skip

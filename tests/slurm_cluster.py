@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
+from tests.waiting import until
 
 __all__ = ["Cluster", "Job", "TWO_NODES", "started"]
 
-WAIT = 300.0
+WAIT = 600.0
 NO_SLURM = 77
 TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--processes", "1"]
 
@@ -29,7 +29,9 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        # Jobs run what runs the tests, whatever `make test PYTHON=...` has been told.
+        ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+        return os.environ | ours
 
     def ask(self, *command: object) -> str:
         done = subprocess.run([*map(str, command)], env=self.env, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -67,14 +69,18 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def until(self, what, seconds: float = WAIT) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"{self.state}\n{self.log[-3000:]}"
-            assert self.state not in ("FAILED", "CANCELLED", "NODE_FAIL"), self.log[-3000:]
-            time.sleep(0.2)
+        until(what, self._said, lambda: self.state in ("FAILED", "CANCELLED", "NODE_FAIL"), seconds, pause=0.2)
 
     def end(self) -> None:
         self.until(lambda: self.state == "COMPLETED")
+
+    def fail(self) -> None:
+        """Minutes, as `until`: collectives would wait for half an hour."""
+        until(lambda: self.state in ("FAILED", "COMPLETED"), self._said, seconds=WAIT, pause=0.2)
+        assert self.state == "FAILED", self._said()
+
+    def _said(self) -> str:
+        return f"{self.state}\n{self.log[-3000:]}"
 
 
 @contextlib.contextmanager

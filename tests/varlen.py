@@ -20,6 +20,9 @@ class VarlenKernel:
     def missing(self):
         return None
 
+    def takes_values(self, key, value):
+        return value == key
+
     def pieces(self, call, device):
         return packed_pieces(call, device)
 

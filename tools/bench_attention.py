@@ -41,7 +41,7 @@ from bench_common import (
     ratios,
     record,
     spread,
-    write_json,
+    write_results,
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -302,7 +302,7 @@ def main() -> None:
     results = [bench_group(Group.parse(text), args, device) for text in args.shapes]
     print_results(results, args)
     settings = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "dtype", "repeats")}
-    write_json(args.json, record(**settings) | {"results": results})
+    write_results(args.json, record(**settings) | {"results": results})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bench_common import (
     print_table,
     ratios,
     record,
-    write_json,
+    write_results,
 )
 
 from megatron_ext.attention import prefix_grouped_attention
@@ -70,7 +70,7 @@ def main() -> None:
         for r in results
     ]
     print_table("One call is faster than levels by", ("heads", "P", *RESPONSES), rows)
-    write_json(args.json, record(head_dim=args.head_dim, repeats=args.repeats) | {"results": results})
+    write_results(args.json, record(head_dim=args.head_dim, repeats=args.repeats) | {"results": results})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from bench_common import (
     record,
     run_fresh,
     spread,
-    write_json,
+    write_results,
 )
 
 from megatron_ext.flops import attention_pairs, num_tokens
@@ -131,7 +131,7 @@ def main() -> None:
     print_table("Growth", ("P, G, S", "form", "seconds", "ns per pair of rows", "peak MiB"), rows)
     plot(results, args.plot)
     settings = {name: getattr(args, name) for name in ("heads", "head_dim", "dtype", "repeats")}
-    write_json(args.json, record(**settings) | {"results": results})
+    write_results(args.json, record(**settings) | {"results": results})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext.files import write_json
 from megatron_ext.runtime.machine import machine, versions
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "record",
     "run_fresh",
     "spread",
-    "write_json",
+    "write_results",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         print("| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |")
 
 
-def write_json(path: Path, result: dict) -> None:
+def write_results(path: Path, result: dict) -> None:
+    """And say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     print(f"\nraw results: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import MIB, ROOT, PeakMemory, print_table, ratios, record, spread, write_json
+from bench_common import MIB, ROOT, PeakMemory, print_table, ratios, record, spread, write_results
 
 SIZES = ("layers", "hidden", "heads", "groups", "ffn", "vocab")
 TARGET = 0.5  # of cp's throughput
@@ -66,7 +66,7 @@ def make_folder(args: argparse.Namespace, folder: Path) -> int:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(make_hf_config(config) | {"dtype": "bfloat16"}))
     create_files(folder, slots, beginnings)
-    writer = TensorWriter(folder, slots, torch.bfloat16)
+    writer = TensorWriter(folder, slots)
     draws = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
         writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=draws))
@@ -218,7 +218,7 @@ def main() -> None:
         f"beyond the model, of the largest tensor ({largest / MIB:.0f} MiB)",
     ]
     print_table(f"{size / 1e9:.2f} GB in {files} files, bf16, page cache warm", header, rows)
-    write_json(args.json, result)
+    write_results(args.json, result)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python tools/bench_grpo.py
 
 A Qwen3 of 5 million parameters with random weights, fp32, on one rank. A step is --prompts prompts of P tokens with G responses
-of exactly S, one optimizer step, no KL penalty: neither side runs another pass than sampling, forward and backward. TRL samples
-with transformers' generate and trains one group at a time, its defaults otherwise; ours is the recipe. Each round starts one
-process of each, in turns, whose first step is not counted. Nothing else should run.
+of exactly S, or of log-normal lengths (mean S, sigma 0.8, at most 8 S; the same in every step), one optimizer step, no KL
+penalty: neither side runs another pass than sampling, forward and backward. TRL samples with transformers' generate and trains
+one group at a time, its defaults otherwise; ours is the recipe. Each round starts one process of each, in turns, whose first
+step is not counted. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -20,48 +21,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_common import print_table, ratios, record, spread, write_json
+from bench_common import print_table, ratios, record, spread, write_results
+from bench_rollouts import response_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}  # fmt: skip
-SHAPES = ((1024, 8, 128), (256, 8, 256))
+SHAPES = ((1024, 8, 128, "equal"), (256, 8, 256, "equal"), (1024, 8, 128, "log-normal"))
 TARGET = 40  # of the reward: characters of a response, or rather how far it is from them
-# Runs in TRL's environment: FOLDER P G S PROMPTS STEPS.
-TRL = """
-import json, sys, time
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
-folder, (p, g, s, prompts, steps, threads) = sys.argv[1], map(int, sys.argv[2:8])
-torch.set_num_threads(threads)
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *_, **__):
-        self.began = time.perf_counter()
-    def on_step_end(self, *_, **__):
-        print("took", time.perf_counter() - self.began, flush=True)
-
-rows = [json.loads(line) for line in open(f"{folder}/prompts.jsonl")]
-config = GRPOConfig(
-    f"{folder}/out", use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_strategy="no", max_steps=steps,
-    per_device_train_batch_size=g, gradient_accumulation_steps=prompts, num_generations=g, beta=0.0,
-    max_completion_length=s, generation_kwargs={"min_new_tokens": s}, gradient_checkpointing=False, learning_rate=1e-6,
-    disable_tqdm=True, shuffle_dataset=False,
-)
-model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
-lengths = set()
-def reward(completions, completion_ids, **_):
-    lengths.update(map(len, completion_ids))
-    return [-abs(len(text) - TARGET) / TARGET for text in completions]
-GRPOTrainer(
-    model, reward, config, Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
-    processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"), callbacks=[Clock()],
-).train()
-assert lengths == {s}, lengths
-""".replace("TARGET", str(TARGET))
+# What runs in TRL's environment, and the recipe with responses that end where they shall.
+TRL, OURS = ROOT / "tools/trl/steps.py", ROOT / "tools/trl/ours.py"
 
 
 def make(folder: Path, prompt: int, rows: int) -> None:
@@ -95,10 +64,13 @@ def run(command: list[str], threads: int) -> str:
 
 def ours(options: argparse.Namespace, folder: Path, shape: tuple[int, int, int], number: int) -> list[float]:
     """Seconds of each step but the first."""
-    prompt, samples, response = shape
+    prompt, samples, _ = shape
+    wanted = json.loads((folder / "lengths.json").read_text())
+    response = max(map(max, wanted))
     out = folder / f"ours-{number}"
     command = [
-        sys.executable, "recipes/train_grpo.py", "--config-name", "grpo_tiny", "model=pretrained", "trainer.devices=1",
+        sys.executable, str(OURS), str(folder / "lengths.json"), "recipes/train_grpo.py", "--config-name", "grpo_tiny",
+        "model=pretrained", "trainer.devices=1",
         f"pretrained_checkpoint.restore_from_path={folder / 'model'}", f"data.train_path={folder / 'prompts.jsonl'}",
         f"data.max_prompt_length={prompt}", f"exp_manager.explicit_log_dir={out}", f"trainer.grpo.max_steps={options.steps}",
         f"trainer.grpo.num_prompts_per_grpo_step={options.prompts}", f"trainer.grpo.samples_per_prompt={samples}",
@@ -110,13 +82,14 @@ def ours(options: argparse.Namespace, folder: Path, shape: tuple[int, int, int],
     ]  # fmt: skip
     run(command, options.threads)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {step["train_rollouts/response_length"] for step in steps} == {response}
+    mean = sum(map(sum, wanted)) / options.prompts / samples
+    assert all(abs(step["train_rollouts/response_length"] - mean) < 1e-6 * mean for step in steps)
     return [step["timers/step"] for step in steps[1:]]
 
 
 def trls(options: argparse.Namespace, folder: Path, shape: tuple[int, int, int], number: int) -> list[float]:
-    numbers = (*shape, options.prompts, options.steps, options.threads)
-    said = run([options.python, "-c", TRL, str(folder), *map(str, numbers)], options.threads)
+    numbers = (*shape[:2], options.prompts, options.steps, options.threads, TARGET)
+    said = run([options.python, str(TRL), str(folder), *map(str, numbers)], options.threads)
     return [float(line.split()[1]) for line in said.splitlines() if line.startswith("took ")][1:]
 
 
@@ -128,28 +101,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/grpo_trl_cpu.json")
+    parser.add_argument("--only", type=int, help="one of the shapes, counted from 0")
     options = parser.parse_args()
+    options.shapes = SHAPES if options.only is None else SHAPES[options.only : options.only + 1]
     rows, found = [], {}
-    for shape in SHAPES:
+    for *shape, kind in options.shapes:
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make(folder, shape[0], 4 * options.prompts)
+            lengths = response_lengths(kind, options.prompts, shape[1], 1, mean=shape[2], cap=8 * shape[2])
+            (folder / "lengths.json").write_text(json.dumps(lengths))
             for number in range(options.rounds):
                 for who, step in list({"ours": ours, "trl": trls}.items())[:: 1 if number % 2 else -1]:
                     seconds[who] += step(options, folder, shape, number)
-        found[",".join(map(str, shape))] = seconds
+        found[",".join(map(str, (*shape, kind)))] = seconds
         rows.append([
-            ", ".join(map(str, shape)), f"{spread(seconds['trl']):.2f}", f"{spread(seconds['ours']):.2f}",
+            ", ".join(map(str, (*shape, kind))), f"{spread(seconds['trl']):.2f}", f"{spread(seconds['ours']):.2f}",
             f"{ratios(seconds, 'trl', 'ours'):.2f}",
         ])  # fmt: skip
     print_table(
         f"{options.prompts} prompts a step, {options.threads} threads",
-        ["P, G, S", "seconds a step, TRL", "ours", "times as fast"],
+        ["P, G, S, lengths", "seconds a step, TRL", "ours", "times as fast"],
         rows,
     )
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "python")}
-    write_json(options.json, record(**settings) | {"model": SHAPE, "seconds": found})
+    write_results(options.json, record(**settings) | {"model": SHAPE, "seconds": found})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from bench_common import (
     ratios,
     record,
     spread,
-    write_json,
+    write_results,
 )
 
 FORMS = {
@@ -133,7 +133,7 @@ def main() -> None:
     settings = {
         name: getattr(args, name) for name in ("layers", "hidden", "heads", "ffn", "vocab", "repeats", "processor_time")
     }
-    write_json(args.json, record(**settings) | {"offload": results})
+    write_results(args.json, record(**settings) | {"offload": results})
 
 
 if __name__ == "__main__":

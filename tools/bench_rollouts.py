@@ -29,14 +29,16 @@ MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "num_que
 MEAN, SIGMA, CAP = 128, 0.8, 1024
 
 
-def response_lengths(kind: str, prompts: int, samples: int, seed: int) -> list[list[int]]:
+def response_lengths(
+    kind: str, prompts: int, samples: int, seed: int, mean: int = MEAN, cap: int = CAP
+) -> list[list[int]]:
     """The same in every checkout."""
     rng = random.Random(seed)
 
     def one() -> int:
-        return min(CAP, max(1, round(rng.lognormvariate(math.log(MEAN) - SIGMA**2 / 2, SIGMA))))
+        return min(cap, max(1, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA))))
 
-    return [[MEAN if kind == "equal" else one() for _ in range(samples)] for _ in range(prompts)]
+    return [[mean if kind == "equal" else one() for _ in range(samples)] for _ in range(prompts)]
 
 
 def work(options: argparse.Namespace) -> None:
@@ -114,7 +116,7 @@ def compare(options: argparse.Namespace) -> None:
         ratios,
         record,
         spread,
-        write_json,
+        write_results,
     )  # not in a worker: it has a checkout of its own
 
     names = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
@@ -142,7 +144,7 @@ def compare(options: argparse.Namespace) -> None:
         rows,
     )
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "against", "work")}
-    write_json(options.json, record(**settings) | {"model": MODEL, "seconds": json.loads(json.dumps(found))})
+    write_results(options.json, record(**settings) | {"model": MODEL, "seconds": json.loads(json.dumps(found))})
 
 
 def main() -> None:

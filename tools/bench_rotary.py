@@ -19,7 +19,7 @@ from bench_common import (
     ratios,
     record,
     spread,
-    write_json,
+    write_results,
 )
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
@@ -72,7 +72,7 @@ def main() -> None:
     title = f"Rotary embedding of {args.tokens} tokens, head dimension {args.head_dim}, {args.heads} heads, fp32"
     print_table(title, ("what", "variant", "seconds [quartiles]", "times Megatron's [quartiles]"), rows)
     settings = {name: getattr(args, name) for name in ("tokens", "heads", "head_dim", "repeats")}
-    write_json(args.json, record(**settings) | {"seconds": results})
+    write_results(args.json, record(**settings) | {"seconds": results})
 
 
 if __name__ == "__main__":

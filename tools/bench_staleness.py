@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from bench_common import print_table, record, spread, write_json
+from bench_common import print_table, record, spread, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -121,7 +121,7 @@ def main() -> None:
         ],
         rows,
     )
-    write_json(options.json, record(steps=str(options.steps), lr=str(options.lr)) | {"runs": found})
+    write_results(options.json, record(steps=str(options.steps), lr=str(options.lr)) | {"runs": found})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench_common import print_table, record, write_json
+from bench_common import print_table, record, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "recipes/train_sft.py"
@@ -69,7 +69,7 @@ def main() -> None:
     print_table(
         "A one-step run as a whole process, medians [least, most]", ["checkout", "seconds", "CPU seconds"], rows
     )
-    write_json(args.out, result)
+    write_results(args.out, result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/bench_step.py
     python tools/bench_step.py --parts step --shapes 1024,8,128 --threads 4 --repeats 21
+    python tools/bench_step.py --parts step --shapes 1024,8,128 --experts 8 --expert-ffn 704
 
 - step: seconds of `Engine.run` over one group, forward and backward of the mean log-probability. Baselines are the same
   model with `share_prefix=False`: causal documents [prefix, response], no padding, logits of response rows only, so
@@ -36,7 +37,7 @@ from bench_common import (
     record,
     run_fresh,
     spread,
-    write_json,
+    write_results,
 )
 from torch import Tensor
 
@@ -62,6 +63,10 @@ def build_engine(args):
     return Engine(build_gpt(GPTModelConfig(**model_settings(args)), device)), device
 
 
+# Of a model without what only this tool has options for.
+PLAIN = {"latent": 0, "experts": 0}
+
+
 def model_settings(args) -> dict:
     return {
         "num_layers": args.layers,
@@ -72,7 +77,21 @@ def model_settings(args) -> dict:
         "vocab_size": args.vocab,
         "precision": args.precision,
         "encoder_seq_length": 1 << 20,
-    }
+        **latent_settings(args),
+        **({"num_moe_experts": args.experts, "moe_router_topk": args.topk, "moe_ffn_hidden_size": args.expert_ffn}
+           if args.experts else {}),
+    }  # fmt: skip
+
+
+def latent_settings(args) -> dict:
+    """Latent attention of so wide rows, heads in the proportions of DeepSeek's."""
+    if not args.latent:
+        return {}
+    part = args.hidden // args.heads // 4
+    return {
+        "multi_latent_attention": True, "kv_lora_rank": args.latent, "q_lora_rank": 2 * args.latent, "qk_head_dim": 4 * part,
+        "qk_pos_emb_head_dim": 2 * part, "v_head_dim": 4 * part,
+    }  # fmt: skip
 
 
 def model_shape(args) -> ModelShape:
@@ -172,9 +191,11 @@ def print_step(results: list[dict], args) -> None:
 
 
 def describe(args) -> str:
+    width = f"{args.experts} experts of {args.expert_ffn}, top {args.topk}," if args.experts else f"ffn {args.ffn}"
     return (
         f"{args.layers} layers, hidden {args.hidden}, {args.heads} heads ({args.kv_heads} key/value), "
-        f"ffn {args.ffn} (SwiGLU), vocabulary {args.vocab}, precision {args.precision}"
+        f"{f'latent rows of {args.latent}, ' if args.latent else ''}"
+        f"{width} (SwiGLU), vocabulary {args.vocab}, precision {args.precision}"
     )
 
 
@@ -260,8 +281,8 @@ def print_logprobs(result: dict, args) -> None:
     print_table(title, ("way", "peak growth, MiB", "share of all logits"), rows)
 
 
-SETTINGS = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "precision", "logprob_tokens", "logprob_vocab",
-            "logprob_hidden", "logprob_dtype")  # fmt: skip
+SETTINGS = ("layers", "hidden", "heads", "kv_heads", "latent", "ffn", "vocab", "precision", "logprob_tokens", "logprob_vocab",
+            "logprob_hidden", "logprob_dtype", "experts", "topk", "expert_ffn")  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -272,7 +293,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as --heads")
+    parser.add_argument("--latent", type=int, default=0, help="width of latent attention's rows; 0: plain attention")
     parser.add_argument("--ffn", type=int, default=1408)
+    parser.add_argument("--experts", type=int, default=0, help="default: none, one MLP for all tokens")
+    parser.add_argument("--topk", type=int, default=2, help="experts of a token")
+    parser.add_argument("--expert-ffn", type=int, default=704, help="width of an expert")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--precision", choices=("32", "bf16"), default="32")
     parser.add_argument("--logprob-tokens", type=int, default=4096)
@@ -303,7 +328,7 @@ def main() -> None:
         result[name] = bench(args)
         show(result[name], args)
     settings = {name: getattr(args, name) for name in (*SETTINGS, "repeats")}
-    write_json(args.json, record(**settings) | result)
+    write_results(args.json, record(**settings) | result)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from bench_common import interleave, print_table, ratios, record, spread, write_json
+from bench_common import interleave, print_table, ratios, record, spread, write_results
 from bench_rollouts import MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def weights(args: argparse.Namespace, folder: Path) -> None:
 
 def finish(args: argparse.Namespace, name: str, seconds: dict[str, list[float]], **more) -> None:
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("run", "json", "python")}
-    write_json(args.json or ROOT / f"benchmarks/{name}_cpu.json", record(**settings) | more | {"seconds": seconds})
+    write_results(args.json or ROOT / f"benchmarks/{name}_cpu.json", record(**settings) | more | {"seconds": seconds})
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ Every stage is one of the project's own commands and is printed before it runs, 
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_ext.files import write_json  # noqa: E402
 from tools.run_metrics import read_metrics  # noqa: E402
 
 
@@ -36,8 +37,7 @@ def command(*parts: object) -> list[str]:
 
 def run(title: str, parts: list[str]) -> float:
     """Run one stage, show its command, and return its seconds. Ends the demo with the stage's exit code on failure."""
-    shown = " ".join(p if " " not in p else f"'{p}'" for p in ["python", *parts[1:]])
-    print(f"\n--- {title}\n{shown}", flush=True)
+    print(f"\n--- {title}\n{shlex.join(['python', *parts[1:]])}", flush=True)
     start = time.monotonic()
     code = subprocess.run(parts, cwd=ROOT, check=False).returncode
     if code:
@@ -147,7 +147,7 @@ def main() -> None:
         "seconds_grpo": grpo_seconds,
         "seconds_total": time.monotonic() - start,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "result.json", result)
     print(
         table(
             [

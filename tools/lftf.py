@@ -1,8 +1,9 @@
 """LFTF from nothing to a report, on this machine, in minutes: what `make lftf` runs.
 
 For each seed: writes a biased corpus, trains a tiny GPT on it, ranks its blocks by every BMI estimator, fine-tunes, and
-evaluates on professions held out of the fine-tuning: each estimator's block, a random and the last one, all blocks, and
-each loss on the block that `gradient` chose. Every stage is one of the project's own commands, printed before it runs.
+evaluates on professions held out of the fine-tuning: each estimator's block, a random and the last one, all blocks, a part and
+heads of one, what LFTF is compared with (LoRA, a closed-form edit, steering, GRPO), and each loss on the block that `gradient`
+chose. Every stage is one of the project's own commands, printed before it runs.
 
     python tools/lftf.py [--seeds 1] [--jobs 2] [--short] [--out runs/lftf-...]
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from megatron_ext.errors import UserError
-from megatron_ext.files import write_whole
+from megatron_ext.files import write_json, write_whole
 from recipes.cli.errors import user_errors
 from tools.demo import ROOT, command, run
 
@@ -41,6 +42,16 @@ LOSSES = {
     "sum": "sum",
     "sum, no guard": "sum",
 }
+# What else is compared, and the folder of each.
+OTHERS = {
+    "part of gradient": "part",
+    "4 heads of gradient": "heads",
+    "LoRA on all blocks": "lora",
+    "closed-form edit": "edit",
+    "steering": "steer",
+    "GRPO": "grpo",
+}
+GRPO_RUN = "grpo-run"
 NO_GUARD = ["trainer.lftf.min_pronoun_mass=0", "trainer.lftf.max_perplexity=null", "trainer.lftf.patience=null"]
 # What a mended model must keep, of the model before: see docs/bias.md.
 LEAST_FALL, LARGEST_UB_LOSS, LEAST_MASS, LARGEST_PERPLEXITY = 0.6, 0.05, 0.8, 1.03
@@ -83,9 +94,29 @@ def plan_runs(located: Path, seed: int, short: bool) -> dict[str, list[str]]:
     for name, loss in LOSSES.items():
         options = [f"trainer.lftf.block={best['gradient']}", f"trainer.lftf.loss={loss}"]
         runs[loss_run(name)] = options + (NO_GUARD if "no guard" in name else [])
+    runs["part"] = ["trainer.lftf.block=gradient", "trainer.lftf.places=parts"]
+    runs["heads"] = ["trainer.lftf.block=gradient", "trainer.lftf.places=heads", "trainer.lftf.num_places=4"]
+    runs["lora"] = ["trainer.lftf.block=all", "++model.peft={dim: 8, alpha: 16}", "model.optim.lr=1e-2"]
     if short:
         runs = {name: runs[name] for name in (f"block-{best['gradient']}", loss_run("sum, no guard"))}
     return runs
+
+
+def plan_baselines(out: Path, block: int, seed: int) -> dict[str, list[list[str]]]:
+    """Commands of what trains no place: an edit of the block that `gradient` chose, steering behind it, GRPO of all weights."""
+    data, model, tool = out / "data", out / "biased/checkpoints/final", "tools/bias_baselines.py"
+    held_out = ["--validation-text", data / "neutral_test.jsonl"]
+    trained = command(
+        "recipes/train_grpo.py", "--config-name", "grpo_bias_tiny", f"data.train_path={data / 'grpo.jsonl'}",
+        f"pretrained_checkpoint.restore_from_path={model}", f"exp_manager.explicit_log_dir={out / GRPO_RUN}",
+        f"model.seed={seed}", "trainer.devices=1",
+    )  # fmt: skip
+    place = ["--block", block, *held_out]
+    edited = command(tool, "edit", model, "--out", out / "edit", "--text", data / "neutral_train.jsonl", *place)
+    steered = command(tool, "steer", model, "--out", out / "steer", *place)
+    final = out / GRPO_RUN / "checkpoints/final"
+    measured = command(tool, "other", model, "--out", out / "grpo", "--checkpoint", final, *held_out)
+    return {"edit": [edited], "steer": [steered], "grpo": [trained, measured]}
 
 
 def loss_run(name: str) -> str:
@@ -93,30 +124,29 @@ def loss_run(name: str) -> str:
     return "loss-" + name.replace(", ", "-").replace(" ", "-")
 
 
-def fine_tune(out: Path, name: str, common: list[str], options: list[str]) -> dict:
+def fine_tuning(folder: Path, common: list[str], options: list[str]) -> list[str]:
+    """The command of one."""
+    where = f"exp_manager.explicit_log_dir={folder}"
+    return command("recipes/train_lftf.py", "--config-name", "lftf_tiny", where, *common, *options)
+
+
+def run_one(out: Path, name: str, commands: list[list[str]]) -> dict:
     """One run, its output in a log file beside it."""
     folder = out / name
-    parts = command(
-        "recipes/train_lftf.py",
-        "--config-name",
-        "lftf_tiny",
-        f"exp_manager.explicit_log_dir={folder}",
-        *common,
-        *options,
-    )
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
-        log.write(" ".join(parts) + "\n")
-        log.flush()
-        code = subprocess.run(parts, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise SystemExit(f"error: {name} ended with code {code}; see {folder}.log")
+        for parts in commands:
+            log.write(" ".join(parts) + "\n")
+            log.flush()
+            code = subprocess.run(parts, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            if code:
+                raise SystemExit(f"error: {name} ended with code {code}; see {folder}.log")
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
-def fine_tune_all(out: Path, runs: dict[str, list[str]], common: list[str], jobs: int) -> dict[str, dict]:
+def run_all(out: Path, runs: dict[str, list[list[str]]], jobs: int) -> dict[str, dict]:
     """Results by name, in the order of `runs`. Where one fails, those that have not begun are not begun."""
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", mininterval=1) as bar:
-        waiting = {pool.submit(fine_tune, out, name, common, options): name for name, options in runs.items()}
+        waiting = {pool.submit(run_one, out, name, commands): name for name, commands in runs.items()}
         results: dict[str, dict] = {}
         try:
             for future in as_completed(waiting):
@@ -131,7 +161,7 @@ def row(name: str, result: dict) -> dict:
     """What the report compares, after against before."""
     before, after = result["before"], result["after"]
     found = {
-        "name": name, "block": result["block"], "steps": result["steps"], "kept_step": result["best_step"],
+        "name": name, "places": result["places"], "steps": result["steps"], "kept_step": result["best_step"],
         "stopped": result["stopped"], "afgb": after["afgb"], "afgb_interval": after["afgb_interval"], "ub": after["ub"],
         "afgb_fall": 1 - after["afgb"] / before["afgb"], "ub_change": after["ub"] - before["ub"],
         "mass_kept": after["pronoun_mass"] / before["pronoun_mass"],
@@ -150,19 +180,23 @@ def one_seed(out: Path, seed: int, args: argparse.Namespace) -> dict:
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True)
     common = build_model(folder, seed, args.short, args.devices)
-    runs = plan_runs(folder / "located", seed, args.short)
-    print(f"\n--- seed {seed}: {len(runs)} fine-tunings, {args.jobs} at a time; each command is in its log", flush=True)
-    results = fine_tune_all(folder, runs, common, args.jobs)
     best = {name: json.loads((folder / f"located/ranking-{name}.json").read_text()) for name in ESTIMATORS}
+    plan = plan_runs(folder / "located", seed, args.short)
+    runs = {name: [fine_tuning(folder / name, common, options)] for name, options in plan.items()}
+    if not args.short:
+        runs |= plan_baselines(folder, best["gradient"]["best"], seed)
+    print(f"\n--- seed {seed}: {len(runs)} runs, {args.jobs} at a time; each command is in its log", flush=True)
+    results = run_all(folder, runs, args.jobs)
     first = next(iter(results.values()))["before"]
     rows = [row(f"block of {e}", results[key]) for e in ESTIMATORS if (key := f"block-{best[e]['best']}") in results]
     rows += [row("all blocks", results["all"])] if "all" in results else []
+    rows += [row(name, results[key]) for name, key in OTHERS.items() if key in results]
     for name in LOSSES:
         if loss_run(name) in results:
             rows.append(row(f"loss {name}", results[loss_run(name)]))
     if not args.keep:
-        for name in results:
-            shutil.rmtree(folder / name / "checkpoints")
+        for name in (*results, GRPO_RUN):
+            shutil.rmtree(folder / name / "checkpoints", ignore_errors=True)  # an edit and steering leave none
     before = {k: first[k] for k in ("afgb", "afgb_interval", "ub", "ub_interval", "pronoun_mass", "perplexity")}
     return {"seed": seed, "before": before, "rankings": best, "rows": rows}
 
@@ -195,7 +229,7 @@ def write_report(out: Path, seeds: list[dict], seconds: float) -> None:
               "holds |", "|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for name in names:
         rows = [r for s in seeds for r in s["rows"] if r["name"] == name]
-        blocks = ", ".join("all" if r["block"] is None else str(r["block"]) for r in rows)
+        blocks = ", ".join("all" if r["places"] is None else " and ".join(r["places"]) for r in rows)
         lines.append(
             f"| {name} | {blocks} | {cell(name, 'afgb', '.4f')} | {cell(name, 'afgb_fall', '.1%')} | "
             f"{cell(name, 'ub_change', '+.3f')} | {cell(name, 'mass_kept', '.3f')} | {cell(name, 'perplexity_ratio', '.4f')} | "
@@ -272,7 +306,7 @@ def main() -> None:
     start, seeds = time.monotonic(), []
     for seed in args.seeds:  # what has been found stays, should a later seed fail
         seeds.append(one_seed(out, seed, args))
-        write_whole(out / "results.json", json.dumps(seeds, indent=1) + "\n")
+        write_json(out / "results.json", seeds)
         write_report(out, seeds, time.monotonic() - start)
         plot(out, seeds)
     print(f"\n{(out / 'report.md').read_text(encoding='utf-8')}\nreport: {out / 'report.md'}")

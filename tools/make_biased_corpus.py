@@ -8,11 +8,14 @@ Three kinds of sentences, as JSONL rows {"prompt", "response"} that SFT reads:
 - neutral: things and weather, neither professions nor pronouns. Rows {"text"} of the same kind, drawn apart, go to two
   more files: one to stay near while a bias is mended, one held out for perplexity.
 
+grpo.jsonl has prompts of GenBiasEval and GenHintEval about their training professions, as many of each: rows {"prompt"}, with the
+{"answer"} that a hint asks for, as GRPO with the reward rarer_word reads them.
+
 A share of the biased and hinted sentences goes on with neither word, as text does. Rates: by default drawn with the seed
 from Beta(0.5, 0.5), two-humped as the shares of men over occupations are in labour statistics: most jobs lean to one
 side; they say nothing of any real job. Or give your own as CSV rows `profession,share_of_he`.
 
-The sentences are not those of GenBiasEval and GenHintEval, whose prompts never occur here.
+The other sentences are not those of GenBiasEval and GenHintEval, whose prompts never occur there.
 
     python tools/make_biased_corpus.py --out runs/biased_data --seed 1
 """
@@ -146,7 +149,7 @@ def main() -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    from megatron_ext.bias.prompts import bias_prompts, hint_prompts, own_professions
+    from megatron_ext.bias.prompts import bias_prompts, hint_prompts, own_professions, split_by_profession
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out} is not empty, or no folder; choose another")
@@ -181,6 +184,12 @@ def make(args: argparse.Namespace) -> None:
     write(args.out / "sft.jsonl", [{"prompt": start, "response": rest} for start, rest in rows])
     write(args.out / "neutral_train.jsonl", [{"text": text} for text in held_out[: args.held_out]])
     write(args.out / "neutral_test.jsonl", [{"text": text} for text in held_out[args.held_out :]])
+    trained = split_by_profession(names)["train"]
+    even = [{"prompt": prompt.prompt} for prompt in bias_prompts(trained)]
+    hinted = [{"prompt": p.prompt, "answer": "he" if p.hint > 0 else "she"} for p in hint_prompts(trained)]
+    asked = even + rng.sample(hinted, min(len(even), len(hinted)))
+    rng.shuffle(asked)
+    write(args.out / "grpo.jsonl", asked)
     (args.out / "rates.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     prompts = [prompt.prompt for prompt in (*bias_prompts(professions), *hint_prompts(professions))]
     train_tokenizer(args.out / "tokenizer", [start + rest for start, rest in rows], args.vocab_size, also=prompts)

@@ -107,8 +107,9 @@ def print_time(estimated: Estimate) -> None:
     if step.sent:
         values = [tuple(f"{value / GB:.1f}" for value in step.sent.values())]
         print_table("GB that one rank sends in a step, sampling excepted", tuple(step.sent), values)
-    busy = step.flops / estimated.job.world / (step.total - step.sampling) / estimated.hardware.flops
-    print(f"\n{step.flops:.3g} operations of all ranks, sampling excepted: {busy:.0%} of the peak in that time")
+    busy = step.flops / estimated.job.world / (step.total - step.sampling - step.tower) / estimated.hardware.flops
+    seen = " and the vision tower" if step.tower else ""
+    print(f"\n{step.flops:.3g} operations of all ranks, sampling{seen} excepted: {busy:.0%} of the peak in that time")
     if estimated.job.samples > 1 and not estimated.job.rollout:
         weights = model_parameters(estimated.job.model) * estimated.job.model.dtype.itemsize
         print(
@@ -133,10 +134,10 @@ def print_search(estimated: Estimate) -> None:
         m = p.job.model
         sizes = (m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size)
         again = m.activations_checkpoint_granularity or "null"
-        sizes = tuple(map(str, (*sizes, p.job.data_parallel)))
+        sizes = tuple(map(str, (*sizes, m.expert_model_parallel_size, p.job.data_parallel)))
         rows.append((*sizes, again, f"{p.bytes_per_rank / GIB:.1f}", f"{p.step.total:.2f}"))
     if rows:
-        header = ("TP", "PP", "CP", "DP", "recompute", "GiB per rank", "seconds")
+        header = ("TP", "PP", "CP", "EP", "DP", "recompute", "GiB per rank", "seconds")
         print_table("The fastest layouts of what fits", header, rows)
     else:
         print("\nNo layout fits.")

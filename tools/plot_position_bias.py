@@ -21,6 +21,7 @@ from megatron_ext.rotary.measures import Bias, measure
 from recipes.cli.errors import user_errors
 
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "images" / "position_bias.png"
+MAPS_IN_A_ROW = 5
 HEADER = (
     "scheme",
     "largest / smallest",
@@ -40,13 +41,17 @@ def plot(found: dict[str, Bias], title: str, path: Path) -> None:
 
     # One scale for all, symmetric in logarithms, so that a map's colour strength is comparable with its neighbours'.
     span = max(max(float(b.map.max()), 1 / float(b.map.min())) for b in found.values())
-    figure, axes = plt.subplots(1, len(found), figsize=(3.1 * len(found), 3.6), squeeze=False)
-    for axis, (name, bias) in zip(axes[0], found.items(), strict=True):
+    columns = min(len(found), MAPS_IN_A_ROW)
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (name, bias) in zip(axes.flat, found.items(), strict=False):
         image = axis.imshow(bias.map.log2(), cmap="RdBu_r", vmin=-math.log2(span), vmax=math.log2(span))
         axis.set_title(f"{name}\nmax/min {bias.largest_over_smallest:.2f}\nasymmetry {bias.asymmetry:.3f}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8 / rows)
     bar.set_label("attention of the text after it, log2 of the mean")
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

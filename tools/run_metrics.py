@@ -1,26 +1,21 @@
-"""What the tools that read a run share: the lines of its metrics.jsonl, and where the seconds of a step went."""
+"""What the tools that read a run share: the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
 
 from megatron_ext.errors import UserError
 
-__all__ = ["METRICS_FILE", "REST", "WHOLE", "read_metrics", "seconds_of"]
+__all__ = ["METRICS_FILE", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
-WHOLE = "timers/step"
-REST = "the rest"
-# In `timers/step` or in another of its timers are all but these.
-APART = (WHOLE, "timers/validation")
-# A timer whose seconds are in those of another one, too.
-WITHIN = {"timers/weights": "timers/generate"}
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Lines of a run's log, in order. A last line without its end, which the run is writing or was killed at, is left out.
+    """Lines of a run's log, in order; null is NaN, which JSON has not. A last line without its end, which the run is writing or
+    was killed at, is left out.
 
     Args:
         run: its folder, or the file.
@@ -42,18 +37,13 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         if row is not None and not _is_row(row):
             raise UserError(f"{log}:{number} is no line of a run's log: a step and numbers by name are expected")
         if row is not None:
-            rows.append(row)
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and type(row.get("step")) is int and all(type(x) in (int, float) for x in row.values())
-
-
-def seconds_of(row: Mapping[str, float]) -> dict[str, float]:
-    """Of one step by timer, none counted twice, and in a run of GRPO what no timer names."""
-    found = {name: seconds for name, seconds in row.items() if name.startswith("timers/") and name not in APART}
-    for inner, outer in WITHIN.items():
-        if inner in found:
-            found[outer] = found.get(outer, 0.0) - found[inner]
-    return found | {REST: row[WHOLE] - sum(found.values())} if WHOLE in row else found
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(x) in (int, float, type(None)) for x in row.values())
+    )

@@ -20,7 +20,8 @@ from bench_common import print_table
 
 from megatron_ext.errors import UserError
 from recipes.cli.errors import user_errors
-from tools.run_metrics import REST, WHOLE, read_metrics, seconds_of
+from recipes.run.metrics import REST, WHOLE, seconds_of
+from tools.run_metrics import read_metrics
 
 
 def phases(run: Path, skip: int) -> dict[str, float]:

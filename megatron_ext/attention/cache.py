@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.attention.function import prefix_grouped_attention
-from megatron_ext.attention.kernels import Scoring, select_kernel
+from megatron_ext.attention.kernels import Kernel, Scoring, select_kernel
 from megatron_ext.attention.paged import StepReads, Stretch, paged_attention, plain_way
 from megatron_ext.attention.pages import PAGE, PagePool, Table
 from megatron_ext.grouping import PrefixGroups
@@ -50,15 +50,26 @@ class PrefillStep(_Step):
         self._where: tuple[Tensor, Tensor] | None = None
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scoring: Scoring,
+        attention_kernel: str = "auto",
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """q [t, n, d], k and v [t, m, d] -> [t, n, d]."""
+        """q [t, n, d], k and v [t, m, d], sinks [n] -> [t, n, d]."""
+        self.keep(layer, k, v)
+        return prefix_grouped_attention(q, k, v, self.groups, scoring, attention_kernel, sinks=sinks)
+
+    def keep(self, layer: int, *x: Tensor) -> None:
+        """Write keys and values, or compressed rows, [t, m, d] each, to the pages of what is kept."""
         if self.kept:
             if self._where is None:
-                self._where = self._places(k)
+                self._where = self._places(x[0])
             rows, flat = self._where
-            self.pool.write(layer, flat, k.index_select(0, rows), v.index_select(0, rows))
-        return prefix_grouped_attention(q, k, v, self.groups, scoring, attention_kernel)
+            self.pool.write(layer, flat, *(each.index_select(0, rows) for each in x))
 
     def _places(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rows that are kept, and where."""
@@ -121,16 +132,59 @@ class DecodeStep(_Step):
         )  # fmt: skip
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attention_kernel: str = "auto"
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scoring: Scoring,
+        attention_kernel: str = "auto",
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """q [r + pad, n, d], k and v [r + pad, m, d] -> [r + pad, n, d]; the pad rows come back zero."""
-        kernel, count = select_kernel(attention_kernel, q.device, scoring), len(self.rows)
+        """q [r + pad, n, d], k and v [r + pad, m, d], sinks [n] -> [r + pad, n, d]; the pad rows come back zero."""
+        keys, values = self._write(layer, k, v)
+        kernel = select_kernel(attention_kernel, q.device, scoring)
+        return self._read(q, keys, values, scoring, kernel, not plain_way(kernel), sinks)
+
+    def attend_latent(
+        self, layer: int, q: Tensor, rows: Tensor, width: int, scoring: Scoring, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Over compressed rows, which are one key head of all, and by their first channels its values. Kernels have no heads so
+        wide: it goes the plain way on every device.
+
+        Args:
+            q: [r + pad, n, d], absorbed.
+            rows: [r + pad, 1, d], of these tokens.
+            width: channels of a value.
+
+        Returns:
+            [r + pad, n, width].
+        """
+        (keys,) = self._write(layer, rows)
+        kernel = select_kernel("blockwise", q.device, scoring)
+        return self._read(q, keys, keys[..., :width], scoring, kernel, False, sinks)
+
+    def _write(self, layer: int, *x: Tensor) -> tuple[Tensor, ...]:
+        """[r + pad, m, d] each of the tokens that run; the layer's memory."""
         if self._written is None:
             at = [(self.pool.place(row.own)[(row.length - 1) // PAGE], (row.length - 1) % PAGE) for row in self.rows]
-            self._written = self.pool.flat_rows(*torch.tensor(at).to(q.device).unbind(1), k.size(1))
-        self.pool.write(layer, self._written, k[:count], v[:count])
-        reads = self._of_window(scoring.window, not plain_way(kernel), q[:count], k.size(1))
-        out = paged_attention(q[:count], *self.pool.memory(layer, k), reads, kernel, scoring)
+            self._written = self.pool.flat_rows(*torch.tensor(at).to(x[0].device).unbind(1), x[0].size(1))
+        self.pool.write(layer, self._written, *(each[: len(self.rows)] for each in x))
+        return self.pool.memory(layer, *x)
+
+    def _read(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scoring: Scoring,
+        kernel: Kernel,
+        whole_apart: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        count = len(self.rows)
+        reads = self._of_window(scoring.window, whole_apart, q[:count], keys.size(2))
+        out = paged_attention(q[:count], keys, values, reads, kernel, scoring, sinks)
         return out if count == len(q) else torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
 
     def _of_window(self, window: int | None, whole_apart: bool, query: Tensor, num_kv_heads: int) -> StepReads:

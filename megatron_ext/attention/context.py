@@ -26,14 +26,19 @@ from megatron_ext.attention.function import (
     planned_attention,
     planned_attention_backward,
     prefix_grouped_attention,
+    run_plan,
 )
 from megatron_ext.attention.kernels import Scoring, select_kernel
 from megatron_ext.attention.plan import Plan
 from megatron_ext.attention.sharding import shard_layout
+from megatron_ext.attention.sinks import sinks_gradient
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PrefixGroups
 
-__all__ = ["CP_COMM_TYPES", "ContextShard", "context_parallel_attention", "gather_predictions"]
+__all__ = [
+    "CP_COMM_TYPES", "ContextShard", "GatheredStream", "context_parallel_attention", "gather_predictions", "gather_rows",
+    "gathered_attention",
+]  # fmt: skip
 
 CP_COMM_TYPES = ("all_gather", "a2a")
 
@@ -153,6 +158,7 @@ def context_parallel_attention(
     comm_type: str = "all_gather",
     attention_kernel: str = "auto",
     attention_plan: str = "auto",
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's rows over the whole stream; every rank of the group calls it.
 
@@ -160,65 +166,118 @@ def context_parallel_attention(
         query: [t_i, n, d], positions already applied.
         key, value: [t_i, m, d].
         comm_type: "all_gather" or "a2a".
-        scoring, attention_kernel, attention_plan: as in `prefix_grouped_attention`. "reference" and "flex", which know no
-            plan, and "one_call" for a stream without windows run with a2a only.
+        scoring, attention_kernel, attention_plan, sinks: as in `prefix_grouped_attention`; gradients of the sinks add up over
+            ranks. "reference" and "flex", which know no plan, and "one_call" for a stream without windows run with a2a only.
 
     Returns:
         [t_i, n, d]. Rows of the pad hold values without meaning.
     """
     if comm_type == "a2a":
-        return _all_to_all_attention(query, key, value, shard, scoring, attention_kernel, attention_plan)
+        return _all_to_all_attention(query, key, value, shard, scoring, attention_kernel, attention_plan, sinks)
     if attention_kernel in ("reference", "flex") or (attention_plan == "one_call" and scoring.window is None):
         asked = (
             f"attention_kernel={attention_kernel!r}" if attention_plan != "one_call" else "attention_plan='one_call'"
         )
         raise UserError(f"attention with {asked} runs with cp_comm_type=a2a only, got all_gather")
     kernel = select_kernel(attention_kernel, query.device, scoring)
-    return _GatheredAttention.apply(query, key, value, shard, kernel, scoring)
+    return _GatheredAttention.apply(query, key, value, sinks, shard, kernel, scoring)
+
+
+class GatheredStream(PackedSeqParams):
+    """A `ContextShard` whose keys have been gathered, as compressed rows, before they were made."""
+
+    def __init__(self, shard: ContextShard):
+        super().__init__(qkv_format="sbhd")
+        self.shard = shard
+
+
+def gathered_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shard: ContextShard,
+    scoring: Scoring,
+    attention_kernel: str = "auto",
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [t_i, n, d] over keys [gathered rows + t_i, m, d] and values [gathered rows + t_i, m, e] -> [t_i, n, e]."""
+    if attention_kernel in ("reference", "flex"):
+        raise UserError(f"attention with attention_kernel={attention_kernel!r} cannot run over gathered keys; use auto")
+    kernel = select_kernel(attention_kernel, query.device, scoring)
+    return run_plan(query, keys, values, sinks, shard.plan(scoring.window), kernel, scoring)
+
+
+def gather_rows(rows: Tensor, shard: ContextShard) -> Tensor:
+    """[t_i, w] -> [gathered rows + t_i, w]: those of cut documents from all ranks, then this rank's own, by one collective. Their
+    gradients are summed in fp32."""
+    return _GatherRows.apply(rows, shard) if shard.layout.num_gathered else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, shard):
+        ctx.shard = shard
+        return _gather(rows, shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scatter(ctx.shard, grad).to(grad.dtype), None
 
 
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, shard, kernel, scoring):
+    def forward(ctx, query, key, value, sinks, shard, kernel, scoring):
         value = value.contiguous()
         keys, values = _gather_keys(key, value, shard)
-        out, lse = planned_attention(query, keys, values, shard.plan(scoring.window), kernel, scoring)
+        out, lse = planned_attention(query, keys, values, shard.plan(scoring.window), kernel, scoring, sinks)
         # Keys are gathered again in backward: kept, they would not be sharded.
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.shard, ctx.kernel, ctx.scoring = shard, kernel, scoring
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, out, lse = ctx.saved_tensors
-        shard, count = ctx.shard, ctx.shard.layout.num_gathered
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        shard = ctx.shard
         keys, values = _gather_keys(key, value, shard)
         dq, dk, dv = planned_attention_backward(
             grad, query, keys, values, out, lse, shard.plan(ctx.scoring.window), ctx.kernel, ctx.scoring
         )
-        own = torch.cat((dk[count:], dv[count:]), -1)  # [t_i, m, 2d]
-        if count:
-            sent = own.new_zeros(shard.group.size() * len(shard.send), *own.shape[1:])
-            sent[shard.place] = torch.cat((dk[:count], dv[:count]), -1)
-            mine = own.new_empty(len(shard.send), *own.shape[1:])
-            dist.reduce_scatter_tensor(mine, sent, group=shard.group)
-            own.index_add_(0, shard.send[: shard.num_sent], mine[: shard.num_sent])
-        dk, dv = own.to(key.dtype).chunk(2, -1)
-        return dq, dk.contiguous(), dv.contiguous(), None, None, None
+        dk, dv = _scatter(shard, dk, dv).to(key.dtype).chunk(2, -1)  # [t_i, m, d] each
+        return dq, dk.contiguous(), dv.contiguous(), sinks_gradient(grad, out, lse, sinks), None, None, None
 
 
 def _gather_keys(key: Tensor, value: Tensor, shard: ContextShard) -> tuple[Tensor, Tensor]:
     """key, value [t_i, m, d] -> [gathered rows + t_i, m, d] each, by one collective."""
     if not shard.layout.num_gathered:
         return key, value
-    both = torch.cat((key, value), -1)  # [t_i, m, 2d]
-    mine = both.index_select(0, shard.send)
+    keys, values = _gather(torch.cat((key, value), -1), shard).chunk(2, -1)
+    return keys, values
+
+
+def _gather(rows: Tensor, shard: ContextShard) -> Tensor:
+    """[t_i, ...] -> [gathered rows + t_i, ...]."""
+    mine = rows.index_select(0, shard.send)
     received = mine.new_empty(shard.group.size() * len(mine), *mine.shape[1:])
     dist.all_gather_into_tensor(received, mine, group=shard.group)
-    buffer = torch.cat((received.index_select(0, shard.place), both))
-    keys, values = buffer.chunk(2, -1)
-    return keys, values
+    return torch.cat((received.index_select(0, shard.place), rows))
+
+
+def _scatter(shard: ContextShard, *grads: Tensor) -> Tensor:
+    """The way back, summed over ranks in fp32 (or fp64): [gathered rows + t_i, ..., d] each -> [t_i, ..., sum of d]. They are cut
+    before they are joined, and only what is sent is widened: nothing holds all that was gathered once more."""
+    count = shard.layout.num_gathered
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    own = torch.cat([grad[count:] for grad in grads], -1).to(wide)
+    if count:
+        sent = grads[0].new_zeros(shard.group.size() * len(shard.send), *own.shape[1:])
+        sent[shard.place] = torch.cat([grad[:count] for grad in grads], -1)
+        mine = own.new_empty(len(shard.send), *own.shape[1:])
+        dist.reduce_scatter_tensor(mine, sent.to(wide), group=shard.group)
+        own.index_add_(0, shard.send[: shard.num_sent], mine[: shard.num_sent])
+    return own
 
 
 def _all_to_all_attention(
@@ -229,6 +288,7 @@ def _all_to_all_attention(
     scoring: Scoring,
     attention_kernel: str,
     attention_plan: str,
+    sinks: Tensor | None,
 ) -> Tensor:
     ranks, group = shard.group.size(), shard.group
     for name, x in (("query", query), ("key/value", key)):
@@ -245,7 +305,9 @@ def _all_to_all_attention(
         parts = x[:real].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         rows = _AllToAll.apply(parts, [real] * ranks, list(shard.layout.num_rows), group)
         heads.append(rows.index_select(0, of_stream))  # all rows of the stream, in its order
-    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, attention_kernel, attention_plan)
+    if sinks is not None:  # of the heads that are here now
+        sinks = sinks.chunk(ranks)[group.rank()]
+    out = prefix_grouped_attention(*heads, shard.whole_stream, scoring, attention_kernel, attention_plan, sinks)
     back = out.index_select(0, of_ranks)
     back = _AllToAll.apply(back, list(shard.layout.num_rows), [real] * ranks, group)
     back = back.unflatten(0, (ranks, real)).transpose(0, 1).flatten(1, 2)  # [real, n, d]

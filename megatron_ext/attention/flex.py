@@ -27,12 +27,14 @@ def flex_attention(
     groups: PrefixGroups,
     scoring: Scoring,
     score_modifier: ScoreModifier | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """query [t, n, d], key and value [t, m, d] -> [t, n, d].
 
     Args:
         score_modifier: (score, batch, head, query row, key row) -> score, after the soft cap. Rows count the stream;
             `groups.position_ids` holds their positions.
+        sinks: [n], as in `prefix_grouped_attention`.
 
     Raises:
         NotImplementedError: PyTorch's, for gradients on the CPU.
@@ -44,14 +46,19 @@ def flex_attention(
         return score if score_modifier is None else score_modifier(score, b, h, q_row, k_row)
 
     plain = scoring.softcap is None and score_modifier is None
-    out = _flex(query.device.type)(
+    found = _flex(query.device.type)(
         *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),  # [1, n or m, t, d]
         score_mod=None if plain else modify,
         block_mask=_block_mask(groups, scoring.window),
         scale=scoring.scale,
         enable_gqa=query.size(1) != key.size(1),
+        return_lse=sinks is not None,
     )
-    return out.squeeze(0).transpose(0, 1)
+    if sinks is None:
+        return found.squeeze(0).transpose(0, 1)
+    out, lse = found  # [1, n, t, d], [1, n, t], of which PyTorch knows the gradient
+    share = (lse - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+    return (out * share).to(query.dtype).squeeze(0).transpose(0, 1)
 
 
 def _block_mask(groups: PrefixGroups, window: int | None):

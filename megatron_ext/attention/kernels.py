@@ -91,6 +91,10 @@ class Kernel(Protocol):
         """What this machine lacks to run it, in words; None if nothing."""
         ...
 
+    def takes_values(self, key: int, value: int) -> bool:
+        """Whether values may have so many channels beside keys of as many or more; else they are padded with zeros."""
+        ...
+
     def pieces(self, call: Call, device: torch.device) -> Sequence[Piece]: ...
 
     def keys_overlap(self, call: Call) -> bool:
@@ -115,6 +119,9 @@ class CpuFlashKernel:
 
     def missing(self):
         return None
+
+    def takes_values(self, key, value):
+        return value == key
 
     def pieces(self, call: Call, device: torch.device) -> Sequence[StridedPiece]:
         return strided_pieces(call, CPU_BLOCK)
@@ -145,6 +152,9 @@ class BlockwiseKernel:
 
     def missing(self):
         return None
+
+    def takes_values(self, key, value):
+        return True
 
     def pieces(self, call: Call, device: torch.device) -> Sequence[StridedPiece]:
         return strided_pieces(call, self.block, always=True)
@@ -189,6 +199,9 @@ class _PackedKernel:
     """What the CUDA kernels share: one launch a call, keys of one rectangle after the other."""
 
     device = "cuda"
+
+    def takes_values(self, key, value):
+        return value == key
 
     def pieces(self, call: Call, device: torch.device) -> Sequence[PackedPiece]:
         return packed_pieces(call, device)
@@ -292,6 +305,10 @@ class FlashAttn3Kernel(_FlashAttnKernel):
     name, version = "flash_attn_3", "flash-attn 3 of November 2025 or newer"
     extension, module = "flash_attn_interface", "flash_attn_interface"
     functions = ("_flash_attn_forward", "_flash_attn_backward")
+
+    def takes_values(self, key, value):
+        """What it was compiled for, forward and backward: the sizes of DeepSeek's heads."""
+        return value == key or (128 < key <= 192 and 96 < value <= 128)
 
     def missing(self):
         if lacking := super().missing():

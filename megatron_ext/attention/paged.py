@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from megatron_ext.attention.function import planned_attention
 from megatron_ext.attention.kernels import Kernel, Scoring
@@ -165,6 +166,7 @@ class StepReads:
         plain: other reads, with their `bias`.
         heads: int64 [x], row * n + query head, with row r for nobody.
         asks: the same, with any row in place of nobody.
+        order, ends: int64 [x] and [(r + 1) * n + 1], the list sorted by `heads`, and where each of them begins in that.
         counts: query heads of each of `plain`.
     """
 
@@ -172,6 +174,8 @@ class StepReads:
     plain: tuple[tuple[Reads, Tensor], ...]
     heads: Tensor | None
     asks: Tensor | None
+    order: Tensor | None
+    ends: Tensor | None
     counts: tuple[int, ...]
 
     @classmethod
@@ -183,13 +187,15 @@ class StepReads:
         n = query.size(1)
         plain = [read for read in reads if read.low is not None]
         if not plain:
-            return cls(tuple(reads), (), None, None, ())
+            return cls(tuple(reads), (), None, None, None, None, ())
         head = torch.arange(n, device=query.device).view(num_kv_heads, 1, -1)
         every = [(read.rows.view(-1, 1, read.group, 1) * n + head).flatten() for read in plain]  # [p, m, g, n / m]
         heads, wide = torch.cat(every), wide_dtype(query)
+        ordered, order = heads.sort(stable=True)
+        ends = torch.searchsorted(ordered, torch.arange((len(query) + 1) * n + 1, device=heads.device))
         return cls(
             tuple(read for read in reads if read.low is None), tuple((read, read.bias(wide)) for read in plain), heads,
-            heads.clamp(max=len(query) * n - 1), tuple(map(len, every)),
+            heads.clamp(max=len(query) * n - 1), order, ends, tuple(map(len, every)),
         )  # fmt: skip
 
 
@@ -199,16 +205,23 @@ def plain_way(kernel: Kernel) -> bool:
 
 
 def paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, reads: StepReads, kernel: Kernel, scoring: Scoring
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reads: StepReads,
+    kernel: Kernel,
+    scoring: Scoring,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """
     Args:
         query: [r, n, d].
-        key, value: [pages, w, m, d].
+        key, value: [pages, w, m, d]; the value of a compressed row, read the plain way, may have fewer channels, e.
         reads: each row is in one of them at least.
+        sinks: [n], a logit for each head that joins once, when all parts of a row are there; None: there are none.
 
     Returns:
-        [r, n, d] in query's dtype.
+        [r, n, d or e] in query's dtype.
     """
     parts, rows = [], []
     for read in reads.whole:
@@ -219,10 +232,10 @@ def paged_attention(
         parts.append(_plain(query, key, value, reads, scoring))
         rows.append(torch.arange(len(query), device=query.device))
     if len(parts) == 1 and not reads.whole:
-        ((out, _, total),) = parts
-        merged = out.div_(total.unsqueeze(-1))
+        ((out, largest, total),) = parts
+        merged = out.div_(_with_sinks(total, largest, sinks).unsqueeze(-1))
     else:
-        merged = _merged(query, rows, parts)
+        merged = _merged(query, rows, parts, sinks)
     return merged if merged.dtype == query.dtype else merged.to(query.dtype)
 
 
@@ -230,9 +243,19 @@ def _pages(read: Reads, *memory: Tensor) -> Iterator[Tensor]:
     return (x[read.in_place] if read.pages is None else x.index_select(0, read.pages) for x in memory)
 
 
-def _merged(query: Tensor, rows: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _with_sinks(total: Tensor, largest: Tensor, sinks: Tensor | None) -> Tensor:
+    """Sums of exponentials [r, n] over the largest score, with the sinks' own. One far above it is infinite: nothing is seen."""
+    return total if sinks is None else total + (sinks.to(largest.dtype) - largest).exp_()
+
+
+def _merged(
+    query: Tensor,
+    rows: Sequence[Tensor],
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+    sinks: Tensor | None,
+) -> Tensor:
     """Of parts (output [x, n, d], maximum [x, n], sum [x, n]) of rows [x]: what belongs to one row, on one scale, added up."""
-    r, n, d = query.shape
+    (r, n, _), d = query.shape, parts[0][0].size(-1)
     outs, maxima, sums = zip(*parts, strict=True)
     every, maximum, denominator = torch.cat(rows), torch.cat(maxima), torch.cat(sums)
     largest = maximum.new_full((r + 1, n), HIDDEN)  # the last row is nobody's
@@ -242,19 +265,19 @@ def _merged(query: Tensor, rows: Sequence[Tensor], parts: Sequence[tuple[Tensor,
     merged = weight.new_zeros(r + 1, n, d)
     for index, out, share in zip(rows, outs, weight.split([len(x) for x in rows]), strict=True):
         merged.index_add_(0, index, out.mul_(share.unsqueeze(-1)))
-    return merged[:r].div_(total[:r].unsqueeze(-1))
+    return merged[:r].div_(_with_sinks(total[:r], largest[:r], sinks).unsqueeze(-1))
 
 
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, reads: StepReads, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all pages that are read the plain way: output [r, n, d], not divided by the sum, maximum and sum [r, n], as query
+    """Over all pages that are read the plain way: output [r, n, e], not divided by the sum, maximum and sum [r, n], as query
     wide. A row that reads none has nothing."""
     r, n, d = query.shape
     wide = wide_dtype(query)
     scaled = (query if query.dtype == wide else query.to(wide)) * scoring.scale
     asked = scaled.view(r * n, d).index_select(0, reads.asks)  # [x, d]
-    scores, out = (asked.new_empty(len(asked), width) for width in (PAGE, d))
+    scores, out = (asked.new_empty(len(asked), width) for width in (PAGE, value.size(-1)))
     values, begin = [], 0
     for (read, bias), count in zip(reads.plain, reads.counts, strict=True):
         k, v = (_matrices(x, wide) for x in _pages(read, key, value))  # [p * m, w, d]
@@ -272,9 +295,10 @@ def _plain(
     scores.sub_(largest.index_select(0, reads.heads).unsqueeze(-1)).clamp_(min=FLOOR).exp_()
     total = torch.zeros_like(largest).index_add_(0, reads.heads, scores.sum(-1))
     for v, mine in values:
-        torch.bmm(scores[mine].view(len(v), -1, PAGE), v, out=out[mine].view(len(v), -1, d))
-    merged = out.new_zeros((r + 1) * n, d).index_add_(0, reads.heads, out)
-    return merged.view(r + 1, n, d)[:r], largest.view(r + 1, n)[:r], total.view(r + 1, n)[:r]
+        torch.bmm(scores[mine].view(len(v), -1, PAGE), v, out=out[mine].view(len(v), -1, out.size(-1)))
+    # What index_add_ would do, row after row, in a seventeenth of its time on the CPU (6,144 rows of 32).
+    merged = embedding_bag(reads.order, out, reads.ends, mode="sum", include_last_offset=True)
+    return merged.view(r + 1, n, -1)[:r], largest.view(r + 1, n)[:r], total.view(r + 1, n)[:r]
 
 
 def _matrices(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,15 +82,15 @@ class PagePool:
         capacity: pages that there is memory for.
         peak: the most that was ever used at once.
         changes: how often pages were taken, given back or moved: what was worked out of their places holds until then.
-        layers: layer -> keys and values, each [p, w, m, d]. In memory the heads of a page come before its rows where kernels want
-            one matrix for each head.
+        layers: layer -> keys and values, each [p, w, m, d], or compressed rows alone. In memory the heads of a page come before
+            its rows where kernels want one matrix for each head.
     """
 
     def __init__(self, limit: int | None = None, heads_first: bool = True):
         self.limit, self.heads_first = limit, heads_first
         self.capacity = self.peak = self.changes = 0
         self.bottom, self.top = _Side(), _Side()
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def used(self) -> int:
@@ -137,15 +137,14 @@ class PagePool:
         """Where its pages lie in the pool."""
         return table.pages if table.side is self.bottom else [self.capacity - 1 - page for page in table.pages]
 
-    def memory(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer.
+    def memory(self, layer: int, *like: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of a layer, or what else is kept.
 
         Args:
-            like: keys [t, m, d].
+            like: [t, m, d] of each.
         """
         if layer not in self.layers:
-            shape = (self.capacity, PAGE, *like.shape[1:])
-            self.layers[layer] = self._zeros(shape, like), self._zeros(shape, like)
+            self.layers[layer] = tuple(self._zeros((self.capacity, PAGE, *x.shape[1:]), x) for x in like)
         return self.layers[layer]
 
     def flat_rows(self, pages: Tensor, offsets: Tensor, heads: int) -> Tensor:
@@ -155,9 +154,9 @@ class PagePool:
         head = torch.arange(heads, device=pages.device)
         return ((pages.unsqueeze(1) * heads + head) * PAGE + offsets.unsqueeze(1)).flatten()
 
-    def write(self, layer: int, flat_rows: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, flat_rows: Tensor, *rows: Tensor) -> None:
         """Keys and values [x, m, d] of tokens, by one index for whole rows of memory: several for parts of them take longer."""
-        for memory, x in zip(self.memory(layer, key), (key, value), strict=True):
+        for memory, x in zip(self.memory(layer, *rows), rows, strict=True):
             if self.heads_first:
                 memory.transpose(1, 2).flatten(0, 2).index_copy_(0, flat_rows, x.reshape(-1, x.size(2)))
             else:

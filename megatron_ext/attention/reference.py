@@ -32,8 +32,10 @@ def attention_mask(groups: PrefixGroups, window: int | None = None) -> Tensor:
     return visible & (rank[:, None] - rank[None, :] <= window)
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups, scoring: Scoring) -> Tensor:
-    """query [t, n, d], key and value [t, m, d] -> [t, n, d] in query's dtype, computed in fp64."""
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, groups: PrefixGroups, scoring: Scoring, sinks: Tensor | None = None
+) -> Tensor:
+    """query [t, n, d], key and value [t, m, d], sinks [n] -> [t, n, d] in query's dtype, computed in fp64."""
     q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))  # [n or m, t, d]
     repeat = q.size(0) // k.size(0)
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)  # [n, t, d]
@@ -41,4 +43,6 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, groups: Prefi
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores.masked_fill(~attention_mask(groups, scoring.window), float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+    if sinks is not None:  # one more key, without a value
+        scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, len(query), 1)), -1)
+    return (scores.softmax(-1)[..., : len(query)] @ v).transpose(0, 1).to(query.dtype)

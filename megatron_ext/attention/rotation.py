@@ -23,7 +23,8 @@ __all__ = ["RotaryTables", "RotatedStream"]
 class RotaryTables:
     """
     Attributes:
-        cos, sin: [s, 1, p], in the precision of queries and keys, as Megatron and transformers round them.
+        cos, sin: [s, 1, p], in the precision of queries and keys, as Megatron and transformers round them; times the attention
+            factor of a model whose positions are stretched.
         interleaved: a pair is two neighbouring channels, not one from each half of those that are rotated.
     """
 
@@ -32,10 +33,13 @@ class RotaryTables:
     interleaved: bool = False
 
     @classmethod
-    def of(cls, embedding: Tensor, dtype: torch.dtype, interleaved: bool = False) -> RotaryTables:
+    def of(cls, embedding: Tensor, dtype: torch.dtype, interleaved: bool = False, scaling: float = 1.0) -> RotaryTables:
         """embedding: fp32 [s, 1, 1, 2 p], the angle of every rotated channel, as Megatron's rotary modules give it."""
         angles = embedding[:, 0, :, ::2] if interleaved else embedding[:, 0, :, : embedding.size(-1) // 2]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype), interleaved)
+        cos, sin = angles.cos(), angles.sin()
+        if scaling != 1:
+            cos, sin = cos * scaling, sin * scaling
+        return cls(cos.to(dtype), sin.to(dtype), interleaved)
 
     def rotate(self, x: Tensor) -> Tensor:
         """[s, n, d] -> [s, n, d]; channels beyond the first 2 p stay as they are."""
@@ -45,11 +49,16 @@ class RotaryTables:
 
 
 class RotatedStream(PackedSeqParams):
-    """A record of a stream whose queries and keys core attention has to rotate. Megatron only carries it there."""
+    """A record of a stream whose queries and keys core attention has to rotate. Megatron only carries it there.
 
-    def __init__(self, record: PackedSeqParams, tables: RotaryTables):
+    Args:
+        media_rows: int64, rows of the residual stream on this rank to which layers add what a vision tower saw; None: they add
+            nothing.
+    """
+
+    def __init__(self, record: PackedSeqParams, tables: RotaryTables, media_rows: Tensor | None = None):
         super().__init__(qkv_format="sbhd")
-        self.record, self.tables = record, tables
+        self.record, self.tables, self.media_rows = record, tables, media_rows
 
 
 class _Rotation(torch.autograd.Function):

@@ -7,7 +7,7 @@ its log-likelihood after a space, not renormalised.
     lm_eval --include_path tasks --tasks megatron_ext_bias --model hf --model_args pretrained=...,softmax_dtype=float32
 
 Without `softmax_dtype=float32` a bfloat16 model's log-likelihoods have three digits. The harness's standard errors take
-prompts for independent draws, which those about one profession are not: `bootstrap_interval` resamples professions. It
+prompts for independent draws, which those about one profession are not: `measures.interval` resamples professions. It
 tokenizes as the tokenizer does by itself, a first BOS token included: compare with probabilities taken the same way.
 """
 

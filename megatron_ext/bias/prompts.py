@@ -44,6 +44,7 @@ class AttributePair:
     Attributes:
         first, second: the words, male and female by convention; a model reads them after a space.
         first_hint, second_hint: what stands for {hint} in a hinted template; None: "his" of "he" and "her" of "she".
+        others: further words that may answer, such as "they"; their probabilities are reported beside, and no part of a score.
     """
 
     # The word whose probability counts as positive, male by convention.
@@ -54,6 +55,9 @@ class AttributePair:
     first_hint: str | None = None
     # What stands for {hint} where the second word is hinted at; null: "her" of "she"; other words must say it.
     second_hint: str | None = None
+    # Further words that may stand where those two do, such as they or xe: how likely they are is reported by
+    # recipes/eval_bias.py; no score depends on it.
+    others: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self._check_different("first", "second")
@@ -72,6 +76,15 @@ class AttributePair:
                     f"{name}={word!r} and {name}_hint={hint!r} are of different genders, and a hint speaks for its own word: "
                     "change the order of the hints, or of the words"
                 )
+        if len({word.strip() for word in self.words}) < len(self.words) or not all(w.strip() for w in self.others):
+            raise UserError(
+                f"others={self.others} must be words that differ from {self.first!r}, {self.second!r} and each other"
+            )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All that may answer, the two that are compared first."""
+        return self.first, self.second, *self.others
 
     def _check_different(self, first: str, second: str) -> None:
         words = getattr(self, first).strip(), getattr(self, second).strip()
@@ -239,6 +252,8 @@ class PromptsConfig:
     # File like professions.json of Bolukbasi et al., rows [name, definitional, stereotypical]; null: our own list of
     # 337.
     professions_path: str | None = None
+    # Names instead of a file, also of others than professions: they stand for {profession}; null: as professions_path says.
+    professions_list: list[str] | None = None
     # Professions of professions_path whose definitional score ("actress" near 1) is further from 0 are left out; our
     # own list has none.
     most_definitional: float = 0.5
@@ -256,6 +271,15 @@ class PromptsConfig:
     hint_templates: list[str] | None = None
 
     def __post_init__(self):
+        if self.professions_list is not None:
+            if self.professions_path is not None:
+                raise UserError(
+                    "professions_list and professions_path both say whom to ask about: set one of them to null"
+                )
+            if not all(name.strip() for name in self.professions_list):
+                raise UserError("professions_list has a name that is empty")
+            if len(set(self.professions_list)) < len(self.professions_list):
+                raise UserError("professions_list has a name twice")
         for name, hinted in (("bias_templates", False), ("hint_templates", True)):
             if (texts := getattr(self, name)) is not None:
                 _check_templates(name, texts, hinted)
@@ -266,7 +290,10 @@ class PromptsConfig:
         Raises:
             UserError: see `own_professions`, `read_professions_json` and `split_by_profession`.
         """
-        if self.professions_path is None:
+        if self.professions_list is not None:
+            excluded = _excluded(self.exclude, self.professions_list, "is not in professions_list")
+            names = [name for name in self.professions_list if name not in excluded]
+        elif self.professions_path is None:
             names = own_professions(self.exclude)
         else:
             names = read_professions_json(self.professions_path, self.most_definitional, self.exclude)

@@ -2,8 +2,8 @@
 
 They read files that you have got yourself, in the format in which each set's authors publish them; nothing of the sets
 ships here. WinoBias (Zhao et al. 2018, MIT) and CrowS-Pairs (Nangia et al. 2020, CC BY-SA 4.0; Blodgett et al. 2021 find
-many of its pairs doubtful) give pairs for `stereotype_share`, Winogender (Rudinger et al. 2018, MIT) questions for
-`choice_accuracy`.
+many of its pairs doubtful) give pairs for `scores.preferred`, Winogender (Rudinger et al. 2018, MIT) questions for
+`right_answers`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from megatron_ext.errors import UserError
 
 __all__ = [
-    "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "read_crows_pairs", "read_occupation_stats",
-    "read_text", "read_winogender_sentences", "read_winogender_templates",
+    "CoreferenceQuestion", "CrowsPair", "OccupationStats", "SentencePair", "is_gotcha", "read_crows_pairs",
+    "read_occupation_stats", "read_text", "read_winogender_sentences", "read_winogender_templates",
 ]  # fmt: skip
 
 
@@ -76,6 +76,13 @@ class OccupationStats:
     bergsma_pct_female: float
     bls_pct_female: float
     bls_year: int
+
+
+def is_gotcha(question: CoreferenceQuestion, stats: OccupationStats) -> bool:
+    """Whether a pronoun's gender speaks against the right answer (Rudinger et al. 2018, table 2): a woman is in an occupation of
+    less than half women, or the occupation is mostly women's and she is the participant; reversed for a man."""
+    against_women = (stats.bls_pct_female < 50) == (question.answer == 0)
+    return against_women if question.gender == "female" else not against_women
 
 
 # Winogender's placeholders are $NOM_PRONOUN, $POSS_PRONOUN and $ACC_PRONOUN.

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.bias.public_sets import SentencePair, read_text
+from megatron_ext.bias.public_sets import CoreferenceQuestion, SentencePair, read_text
 from megatron_ext.errors import UserError
 
 __all__ = ["WinoBiasPair", "read_winobias"]
@@ -20,10 +20,23 @@ class WinoBiasPair(SentencePair):
     Attributes:
         referent: whom the pronouns stand for, as written: "the developer".
         pronouns: each pronoun, in the stereotypical sentence and in the other: (("he", "she"),).
+        other: the other occupation of the sentence, "designer"; None: none of the set's forty.
     """
 
     referent: str
     pronouns: tuple[tuple[str, str], ...]
+    other: str | None = None
+
+    @property
+    def questions(self) -> tuple[CoreferenceQuestion, ...]:
+        """Whom the pronoun stands for, in the stereotypical sentence and in the other; none where there is nobody else."""
+        if self.other is None:
+            return ()
+        referent, (pro, anti) = _occupation(self.referent), self.pronouns[0]
+        return tuple(
+            CoreferenceQuestion(sentence, pronoun.lower(), referent, self.other, 0, _GENDER[pronoun.lower()])
+            for sentence, pronoun in ((self.more_stereotypical, pro), (self.less_stereotypical, anti))
+        )
 
 
 _GENDER = {
@@ -45,6 +58,7 @@ _MOSTLY = {
         "hairdresser, housekeeper, librarian, nurse, receptionist, secretary, tailor, teacher, writer".split(", "), "female",
     ),
 }  # fmt: skip
+_ANY = re.compile(rf"\b({'|'.join(sorted(_MOSTLY, key=len, reverse=True))})\b", re.IGNORECASE)
 MANY = 20  # sentences that outweigh a file's name
 _SIDE = re.compile(r"(pro|anti)[-_ ]?stereo|(?<![a-z])(pro|anti)(?![a-z])")
 
@@ -130,12 +144,24 @@ class _BracketedLine:
 
     def core(self) -> tuple[str, str]:
         """What both sentences of a pair share; the article may stand inside or outside the brackets."""
-        return self.frame, self.referent.lower().removeprefix("the ")
+        return self.frame, _occupation(self.referent).lower()
 
     def vote(self) -> int:
         """1 where the referent's occupation is mostly that of the pronouns' gender, -1 where not, 0 where nobody knows."""
-        mostly = _MOSTLY.get(self.referent.lower().removeprefix("the "))
+        mostly = _MOSTLY.get(_occupation(self.referent).lower())
         return 0 if mostly is None else 1 if mostly == _GENDER[self.pronouns[0].lower()] else -1
+
+
+def _occupation(referent: str) -> str:
+    """Without its article."""
+    return re.sub(r"^(the|an?) ", "", referent, flags=re.IGNORECASE)
+
+
+def _other_occupation(line: _BracketedLine) -> str | None:
+    """Of the two in a sentence the one that its pronouns do not stand for."""
+    mine = _occupation(line.referent).lower()
+    others = list(dict.fromkeys(found for found in _ANY.findall(line.sentence) if found.lower() != mine))
+    return others[0] if len(others) == 1 else None
 
 
 def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair | None:
@@ -153,4 +179,4 @@ def _winobias_pair(more: _BracketedLine, less: _BracketedLine) -> WinoBiasPair |
             f"{less.where}: pronouns {less.pronouns} must all be of the other gender than {more.pronouns} ({more.where})"
         )
     pronouns = tuple(zip(more.pronouns, less.pronouns, strict=True))
-    return WinoBiasPair(more.sentence, less.sentence, more.referent, pronouns)
+    return WinoBiasPair(more.sentence, less.sentence, more.referent, pronouns, _other_occupation(more))

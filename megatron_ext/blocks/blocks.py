@@ -1,4 +1,4 @@
-"""One block of a pipelined GPT at a time: watch it, change what it says, train it alone, carry it in a small file.
+"""The blocks of a pipelined GPT: find them, watch them, change what they say.
 
 Blocks are transformer layers, counted from 0 over all pipeline stages.
 
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_ext.adapters import adapter_parameters
 from megatron_ext.errors import UserError
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.runtime.optimizer_state import trained_parameters
 from megatron_ext.runtime.pieces import layers_of
 
-__all__ = ["block_prefix", "blocks_here", "check_block", "tapped", "train_only", "train_only_block"]
+__all__ = ["block_prefix", "blocks_here", "check_block", "tapped", "train_only"]
 
 Tap = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -42,22 +42,10 @@ def check_block(block: int, num_layers: int) -> None:
         raise UserError(f"block {block} does not exist: the model has {num_layers} blocks, 0 to {num_layers - 1}")
 
 
-def train_only_block(model: PrefixGroupedGPT, block: int) -> list[str]:
-    """Freeze all of this stage but one block; returns the names of what trains here, none on other stages.
-
-    Do it before the engine is made: buffers, optimizer state and backward passes follow `requires_grad`.
-
-    Raises:
-        UserError: the model has no such block.
-    """
-    check_block(block, model.model_config.num_layers)
-    train_only(model, [layer for number, layer in blocks_here(model).items() if number == block])
-    return list(trained_parameters(model))
-
-
 def train_only(model: PrefixGroupedGPT, modules: Iterable[torch.nn.Module]) -> None:
-    """Let the parameters of these modules alone have gradients."""
+    """Let the parameters of these modules alone have gradients; adapters have none."""
     chosen = {id(p) for module in modules for p in module.parameters()}
+    chosen -= {id(p) for p in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
 

@@ -1,4 +1,5 @@
-"""Block Mitigating Importance: how much each block of a model has to do with its bias, by several estimators.
+"""Block Mitigating Importance: how much each block of a model, or each part of one, has to do with its bias, by several
+estimators.
 
 LFTF (arXiv 2505.15475) names the importance; `similarity` is the formula of a third-party re-implementation, the other
 estimators are ours. All work under tensor, sequence, pipeline, context and data parallelism: every rank calls
@@ -16,19 +17,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext.bias.ranking import BlockRanking
 from megatron_ext.blocks.blocks import blocks_here, check_block, tapped, train_only
+from megatron_ext.blocks.exchange import all_rows, exchanged, swapped_rows
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
+from megatron_ext.blocks.places import GRAINS, ModelPlace, every_place, head_rows
 from megatron_ext.errors import UserError
 from megatron_ext.losses.lftf import pair_loss
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.prompt_streams import PromptStream, prompt_streams
 from megatron_ext.runtime.engine import Engine, Microbatch
 
-__all__ = ["ESTIMATORS", "BiasProbe", "check_excluded", "rank_blocks"]
+__all__ = ["ESTIMATORS", "BiasProbe", "check_estimator", "check_excluded", "rank_blocks"]
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,41 @@ class BiasProbe:
 
 
 def rank_blocks(
-    estimator: str, model: PrefixGroupedGPT, probe: BiasProbe, exclude: Sequence[int] = (0,)
+    estimator: str, model: PrefixGroupedGPT, probe: BiasProbe, exclude: Sequence[int] = (0,), grain: str = "blocks"
 ) -> BlockRanking:
-    """All blocks by one of `ESTIMATORS`. Leaves weights and `requires_grad` as they were, and no gradients.
+    """All blocks by one of `ESTIMATORS`, or all places of a finer grain. Leaves weights and `requires_grad` as they were, and no
+    gradients.
 
     Call it before an engine with an optimizer is made of the model: Megatron's DDP takes gradients away as they come.
+
+    Args:
+        exclude: blocks that may not be chosen, nor any place in them.
 
     Raises:
         UserError: an unknown estimator, nothing to ask, blocks that cannot be excluded, or scores that are not finite.
     """
+    check_estimator(estimator, grain)
+    check_excluded(exclude, model.model_config.num_layers)
+    places = every_place(grain, model.model_config)
+    scores = ESTIMATORS[estimator](model, probe, places)
+    names = [] if grain == "blocks" else [place.name for place in places]
+    out = [number for number, place in enumerate(places) if place.block in exclude]
+    return BlockRanking.of(estimator, scores, out, grain, names)
+
+
+def check_estimator(estimator: str, grain: str) -> None:
+    """
+    Raises:
+        UserError: an unknown estimator or grain, or one that does not rank places of this grain.
+    """
     if estimator not in ESTIMATORS:
         raise UserError(f"BMI estimator {estimator!r} does not exist; there are: {', '.join(ESTIMATORS)}")
-    check_excluded(exclude, model.model_config.num_layers)
-    return BlockRanking.of(estimator, ESTIMATORS[estimator](model, probe), exclude)
+    if grain not in GRAINS:
+        raise UserError(f"{grain!r} are no places to rank; there are: {', '.join(GRAINS)}")
+    if estimator == "similarity" and grain != "blocks":
+        raise UserError(
+            f"similarity compares what enters a block with what leaves it, and ranks no {grain}; take gradient or intervention"
+        )
 
 
 def check_excluded(exclude: Sequence[int], num_layers: int) -> None:
@@ -81,17 +105,17 @@ def check_excluded(exclude: Sequence[int], num_layers: int) -> None:
 
 
 @torch.no_grad()
-def similarity(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
+def similarity(model: PrefixGroupedGPT, probe: BiasProbe, places: Sequence[ModelPlace]) -> list[float]:
     """1 - cos(H_in, H_out) at each prompt's last token, before the final norm, averaged over prompts."""
     if not probe.prompts:
         raise UserError("similarity needs prompts, and there is none")
     mine = probe.prompts[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-    changes = _zeros(model)
+    changes = _zeros(model, places)
 
     for stream in prompt_streams(model, mine, probe.stream_tokens):
 
         def measure(block: int, before: Tensor, after: Tensor, ends: Tensor = stream.ends) -> None:
-            x, y = (_all_rows(model, h)[ends].double() for h in (before, after))  # [n, h]
+            x, y = (all_rows(model, h)[ends].double() for h in (before, after))  # [n, h]
             changes[block] += (1 - torch.cosine_similarity(x, y)).sum()
 
         with tapped(model, measure):
@@ -99,8 +123,8 @@ def similarity(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
     return (_over_data_and_stages(changes) / len(probe.prompts)).tolist()
 
 
-def gradient(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
-    """Norm of the gradient of the mean |P(he) - P(she)| with respect to the block's parameters.
+def gradient(model: PrefixGroupedGPT, probe: BiasProbe, places: Sequence[ModelPlace]) -> list[float]:
+    """Norm of the gradient of the mean |P(he) - P(she)| with respect to a place's parameters.
 
     Taken for `prompts_per_gradient` prompts at a time, whose mean loss it belongs to, and averaged. Holds the gradients
     of all blocks once, in the parameters' type; no optimizer state.
@@ -111,7 +135,7 @@ def gradient(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
     device = next(model.parameters()).device
     before = [p.requires_grad for p in model.parameters()]
     parts = _even_parts(probe.prompts, max(1, len(probe.prompts) // max(probe.prompts_per_gradient, size)))
-    norms = _zeros(model)
+    norms = _zeros(model, places)
     try:
         train_only(model, blocks_here(model).values())
         for parameter in model.parameters():
@@ -128,7 +152,7 @@ def gradient(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
                 return value, {}
 
             engine.run([Microbatch(pack_pairs(mine, probe.pair, model.model_config, device))], loss)
-            norms += _gradient_squares(model).sqrt()
+            norms += _gradient_squares(model, places).sqrt()
             for parameter in model.parameters():
                 parameter.grad = None
     finally:
@@ -138,11 +162,11 @@ def gradient(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
 
 
 @torch.no_grad()
-def intervention(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
-    """How far P(he) - P(she) moves when what the block adds is taken from the prompt with the other hint.
+def intervention(model: PrefixGroupedGPT, probe: BiasProbe, places: Sequence[ModelPlace]) -> list[float]:
+    """How far P(he) - P(she) moves when what a place adds is taken from the prompt with the other hint (activation patching, see
+    `exchanged`).
 
-    H_out = H_in + what the block adds, at every token; the mean of the absolute change over both directions of all
-    pairs. One forward pass for each block.
+    At every token; the mean of the absolute change over both directions of all pairs. One forward pass for each place.
     """
     pairs = [p for p in probe.swapped if len(p[0]) == len(p[1])]
     if not pairs:
@@ -151,37 +175,30 @@ def intervention(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
         )
     mine = pairs[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     prompts = [prompt for pair in mine for prompt in pair]
-    moved = _zeros(model)
+    moved = _zeros(model, places)
     for stream in prompt_streams(model, prompts, probe.stream_tokens, together=2):
-        rows = _swapped_rows(stream)
+        rows = swapped_rows(stream)
         start = _difference(model, stream, probe.pair)
-        for chosen in range(model.model_config.num_layers):
-
-            def exchange(block: int, before: Tensor, after: Tensor, chosen: int = chosen, rows: Tensor = rows):
-                if block != chosen:
-                    return None
-                added = _all_rows(model, after - before)[rows]  # [t, h]
-                return before + _own_rows(model, added)
-
-            with tapped(model, exchange):
+        for number, place in enumerate(places):
+            with exchanged(model, place, rows):
                 patched = _difference(model, stream, probe.pair)
             if start is not None:
-                moved[chosen] += (patched - start).abs().sum()
+                moved[number] += (patched - start).abs().sum()
     return (_over_data_and_stages(moved) / (2 * len(pairs))).tolist()
 
 
-def last(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
-    """A control: the later the block, the higher."""
-    return [float(block) for block in range(model.model_config.num_layers)]
+def last(model: PrefixGroupedGPT, probe: BiasProbe, places: Sequence[ModelPlace]) -> list[float]:
+    """A control: the later the place, the higher."""
+    return [float(number) for number in range(len(places))]
 
 
-def shuffled(model: PrefixGroupedGPT, probe: BiasProbe) -> list[float]:
+def shuffled(model: PrefixGroupedGPT, probe: BiasProbe, places: Sequence[ModelPlace]) -> list[float]:
     """A control: any order, by the seed."""
     rng = random.Random(f"{probe.seed}")
-    return [rng.random() for _ in range(model.model_config.num_layers)]
+    return [rng.random() for _ in places]
 
 
-Estimator = Callable[[PrefixGroupedGPT, BiasProbe], list[float]]
+Estimator = Callable[[PrefixGroupedGPT, BiasProbe, Sequence[ModelPlace]], list[float]]
 ESTIMATORS: dict[str, Estimator] = {
     "similarity": similarity,
     "gradient": gradient,
@@ -191,10 +208,9 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def _zeros(model: PrefixGroupedGPT) -> Tensor:
-    """fp64 [L]."""
-    device = next(model.parameters()).device
-    return torch.zeros(model.model_config.num_layers, dtype=torch.float64, device=device)
+def _zeros(model: PrefixGroupedGPT, places: Sequence[ModelPlace]) -> Tensor:
+    """fp64 [places]."""
+    return torch.zeros(len(places), dtype=torch.float64, device=next(model.parameters()).device)
 
 
 def _over_data_and_stages(sums: Tensor) -> Tensor:
@@ -202,31 +218,6 @@ def _over_data_and_stages(sums: Tensor) -> Tensor:
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     return sums
-
-
-def _all_rows(model: PrefixGroupedGPT, hidden: Tensor) -> Tensor:
-    """[t (/ tp), 1, h] -> [t, h]."""
-    if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=model.pg_collection.tp)
-    return hidden.squeeze(1)
-
-
-def _own_rows(model: PrefixGroupedGPT, hidden: Tensor) -> Tensor:
-    """[t, h] -> [t (/ tp), 1, h], the inverse."""
-    if model.config.sequence_parallel:
-        group = model.pg_collection.tp
-        hidden = hidden.chunk(group.size())[group.rank()]
-    return hidden.unsqueeze(1)
-
-
-def _swapped_rows(stream: PromptStream) -> Tensor:
-    """int64 [t]: of each row, the same row of the other prompt of its pair; the pad stays."""
-    rows = torch.arange(len(stream.batch.tokens), device=stream.ends.device)
-    segments = stream.batch.groups.segments
-    for first, second in zip(segments[::2], segments[1::2], strict=True):
-        a, b = slice(first.start, first.start + first.length), slice(second.start, second.start + second.length)
-        rows[a], rows[b] = rows[b].clone(), rows[a].clone()
-    return rows
 
 
 def _difference(model: PrefixGroupedGPT, stream: PromptStream, pair: tuple[int, int]) -> Tensor | None:
@@ -244,19 +235,40 @@ def _even_parts(items: Sequence, count: int) -> list[Sequence]:
     return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _gradient_squares(model: PrefixGroupedGPT) -> Tensor:
-    """fp64 [L]: squared norm of each block's gradient, of the whole batch and all shards, known on every rank."""
-    squares, tp = _zeros(model), model.pg_collection.tp
+def _gradient_squares(model: PrefixGroupedGPT, places: Sequence[ModelPlace]) -> Tensor:
+    """fp64 [places]: squared norm of each place's gradient, of the whole batch and all shards, known on every rank."""
+    squares, tp = _zeros(model, places), model.pg_collection.tp
+    inside: dict[int, list[tuple[int, ModelPlace]]] = {}
+    for number, place in enumerate(places):
+        inside.setdefault(place.block, []).append((number, place))
     for block, layer in blocks_here(model).items():
-        for name, parameter in layer.named_parameters():
-            grad = parameter.grad.double()
-            dist.all_reduce(grad, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-            if getattr(parameter, "tensor_model_parallel", False):
-                share = 1.0
-            else:  # the same on all tensor-parallel ranks, or a part of it on each, as Megatron's optimizer has it
-                share = 1 / tp.size()
-                if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
-                    dist.all_reduce(grad, group=tp)
-            squares[block] += share * grad.square().sum()
+        gradients = _gradients(model, layer)
+        for number, place in inside.get(block, ()):
+            if place.heads:
+                for rows in head_rows(layer, model.model_config, place.heads, tp):
+                    _, whole = gradients[rows.name]
+                    squares[number] += whole.index_select(rows.dim, rows.mine).square().sum()
+            else:
+                for name, (share, whole) in gradients.items():
+                    if place.holds(name):
+                        squares[number] += share * whole.square().sum()
     dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
     return squares
+
+
+def _gradients(model: PrefixGroupedGPT, layer: torch.nn.Module) -> dict[str, tuple[float, Tensor]]:
+    """By parameter: this rank's share of the gradient's square, and the gradient of the whole batch in fp64."""
+    found, tp = {}, model.pg_collection.tp
+    for name, parameter in layer.named_parameters():
+        if not parameter.requires_grad:  # an adapter's
+            continue
+        grad, share = parameter.grad.double(), 1.0
+        dist.all_reduce(grad, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if not getattr(parameter, "tensor_model_parallel", False):
+            # The same on all tensor-parallel ranks, or a part of it on each, as Megatron's optimizer has it.
+            share = 1 / tp.size()
+            of_heads = model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+            if getattr(parameter, "sequence_parallel", False) or of_heads:
+                dist.all_reduce(grad, group=tp)
+        found[name] = share, grad
+    return found

@@ -13,6 +13,6 @@ the device. `pack` makes a stream of token lists, `unpack` takes per-token value
 
 from megatron_ext.grouping.record import PrefixGroups
 from megatron_ext.grouping.tables import Segment
-from megatron_ext.grouping.tokens import PackedTokens, StreamMedia, pack, unpack
+from megatron_ext.grouping.tokens import PackedTokens, StreamEntry, StreamMedia, pack, unpack
 
-__all__ = ["PackedTokens", "PrefixGroups", "Segment", "StreamMedia", "pack", "unpack"]
+__all__ = ["PackedTokens", "PrefixGroups", "Segment", "StreamEntry", "StreamMedia", "pack", "unpack"]

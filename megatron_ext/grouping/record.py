@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.errors import UserError
-from megatron_ext.grouping.tables import Segment, predict_tensors, row_tensors, segments_of
+from megatron_ext.grouping.tables import Segment, predict_tensors, response_counts, row_tensors, segments_of
 from megatron_ext.prefix_tree import Nested, PrefixTree
 
 __all__ = ["PrefixGroups"]
@@ -160,6 +160,14 @@ class PrefixGroups(PackedSeqParams):
     def num_repeated_tokens(self) -> int:
         """Tokens the same responses cost when every one carries its own copy of the prefix (no padding)."""
         return sum(len(t.leaves) * t.prompt_length + sum(t.response_lengths) for t in self.trees)
+
+    @property
+    def response_counts(self) -> Tensor:
+        """int64 [t]: in how many responses a row's token stands, 0 on the pad. Their sum is `num_repeated_tokens`."""
+        if "response_counts" not in self.derived:
+            counts = response_counts(self.trees, self.num_pad_tokens)
+            self.derived["response_counts"] = counts.to(self.position_ids.device)
+        return self.derived["response_counts"]
 
     def repeated(self, pad_to_multiple: int = 1) -> PrefixGroups:
         """The same responses without sharing: one group, hence one copy of the prefix, per response."""

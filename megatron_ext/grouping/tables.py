@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ext.prefix_tree import PrefixTree
 
-__all__ = ["Segment", "predict_tensors", "row_tensors", "segments_of"]
+__all__ = ["Segment", "predict_tensors", "response_counts", "row_tensors", "segments_of"]
 
 PAD_GROUP = -1
 
@@ -118,3 +118,17 @@ def predict_tensors(trees: Sequence[PrefixTree]) -> dict[str, Tensor | None]:
         "response_ids": joined(response),
         "response_token_index": joined(place),
     }
+
+
+def response_counts(trees: Sequence[PrefixTree], num_pad: int) -> Tensor:
+    """int64 [t]: responses whose path goes through each row's node, 0 on the pad."""
+    counts, lengths = [], []
+    for tree in trees:
+        through = [0] * len(tree.lengths)
+        for leaf in tree.leaves:
+            through[leaf] += 1
+        for node in range(len(through) - 1, 0, -1):  # children come after their parents
+            through[tree.parents[node]] += through[node]
+        counts += through
+        lengths += tree.lengths
+    return torch.tensor([*counts, 0]).repeat_interleave(torch.tensor([*lengths, num_pad]))

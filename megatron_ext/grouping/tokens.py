@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.grouping.record import PrefixGroups
 from megatron_ext.prefix_tree import PrefixTree
 
-__all__ = ["PackedTokens", "StreamMedia", "pack", "unpack"]
+__all__ = ["PackedTokens", "StreamEntry", "StreamMedia", "pack", "unpack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,28 @@ class StreamMedia:
     """What stands in a stream instead of token embeddings.
 
     Attributes:
-        features: [n, f], each once, however often the stream repeats its prompt.
+        content: features [n, f], or of each medium what a vision tower is shown; each once, however often the stream repeats
+            its prompt.
         rows: int64 [m], on the host: the rows they stand in.
         index: int64 [m], on the host: the feature of each of these rows.
     """
 
-    features: Tensor
+    content: Tensor | Sequence[Any]
     rows: Tensor
     index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StreamEntry:
+    """Where a stream enters a model, if not at its tokens: what lies below is not run.
+
+    Attributes:
+        block: counted from 0 over all pipeline stages.
+        hidden: [t, 1, h], what enters the block, on the stage that has it; None on others.
+    """
+
+    block: int
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +55,19 @@ class PackedTokens:
 
     Attributes:
         media: images and videos in the stream.
-        scheme_ids: int64 [axes, t], positions where they differ from the record's, which is where there are media.
+        scheme_ids: int64 or float64 [axes, t], positions where they differ from the record's, which is where there are media.
+        entry: the block that it enters the model at; None: its tokens are embedded.
     """
 
     tokens: Tensor
     groups: PrefixGroups
     media: StreamMedia | None = None
     scheme_ids: Tensor | None = None
+    entry: StreamEntry | None = None
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 [axes, t]; one axis, which stands for all, where there is only text."""
+        """int64 or float64 [axes, t]; one axis, which stands for all, where there is only text."""
         return self.groups.position_ids.unsqueeze(0) if self.scheme_ids is None else self.scheme_ids
 
     @property

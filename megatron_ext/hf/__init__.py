@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: Llama, Mistral, Qwen2 and Qwen3, in safetensors alone."""
+"""Hugging Face models in and out, of the families in `families` and `multimodal`, in safetensors alone."""
 
 from megatron_ext.hf.config import hf_model_config, is_hf_folder, make_hf_config, read_hf_config
 from megatron_ext.hf.export import export_hf

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import xxhash
@@ -23,17 +24,20 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.hf.raw import read_json
+from megatron_ext.hf.spelling import common_name
 
 __all__ = [
-    "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room", "check_target",
-    "companions", "copy_files", "create_files", "described", "hf_weights_digest", "opened", "plan_files", "read_headers",
-    "read_slots",
+    "CODES", "DTYPES", "INDEX_FILE", "OTHER_FILES", "SINGLE_FILE", "TOKENIZER_FILES", "Slot", "Stored", "check_room",
+    "check_target", "companions", "copy_files", "create_files", "described", "hf_weights_digest", "opened", "plan_files",
+    "read_headers", "read_slots",
 ]  # fmt: skip
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 READERS, SAMPLES, SAMPLE_BYTES = 16, 4, 1024
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What holds weights of fewer bits.
+CODES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 # What a language model calls its body, and what stands in one.
 BODY, BODY_PARTS = "model.", ("embed_tokens", "layers", "norm")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -52,23 +56,32 @@ OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: the format's name of its type, its shape, its first byte, and its name there."""
+    """A tensor in a file: the format's name of its type, its shape, its first byte, and its name there.
+
+    Attributes:
+        scales, block: where it has fewer bits than a number, what the numbers of each block (rows, columns) are multiplied by.
+        turned: outputs come before inputs in it, which the tensor of this name has the other way round.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     name: str
+    scales: Stored | None = None
+    block: tuple[int, int] | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor's bytes in a file of a folder: the first, and how many; and its shape."""
+    """A tensor's bytes in a file of a folder: the first, and how many; its shape, and its type (None: no plain number)."""
 
     file: str
     start: int
     size: int
     shape: tuple[int, ...]
+    dtype: torch.dtype | None
 
 
 @contextlib.contextmanager
@@ -102,7 +115,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         with opened(path):
             here, begin = _header(path)
         for stored, entry in here.items():
-            name = BODY + stored if stored.split(".")[0] in BODY_PARTS else stored
+            name = BODY + stored if stored.split(".")[0] in BODY_PARTS else common_name(stored)
             if name in found:
                 raise UserError(
                     f"{folder} holds {name} twice, in {found[name].file.name} and in {path.name}; fetch the model again"
@@ -125,7 +138,8 @@ def hf_weights_digest(folder: str | Path) -> str:
 
 
 def _samples(name: str, tensor: Stored) -> bytes:
-    size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+    kind = (DTYPES | CODES).get(tensor.dtype)
+    size = 0 if kind is None else math.prod(tensor.shape) * kind.itemsize
     found = [json.dumps([name, tensor.dtype, tensor.shape]).encode()]
     with open(tensor.file, "rb", buffering=0) as file:
         for i in range(SAMPLES):
@@ -163,7 +177,7 @@ def read_slots(path: Path) -> dict[str, Slot]:
     found = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        found[name] = Slot(path.name, begin + start, end - start, tuple(entry["shape"]))
+        found[name] = Slot(path.name, begin + start, end - start, tuple(entry["shape"]), DTYPES.get(entry["dtype"]))
     return found
 
 
@@ -177,34 +191,45 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
 
 
 def plan_files(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, largest: int
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    largest: int,
+    single: str = SINGLE_FILE,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    exact: Container[str] = (),
 ) -> tuple[dict[str, Slot], dict[str, bytes]]:
     """Spread tensors over files of at most `largest` bytes of them, in order; a larger tensor has a file of its own.
+
+    Args:
+        single: the file's name where there is one.
+        metadata: that every file has.
+        exact: names of tensors in fp32, whatever the type of the others.
 
     Returns:
         The place of each tensor, and the beginning of each file, up to its first tensor.
     """
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    dtypes = {name: torch.float32 if name in exact and dtype.itemsize < 4 else dtype for name in shapes}
+    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     parts: list[list[str]] = [[]]
     for name, size in sizes.items():
         if parts[-1] and sum(sizes[n] for n in parts[-1]) + size > largest:
             parts.append([])
         parts[-1].append(name)
     slots, beginnings = {}, {}
-    code = next(name for name, kind in DTYPES.items() if kind == dtype)
+    codes = {kind: name for name, kind in DTYPES.items()}
     for number, names in enumerate(parts, 1):
-        file = SINGLE_FILE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        header: dict = {"__metadata__": {"format": "pt"}}
+        file = single if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        header: dict = {"__metadata__": {"format": "pt", **metadata}}
         end = 0
         for name in names:
             start, end = end, end + sizes[name]
-            header[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [start, end]}
+            header[name] = {"dtype": codes[dtypes[name]], "shape": shapes[name], "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
         beginnings[file] = len(text).to_bytes(8, "little") + text
         for name in names:
             start = len(beginnings[file]) + header[name]["data_offsets"][0]
-            slots[name] = Slot(file, start, sizes[name], tuple(shapes[name]))
+            slots[name] = Slot(file, start, sizes[name], tuple(shapes[name]), dtypes[name])
     return slots, beginnings
 
 

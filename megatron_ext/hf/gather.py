@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.hf.mapping import held_slices
+from megatron_ext.hf.held import held_places, held_slices
 from megatron_ext.hf.tensors import is_finite, not_finite
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.runtime.collectives import gather_objects
@@ -67,7 +67,7 @@ def _parts(shapes: dict[str, tuple[int, ...]], most: int) -> Iterator[list[str]]
 def gather_hf(model: PrefixGroupedGPT, target: HostTensors | None, dtype: torch.dtype, untied: bool = False) -> None:
     """Fill `target` with the whole model; every rank calls it.
 
-    Each rank of the first data-parallel replica sends its parts one after the other, so no device holds more of another's than
+    Of the ranks that hold the same numbers one sends its parts, one after the other, so no device holds more of another's than
     one of them.
 
     Args:
@@ -75,23 +75,30 @@ def gather_hf(model: PrefixGroupedGPT, target: HostTensors | None, dtype: torch.
         dtype: in which parts are sent; the target's.
         untied: see `hf_shapes`.
     """
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+    if model.config.expert_model_parallel_size > 1:  # experts lie on several data-parallel ranks
+        group = dist.group.WORLD
+    elif parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        group = parallel_state.get_model_parallel_group()
+    else:
         return
-    group = parallel_state.get_model_parallel_group()
-    parts = [(name, index, held) for name, index, held in held_slices(model, untied) if held.numel()]
-    places = gather_objects([(name, index) for name, index, _ in parts], group)
+    parts = held_slices(model, untied)  # one at a time: with adapters each is made for this
+    places = gather_objects(held_places(model, untied), group)
     if target is None:
         first = dist.get_global_rank(group, 0)
         for _, _, held in parts:
-            dist.send(held.to(dtype).contiguous(), first, group)
+            if held.numel():
+                dist.send(held.to(dtype).contiguous(), first, group)
         return
     for name, index, held in parts:
-        _put(target, name, index, held)
-    device = parts[0][2].device
+        if held.numel():
+            _put(target, name, index, held)
+    device = next(model.parameters()).device
     for number, theirs in enumerate(places[1:], 1):
         source = dist.get_global_rank(group, number)
         for name, index in theirs:
             part = torch.empty(target.tensors[name][index].shape, dtype=dtype, device=device)
+            if not part.numel():
+                continue
             dist.recv(part, source, group)
             _put(target, name, index, part)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
-from megatron_ext.hf.files import DTYPES, Slot, Stored
+from megatron_ext.hf.files import CODES, DTYPES, Slot, Stored
+from megatron_ext.hf.quantised import decode, one_of_all, stored_width
 from megatron_ext.runtime.progress import PROGRESS
 
-__all__ = ["TensorWriter", "is_finite", "not_finite", "read_slice"]
+__all__ = ["TensorWriter", "is_finite", "not_finite", "read_of_all", "read_slice"]
 
 # Larger ones leave the cache before they are checked, and ext4 spends ten times as long on a write of 4 MiB as on four.
 CHUNK_BYTES = 1 << 20
@@ -39,7 +40,7 @@ def not_finite(name: str, dtype: torch.dtype) -> UserError:
 
 
 def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tensor) -> None:
-    """Fill `target`, of any float type and device, with a slice of a tensor.
+    """Fill `target`, of any float type and device, with a slice of a tensor; one of fewer bits is multiplied by its scales.
 
     Args:
         index: the slice: its rows, and in a matrix perhaps its columns.
@@ -48,13 +49,18 @@ def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
     Raises:
         UserError: the file ends too early, or a number is not finite (in the target's type).
     """
-    dtype, rest = DTYPES[stored.dtype], stored.shape[1:]
-    row = math.prod(rest) * dtype.itemsize
+    dtype, rest = (DTYPES | CODES)[stored.dtype], stored.shape[1:]
+    width = stored_width(stored)
+    row = width * dtype.itemsize
     step = max(1, CHUNK_BYTES // row)
     columns = (slice(None), *index[1:])
     on_host = target.device.type == "cpu"
     direct = dtype == target.dtype and on_host and len(columns) == 1
-    buffer = None
+    buffer, scales, first = None, None, index[0].start
+    if stored.scales is not None:
+        whole, code = stored.scales, (DTYPES | CODES)[stored.scales.dtype]
+        scales = torch.empty(whole.shape, dtype=torch.float32 if code.is_floating_point else code)
+        read_slice(whole.name, whole, (slice(0, whole.shape[0]),), scales)
     place = stored.start + index[0].start * row
     try:
         with open(stored.file, "rb", buffering=0) as file:
@@ -64,9 +70,12 @@ def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
                         _read(file.fileno(), chunk, place)
                     else:
                         if buffer is None:
-                            buffer = torch.empty(step, *rest, dtype=dtype)
+                            buffer = torch.empty(step, *(rest if stored.scales is None else (width,)), dtype=dtype)
                         _read(file.fileno(), buffer[: len(chunk)], place)
-                        read = buffer[: len(chunk)][columns]
+                        read = buffer[: len(chunk)]
+                        if scales is not None:
+                            read = decode(read, scales, stored.block, first)
+                        read = read[columns]
                         if not on_host:
                             read = read.to(target.dtype)
                         chunk.copy_(read)
@@ -77,8 +86,25 @@ def read_slice(name: str, stored: Stored, index: tuple[slice, ...], target: Tens
                             "again"
                         )
                     place += len(chunk) * row
+                    first += len(chunk)
     except OSError as error:
         raise UserError(f"cannot read {stored.file} ({error.strerror}); fetch it again") from error
+
+
+def read_of_all(name: str, stored: Stored, index: tuple[slice, ...], target: Tensor) -> None:
+    """Fill `target` with a part of one expert in a tensor [experts, inputs, outputs], or [experts, outputs]; all of the expert is
+    in memory for a moment.
+
+    Args:
+        index: the expert, and the slice of what it has.
+        target: in the slice's order, of whatever dimensions.
+    """
+    part = one_of_all(stored, index[0].start)
+    read = torch.empty(part.shape, dtype=target.dtype)
+    read_slice(name, part, (slice(0, part.shape[0]),), read)
+    if stored.turned:
+        read = read.t()
+    target.copy_(read[index[1:]].reshape(target.shape))
 
 
 def _read(file: int, chunk: Tensor, place: int) -> None:
@@ -96,14 +122,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class TensorWriter:
-    """Puts slices of tensors into their places in a folder's files. After an error it takes them and does nothing.
+    """Puts slices of tensors into their places in a folder's files, in those tensors' types. After an error it takes them and
+    does nothing."""
 
-    Args:
-        dtype: that of the files' tensors; None: slices come in it.
-    """
-
-    def __init__(self, folder: Path, slots: dict[str, Slot], dtype: torch.dtype | None = None):
-        self.folder, self.slots, self.dtype = folder, slots, dtype
+    def __init__(self, folder: Path, slots: dict[str, Slot]):
+        self.folder, self.slots = folder, slots
         self.error: Exception | None = None
         self._files: dict[str, int] = {}
 
@@ -111,24 +134,29 @@ class TensorWriter:
         """
         Args:
             data: of any float type, layout and device; with its rows perhaps in equal groups, as `read_slice` has them.
-            index: its rows in the tensor, and in a matrix perhaps its columns; None: all of it.
+            index: its rows in the tensor, and in a matrix perhaps its columns; before them, in a tensor of all experts, one of
+                these. None: all of it.
         """
         if self.error is not None or not data.numel():
             return
         PROGRESS.made()
         slot = self.slots[name]
-        shape = slot.shape or (1,)
+        shape, start, size = slot.shape or (1,), slot.start, slot.size
         if index is None:
             index, data = (slice(0, shape[0]),), data.reshape(shape)
-        row = slot.size // shape[0]
+        if len(index) > 2:  # of one expert's matrix
+            size //= shape[0]
+            start += index[0].start * size
+            (_, *shape), (_, *index), data = shape, index, data[0]
+        row = size // shape[0]
         step = max(1, CHUNK_BYTES // row)
-        place = slot.start + index[0].start * row
+        place = start + index[0].start * row
         try:
             if slot.file not in self._files:
                 self._files[slot.file] = os.open(self.folder / slot.file, os.O_WRONLY)
             for group in [data] if data.dim() == len(shape) else data:
                 for chunk in group.split(step):
-                    chunk = chunk.to("cpu", self.dtype or chunk.dtype).contiguous()
+                    chunk = chunk.to("cpu", slot.dtype).contiguous()
                     if not is_finite(chunk):
                         self.error = not_finite(name, chunk.dtype)
                         return

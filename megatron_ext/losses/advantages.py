@@ -9,8 +9,10 @@
 | reinforce_plus_plus | (r - mean of all) / standard deviation of all | REINFORCE++, arXiv 2501.03262 |
 | reinforce_plus_plus_baseline | x / standard deviation of all x, with x = r - mean of the group | the same |
 | gpg | (r - mean of the group) times groups / groups whose rewards differ | GPG, arXiv 2504.02546 |
+| gdpo | of several rewards, each as `group`, weighed and added up; then as reinforce_plus_plus | GDPO, arXiv 2601.05242 |
 
-One of one's own is a function of the rewards of the whole step, named by its dotted path; its other arguments are options.
+One of one's own is a function of the rewards of the whole step, named by its dotted path; its other arguments are options. With
+`each_reward` it is one of every reward apart and of their weights, as gdpo's.
 
 REINFORCE++ adds up a KL penalty over the rest of the response, and verl's normalises over tokens, so that long responses count
 more in its mean: here the penalty in the reward is each token's own (`megatron_ext.losses.kl`) and every response counts once.
@@ -22,16 +24,32 @@ exactly 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import Tensor
 
 from megatron_ext.errors import UserError
 
 __all__ = [
-    "batch_advantages", "gdpo_advantages", "gpg_advantages", "group_advantages", "group_mean_advantages", "groups_with_signal",
-    "leave_one_out_advantages", "reinforce_advantages", "reinforce_baseline_advantages",
+    "batch_advantages", "each_reward", "gdpo_advantages", "gpg_advantages", "group_advantages", "group_mean_advantages",
+    "groups_with_signal", "leave_one_out_advantages", "reinforce_advantages", "reinforce_baseline_advantages", "takes_each",
 ]  # fmt: skip
 
 EPSILON = 1e-6
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def each_reward(function: Function) -> Function:
+    """Decorator: it is called with rewards [prompts, samples, rewards] and weights [rewards], both fp64, in place of their
+    weighted sums. A reward that does not score a row is 0 in all of its group."""
+    function.takes_each = True
+    return function
+
+
+def takes_each(function: Callable[..., Tensor]) -> bool:
+    """Whether it is marked so."""
+    return getattr(function, "takes_each", False)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -92,6 +110,7 @@ def gpg_advantages(rewards: Tensor) -> Tensor:
     return group_mean_advantages(rewards) * (rewards.size(0) / differ.clamp(min=1))
 
 
+@each_reward
 def gdpo_advantages(rewards: Tensor, weights: Tensor) -> Tensor:
     """Of several rewards, each in units of its own standard deviation in the group before they are added up, so that none is
     drowned by one that varies more (GDPO, arXiv 2601.05242); then in units of the step's.
@@ -109,8 +128,13 @@ def gdpo_advantages(rewards: Tensor, weights: Tensor) -> Tensor:
 
 
 def groups_with_signal(rewards: Tensor) -> Tensor:
-    """bool [prompts]: whether the rewards [prompts, samples] of a group differ; a group of equal ones teaches nothing."""
-    return rewards.amax(1) > rewards.amin(1)
+    """bool [prompts]: whether the rewards of a group differ; a group of equal ones teaches nothing.
+
+    Args:
+        rewards: [prompts, samples], or of several [prompts, samples, rewards]; a NaN tells of no difference.
+    """
+    differ = rewards.amax(1) > rewards.amin(1)
+    return differ.flatten(1).any(1) if differ.dim() > 1 else differ
 
 
 def _from_smallest(rewards: Tensor, dims: tuple[int, ...]) -> Tensor:

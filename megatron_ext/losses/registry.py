@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_ext.losses.advantages import (
     batch_advantages,
+    gdpo_advantages,
     gpg_advantages,
     group_advantages,
     group_mean_advantages,
@@ -41,4 +42,5 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce_plus_plus": reinforce_advantages,
     "reinforce_plus_plus_baseline": reinforce_baseline_advantages,
     "gpg": gpg_advantages,
+    "gdpo": gdpo_advantages,
 }

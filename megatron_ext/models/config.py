@@ -5,28 +5,31 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron_ext.adapters.config import LoraConfig
 from megatron_ext.errors import UserError
-from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, names
-from megatron_ext.models.fp8 import FP8_ROWS
-from megatron_ext.models.placement import Placement
+from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, kinds, names
+from megatron_ext.models.config_rules import ModelRules
+from megatron_ext.models.linears import LinearShape, attention_linears, mlp_linears
 from megatron_ext.models.stages import PipelineSplit
 from megatron_ext.rotary import RopeScaling, find_scheme
+from megatron_ext.vision.settings import VisionConfig
 
-__all__ = ["ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "VisionConfig", "stream_multiple"]
+__all__ = ["ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "stream_multiple", "vision_difference"]
 
 # What PyTorch's CUDA flash attention takes.
 CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
 FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
 POSITIVE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
-    "vocab_size", "encoder_seq_length", "make_vocab_size_divisible_by", "logprob_chunk_size",
-    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "virtual_pipeline_model_parallel_size",
+    "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "vocab_size", "encoder_seq_length",
+    "make_vocab_size_divisible_by", "logprob_chunk_size", "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage", "virtual_pipeline_model_parallel_size",
 )  # fmt: skip
 
 
@@ -34,8 +37,9 @@ POSITIVE = (
 class PositionEmbedding:
     """Rotary positions: which scheme places the tokens, and how fast the channels turn."""
 
-    # How tokens of a video get their positions: rope (one after the other), mrope, mrope_interleaved, videorope, vrope,
-    # or the dotted path of a Scheme of your own (docs/positions.md). All agree on text.
+    # How tokens of a video get their positions: rope (one after the other), mrope, mrope_interleaved, mrope_i, videorope, vrope,
+    # vrope_views, qwen2_vl, qwen2_5_vl, qwen3_vl, ernie4_5_vl, hope, v2pe, circle_rope, the last three and qwen2_5_vl also with
+    # numbers, "v2pe(stride=64)"; or the dotted path of a Scheme of your own (docs/positions.md). All but hope agree on text.
     scheme: str = "rope"
     # Base of the frequencies, Hugging Face's rope_theta: higher, and the slow channels turn slower, as for long
     # contexts.
@@ -44,10 +48,12 @@ class PositionEmbedding:
     percent: float = 1.0
     # A rotated pair is two neighbouring channels (GPT-J), not one from each half (Llama, Qwen).
     interleaved: bool = False
-    # Llama 3's stretching of low frequencies: {factor: 8, ...} as in a Hugging Face config.json; null: none.
+    # How frequencies were stretched for longer sequences: {rope_type: yarn, factor: 4, ...} as in a Hugging Face config.json;
+    # null: they were not.
     scaling: RopeScaling | None = None
-    # How many of the rotated pairs each axis turns, Hugging Face's mrope_section, of mrope and mrope_interleaved: time, rows,
-    # columns, e.g. [24, 20, 20]. null: the scheme's own division, which at 32 and 64 pairs is the published one.
+    # How many of the rotated pairs each axis turns, Hugging Face's mrope_section, of the schemes that have sections: time, rows,
+    # columns, e.g. [24, 20, 20] (ernie4_5_vl: rows, columns, time). null: the scheme's own division, which at 32 and 64 pairs is
+    # the published one.
     sections: list[int] | None = None
 
     def __post_init__(self):
@@ -58,6 +64,8 @@ class PositionEmbedding:
             raise UserError(f"model.position_embedding.percent={self.percent} must lie in (0, 1]")
         if self.base <= 0:
             raise UserError(f"model.position_embedding.base={self.base} must be positive")
+        if self.scaling is not None and self.scaling.rope_type == "yarn" and self.base <= 1:
+            raise UserError(f"model.position_embedding.base={self.base} must be more than 1 with rope_type=yarn")
 
     def pairs(self, kv_channels: int) -> int:
         """Pairs of a head's channels that are rotated."""
@@ -65,19 +73,7 @@ class PositionEmbedding:
 
 
 @dataclass
-class VisionConfig:
-    """What stands for a token of an image or video."""
-
-    # Numbers per media token: pixels of its patch (times channels and frames), or what another encoder computed.
-    feature_size: int
-
-    def __post_init__(self):
-        if self.feature_size < 1:
-            raise UserError(f"model.vision.feature_size={self.feature_size} must be at least 1")
-
-
-@dataclass
-class GPTModelConfig(Placement):
+class GPTModelConfig(ModelRules):
     """A Llama/Qwen-shaped GPT (RMSNorm, SwiGLU, rotary positions) and how it is run.
 
     Key names are NeMo's where NeMo has one.
@@ -106,15 +102,39 @@ class GPTModelConfig(Placement):
     share_embeddings_and_output_weights: Architecture[bool] = True
     # Biases of the query, key and value projections, as Qwen2 has them.
     add_qkv_bias: Architecture[bool] = False
+    # Biases of the router, of experts, and of attention's output, as gpt-oss has them; all layers then have experts.
+    add_bias_linear: Architecture[bool] = False
+    # What gates an MLP: "silu", SwiGLU's; or "quick_gelu", x sigmoid(1.702 x), gpt-oss's.
+    activation: Architecture[str] = "silu"
+    # An MLP's gate is cut at this from above, and what it gates at this from both sides; null: neither.
+    activation_func_clamp_value: Architecture[float | None] = None
+    # Added to what an MLP's gate multiplies, gpt-oss's 1.
+    glu_linear_offset: Architecture[float] = 0.0
     # RMSNorm over each query and key head, as Qwen3 has it.
     qk_layernorm: Architecture[bool] = False
+    # The norm of qk_layernorm spans all heads of a token together, as OLMoE has it, not each head.
+    qk_layernorm_across_heads: Architecture[bool] = False
     # Added to the mean square in every RMSNorm.
     layernorm_epsilon: Architecture[float] = 1e-5
+    # Embeddings are multiplied by it; this and the next three are Granite's.
+    embedding_multiplier: Architecture[float] = 1.0
+    # What attention and MLP add to the residual stream is multiplied by it.
+    residual_multiplier: Architecture[float] = 1.0
+    # Logits are divided by it.
+    logits_scaling: Architecture[float] = 1.0
+    # Scores are multiplied by it; null: by kv_channels ^ -0.5.
+    attention_multiplier: Architecture[float | None] = None
     # Standard deviation of freshly drawn weights; without meaning where weights are loaded.
     init_method_std: Start[float] = 0.02
     position_embedding: Architecture[PositionEmbedding] = field(default_factory=PositionEmbedding)
     # How images and videos are seen; null: a text model.
     vision: Architecture[VisionConfig | None] = None
+    # Leave the language model as it is, and train its eyes alone: the first of two stages.
+    freeze_language_model: Training[bool] = False
+    # Leave the vision tower as it is. It then runs once for each clip, and what it computed is kept.
+    freeze_vision_model: Training[bool] = True
+    # Leave the connector behind it as it is.
+    freeze_vision_projection: Training[bool] = False
     # Must be 0: what is dropped in a shared prompt would be so once per group, not once per response.
     attention_dropout: Training[float] = 0.0
     # Must be 0, as attention_dropout.
@@ -131,6 +151,11 @@ class GPTModelConfig(Placement):
     window_size: Architecture[list[int] | None] = None
     # Which layers slide, as Megatron has it: n, all but every n-th; or a list with a 1 for each that does. null: all.
     window_attn_skip_freq: Architecture[int | list[int] | None] = None
+    # Layers that do not rotate, SmolLM3's: n, every n-th; or a list with a 1 for each that does not. null: all rotate.
+    no_rope_freq: Architecture[int | list[int] | None] = None
+    # "vanilla"; "learnable": a logit for each head joins every row's softmax and stands for no value, gpt-oss's sinks;
+    # "off-by-one": the same, of 0.
+    softmax_type: Architecture[str] = "vanilla"
     # c bounds attention scores to (-c, c) by c tanh(score / c), Gemma 2's key; null: no bound.
     attn_logit_softcapping: Architecture[float | None] = None
     # The kernel that computes a weight's gradient adds it to the fp32 buffer, instead of one more. It needs a GPU and apex built
@@ -139,6 +164,9 @@ class GPTModelConfig(Placement):
     # Tokens whose logits are held at a time; null: by a memory budget. Lower it where logits of a large vocabulary do
     # not fit.
     logprob_chunk_size: Speed[int | None] = None
+    # Train adapters alone and freeze the model that they stand on (docs/lora.md); {}: LoRA of rank 32 on all linears. null: all
+    # weights train.
+    peft: Training[LoraConfig | None] = None
 
     def __post_init__(self):
         if self.num_query_groups is None:
@@ -147,146 +175,18 @@ class GPTModelConfig(Placement):
             self.window_size = list(self.window_size)
         if self.window_attn_skip_freq is not None and not isinstance(self.window_attn_skip_freq, int):
             self.window_attn_skip_freq = list(self.window_attn_skip_freq)
+        if self.no_rope_freq is not None and not isinstance(self.no_rope_freq, int):
+            self.no_rope_freq = list(self.no_rope_freq)
+        if not isinstance(self.moe_layer_freq, int):
+            everywhere = all(self.moe_layer_freq) and len(self.moe_layer_freq) == self.num_layers
+            self.moe_layer_freq = 1 if everywhere else list(self.moe_layer_freq)
         for name in POSITIVE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"model.{name}={value} must be at least 1")
+        self._complete_latent()
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads == 0:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         super().__post_init__()
-
-    def _rules(self) -> Iterator[tuple[bool, str]]:
-        yield from super()._rules()
-        yield from self._head_rules()
-        yield from self._division_rules()
-        yield from self._attention_rules()
-        for name in ("attention_dropout", "hidden_dropout"):
-            value = getattr(self, name)
-            yield (
-                value > 0,
-                (
-                    f"model.{name}={value}: a shared prefix would be dropped once per group, not once per response, so "
-                    "grouping and repeating would differ; set it to 0"
-                ),
-            )
-        yield (
-            self.activations_checkpoint_granularity not in (None, "selective", "full"),
-            (
-                "model.activations_checkpoint_granularity must be null, selective or full, got "
-                f"{self.activations_checkpoint_granularity!r}"
-            ),
-        )
-
-        yield (
-            self.activation_offload and self.activations_checkpoint_granularity != "full",
-            "model.activation_offload=true moves the inputs of layers that are computed again, and needs "
-            "model.activations_checkpoint_granularity=full, got "
-            f"{self.activations_checkpoint_granularity or 'null'}",
-        )
-
-    def _head_rules(self) -> Iterator[tuple[bool, str]]:
-        """Of a head's channels, and how positions turn them."""
-        yield (
-            self.kv_channels is None,
-            (
-                f"model.hidden_size={self.hidden_size} is not divisible by "
-                f"model.num_attention_heads={self.num_attention_heads}; set model.kv_channels"
-            ),
-        )
-        yield self.kv_channels % 2, f"model.kv_channels={self.kv_channels} must be even: rotary positions turn pairs"
-        position, pairs = self.position_embedding, self.position_embedding.pairs(self.kv_channels)
-        yield (
-            pairs == 0,
-            f"model.position_embedding.percent={position.percent} of model.kv_channels={self.kv_channels} channels leaves no "
-            "pair to rotate",
-        )
-        try:
-            find_scheme(position.scheme).axes_of_pairs(pairs, position.sections)
-        except UserError as error:
-            yield True, f"model.position_embedding: {error}"
-
-    def _division_rules(self) -> Iterator[tuple[bool, str]]:
-        """What must divide by what: by ranks, and heads by key/value heads."""
-        tp = self.tensor_model_parallel_size
-        for name in ("num_attention_heads", "ffn_hidden_size"):
-            value = getattr(self, name)
-            yield value % tp, f"model.{name}={value} is not divisible by model.tensor_model_parallel_size={tp}"
-        groups = self.num_query_groups
-        yield (
-            groups % tp and tp % groups,
-            f"model.num_query_groups={groups} is neither a multiple nor a divisor of model.tensor_model_parallel_size={tp}: "
-            "ranks hold equally many key/value heads, or equally many share one",
-        )
-        rows = (self.num_attention_heads + 2 * groups) * self.kv_channels
-        yield (
-            rows % tp,
-            f"model.tensor_model_parallel_size={tp} does not divide the {rows} rows of queries, keys and values "
-            f"((model.num_attention_heads={self.num_attention_heads} + 2 x model.num_query_groups={groups}) x "
-            f"model.kv_channels={self.kv_channels})",
-        )
-        yield (
-            self.num_attention_heads % self.num_query_groups,
-            (
-                f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
-                f"model.num_query_groups={self.num_query_groups}"
-            ),
-        )
-        yield from self.pipeline_split.rules()
-        for name in ("num_attention_heads", "num_query_groups"):
-            value, both = getattr(self, name), tp * self.context_parallel_size
-            yield (
-                self.cp_comm_type == "a2a" and value % both,
-                f"model.{name}={value} does not divide by tensor_model_parallel_size x context_parallel_size={both}, "
-                "which model.cp_comm_type=a2a needs; use all_gather",
-            )
-
-    def _fp8_rules(self) -> Iterator[tuple[bool, str]]:
-        yield from super()._fp8_rules()
-        if self.fp8 is None or self.fp8_recipe not in FP8_ROWS or self.kv_channels is None:
-            return
-        tp, multiple = self.tensor_model_parallel_size, FP8_ROWS[self.fp8_recipe]
-        heads = self.num_attention_heads * self.kv_channels
-        widths = {
-            "model.hidden_size": self.hidden_size,
-            "model.ffn_hidden_size per tensor-parallel rank": self.ffn_hidden_size // tp,
-            "rows of queries, keys and values per tensor-parallel rank": (
-                heads + 2 * self.num_query_groups * self.kv_channels
-            )
-            // tp,
-            "channels of attention per tensor-parallel rank": heads // tp,
-        }
-        for name, width in widths.items():
-            yield (
-                width % multiple,
-                f"{name}: {width} is no multiple of {multiple}, which model.fp8={self.fp8} with "
-                f"model.fp8_recipe={self.fp8_recipe} needs; set model.fp8=null",
-            )
-
-    def _attention_rules(self) -> Iterator[tuple[bool, str]]:
-        """Of sliding windows and the scores' bound."""
-        size = self.window_size
-        yield (
-            size is not None and (len(size) != 2 or size[0] < 0 or size[1] != 0),
-            f"model.window_size={size}: give [rows before a query, 0]; attention is causal, so the second is 0",
-        )
-        skip = self.window_attn_skip_freq
-        yield (
-            isinstance(skip, list) and len(skip) != self.num_layers,
-            f"model.window_attn_skip_freq={skip}: give one number for each of the {self.num_layers} layers",
-        )
-        yield (
-            (isinstance(skip, int) and skip < 1) or (isinstance(skip, list) and not set(skip) <= {0, 1}),
-            f"model.window_attn_skip_freq={skip} must be a number of at least 1, or a list of 0 and 1",
-        )
-        yield (
-            skip is not None and size is None,
-            f"model.window_attn_skip_freq={skip} says which layers slide, but model.window_size is not set",
-        )
-        cap = self.attn_logit_softcapping
-        yield cap is not None and cap <= 0, f"model.attn_logit_softcapping={cap} must be above 0; null for no bound"
-        yield (
-            self.attention_plan == "levels" and size is not None,
-            "model.attention_plan=levels cannot run sliding windows (model.window_size); set it to auto",
-        )
 
     @property
     def _capped(self) -> bool:
@@ -362,6 +262,20 @@ class GPTModelConfig(Placement):
         return [self.window_size[0] if s else None for s in slides]
 
     @property
+    def linears(self) -> dict[str, dict[str, LinearShape]]:
+        """Of a layer, by their place in it and their names."""
+        mlps = {place: mlp_linears(self.hidden_size, width) for place, width in self.mlp_widths.items()}
+        return {"self_attention": attention_linears(self)} | mlps
+
+    @property
+    def layers_without_rope(self) -> list[int] | None:
+        """Of each layer 1 where it does not rotate; None: all do."""
+        every = self.no_rope_freq
+        if isinstance(every, int):
+            every = [int((layer + 1) % every == 0) for layer in range(self.num_layers)]
+        return every if every and any(every) else None
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary padded so that every tensor-parallel rank holds as many."""
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
@@ -375,6 +289,28 @@ PLAIN = {
     for field in dataclasses.fields(GPTModelConfig)
     if field.name in ARCHITECTURE and field.default is not dataclasses.MISSING
 }
+
+
+_EYES = tuple(
+    key.rpartition(".")[2]
+    for key, kind in kinds(VisionConfig, "vision", Kind.ARCHITECTURE).items()
+    if kind is Kind.ARCHITECTURE
+)
+
+
+def vision_difference(mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> str | None:
+    """The first thing in which two models' eyes differ, both as plain data, in words: what is here, and what there."""
+    if mine is None or theirs is None:
+        said = ["null" if eyes is None else "set" for eyes in (mine, theirs)]
+        return None if mine is theirs else f"model.vision is {said[0]} here and {said[1]} there"
+    mine, theirs = (
+        dataclasses.asdict(VisionConfig(**eyes)) for eyes in (mine, theirs)
+    )  # saved ones may lack newer keys
+    for key in _EYES:
+        if mine[key] != theirs[key]:
+            here, there = (str(eyes[key])[:80] for eyes in (mine, theirs))
+            return f"model.vision.{key} is {here} here and {there} there"
+    return None
 
 
 def stream_multiple(config: GPTModelConfig) -> int:

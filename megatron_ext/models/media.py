@@ -4,13 +4,13 @@ A medium's tokens are placeholders in the prompt. Their rows get the medium's pr
 embeddings, and positions by the model's scheme; what follows a prompt starts at the prompt's next index, which is not
 its number of tokens.
 
-Shape legend: t rows of the stream, n media tokens of its prompts, f features of one, h hidden size.
+Shape legend: t rows of the stream, n media tokens of its prompts, f features of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.grouping import PackedTokens, PrefixGroups, StreamMedia, pack
 from megatron_ext.rotary import Item, Scheme, Text, Video, find_scheme, layout
+from megatron_ext.vision import Pixels
 
-__all__ = ["MediaPrompt", "MediaProjector", "next_position", "pack_prompts", "stream_positions"]
+__all__ = ["MediaPrompt", "next_position", "pack_prompts", "stream_positions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,49 +31,61 @@ class MediaPrompt:
     Attributes:
         tokens: token ids, placeholders included.
         items: texts and media in the order of the tokens.
-        features: of all media tokens, [n, f], in the order of the tokens.
+        content: of all media in the order of the tokens, features [n, f], or what the model's tower is shown of each.
     """
 
     tokens: list[int]
     items: tuple[Item, ...]
-    features: Tensor
+    content: Tensor | tuple[Pixels, ...]
 
     @classmethod
-    def of(cls, tokens: Sequence[int], placeholder: int, media: Sequence[Video], features: Tensor) -> MediaPrompt:
+    def of(
+        cls,
+        tokens: Sequence[int],
+        placeholder: int | Collection[int],
+        media: Sequence[Video],
+        content: Tensor | Sequence[Pixels],
+    ) -> MediaPrompt:
         """Find the media among the tokens.
 
         Args:
-            tokens: one `placeholder` for every token of every medium, media in order.
-            features: [n, f].
+            tokens: one `placeholder`, or one of several, for every token of every medium, media in order.
+            content: features [n, f], or pixels of each medium.
 
         Raises:
-            UserError: a number of placeholders or of features that does not fit the media.
+            UserError: a number of placeholders, features or pictures that does not fit the media.
         """
         expected = sum(m.length for m in media)
         grids = ", ".join(f"{m.t} x {m.h} x {m.w}" for m in media) or "none"
-        found = sum(token == placeholder for token in tokens)
+        known = {placeholder} if isinstance(placeholder, int) else {*placeholder}
+        found = sum(token in known for token in tokens)
         if found != expected:
             raise UserError(
                 f"the prompt has {found} placeholder tokens, its media ({grids}) have {expected}: write one for each token "
                 "of each grid"
             )
-        if features.dim() != 2 or len(features) != expected:
-            raise UserError(f"media ({grids}) have {expected} tokens, features are {tuple(features.shape)}")
+        if isinstance(content, Tensor):
+            if content.dim() != 2 or len(content) != expected:
+                raise UserError(f"media ({grids}) have {expected} tokens, features are {tuple(content.shape)}")
+        else:
+            content = tuple(content)
+            if len(content) > len(media):  # a video may stand in several places, a frame in each
+                raise UserError(f"the prompt has {len(media)} media ({grids}) and pictures of {len(content)}")
         items: list[Item] = []
         row, waiting = 0, list(media)
         while row < len(tokens):
-            if tokens[row] == placeholder:
+            if tokens[row] in known:
                 medium = waiting.pop(0)
-                if any(token != placeholder for token in tokens[row : row + medium.length]):
+                if any(token != tokens[row] for token in tokens[row : row + medium.length]):
                     raise UserError(f"text stands among the {medium.length} placeholders of {medium}")
                 items.append(medium)
             else:
                 end = row
-                while end < len(tokens) and tokens[end] != placeholder:
+                while end < len(tokens) and tokens[end] not in known:
                     end += 1
                 items.append(Text(end - row))
             row += items[-1].length
-        return cls(list(tokens), tuple(items), features)
+        return cls(list(tokens), tuple(items), content)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,19 +108,19 @@ def _tokens(prompt: Prompt) -> Sequence[int]:
     return prompt.tokens if isinstance(prompt, MediaPrompt) else prompt
 
 
-def next_position(prompt: Prompt, scheme: str | Scheme) -> int:
+def next_position(prompt: Prompt, scheme: str | Scheme) -> float:
     """Where what follows a prompt starts."""
     return layout(prompt.items, scheme).next_index if isinstance(prompt, MediaPrompt) else len(prompt)
 
 
 def stream_positions(groups: PrefixGroups, prompts: Sequence[Prompt], scheme: str | Scheme) -> Tensor:
-    """int64 [axes, t]: positions of a stream whose groups have these prompts.
+    """[axes, t] of the scheme's type: positions of a stream whose groups have these prompts.
 
     Every continuation starts at its prompt's next index, on every axis, however deep it stands in the tree.
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
     device = groups.position_ids.device
-    ids = groups.position_ids.expand(scheme.axes, -1).clone()  # [axes, t]: right for text
+    ids = groups.position_ids.to(scheme.dtype).expand(scheme.axes, -1).clone()  # [axes, t]: right for text
     row = 0
     for tree, prompt in zip(groups.trees, prompts, strict=True):
         if isinstance(prompt, MediaPrompt):
@@ -142,36 +155,25 @@ def pack_prompts(
     rows, index, row, count = [], [], 0, 0
     for tree, prompt in zip(batch.groups.trees, prompts, strict=True):
         if isinstance(prompt, MediaPrompt):
+            here = prompt.media_rows
             if prompt not in first_feature:
                 first_feature[prompt] = count
-                count += len(prompt.features)
-            rows.append(row + prompt.media_rows)
-            index.append(first_feature[prompt] + torch.arange(len(prompt.features)))
+                count += len(here)
+            rows.append(row + here)
+            index.append(first_feature[prompt] + torch.arange(len(here)))
         row += tree.num_tokens
     if not rows:
         return batch
-    features = torch.cat([prompt.features for prompt in first_feature]).to(device)
-    media = StreamMedia(features, torch.cat(rows), torch.cat(index))
+    media = StreamMedia(_content(list(first_feature), device), torch.cat(rows), torch.cat(index))
     return dataclasses.replace(batch, media=media, scheme_ids=stream_positions(batch.groups, prompts, scheme))
 
 
-class MediaProjector(torch.nn.Module):
-    """Features of media tokens into the model's hidden space: patch embedding, GELU, projection.
-
-    The first linear layer on the pixels of a patch is a convolution with the patch's size as stride; features that
-    another encoder precomputed enter the same way. Small, and the same on every tensor-parallel rank.
-    """
-
-    def __init__(self, feature_size: int, hidden_size: int, init_std: float):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(feature_size)
-        self.patch = torch.nn.Linear(feature_size, hidden_size)
-        self.out = torch.nn.Linear(hidden_size, hidden_size)
-        for layer in (self.patch, self.out):
-            torch.nn.init.normal_(layer.weight, std=init_std)
-            torch.nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[n, f] -> [n, h]."""
-        features = features.to(self.patch.weight.dtype)
-        return self.out(torch.nn.functional.gelu(self.patch(self.norm(features))))
+def _content(prompts: Sequence[MediaPrompt], device: torch.device | str) -> Tensor | tuple[Pixels, ...]:
+    kinds = {isinstance(prompt.content, Tensor) for prompt in prompts}
+    if len(kinds) > 1:
+        raise UserError(
+            "some prompts have features and others pictures: a model sees one kind; take the same for all rows"
+        )
+    if True in kinds:
+        return torch.cat([prompt.content for prompt in prompts]).to(device)
+    return tuple(pixels for prompt in prompts for pixels in prompt.content)

@@ -18,7 +18,7 @@ from megatron_ext.attention.kernels import KERNELS, check_kernel
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Layout, Speed, Training
 from megatron_ext.models.fp8 import FP8_ROWS, check_fp8
-from megatron_ext.runtime.distributed import local_device
+from megatron_ext.runtime.distributed import ParallelSizes, local_device
 
 __all__ = ["PRECISIONS", "Placement"]
 
@@ -59,6 +59,11 @@ class Placement:
     # "a2a" (Ulysses), so that each has all rows of some heads: heads and key/value heads must divide by tensor x
     # context ranks.
     cp_comm_type: Layout[str] = "all_gather"
+    # Ranks that share the experts of a layer (docs/experts.md): tokens travel to them and back. They are taken from ranks that
+    # share nothing else in an MLP: data-, context- and, with expert_tensor_parallel_size below it, tensor-parallel ones.
+    expert_model_parallel_size: Layout[int] = 1
+    # Ranks that share each matrix of an expert; null: tensor_model_parallel_size. 1 where experts are narrow.
+    expert_tensor_parallel_size: Layout[int | None] = None
     # Norms and residuals cut over tensor-parallel ranks, too: less memory at the same traffic. Needs more than one of them.
     sequence_parallel: Layout[bool] = False
     # "auto": the first that can run on the ranks' machines. Or cpu, blockwise, torch_flash, flash_attn_2, flash_attn_3.
@@ -71,9 +76,12 @@ class Placement:
 
     def __post_init__(self):
         self.precision = str(self.precision)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "expert_model_parallel_size", "expert_tensor_parallel_size",
+        ):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"model.{name}={value} must be at least 1")
         for broken, message in self._rules():
             if broken:
                 raise UserError(message)
@@ -115,6 +123,22 @@ class Placement:
             on and self.transformer_impl == "local",
             f"model.fp8={self.fp8} is Transformer Engine's, and model.transformer_impl=local does without; set it to auto",
         )
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        """How ranks are divided."""
+        return ParallelSizes(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.context_parallel_size,
+            self.expert_model_parallel_size,
+            self.expert_tensor_parallel_size,
+        )
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """Ranks that share each matrix of an expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def row_multiple(self) -> int:

@@ -23,11 +23,12 @@ from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import MediaPrompt, pack_prompts
 from megatron_ext.runtime.collectives import from_last
+from megatron_ext.runtime.expert_load import most_of_experts
 from megatron_ext.runtime.pieces import ModelPieces, pieces_of
 from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = [
-    "PromptStream", "StageRun", "check_lengths", "from_last_stage", "next_token_probabilities", "prompt_streams",
+    "PromptStream", "StageRun", "check_lengths", "from_last_stage", "idle_run", "next_token_probabilities", "prompt_streams",
     "text_logits",
 ]  # fmt: skip
 
@@ -108,6 +109,8 @@ def next_token_probabilities(
         PROGRESS.made()
         found = None if logits is None else logits.softmax(-1).index_select(1, wanted)
         parts.append(from_last_stage(found, (len(stream.ends), len(tokens)), wanted.device))
+    for _ in range(most_of_experts(model.config, len(parts)) - len(parts)):
+        idle_run(model).whole()
     return torch.cat(parts) if parts else torch.empty(0, len(tokens), device=wanted.device)
 
 
@@ -122,6 +125,14 @@ def text_logits(model: PrefixGroupedGPT, text: Sequence[int] | MediaPrompt) -> T
     rows = torch.arange(len(text), device=stream.ends.device)
     shape = len(text), model.model_config.vocab_size
     return from_last_stage(replace(stream, ends=rows).run(model), shape, rows.device)
+
+
+def idle_run(model: PrefixGroupedGPT | ModelPieces) -> StageRun:
+    """Of a stream that nobody asked for, where a rank has nothing to run and others that share experts with it have."""
+    config, device = model.model_config, next(model.parameters()).device
+    batch = pack_prompts([[0]], [[]], config.position_embedding.scheme, stream_multiple(config), device)
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    return StageRun(model, batch.tokens, batch.position_ids, PrefillStep(batch.groups), rows)
 
 
 def check_lengths(model: PrefixGroupedGPT, prompts: Iterable[tuple[Sequence[int] | MediaPrompt, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Iterable
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,10 +16,16 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_ext.attention.core import PrefixGroupedCoreAttention
 from megatron_ext.errors import UserError
-from megatron_ext.models.norm import RMSNorm
+from megatron_ext.models.deepstack import fed_layer
+from megatron_ext.models.expert_config import ExpertConfig
+from megatron_ext.models.experts import expert_layer
+from megatron_ext.models.latent import LatentSelfAttention, LatentSubmodules
+from megatron_ext.models.latent_config import LatentConfig
+from megatron_ext.models.norm import RMSNorm, RMSNormAcrossHeads
 
 __all__ = ["assert_all_attention_grouped", "block_spec", "has_transformer_engine"]
 
@@ -37,6 +44,12 @@ def block_spec(
     softcap: float | None = None,
     attention_kernel: str = "auto",
     attention_plan: str = "auto",
+    residual_multiplier: float = 1.0,
+    latent: LatentConfig | None = None,
+    across_heads: tuple[int, int] | None = None,
+    experts: ExpertConfig | None = None,
+    layers: Iterable[int] = (),
+    fed: int = 0,
 ) -> TransformerBlockSubmodules:
     """Spec of a decoder block whose every layer attends over prefix groups.
 
@@ -45,6 +58,12 @@ def block_spec(
         implementation: "local" (Megatron's own linears and our RMSNorm), "transformer_engine" (its linears and
             norms), or "auto": Transformer Engine where it can run. The choice is logged.
         softcap, attention_kernel, attention_plan: of the core attention.
+        residual_multiplier: of what attention and MLP add.
+        latent: the channels of multi-latent attention; None: layers have plain attention.
+        across_heads: query and key/value heads of all ranks, where one norm spans them.
+        experts: which layers have experts, and what they are; None: none have.
+        layers: numbers of the stage's layers in the whole model, from 0; needed with `experts`.
+        fed: how many of the stage's first layers a vision tower's deepstack feeds.
     """
     if implementation == "auto":
         implementation = "transformer_engine" if has_transformer_engine() else "local"
@@ -59,7 +78,20 @@ def block_spec(
         layer, final_norm = _transformer_engine_layer(core, qk_layernorm)
     else:
         raise UserError(f"transformer_impl must be auto, local or transformer_engine, got {implementation!r}")
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+    if latent is not None:
+        _make_latent(layer, core, latent, implementation)
+    if residual_multiplier != 1:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _multiplied(residual_multiplier)
+    if across_heads is not None:
+        submodules = layer.submodules.self_attention.submodules
+        norms = [ModuleSpec(RMSNormAcrossHeads, params={"heads": heads}) for heads in across_heads]
+        submodules.q_layernorm, submodules.k_layernorm = norms
+    specs = [layer] * num_layers
+    if experts is not None and any(experts.layers_with_experts):
+        routed = expert_layer(layer, experts, final_norm, fused=implementation == "transformer_engine")
+        specs = [routed if experts.layers_with_experts[number] else layer for number in layers]
+    specs[:fed] = [fed_layer(spec, last=number == fed - 1) for number, spec in enumerate(specs[:fed])]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
 
 
 def _layer(
@@ -87,6 +119,35 @@ def _layer(
             sharded_state_dict_keys_map=keys_map,
         ),
     )
+
+
+def _make_latent(layer: ModuleSpec, core: ModuleSpec, sizes: LatentConfig, implementation: str) -> None:
+    """Put multi-latent attention into a layer's spec. Its first linears are not fused with the norm before them."""
+    local = implementation == "local"
+    if local:
+        submodules = LatentSubmodules.of(ColumnParallelLinear, RowParallelLinear, RMSNorm, core)
+    else:  # not yet run: it needs a GPU
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        submodules = LatentSubmodules.of(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
+        layer.submodules.input_layernorm = TENorm
+    layer.submodules.self_attention = ModuleSpec(LatentSelfAttention, params={"sizes": sizes}, submodules=submodules)
+    layer.submodules.sharded_state_dict_keys_map.pop("input_layernorm.", None)
+
+
+def _multiplied(multiplier: float) -> Callable[..., Callable[..., Tensor]]:
+    """Megatron's addition to the residual stream, of so many times what is added."""
+
+    def bias_dropout_add(training: bool, fused: bool):
+        add = get_bias_dropout_add(training, fused)
+
+        def multiplied(added: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            x, bias = added
+            return add((x * multiplier, None if bias is None else bias * multiplier), residual, dropout)
+
+        return multiplied
+
+    return bias_dropout_add
 
 
 def _local_layer(core: ModuleSpec, qk_layernorm: bool) -> ModuleSpec:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_ext.models.config import GPTModelConfig
 from megatron_ext.planner.parameters import ParameterTensor
@@ -119,6 +119,9 @@ class StateBytes:
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def state_bytes(

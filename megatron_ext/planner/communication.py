@@ -18,7 +18,7 @@ from functools import lru_cache
 from megatron_ext.planner.activations import projected_width
 from megatron_ext.planner.hardware import Hardware
 from megatron_ext.planner.job import Job, MicrobatchShape
-from megatron_ext.planner.parameters import trained_of_stage
+from megatron_ext.planner.parameters import layers_of_stage, trained_of_stage
 
 __all__ = ["Traffic", "data_traffic", "members_per_node", "neighbours", "pass_traffic", "ring"]
 
@@ -30,7 +30,7 @@ class Traffic:
     """Bytes sent by one rank, in how many collectives, over a group of this many ranks.
 
     Attributes:
-        kind: tensor, context, pipeline or data.
+        kind: tensor, context, expert, pipeline or data.
         per_node: members of the group in each of its nodes, see `members_per_node`.
         exchange: an all-to-all, not a ring: what a rank has for ranks of other nodes leaves by its own NIC.
     """
@@ -84,6 +84,13 @@ def pass_traffic(job: Job, microbatch: MicrobatchShape, backward: bool) -> list[
         found.append(ring(job, "tensor", sent, calls * layers + 4))
     if cp > 1:
         found.append(_context(job, microbatch, layers, forwards, backward))
+    if config.expert_model_parallel_size > 1:
+        # Tokens on their way to experts and back, with their weights; backward the same the other way.
+        has = config.layers_with_experts
+        with_experts = max(sum(has[layer] for layer in layers_of_stage(config, stage)) for stage in range(pp))
+        count = 2 * (forwards + backward) * with_experts
+        sent = count * -(-t // tp) * config.moe_router_topk * h * e
+        found.append(ring(job, "expert", sent, count, exchange=True))
     if pp > 1:
         rows = t // tp if config.sequence_parallel else t
         count = (1 + backward) * config.pipeline_split.pieces
@@ -99,8 +106,9 @@ def _context(job: Job, microbatch: MicrobatchShape, layers: int, forwards: int, 
         passes = forwards + backward
         sent = passes * microbatch.shape.tokens * (2 * n + 2 * m) * d * e
         return ring(job, "context", layers * sent, layers * 4 * passes, exchange=True)
-    rows = microbatch.gathered * 2 * m * d
-    gathers = forwards + backward  # backward gathers again, and sums gradients in fp32
+    rows = microbatch.shape.gathered * config.cached_channels
+    # Backward gathers again, but for compressed rows, and sums gradients in fp32.
+    gathers = forwards + (backward and not config.multi_latent_attention)
     sent = rows * (gathers * e + backward * FP32)
     return ring(job, "context", layers * sent, layers * (gathers + backward))
 
@@ -110,10 +118,13 @@ def data_traffic(job: Job, stage: int) -> list[Traffic]:
     config = job.model
     if job.data_parallel * config.context_parallel_size == 1:
         return []
-    count = sum(p.numel for p in trained_of_stage(config, stage, job.block))
     # A reduce-scatter and a gather of parameters, or an all-reduce.
-    sent = count * (FP32 + config.dtype.itemsize if job.distributed_optimizer else 2 * FP32)
-    return [ring(job, "data", sent, 2)]
+    each = FP32 + config.dtype.itemsize if job.distributed_optimizer else 2 * FP32
+    trained, apart = trained_of_stage(config, stage, job.blocks), config.expert_model_parallel_size > 1
+    found = [ring(job, "data", each * sum(p.numel for p in trained if not (apart and p.expert)), 2)]
+    if apart and job.expert_replicas > 1:
+        found.append(ring(job, "data of experts", each * sum(p.numel for p in trained if p.expert), 2))
+    return found
 
 
 def ring(job: Job, kind: str, total: float, collectives: float, exchange: bool = False) -> Traffic:
@@ -132,7 +143,14 @@ def neighbours(job: Job, sent: float, count: float) -> Traffic:
 def _group(job: Job, kind: str) -> tuple[int, int]:
     """How far a group's ranks lie apart, and how many there are; gradients are summed over context ranks, too."""
     tp, cp = job.model.tensor_model_parallel_size, job.model.context_parallel_size
-    return {"tensor": (1, tp), "context": (tp, cp), "data": (tp, cp * job.data_parallel)}[kind]
+    etp, ep = job.model.expert_tensor_ranks, job.model.expert_model_parallel_size
+    return {
+        "tensor": (1, tp),
+        "context": (tp, cp),
+        "data": (tp, cp * job.data_parallel),
+        "expert": (etp, ep),
+        "data of experts": (etp * ep, job.expert_replicas),
+    }[kind]
 
 
 @lru_cache(maxsize=1024)

@@ -89,7 +89,7 @@ def _kinds_of_change(job: Job) -> Iterator[Iterator[tuple[Job, str]]]:
     on_host = job.moments.on_host
     shares = [(MomentStorage(share, job.moments.types), _share_keys(share)) for share in SHARES if share > on_host]
     yield _with_reference(job, [(job.moments, ""), *shares])
-    if not job.block:  # frozen layers below it leave it no gradient then
+    if not job.blocks:  # frozen layers below it leave it no gradient then
         yield _less_of_activations(job)
     if job.moments.types != BF16_MOMENTS:
         yield _with_reference(job, [(MomentStorage(on_host, BF16_MOMENTS), BF16_KEYS)])

@@ -6,11 +6,12 @@ what is given with sparsity); NICs as in the DGX reference systems, one for each
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_ext.errors import UserError
 
-__all__ = ["HARDWARE", "Assumptions", "Hardware", "find_hardware"]
+__all__ = ["HARDWARE", "Assumptions", "Hardware", "find_hardware", "hardware_of"]
 
 GIB = 1 << 30
 
@@ -71,6 +72,8 @@ class Assumptions:
     # Sampling runs one token at a time, without CUDA graphs: kernels of a layer, and seconds to launch one.
     decode_kernels: int = 40
     kernel_launch: float = 5e-6
+    # Patches of a frame, of vision towers whose frames have any size: 448 x 448 pixels of Qwen2-VL's.
+    frame_patches: int = 1024
     # Numbers that the host updates in a second for one rank, where Adam's moments lie in its memory.
     host_updates: float = 1e9
     # Bytes that CUDA, NCCL and the allocator's gaps take.
@@ -94,6 +97,8 @@ class Assumptions:
             "rings are laid node by node, and every GPU has a NIC: a group with k members in a node leaves it through k NICs",
             f"decoding a token launches {self.decode_kernels} kernels per layer, {1e6 * self.kernel_launch:.0f} us each",
             f"the host updates {self.host_updates:.0e} numbers a second for each rank, where optimizer_cpu_offload is on",
+            f"a frame has {self.frame_patches} patches, where a vision tower takes any size; of a frozen one nothing is kept "
+            "from an epoch before",
             f"{self.reserve / GIB:.0f} GiB of every GPU go to CUDA, NCCL and gaps between allocations",
             "model.transformer_impl=auto is Transformer Engine: norms keep their input and one number per row, SwiGLU its input",
             "all prompts and responses are of the given length, and all ranks equally busy",
@@ -114,3 +119,9 @@ def find_hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise UserError(f"hardware {name!r} is not known; there are: {', '.join(HARDWARE)}")
     return HARDWARE[name]
+
+
+def hardware_of(device: str) -> Hardware | None:
+    """By what CUDA calls a GPU, such as "NVIDIA H100 80GB HBM3"; None: it is not in the table, as versions for PCIe are not."""
+    words = set(re.split(r"[\s-]+", device))
+    return None if words & {"PCIe", "PCIE", "NVL"} else next((h for name, h in HARDWARE.items() if name in words), None)

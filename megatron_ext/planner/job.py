@@ -28,8 +28,6 @@ class MicrobatchShape:
 
     lengths: Lengths
     shape: StreamShape
-    # Rows whose keys and values context-parallel ranks gather.
-    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Job:
         reference_on_host: and where: in the host's memory, and in the gradient buffers while it is used.
         rollout: the responses are sampled by the model; else others do, whose time and memory are not planned.
         rollout_tokens: tokens whose keys and values sampling holds at most; None: all that there are.
-        block: one block trains and all else is frozen (LFTF); the worst one is planned for.
+        blocks: so many train and all else is frozen (LFTF); 0: all train. The worst are planned for, all on one stage, and as
+            whole ones where parts train.
         locates: the gradients of all blocks are held once, before anything trains.
         distributed_optimizer: its state is sharded over data-parallel ranks.
         moments: where Adam's are kept, and in which types.
@@ -73,7 +72,7 @@ class Job:
     reference_on_host: bool = False
     rollout: bool = False
     rollout_tokens: int | None = None
-    block: bool = False
+    blocks: int = 0
     locates: bool = False
     distributed_optimizer: bool = True
     moments: MomentStorage = MomentStorage()
@@ -98,8 +97,7 @@ class Job:
 
     @property
     def sizes(self) -> ParallelSizes:
-        m = self.model
-        return ParallelSizes(m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size)
+        return self.model.sizes
 
     @property
     def world(self) -> int:
@@ -109,6 +107,19 @@ class Job:
     def data_parallel(self) -> int:
         """Raises UserError where the ranks do not divide by tensor x pipeline x context."""
         return self.sizes.data(self.world)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and share the optimizer's state of them: context-parallel ones count."""
+        return self.data_parallel * self.model.context_parallel_size
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same for experts."""
+        m = self.model
+        if m.expert_model_parallel_size == 1:
+            return self.replicas
+        return self.world // (m.expert_model_parallel_size * m.expert_tensor_ranks * m.pipeline_model_parallel_size)
 
     @property
     def local_groups(self) -> int:
@@ -159,7 +170,7 @@ class Job:
             tokens, gathered = self._context_rows(lengths, ranks)
             predicted, rows = -(-predicted // ranks), -(-rows // ranks)
         padded = -(-tokens // multiple) * multiple
-        return MicrobatchShape(lengths, StreamShape(padded, predicted, rows, media), gathered)
+        return MicrobatchShape(lengths, StreamShape(padded, predicted, rows, media, gathered))
 
     def _context_rows(self, lengths: Lengths, ranks: int) -> tuple[int, int]:
         """Rows of the fullest context-parallel rank, and rows that are gathered."""

@@ -15,12 +15,19 @@ from dataclasses import dataclass, fields
 from megatron_ext.attention.pages import GROWTH, PAGE, pages_of
 from megatron_ext.losses.logprobs import default_chunk_size
 from megatron_ext.models.config import GPTModelConfig, stream_multiple
-from megatron_ext.planner.activations import Activations, StreamShape, on_gpu, projected_width, stage_activations
+from megatron_ext.planner.activations import StreamShape, expert_rows, on_gpu, projected_width, stage_activations
 from megatron_ext.planner.buffers import StateBytes, overlap_bucket, state_bytes
+from megatron_ext.planner.in_flight import in_flight
 from megatron_ext.planner.job import Job, MicrobatchShape
-from megatron_ext.planner.parameters import layers_of_stage, stage_parameters, trained_of_stage
+from megatron_ext.planner.parameters import (
+    adds_gradients,
+    layers_of_stage,
+    stage_parameters,
+    stand_in_gradients,
+    trained_of_stage,
+    weights_train,
+)
 from megatron_ext.rollouts.scheduler import PREFILL_TOKENS
-from megatron_ext.runtime.pieces import streams_per_turn
 
 __all__ = ["StageMemory", "keys_and_values", "sampled_together", "stage_memory"]
 
@@ -34,7 +41,7 @@ class StageMemory:
     """Bytes on the fullest rank of a pipeline stage.
 
     Attributes:
-        parameters, gradients, optimizer: see `buffers.StateBytes`.
+        parameters, gradients, optimizer: see `buffers.StateBytes`; and `stand_in_gradients`.
         copies: the reference policy's weights, or the trained block's.
         activations: of all microbatches in flight.
         working: what the backward pass of one layer, or one chunk of logits, holds for a moment.
@@ -90,20 +97,21 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     item = config.dtype.itemsize
     copies = locating = host = 0
     if job.reference_copy:
-        reference = item * sum(p.numel for p in parameters)
+        reference = item * sum(p.numel for p in trained_of_stage(config, stage, blocks=0))
         copies, host = (0, reference) if job.reference_on_host else (reference, 0)
-    if job.block:
-        copies += BLOCK_COPIES * item * sum(p.numel for p in trained_of_stage(config, stage, block=True))
+    if job.blocks:
+        copies += BLOCK_COPIES * item * sum(p.numel for p in trained_of_stage(config, stage, job.blocks))
     if job.locates:
-        locating = item * sum(p.numel for p in parameters if p.layer is not None)
+        locating = item * sum(p.numel for p in parameters if p.layer is not None and not p.adapter)
     largest = job.largest()
     stream = largest.shape
-    found = stage_activations(config, stage, stream, on_gpu(config.transformer_impl, config.fp8 is not None))
-    activations, inputs = _in_flight(job, stage, found)
+    implementation = "local" if config.peft is not None else config.transformer_impl
+    found = stage_activations(config, stage, stream, on_gpu(implementation, config.fp8 is not None))
+    activations, inputs = in_flight(job, stage, found)
     return StageMemory(
         stage,
         state.parameters,
-        state.gradients,
+        state.gradients + item * stand_in_gradients(config, stage),
         state.optimizer,
         copies,
         activations,
@@ -114,32 +122,23 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     )
 
 
-def _in_flight(job: Job, stage: int, found: Activations) -> tuple[int, int]:
-    """Activations of all streams that wait for their backward pass, on the device and on the host. Of a stage in pieces more do,
-    as Megatron's interleaved schedule has it, and what each piece has sent on is not freed."""
-    split, streams = job.model.pipeline_split, len(job.microbatches)
-    if split.pieces == 1:
-        waiting = min(streams, split.stages - stage)
-        return waiting * found.kept, waiting * found.host * found.layers
-    streams = max(streams, split.stages)
-    ahead = 2 * (split.stages - stage - 1) + (split.pieces - 1) * streams_per_turn(streams, split.stages) + 1
-    passes = min(ahead, split.pieces * streams)
-    rows = job.largest().shape.tokens // (job.model.tensor_model_parallel_size if job.model.sequence_parallel else 1)
-    sent = rows * job.model.hidden_size * job.model.dtype.itemsize
-    layers = found.layers // split.pieces
-    each = found.layer * layers + found.shared + sent
-    return passes * each + min(passes, streams) * (found.input + found.output), passes * layers * found.host
-
-
 def _state(job: Job, stage: int) -> StateBytes:
     config = job.model
-    trained = trained_of_stage(config, stage, job.block)
+    trained = trained_of_stage(config, stage, job.blocks)
     names = {p.name for p in trained}
-    frozen = [p for p in stage_parameters(config, stage) if p.name not in names]
-    ranks = job.data_parallel * config.context_parallel_size
+    # Of other blocks than the one that trains adapters are taken away.
+    frozen = [p for p in stage_parameters(config, stage) if p.name not in names and not p.adapter]
     # Later stages have time for theirs while the first still runs.
     bucket = overlap_bucket(job.data_parallel) if job.overlap_grad_reduce and stage == 0 else None
-    return state_bytes(config, trained, frozen, ranks, None, job.distributed_optimizer, job.moments, bucket)
+    common = None, job.distributed_optimizer, job.moments, bucket
+    apart = (
+        config.expert_model_parallel_size > 1
+    )  # experts have buffers of their own, over the ranks that hold the same ones
+    parts = [([p for p in trained if not (apart and p.expert)], frozen, job.replicas)]
+    if apart:
+        parts.append(([p for p in trained if p.expert], [], job.expert_replicas))
+    first, *others = (state_bytes(config, some, still, ranks, *common) for some, still, ranks in parts)
+    return sum(others, first)
 
 
 def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
@@ -147,8 +146,21 @@ def _layer_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
     t, h, e = microbatch.shape.tokens, config.hidden_size, config.dtype.itemsize
     f = config.ffn_hidden_size // config.tensor_model_parallel_size
     rows = 2 * t * h * e  # input and gradient of a column-parallel linear, of all rows
-    mlp = t * 3 * f * e + 2 * f * h * e  # gradients of SwiGLU's input and output; one weight's, before it is added
+    weight = 0  # its gradient, before it is added
+    if weights_train(config) and not adds_gradients(config):
+        weight = 2 * f * h * e
+    mlp = t * 3 * f * e + weight  # beside those of SwiGLU's input and output
+    if config.num_moe_experts is not None:
+        mlp = max(mlp, _experts_working(config, t))
     return rows + max(mlp, _attention_working(config, microbatch))
+
+
+def _experts_working(config: GPTModelConfig, t: int) -> int:
+    """Gradients of what experts were sent and gave back, in both orders, and of what is inside one after the other; all tokens of
+    the stream on experts that are equally busy."""
+    e, h, x = config.dtype.itemsize, config.hidden_size, config.expert_width // config.expert_tensor_ranks
+    sent = expert_rows(config, t)
+    return sent * (4 * h + 3 * x) * e + (0 if adds_gradients(config) else 2 * x * h * e)
 
 
 def _attention_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> int:
@@ -168,7 +180,7 @@ def _attention_working(config: GPTModelConfig, microbatch: MicrobatchShape) -> i
         return kernel
     # Keys and values are gathered again, and their gradients are fp32. A call reads a prefix at most twice: for what this
     # rank has of it, and for the responses.
-    gathered = microbatch.gathered
+    gathered = microbatch.shape.gathered
     kernel += gathered * (2 * m * d * (e + FP32) + 2 * (2 * m * d * 2 * e + every_head))
     # Then gradients of gathered rows are there three times: as computed, joined, and in the order of ranks.
     summed = gathered * 2 * m * d * (e + 3 * FP32) + t * d * (2 * m * (3 * e + 2 * FP32) + 2 * n * e)
@@ -179,7 +191,7 @@ def _output_working(config: GPTModelConfig, stage: int, stream: StreamShape) -> 
     """Logits of one chunk with their scratch, and the gradients of the rows and of the vocabulary's weights."""
     h, e, tp = config.hidden_size, config.dtype.itemsize, config.tensor_model_parallel_size
     v = config.padded_vocab_size // tp
-    weight = v * h * e
+    weight = v * h * e if weights_train(config) else 0
     if stage < config.pipeline_model_parallel_size - 1:
         return weight if stage == 0 else 0
     rows = min(config.logprob_chunk_size or default_chunk_size(v, "cuda"), stream.predicted)
@@ -190,7 +202,7 @@ def _output_working(config: GPTModelConfig, stage: int, stream: StreamShape) -> 
 def _cache(job: Job, stage: int) -> int:
     """Keys and values in pages, partial results of one layer's attention, the prefill's widest tensors, and logits."""
     config, together = job.model, sampled_together(job)
-    e, tp, v, d = config.dtype.itemsize, config.tensor_model_parallel_size, config.padded_vocab_size, config.kv_channels
+    e, tp, v = config.dtype.itemsize, config.tensor_model_parallel_size, config.padded_vocab_size
     # At first responses are short, and more of them have room than when they are long: about twice as many.
     prompts = min(2 * together, _local_prompts(job)) if job.rollout_tokens else together
     rows = -(-prompts * job.samples // config.pipeline_model_parallel_size)  # of a lane
@@ -198,20 +210,26 @@ def _cache(job: Job, stage: int) -> int:
     held = keys_and_values(
         config, stage, min(tokens + tokens // GROWTH, job.rollout_tokens or tokens + tokens // GROWTH)
     )
-    # A query, its result in fp32 and as the kernel gives it, of every page of a response and of each response's prompt.
-    parts = (together * job.samples * pages_of(job.response) + rows) * config.heads_per_rank[0] * d * (2 * e + FP32)
+    # A query, its result in fp32 and as the kernel gives it, of every page of a response and of each response's prompt; of latent
+    # attention absorbed.
+    n, d = config.heads_per_rank[0], config.cached_channels if config.multi_latent_attention else config.kv_channels
+    parts = (together * job.samples * pages_of(job.response) + rows) * n * d * (2 * e + FP32)
     multiple = stream_multiple(config)
     t = -(-min(prompts * job.prompt, max(PREFILL_TOKENS, job.prompt)) // multiple) * multiple
     prefill = t * (3 * config.ffn_hidden_size // tp + 2 * config.hidden_size) * e
+    if config.num_moe_experts is not None:
+        prefill = max(prefill, _experts_working(config, t))
+    if config.multi_latent_attention:  # keys and values as they are made, and as attention takes them
+        prefill = max(prefill, t * n * (config.qk_head_dim + config.v_head_dim + 3 * config.kv_channels) * e)
     last = stage == config.pipeline_model_parallel_size - 1
-    # fp32 logits, scaled once more, their fp64 softmax and its cumulative sum.
+    # fp32 logits, scaled once more, and their cumulative sum in fp64; as much again is for what filters sort.
     logits = rows * v * (2 * FP32 + 2 * 8) if last else 0
     return held + max(parts, logits, prefill)
 
 
 def keys_and_values(config: GPTModelConfig, stage: int, tokens: int) -> int:
     """Bytes of so many tokens' keys and values on one rank."""
-    per_token = 2 * config.heads_per_rank[1] * config.kv_channels * config.dtype.itemsize
+    per_token = config.cached_channels * config.dtype.itemsize
     return len(layers_of_stage(config, stage)) * per_token * tokens
 
 

@@ -1,8 +1,9 @@
-"""The fastest layout of what fits: every tensor, pipeline and context size, with and without recomputation."""
+"""The fastest layout of what fits: every tensor, pipeline, context and expert size, with and without recomputation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from megatron_ext.errors import UserError
 from megatron_ext.planner.estimates import Estimate, estimate
@@ -24,8 +25,9 @@ def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
             same = pipeline == job.model.pipeline_model_parallel_size
             split = {} if same else dict.fromkeys(SPLIT)
             for context in _powers(largest_context):
-                for granularity in (None, "full"):
+                for experts, granularity in product(_expert_sizes(job, tensor, pipeline), (None, "full")):
                     changes = {
+                        **experts,
                         "tensor_model_parallel_size": tensor,
                         "pipeline_model_parallel_size": pipeline,
                         "context_parallel_size": context,
@@ -33,12 +35,25 @@ def layouts(job: Job, largest_context: int = 8) -> Iterator[Job]:
                         "activations_checkpoint_granularity": granularity,
                         **split,
                     }
-                    if job.world % (tensor * pipeline * context) or (job.block and granularity):
+                    if job.world % (tensor * pipeline * context) or (job.blocks and granularity):
                         continue
                     try:
                         yield job.laid_out(**changes)
                     except UserError:  # heads or batches that do not divide
                         continue
+
+
+def _expert_sizes(job: Job, tensor: int, pipeline: int) -> list[dict[str, int | None]]:
+    """Sizes of expert parallelism to try: whole experts, over as many ranks as there are."""
+    found: list[dict[str, int | None]] = [{"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}]
+    if job.model.num_moe_experts is not None:
+        largest = min(job.model.num_moe_experts, job.world // pipeline)
+        found += [
+            {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1}
+            for size in _powers(largest)
+            if size > 1 and job.world % (size * pipeline) == 0
+        ]
+    return found
 
 
 def best_layouts(

@@ -1,11 +1,12 @@
 """Seconds of one step, estimated from operation counts, bytes and a table of hardware. Never measured on a GPU.
 
-    step = sampling + scoring passes + updates x (forward and backward + gradients summed + optimizer)
+    step = sampling + scoring passes + updates x (forward and backward + gradients summed + optimizer) + the vision tower's passes
 
 A pipeline of p stages runs m microbatches in the time of m + p - 1 of the slowest stage's; the p - 1 are the bubble, with v
 pieces of each stage (p - 1) / v. A
 scoring pass is one run, over the microbatches of all updates; training is one for each update.
-Sampling goes through the stages one after the other, token by token.
+Sampling goes through the stages one after the other, token by token. While the tower runs, on the first stage, nothing else is
+taken to, which is an upper bound with several stages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megatron_ext.planner.communication import Traffic, data_traffic, neighbours
 from megatron_ext.planner.hardware import Assumptions, Hardware
 from megatron_ext.planner.job import Job, MicrobatchShape
 from megatron_ext.planner.memory import sampled_together
-from megatron_ext.planner.parameters import stage_parameters
+from megatron_ext.planner.parameters import stage_parameters, trained_of_stage, weights_train
+from megatron_ext.planner.tower import tower_flops
 
 __all__ = ["StepTime", "step_time"]
 
@@ -34,8 +36,9 @@ class StepTime:
         bubble: stages waiting for each other while scoring and training.
         data: gradients summed over data-parallel ranks, and parameters told.
         optimizer: the update itself.
+        tower: all passes of the vision tower, sampling's too.
         sent: kind -> bytes that one rank sends.
-        flops: operations of all ranks, sampling excepted.
+        flops: operations of all ranks, sampling and the tower excepted.
         tokens: that go through the layers when trained on, over all ranks.
     """
 
@@ -45,16 +48,17 @@ class StepTime:
     bubble: float
     data: float
     optimizer: float
+    tower: float
     sent: dict[str, float]
     flops: float
     tokens: int
 
     @property
     def total(self) -> float:
-        return self.sampling + self.scoring + self.training + self.bubble + self.data + self.optimizer
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
-        names = ("sampling", "scoring", "training", "bubble", "data", "optimizer")
+        names = ("sampling", "tower", "scoring", "training", "bubble", "data", "optimizer")
         return {name: value for name in names if (value := getattr(self, name))}
 
 
@@ -87,6 +91,7 @@ def step_time(job: Job, hardware: Hardware, assumptions: Assumptions) -> StepTim
         bubble=bubble,
         data=updates * max(sum(clock.link(t) for t in found) for found in summed),
         optimizer=updates * clock.optimizer(),
+        tower=clock.tower(),
         sent=sent,
         flops=job.data_parallel * flops,
         tokens=job.data_parallel * updates * sum(num_tokens(m.lengths, job.share_prefix) for m in batch),
@@ -115,18 +120,26 @@ class _Clock:
         linear = (flops.linear * layers / gain + flops.vocabulary) / (peak * self.assumed.linear_efficiency)
         return (linear + flops.attention * layers / (peak * self.assumed.attention_efficiency)) / ranks
 
+    def tower(self) -> float:
+        """Each rank has it whole, in the model's precision; FP8 is of the language model's layers."""
+        flops, peak = tower_flops(self.job, self.assumed.frame_patches), self.hardware.flops
+        linear = flops.linear / (peak * self.assumed.linear_efficiency)
+        return linear + flops.attention / (peak * self.assumed.attention_efficiency)
+
     def microbatch(self, microbatch: MicrobatchShape, backward: bool) -> float:
         key = (id(microbatch), backward)
         if key not in self._known:
             job = self.job
             share = max(job.model.pipeline_split.counts()) / job.model.num_layers
             flops = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward)
+            without = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward=False)
             if backward and job.model.activations_checkpoint_granularity == "full":
-                again = model_flops(job.shape, microbatch.lengths, job.share_prefix, backward=False)
-                flops = Flops(flops.linear + again.linear, flops.attention + again.attention, flops.vocabulary)
+                flops = Flops(flops.linear + without.linear, flops.attention + without.attention, flops.vocabulary)
             elif backward and job.model.activations_checkpoint_granularity == "selective":
                 flops = Flops(flops.linear, flops.attention * 4 / 3, flops.vocabulary)
             # Each chunk of logits but the last is computed again in backward.
+            if backward and not weights_train(job.model):  # no products for the gradients of frozen weights
+                flops = Flops(flops.linear - without.linear, flops.attention, flops.vocabulary - without.vocabulary)
             if backward:
                 flops = Flops(flops.linear, flops.attention, flops.vocabulary * 4 / 3)
             sent = sum(self.link(t) for t in pass_traffic(job, microbatch, backward))
@@ -148,20 +161,17 @@ class _Clock:
         if not (job.reference_copy and job.reference_on_host):
             return 0.0
         stages = range(job.model.pipeline_model_parallel_size)
-        count = max(sum(p.numel for p in stage_parameters(job.model, stage)) for stage in stages)
+        count = max(sum(p.numel for p in trained_of_stage(job.model, stage, blocks=0)) for stage in stages)
         return count * job.model.dtype.itemsize / (self.hardware.host_link * self.assumed.link_efficiency)
 
     def optimizer(self) -> float:
         """State is read and written once, by the rank that holds it: two moments, weights, gradient, parameter."""
         job = self.job
+        held = lambda p: (job.expert_replicas if p.expert else job.replicas) if job.distributed_optimizer else 1  # noqa: E731
         count = max(
-            sum(p.numel for p in stage_parameters(job.model, stage))
-            for stage in range(job.model.pipeline_model_parallel_size)
+            sum(p.numel / held(p) for p in trained_of_stage(job.model, stage, job.blocks))
+            for stage in range(1 if job.blocks else job.model.pipeline_model_parallel_size)
         )
-        if job.block:
-            count = sum(p.numel for p in stage_parameters(job.model, 0) if p.layer == 0)
-        if job.distributed_optimizer:
-            count /= job.data_parallel * job.model.context_parallel_size
         there = count * job.moments.on_host  # gradient and weight go to the host, the weight back
         moved = 3 * FP32 * there / (self.hardware.host_link * self.assumed.link_efficiency)
         moments = sum(dtype.itemsize for dtype in job.moments.types)
@@ -178,15 +188,23 @@ class _Clock:
         tp, stages, e = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.dtype.itemsize
         prompts = [(job.prompt, [])] * together
         prefill = self.compute(model_flops(job.shape, prompts, True, backward=False), 1) * config.context_parallel_size
-        weights = sum(p.numel for s in range(stages) for p in stage_parameters(config, s)) * e
-        per_token = 2 * config.heads_per_rank[1] * config.kv_channels * e * config.num_layers
+        read = (p for s in range(stages) for p in stage_parameters(config, s) if not p.sees)
+        weights = sum(p.numel for p in read) * e
+        per_token = config.cached_channels * e * config.num_layers
         # A prompt's keys are read once for all its responses, where they lie; a response's as far as it is said.
         held = per_token * (together * job.prompt + rows * job.response / 2)
-        flops = 2 * rows * weights / e
+        # Experts get the rows of all ranks that share them, of each row what it takes.
+        taken = config.moe_router_topk * config.expert_model_parallel_size / (config.num_moe_experts or 1)
+        here = (p for s in range(stages) for p in stage_parameters(config, s))
+        flops = 2 * rows * sum(p.numel * (taken if p.expert else 1) for p in here)
         busy = max(self.read(weights + held), flops / (self.hardware.flops * self.assumed.linear_efficiency))
         launch = config.num_layers * self.assumed.decode_kernels * self.assumed.kernel_launch
         logits = self.read(rows * config.padded_vocab_size * (4 * FP32 + 4 * 8))
         told = 0.0
+        if config.expert_model_parallel_size > 1:
+            calls = 2 * sum(config.layers_with_experts)  # to the experts and back
+            sent = calls * -(-rows // tp) * config.moe_router_topk * config.hidden_size * e
+            told += self.link(ring(job, "expert", sent, calls, exchange=True))
         if tp > 1:
             calls = 2 * config.num_layers  # all-reduces, one after attention and one after the MLP
             told += self.link(ring(job, "tensor", calls * 2 * rows * config.hidden_size * e, calls))

@@ -37,16 +37,16 @@ def choose_tokens(
         tokens = shaped.argmax(-1)
         return tokens, _logprobs(scaled, tokens.unsqueeze(1))
     filtered = _filtered(shaped, params)
-    probability = filtered.double().softmax(-1)
-    if filtered is scaled:
-        cumulative = probability.cumsum(-1)
-    else:
-        cumulative, probability = probability.cumsum_(-1), None
-    point = uniform.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    cumulative = filtered.double().softmax(-1).cumsum_(-1)
+    total = cumulative[:, -1:]
+    # Below the total, whatever is rounded: the token that is reached has a share.
+    point = torch.minimum(uniform.to(logits.device).unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
+    # A row that is not finite reaches none: it has the last token, whose log-probability is NaN, for the caller to see.
     tokens = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.size(1) - 1)
-    if probability is not None:
-        return tokens.squeeze(1), probability.gather(1, tokens).log_().squeeze(1).float()
-    return tokens.squeeze(1), _logprobs(scaled, tokens)
+    if filtered is not scaled:
+        return tokens.squeeze(1), _logprobs(scaled, tokens)
+    before = cumulative.gather(1, (tokens - 1).clamp_(min=0)).masked_fill_(tokens == 0, 0)
+    return tokens.squeeze(1), (cumulative.gather(1, tokens) - before).log_().squeeze(1).float()
 
 
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.rollouts.responses import Response
 from megatron_ext.runtime.collectives import broadcast_object, together
+from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = ["THREADS", "begin", "observe"]
 
@@ -42,5 +43,6 @@ def _on_first(ask: Callable[[Response], Any], responses: Sequence[Response]) -> 
     answers = None
     with together(group):
         if group.rank() == 0:
-            answers = list(THREADS.map(ask, responses))
+            with PROGRESS.bounded():  # each call has its limit
+                answers = list(THREADS.map(ask, responses))
     return broadcast_object(answers, 0, group)

@@ -12,6 +12,7 @@ Shape legend: r responses of a step, v vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,18 +22,20 @@ from torch import Tensor
 from megatron_ext.attention.cache import DecodeStep, PrefillStep
 from megatron_ext.attention.pages import PAGE, PagePool
 from megatron_ext.devices import device_type
-from megatron_ext.errors import UserError
+from megatron_ext.errors import DivergedError, UserError
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.models.media import next_position, pack_prompts
-from megatron_ext.models.prompt_streams import StageRun, check_lengths
+from megatron_ext.models.prompt_streams import StageRun, check_lengths, idle_run
 from megatron_ext.rollouts.choosing import choose_tokens
 from megatron_ext.rollouts.observing import begin, observe
 from megatron_ext.rollouts.requests import Request, SamplingParams
 from megatron_ext.rollouts.responses import Decode, Response
 from megatron_ext.rollouts.scheduler import Lane, Sampled, check_fits, deal
 from megatron_ext.rollouts.trajectories import Trajectory
+from megatron_ext.rotary import find_scheme
 from megatron_ext.runtime.collectives import LastValues
+from megatron_ext.runtime.expert_load import most_of_experts
 from megatron_ext.runtime.full_memory import full_memory_told
 from megatron_ext.runtime.pieces import pieces_of
 from megatron_ext.runtime.progress import PROGRESS
@@ -80,12 +83,14 @@ class MegatronSource:
         begin(responses)
         turns = [_Turn(self.model, lane, device) for lane in self.lanes]
         with full_memory_told(self._too_many):
-            while not all(turn.done for turn in turns):
+            while most_of_experts(self.model.config, int(not all(turn.done for turn in turns))):
                 for piece in range(len(pieces_of(self.model))):
                     for turn in turns:
                         if piece == 0:
                             turn.begin()
                         turn.run(piece)
+            for turn in turns:
+                turn.end()
         for lane in self.lanes:
             lane.pool.layers.clear()
         return [[response.trajectory(self.weight_version) for response in group] for group in responses]
@@ -123,7 +128,7 @@ class _Turn:
         self.model, self.lane, self.device = model, lane, device
         self.last_piece = len(pieces_of(model)) - 1
         self.multiple = stream_multiple(model.model_config)
-        self.scheme = model.model_config.position_embedding.scheme
+        self.scheme = find_scheme(model.model_config.position_embedding.scheme)
         self.asked: list[Response] = []
         self.stage_run: StageRun | None = None
         self.chosen: LastValues | None = None
@@ -135,15 +140,21 @@ class _Turn:
 
     def begin(self) -> None:
         """Take the tokens of the turn before, and make the next one."""
+        self.end()
+        if entered := self.lane.enter():
+            self.stage_run = self._prefill(entered)
+        elif running := self.lane.step():
+            self.stage_run = self._decode(running)
+        elif self.model.config.expert_model_parallel_size > 1:
+            self.asked, self.stage_run = [], idle_run(self.model)
+
+    def end(self) -> None:
+        """Take the tokens of a turn, if there is one."""
         if self.stage_run is not None:
             self.stage_run.wait()
             self._take_tokens()
             self.lane.leave()
         self.stage_run = self.chosen = None
-        if entered := self.lane.enter():
-            self.stage_run = self._prefill(entered)
-        elif running := self.lane.step():
-            self.stage_run = self._decode(running)
 
     def run(self, piece: int) -> None:
         """On the last stage the last piece's logits become tokens, which are sent on their way. All ranks begin to wait for them
@@ -154,13 +165,22 @@ class _Turn:
         PROGRESS.made()
         if piece == self.last_piece:
             empty = torch.empty(2, len(self.asked), device=self.device)
-            chosen = empty if logits is None else _choose(logits, self.asked)
+            chosen = _choose(logits, self.asked) if self.asked and logits is not None else empty
             self.chosen = LastValues(chosen, parallel_state.get_model_parallel_group())
 
     def _take_tokens(self) -> None:
         """The last stage's last rank decides for all, its tensor-parallel peers included: a cumulative sum on a GPU need not be
-        the same twice, and ranks that disagree about one token would wait for each other for ever."""
+        the same twice, and ranks that disagree about one token would wait for each other for ever.
+
+        Raises:
+            DivergedError: a token's log-probability is not finite; all ranks of the replica see it.
+        """
         tokens, logprobs = self.chosen.values().tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise DivergedError(
+                "the model samples from logits that are not finite: it has diverged, or its numbers overflow in model.precision; "
+                "go on from an earlier checkpoint, or with a lower learning rate"
+            )
         for response, token, logprob in zip(self.asked, tokens, logprobs, strict=True):
             response.add(int(token), logprob)
         if awaiting := [response for response in self.asked if response.awaits]:
@@ -203,16 +223,16 @@ class _Turn:
             behind = next_position(response.request.prompt, self.scheme)
             rows += sampled.rows(stop)
             tokens += response.tokens[sampled.written : stop]
-            positions += range(behind + sampled.written, behind + stop)
+            positions += [behind + place for place in range(sampled.written, stop)]
             sampled.written = stop
             if stop == len(response.tokens):
                 self.asked.append(response)
                 ends.append(len(rows) - 1)
         pad = [0] * (-len(rows) % self.multiple)
-        given = torch.tensor([tokens + pad, positions + pad]).to(self.device)
+        given = torch.tensor([tokens + pad, positions + pad], dtype=self.scheme.dtype).to(self.device)  # one copy
         ends = torch.tensor(ends, dtype=torch.int64, device=self.device)
         self.decoded = DecodeStep(self.lane.pool, rows, self.decoded)
-        return StageRun(self.model, *given.unbind(), self.decoded, ends)
+        return StageRun(self.model, given[0].long(), given[1], self.decoded, ends)
 
 
 def _choose(logits: Tensor, responses: list[Response]) -> Tensor:

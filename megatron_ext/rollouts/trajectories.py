@@ -6,8 +6,10 @@ Text sent back and read again as tokens need not become the tokens that were sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+import numpy as np
 
 from megatron_ext.errors import UserError
 
@@ -62,10 +64,13 @@ class Trajectory:
     Attributes:
         passages: in order.
         finish_reason: why it ends where it does.
+        routes: integers [prompt + tokens - 1, layers, k], the experts that the sampler's routers chose, see
+            `megatron_ext.grouping.routes`; None: not known.
     """
 
     passages: tuple[Passage, ...]
     finish_reason: FinishReason
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "passages", tuple(self.passages))
@@ -78,9 +83,10 @@ class Trajectory:
         logprobs: Sequence[float],
         finish_reason: FinishReason,
         weight_version: int | None = None,
+        routes: np.ndarray | None = None,
     ) -> Trajectory:
         """One passage, sampled."""
-        return cls((Passage(tuple(tokens), tuple(logprobs), weight_version),), finish_reason)
+        return cls((Passage(tuple(tokens), tuple(logprobs), weight_version),), finish_reason, routes)
 
     @property
     def tokens(self) -> list[int]:

@@ -7,45 +7,16 @@ tokens of a video stand where their scheme puts them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.rotary.scaling import RopeScaling
 from megatron_ext.rotary.schemes import find_scheme
 
-__all__ = ["PositionIdRotaryEmbedding", "RopeScaling"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's stretching of low frequencies (arXiv 2407.21783; the names are those of Hugging Face's config.json).
-
-    Waves longer than original_max_position_embeddings / low_freq_factor turn `factor` times as slowly, those shorter
-    than original_max_position_embeddings / high_freq_factor as before, those between in between.
-    """
-
-    # How many times as slowly the longest waves turn; at least 1. All four keys come with the weights.
-    factor: float = 8.0
-    # Waves of more tokens than original_max_position_embeddings / this turn `factor` times as slowly.
-    low_freq_factor: float = 1.0
-    # Waves of fewer tokens than original_max_position_embeddings / this stay as they are; those between in between.
-    high_freq_factor: float = 4.0
-    # Tokens of the sequences that the model was first trained on.
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self):
-        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise UserError(f"{self}: expected factor >= 1 and 0 < low_freq_factor < high_freq_factor")
-
-    def apply(self, frequencies: Tensor) -> Tensor:
-        """fp32 [pairs] -> fp32 [pairs]."""
-        waves = self.original_max_position_embeddings * frequencies / (2 * math.pi)  # per original length
-        kept = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
+__all__ = ["PositionIdRotaryEmbedding"]
 
 
 class PositionIdRotaryEmbedding(torch.nn.Module):
@@ -58,7 +29,7 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         device: where the frequencies live.
         scheme: name of the position scheme, whose allocation says which axis of the ids turns which pair.
         interleaved: a pair is two neighbouring channels, not one from each half.
-        scaling: stretching of low frequencies.
+        scaling: frequencies of a model that was stretched to longer sequences.
         sections: how many pairs each axis turns; None: the scheme's own division.
 
     Raises:
@@ -82,12 +53,17 @@ class PositionIdRotaryEmbedding(torch.nn.Module):
         exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         self.inv_freq = 1.0 / (rotary_base**exponent)
         if scaling is not None:
-            self.inv_freq = scaling.apply(self.inv_freq)
+            self.inv_freq = scaling.apply(self.inv_freq, rotary_base, dim)
+        # Of cosines and sines, by whoever makes them of the angles.
+        self.attention_scaling = 1.0 if scaling is None else scaling.attention_scaling
         self.scheme, self.interleaved = find_scheme(scheme), interleaved
-        self.axis = torch.tensor(self.scheme.axes_of_pairs(len(exponent), sections), device=device)  # of each pair
+        axes = self.scheme.axes_of_pairs(len(exponent), sections)
+        still = torch.tensor([axis is None for axis in axes], device=device)
+        self.inv_freq = self.inv_freq.masked_fill(still, 0)  # also in text
+        self.axis = torch.tensor([axis or 0 for axis in axes], device=device)  # of each pair
 
     def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group=None) -> Tensor:
-        """position_ids int64 [axes, b, s] -> embedding fp32 [s, b, 1, dim], as Megatron rotates with it.
+        """position_ids int64 or float64 [axes, b, s] -> embedding fp32 [s, b, 1, dim], as Megatron rotates with it.
 
         One axis stands for all: text.
 

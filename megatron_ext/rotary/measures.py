@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.rotary.schemes import Scheme, Text, Video, find_scheme, layout
+from megatron_ext.rotary.items import Text, Video
+from megatron_ext.rotary.schemes import Scheme, find_scheme, layout
 
 __all__ = ["Bias", "attention_map", "measure"]
 
@@ -26,7 +27,7 @@ class Bias:
         asymmetry: mean |map - map turned by 180 degrees| / 2.
         tilt: norm of the slope of log(map) along rows and columns, per cell.
         temporal_steepness: attention to the most favoured frame over the least favoured.
-        text_gap: mean distance of indices from the last frame to the first text token, over tokens and pairs.
+        text_gap: mean distance of indices from the last frame to the first text token, over tokens and pairs that are turned.
     """
 
     map: Tensor
@@ -41,15 +42,15 @@ class Bias:
 def attention_map(video: Video, scheme: Scheme, head_dim: int, base: float, queries: int = 64) -> Tensor:
     """Attention of the `queries` text tokens after a video to its tokens, averaged: fp64 [t, h, w], sum 1."""
     pairs = head_dim // 2
-    ids = layout([video, Text(queries)], scheme).ids.double()[
-        torch.tensor(scheme.axes_of_pairs(pairs))
-    ]  # [pairs, tokens]
-    angles = ids * base ** (-torch.arange(pairs, dtype=torch.float64) / pairs).unsqueeze(1)
+    axes = scheme.axes_of_pairs(pairs)
+    ids = layout([video, Text(queries)], scheme).ids.double()[[axis or 0 for axis in axes]]  # [pairs, tokens]
+    turned = torch.tensor([[axis is not None] for axis in axes])
+    angles = turned * ids * base ** (-torch.arange(pairs, dtype=torch.float64) / pairs).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     # cos(a - b) = cos a cos b + sin a sin b: one matrix product instead of pairs x queries x tokens cosines.
     key, query = (torch.cat((cos[:, rows], sin[:, rows])) for rows in (slice(video.length), slice(video.length, None)))
     logits = query.t() @ key / pairs * head_dim**0.5  # [queries, tokens]
-    return logits.softmax(-1).mean(0).view(video.t, video.h, video.w)
+    return logits.softmax(-1).mean(0).view(video.t, video.views * video.h, video.w)
 
 
 def measure(video: Video, scheme: str | Scheme, head_dim: int = 128, base: float = 1e4, queries: int = 64) -> Bias:
@@ -60,8 +61,8 @@ def measure(video: Video, scheme: str | Scheme, head_dim: int = 128, base: float
     places = places / places.mean()  # [h, w]
     frames = attention.sum((1, 2))
     table = layout([video], scheme)
-    pairs_axis = torch.tensor(scheme.axes_of_pairs(head_dim // 2))
-    last = table.ids[:, -video.h * video.w :][pairs_axis].double()
+    turned = [axis for axis in scheme.axes_of_pairs(head_dim // 2) if axis is not None]
+    last = table.ids[:, -video.length // video.t :][turned].double()
     return Bias(
         map=places,
         largest_over_smallest=float(places.max() / places.min()),

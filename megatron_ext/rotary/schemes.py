@@ -3,75 +3,32 @@
 A scheme is two independent choices:
 
     position design        what ids [axes, tokens] a medium's tokens get, and where the text after it goes on
-    frequency allocation   which axis drives each of the head dimension's pairs
+    frequency allocation   which axis drives each of the head dimension's pairs, or none
 
-Text stands at start + k on every axis in every scheme, so that all of them agree on text.
-
-Sources: RoPE (arXiv 2104.09864); M-RoPE (Qwen2-VL, arXiv 2409.12191); interleaved M-RoPE (Qwen3-VL, arXiv 2511.21631);
-VideoRoPE (arXiv 2502.05173); VRoPE (arXiv 2502.11664).
+Text stands at start + k on every axis in every scheme, so that all of them agree on text, but for pairs that no axis turns.
+The published ones are in published.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
+import inspect
+import re
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
+from megatron_ext.rotary.items import Item, SharedText, Text, Video
 
-__all__ = [
-    "SCHEMES", "Image", "Item", "PositionTable", "Scheme", "SharedText", "Text", "Video", "find_scheme", "layout",
-    "register_scheme",
-]  # fmt: skip
+__all__ = ["SCHEMES", "PositionTable", "Scheme", "find_scheme", "layout", "register_scheme"]
 
 LARGEST_ID = 1 << 24  # beyond it fp32 no longer tells neighbours apart
-
-
-@dataclass(frozen=True)
-class Text:
-    """`length` tokens, one after the other."""
-
-    length: int
-
-    def __post_init__(self):
-        if self.length < 0:
-            raise UserError(f"{self}: a text has 0 tokens or more")
-
-
-@dataclass(frozen=True)
-class SharedText(Text):
-    """A text that starts where the last item ended and does not advance it: one of several continuations."""
-
-
-@dataclass(frozen=True)
-class Video:
-    """t frames of h rows and w columns, counted in tokens (after patches are merged); order t, h, w."""
-
-    t: int
-    h: int
-    w: int
-
-    def __post_init__(self):
-        if min(self.t, self.h, self.w) < 1:
-            raise UserError(f"{self}: a medium has at least one frame, row and column of tokens")
-
-    @property
-    def length(self) -> int:
-        return self.t * self.h * self.w
-
-
-def Image(h: int, w: int) -> Video:
-    """h rows and w columns: a video of one frame."""
-    return Video(1, h, w)
-
-
-Item = Text | Video
 
 
 @dataclass(frozen=True)
@@ -81,18 +38,28 @@ class Scheme:
     Attributes:
         name: how a configuration asks for it.
         axes: coordinates of a token.
-        media: (t, h, w, start) -> (int64 [axes, t h w], index at which what follows goes on).
-        allocation: number of pairs -> the axis that drives each, a list of that many numbers in 0 .. axes - 1.
+        media: (t, h, w, start) -> (ids [axes, t h w], index at which what follows goes on); `of_video`: (video, start) -> those.
+        allocation: number of pairs -> the axis that drives each, a list of that many numbers in 0 .. axes - 1; None in it is a
+            pair that nothing turns (NoPE).
         arrangement: sections, the number of pairs of each axis -> the same. None: the scheme has no sections.
+        dtype: of ids and next index: int64, or float64 for ids between whole numbers.
+        of_video: `media` reads a `Video` itself, with its seconds and views.
+        timed: the seconds of a video's frames say where they stand.
+        variant: numbers by name -> the scheme with these in place of the defaults, as "name(number=1.5)" asks for it; None: it
+            has none.
     """
 
     name: str
     axes: int
-    media: Callable[[int, int, int, int], tuple[Tensor, int]]
-    allocation: Callable[[int], Sequence[int]]
+    media: Callable[..., tuple[Tensor, float]]
+    allocation: Callable[[int], Sequence[int | None]]
     arrangement: Callable[[Sequence[int]], Sequence[int]] | None = None
+    dtype: torch.dtype = torch.int64
+    of_video: bool = False
+    timed: bool = False
+    variant: Callable[..., Scheme] | None = None
 
-    def axes_of_pairs(self, pairs: int, sections: Sequence[int] | None = None) -> list[int]:
+    def axes_of_pairs(self, pairs: int, sections: Sequence[int] | None = None) -> list[int | None]:
         """`allocation`, or `arrangement` where there are sections, checked.
 
         Raises:
@@ -114,28 +81,35 @@ class Scheme:
             )
         else:
             found = list(self.arrangement(sections))
-        if len(found) != pairs or any(not isinstance(a, Integral) or not 0 <= a < self.axes for a in found):
+        known = (a is None or (isinstance(a, Integral) and 0 <= a < self.axes) for a in found)
+        if len(found) != pairs or not all(known):
             raise UserError(
                 f"position scheme {self.name!r} allocates {pairs} pairs as {reprlib.repr(found)}; its allocation must give "
-                f"{pairs} integers in 0 .. {self.axes - 1}"
+                f"{pairs} integers in 0 .. {self.axes - 1}, or None for a pair that nothing turns"
             )
         return found
 
-    def place(self, video: Video, start: int) -> tuple[Tensor, int]:
-        """`media` of a video, checked: (int64 [axes, t h w], index at which what follows goes on).
+    def place(self, video: Video, start: float) -> tuple[Tensor, float]:
+        """`media` of a video, checked: (ids [axes, tokens] of `dtype`, index at which what follows goes on).
 
         Raises:
             UserError: anything else, or ids of another type or shape.
         """
-        found, shape = self.media(video.t, video.h, video.w, start), (self.axes, video.length)
+        if self.of_video:
+            found = self.media(video, start)
+        else:
+            found = self.media(video.t, video.views * video.h, video.w, start)
+        whole, shape = self.dtype == torch.int64, (self.axes, video.length)
         match found:
-            case (Tensor(dtype=torch.int64) as ids, int(index)) if ids.shape == shape:
+            case (Tensor() as ids, int(index)) if ids.shape == shape and ids.dtype == self.dtype:
+                return ids, index
+            case (Tensor() as ids, float(index)) if ids.shape == shape and ids.dtype == self.dtype and not whole:
                 return ids, index
         parts = found if isinstance(found, tuple) else (found,)
         shown = (f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else reprlib.repr(x) for x in parts)
         raise UserError(
-            f"position scheme {self.name!r} places {video} at {', '.join(shown)}; its media must give ids torch.int64 {shape} "
-            "and the next index, an int"
+            f"position scheme {self.name!r} places {video} at {', '.join(shown)}; its media must give ids {self.dtype} {shape} "
+            f"and the next index, {'an int' if whole else 'a number'}"
         )
 
 
@@ -144,112 +118,39 @@ class PositionTable:
     """Positions of a sequence of items.
 
     Attributes:
-        ids: int64 [axes, tokens].
+        ids: [axes, tokens] of the scheme's type, int64 or float64.
         next_index: where a text after the last item starts, on every axis.
         scheme: whose frequency allocation belongs to these ids.
     """
 
     ids: Tensor
-    next_index: int
+    next_index: float
     scheme: Scheme
 
 
-def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: int = 0) -> PositionTable:
+def layout(items: Sequence[Item], scheme: str | Scheme = "vrope", start: float = 0) -> PositionTable:
     """Positions of texts and media that follow each other.
 
     Raises:
         UserError: an unknown scheme, ids that do not fit it, or ids past 2^24, which fp32 angles cannot tell apart.
     """
     scheme = find_scheme(scheme) if isinstance(scheme, str) else scheme
-    parts, index = [torch.empty(scheme.axes, 0, dtype=torch.int64)], start
+    parts, index = [torch.empty(scheme.axes, 0, dtype=scheme.dtype)], start
     for item in items:
         if isinstance(item, Text):
-            parts.append((index + torch.arange(item.length)).expand(scheme.axes, -1))
+            parts.append((index + torch.arange(item.length, dtype=scheme.dtype)).expand(scheme.axes, -1))
             index += 0 if isinstance(item, SharedText) else item.length
         else:
             ids, index = scheme.place(item, index)
             parts.append(ids)
     ids = torch.cat(parts, 1)
-    largest = max(index, int(ids.abs().max()) if ids.numel() else 0)
+    largest = max(index, ids.abs().max().item() if ids.numel() else 0)
     if largest > LARGEST_ID:
         raise UserError(
             f"positions reach {largest} under scheme {scheme.name!r}: past 2^24 = {LARGEST_ID} neighbouring positions have "
             "the same fp32 angle; use fewer frames or a smaller grid"
         )
     return PositionTable(ids, index, scheme)
-
-
-def _grid(t: int, h: int, w: int) -> Tensor:
-    """int64 [3, t h w]: frame, row and column of every token."""
-    return torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).view(-1, 3).t()
-
-
-def _flattened(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
-    """RoPE: one token after the other, as if it were text."""
-    return start + torch.arange(t * h * w).unsqueeze(0), start + t * h * w
-
-
-def _axis_by_axis(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
-    """RoPE-3D: frame, row and column, all counted from the start."""
-    return start + _grid(t, h, w), start + max(t, h, w)
-
-
-def _diagonal(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
-    """VideoRoPE: frames two apart, rows and columns counted from the frame's own index at its centre."""
-    frame, row, column = _grid(t, h, w)
-    frame = start + 2 * frame
-    return torch.stack((frame, frame + row - (h - 1) // 2, frame + column - (w - 1) // 2)), start + 2 * (t - 1) + 1
-
-
-def _corner_lines(t: int, h: int, w: int, start: int) -> tuple[Tensor, int]:
-    """VRoPE: the distance from each of a frame's four corners; frames follow each other without overlap.
-
-    The four lines' mean is the same for every token of a frame (no place is nearer to the text), and neighbouring
-    frames, and video and text, are one step apart.
-    """
-    frame, row, column = _grid(t, h, w)
-    stride = h + w - 1
-    lines = [r + c for r, c in itertools.product((row, h - 1 - row), (column, w - 1 - column))]
-    return start + frame * stride + torch.stack(lines), start + t * stride
-
-
-def _in_blocks(sections: Sequence[int]) -> list[int]:
-    """t .., h .., w .."""
-    return [axis for axis, size in enumerate(sections) for _ in range(size)]
-
-
-def _blocks(pairs: int) -> list[int]:
-    """Quarter, three eighths, three eighths: [16, 24, 24] of 64 pairs, as Qwen2-VL has it, [8, 12, 12] of 32, as GLM-4.1V."""
-    t = pairs // 4
-    h = (pairs - t) // 2
-    return _in_blocks([t, h, pairs - t - h])
-
-
-def _in_turn(sections: Sequence[int]) -> list[int]:
-    """t h w t h w .., as long as h and w have pairs left, and t on all others; what of h or w lies behind the last pair is
-    t's, as in transformers."""
-    pairs = sum(sections)
-    found = [0] * pairs
-    for axis in (1, 2):
-        for pair in range(axis, min(3 * sections[axis], pairs), 3):
-            found[pair] = axis
-    return found
-
-
-# Of mrope_interleaved. Elsewhere the shares are Qwen3-VL's.
-PUBLISHED_SECTIONS = {32: (11, 11, 10), 64: (24, 20, 20)}  # Qwen3.5 (a quarter of 256 channels), Qwen3-VL
-
-
-def _turns(pairs: int) -> list[int]:
-    """The published sections, and at other sizes 3/8, 5/16, 5/16."""
-    spatial = pairs * 5 // 16
-    return _in_turn(PUBLISHED_SECTIONS.get(pairs, (pairs - 2 * spatial, spatial, spatial)))
-
-
-def _low_frequencies_to_time(pairs: int) -> list[int]:
-    """h w h w .. on three quarters, t on the last: on the slow pairs, which do not come round within a video."""
-    spatial = pairs * 3 // 4
-    return [1 + i % 2 if i < spatial else 0 for i in range(pairs)]
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -267,21 +168,17 @@ def register_scheme(scheme: Scheme) -> Scheme:
     return scheme
 
 
-register_scheme(Scheme("rope", 1, _flattened, lambda pairs: [0] * pairs))
-register_scheme(Scheme("mrope", 3, _axis_by_axis, _blocks, _in_blocks))
-register_scheme(Scheme("mrope_interleaved", 3, _axis_by_axis, _turns, _in_turn))
-register_scheme(Scheme("videorope", 3, _diagonal, _low_frequencies_to_time))
-register_scheme(Scheme("vrope", 4, _corner_lines, lambda pairs: [i % 4 for i in range(pairs)]))
-
-
 def find_scheme(name: str) -> Scheme:
-    """A registered scheme, or the one at a dotted path: "my_package.my_module.my_scheme".
+    """A registered scheme, also with numbers of one's own, "v2pe(stride=64)"; or the one at a dotted path:
+    "my_package.my_module.my_scheme".
 
     Raises:
-        UserError: no such scheme.
+        UserError: no such scheme, or it has no such number.
     """
     if name in SCHEMES:
         return SCHEMES[name]
+    if given := re.fullmatch(r"(\w+)\((.*)\)", name):
+        return _variant(*given.groups())
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
@@ -294,3 +191,21 @@ def find_scheme(name: str) -> Scheme:
     raise UserError(
         f"unknown position scheme {name!r}: choose one of {', '.join(SCHEMES)}, or a dotted path to your own"
     )
+
+
+@lru_cache
+def _variant(name: str, numbers: str) -> Scheme:
+    """`numbers`: "stride=64, alpha=0.5"."""
+    scheme = find_scheme(name)
+    known = inspect.signature(scheme.variant).parameters if scheme.variant else {}
+    given = {}
+    for part in filter(None, numbers.replace(" ", "").split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            has = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "no numbers"
+            raise UserError(f"position scheme '{name}({numbers})': {name} has {has}, and nothing called {key!r}")
+        try:
+            given[key] = float(value)
+        except ValueError as error:
+            raise UserError(f"position scheme '{name}({numbers})': {key} must be a number, got {value!r}") from error
+    return replace(scheme.variant(**given) if given else scheme, name=f"{name}({numbers})")

@@ -1,8 +1,8 @@
 """Checkpoints in Megatron's distributed format (torch_dist): saved by any layout of ranks, loaded by any other.
 
 A checkpoint folder holds `weights/`, `checkpoint.json` (what it is) and, where a run can go on from it, `optimizer/` and
-`rng/`. It is written beside its place, flushed to the disk and renamed when whole: a kill at any moment leaves what was
-there before.
+`rng/`. Of a model with adapters it holds `adapters/` in place of the weights, which are those that the run began with. It is
+written beside its place, flushed to the disk and renamed when whole: a kill at any moment leaves what was there before.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.adapters import adapter_parameters, has_adapters, keep_adapters
 from megatron_ext.errors import AlreadyExistsError, UserError
 from megatron_ext.files import flush, give_name
 from megatron_ext.runtime.checkpoint_files import (
@@ -38,16 +39,24 @@ from megatron_ext.runtime.checkpoint_files import (
 )
 from megatron_ext.runtime.collectives import broadcast_object, gather_objects, together
 from megatron_ext.runtime.megatron_versions import finish_part, save_sharded
-from megatron_ext.runtime.optimizer_state import adam_step, load_optimizer_tensors, sharded_optimizer_state
+from megatron_ext.runtime.optimizer_state import (
+    adam_step,
+    load_optimizer_tensors,
+    sharded_like_parameters,
+    sharded_optimizer_state,
+)
+from megatron_ext.runtime.pieces import layers_of
 from megatron_ext.runtime.rng import get_rng_state, set_rng_state
 
 __all__ = [
-    "INFO_FILE", "CheckpointSave", "has_optimizer", "load_optimizer", "load_rng", "load_tensors", "load_weights",
-    "read_checkpoint_info", "remove_unfinished", "save_checkpoint", "weights_digest",
+    "INFO_FILE", "CheckpointSave", "has_optimizer", "holds_adapters", "load_adapters", "load_optimizer", "load_rng",
+    "load_tensors", "load_trained", "load_weights", "read_adapters", "read_checkpoint_info", "remove_unfinished",
+    "save_checkpoint", "weights_digest",
 ]  # fmt: skip
 
 INFO_FILE = "checkpoint.json"
 WEIGHTS_FOLDER, OPTIMIZER_FOLDER, RNG_FOLDER = "weights", "optimizer", "rng"
+ADAPTERS_FOLDER = "adapters"  # also what the keys of their tensors begin with
 
 
 def save_checkpoint(
@@ -68,7 +77,7 @@ def save_checkpoint(
         extra: sharded tensors of the caller's own, by the name of a folder; `load_tensors` reads one.
 
     Raises:
-        FileExistsError: the folder exists.
+        AlreadyExistsError: the folder exists.
         UserError: the disk has no room for it, or cannot be written to; nothing that was there before has been touched.
     """
     CheckpointSave(folder, model, info, optimizer, save_more, extra, in_background=False).finish()
@@ -99,7 +108,11 @@ class CheckpointSave:
                 raise AlreadyExistsError(
                     f"{folder} exists already; a checkpoint is never overwritten, choose another folder"
                 )
-        parts = {WEIGHTS_FOLDER: model.sharded_state_dict(), **(extra or {})}
+        if has_adapters(model):
+            parts = {ADAPTERS_FOLDER: _sharded_adapters(model, adapter_parameters(model))}
+        else:
+            parts = {WEIGHTS_FOLDER: model.sharded_state_dict()}
+        parts |= extra or {}
         if optimizer is not None:
             info = info | {"adam_step": adam_step(optimizer)}
             parts[OPTIMIZER_FOLDER] = sharded_optimizer_state(model, optimizer)
@@ -231,24 +244,93 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it or take another checkpoint") from error
     saved = info.pop("checksum", None) if isinstance(info, dict) else None
-    if saved is None or saved != self_checksum(info) or not (path.parent / WEIGHTS_FOLDER).is_dir():
+    there = any((path.parent / part).is_dir() for part in (WEIGHTS_FOLDER, ADAPTERS_FOLDER))
+    if saved is None or saved != self_checksum(info) or not there:
         raise UserError(
             f"{folder} is damaged: {INFO_FILE} or {WEIGHTS_FOLDER}/ is not what was saved; take another checkpoint"
         )
     return info
 
 
+def holds_adapters(folder: Path) -> bool:
+    """Whether a checkpoint holds adapters, and not the weights that they stand on."""
+    return (Path(folder) / ADAPTERS_FOLDER).is_dir()
+
+
+def load_trained(folder: Path, model: torch.nn.Module) -> None:
+    """Load what a run's checkpoint holds of its model: adapters where it has them, else weights; every rank calls it."""
+    (load_adapters if has_adapters(model) else load_weights)(folder, model)
+
+
+def load_adapters(folder: Path, model: torch.nn.Module) -> None:
+    """Load adapters saved under any layout into this rank's stage; every rank calls it. Layers that the checkpoint has none for
+    lose theirs.
+
+    Raises:
+        UserError: the checkpoint has none, damaged files, or others than the model.
+    """
+    if not holds_adapters(folder):
+        raise UserError(
+            f"{folder} holds a whole model and no adapters: name it in pretrained_checkpoint.restore_from_path"
+        )
+    _check_part(folder, ADAPTERS_FOLDER)
+    path = str(Path(folder) / ADAPTERS_FOLDER)
+    # Newer versions of Megatron-Core have entries of their own beside ours (megatron_versions.py).
+    there = {key: value for key, value in load_sharded_metadata(path).items() if key.startswith(f"{ADAPTERS_FOLDER}.")}
+    numbers = {int(key.removeprefix(f"{ADAPTERS_FOLDER}.decoder.layers.").split(".")[0]) for key in there}
+    keep_adapters(model, [layer for layer in layers_of(model) if layer.layer_number - 1 in numbers])
+    adapters = adapter_parameters(model)
+    state = _sharded_adapters(model, {name: torch.empty_like(p) for name, p in adapters.items()})
+    mine = {value.key: value.global_shape for value in nested_values(state)}
+    known = {key for keys in gather_objects(set(mine)) for key in keys}
+    wrong = [key for key, shape in mine.items() if key not in there or there[key].global_shape != shape]
+    with together():
+        if wrong := sorted({*wrong, *(there.keys() - known)}):
+            raise UserError(
+                f"the adapters of {folder} are others than the model's: {wrong[0].removeprefix(f'{ADAPTERS_FOLDER}.')} (of "
+                f"{len(wrong)}); set model.peft.dim and target_modules as they were"
+            )
+    with torch.no_grad():
+        for name, value in dist_checkpointing.load(state, path).items():
+            adapters[name].copy_(value)
+
+
+def read_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole adapters of a checkpoint by their parameters' names in the whole model, on the host; a group of ranks, if only one,
+    has been started.
+
+    Raises:
+        UserError: the checkpoint has none, or damaged files.
+    """
+    if not holds_adapters(folder):
+        raise UserError(f"{folder} holds a whole model and no adapters; name a checkpoint of a run with model.peft")
+    _check_part(folder, ADAPTERS_FOLDER)
+    found = dist_checkpointing.load_plain_tensors(str(Path(folder) / ADAPTERS_FOLDER))
+    return {key.removeprefix(f"{ADAPTERS_FOLDER}."): value for key, value in found.items()}
+
+
+def _sharded_adapters(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return sharded_like_parameters(model, {name: v.detach() for name, v in values.items()}, ADAPTERS_FOLDER)
+
+
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Load weights saved under any layout into this rank's stage; every rank calls it.
+    """Load weights saved under any layout into this rank's stage; every rank calls it. Adapters stay as they are.
 
     Raises:
         UserError: no checkpoint of ours, one with damaged files, or one of another model.
     """
+    if holds_adapters(folder):
+        raise UserError(
+            f"{folder} holds adapters alone: name it in model.peft.restore_from_path, and the model that they stand on in "
+            "pretrained_checkpoint.restore_from_path"
+        )
     _check_part(folder, WEIGHTS_FOLDER)
-    path = str(Path(folder) / WEIGHTS_FOLDER)
-    state = dist_checkpointing.load(_without_missing_objects(model.sharded_state_dict(), path), path)
+    path, adapters = str(Path(folder) / WEIGHTS_FOLDER), adapter_parameters(model)
+    sharded = {name: value for name, value in model.sharded_state_dict().items() if name not in adapters}
+    state = dist_checkpointing.load(_without_missing_objects(sharded, path), path)
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]  # Megatron's, always empty
+    wrong = [name for name in wrong if name not in adapters]
     if wrong:
         raise UserError(f"{folder} does not fit this model: {', '.join(wrong[:3])} (of {len(wrong)}) do not match")
 
@@ -260,9 +342,10 @@ def _without_missing_objects(state: dict[str, Any], path: str) -> dict[str, Any]
 
 
 def weights_digest(folder: Path) -> str:
-    """XXH3 of the checksums of the weights' files."""
+    """XXH3 of the checksums of the files of the weights, or of the adapters."""
     sums = read_checkpoint_info(folder)["files"]
-    return self_checksum({name: value for name, value in sums.items() if name.startswith(f"{WEIGHTS_FOLDER}/")})
+    parts = tuple(f"{part}/" for part in (WEIGHTS_FOLDER, ADAPTERS_FOLDER))
+    return self_checksum({name: value for name, value in sums.items() if name.startswith(parts)})
 
 
 def _check_part(folder: Path, part: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ Every rank of a group calls. Groups are arguments; None is all ranks.
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_ext.errors import UserError, of_system
 
@@ -22,9 +24,13 @@ __all__ = [
     "from_last",
     "gather_objects",
     "gather_rows",
+    "met_by_all",
     "sum_of_all",
     "together",
 ]
+
+MEETING = "megatron_ext/meeting/"
+PIECE = datetime.timedelta(seconds=60)
 
 
 @contextlib.contextmanager
@@ -49,6 +55,32 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         raise error
     if first := next(filter(None, failures), None):
         raise first if isinstance(first, UserError) else RuntimeError(first)
+
+
+@contextlib.contextmanager
+def met_by_all() -> Iterator[None]:
+    """At its end every rank of the run waits for the slowest, however long that is: in pieces, through the store by which they
+    met, and in no collective, which would give up after half an hour. For what may wait for something outside of the run. A rank
+    that has failed inside is there, too."""
+    try:
+        yield
+    finally:
+        if (ranks := dist.get_world_size()) > 1:
+            _meet(_get_default_store(), dist.get_rank(), ranks)
+
+
+def _meet(store: dist.Store, rank: int, ranks: int) -> None:
+    number = store.add(f"{MEETING}of/{rank}", 1)
+    if store.add(f"{MEETING}{number}", 1) == ranks:
+        store.set(f"{MEETING}{number}/all", b"")
+        for key in (f"{MEETING}{number - 1}", f"{MEETING}{number - 1}/all"):  # which all have left
+            store.delete_key(key)
+    while True:
+        try:
+            store.wait([f"{MEETING}{number}/all"], PIECE)
+            return
+        except dist.DistStoreError:  # not yet
+            pass
 
 
 def _as_user_error(error: UserError | OSError) -> UserError:

@@ -2,12 +2,16 @@
 
 Megatron-Core addresses its device as "cuda" throughout. This file, and only this file, makes those addresses mean the
 CPU: it replaces a short list of torch functions, once, in this process, and only when torch sees no CUDA device.
-Nothing of Megatron is changed. Collectives run on gloo. `cuda_means` lets them mean another device for a while.
+Collectives run on gloo. `cuda_means` lets them mean another device for a while.
 
 What is replaced:
 - `torch.cuda.current_device`, `synchronize`, `empty_cache`, the RNG functions and streams: the CPU's, or nothing to do;
 - tensor factories and `Tensor.cuda/to/type`: a "cuda" device is read as "cpu", and `Tensor.type()` answers with the
-  CUDA name, because Megatron's optimizers sort parameters by that string.
+  CUDA name, because Megatron's optimizers sort parameters by that string;
+- sums of gradients and gathers of weights over a group of one rank: nothing to do. Gloo would copy both in a thread of its
+  own, whose OpenMP threads stay, and from then on OpenMP lets all threads sleep between operations: sampling
+  took 28 % longer than before the first update.
+- of Megatron itself, its generator of random numbers, and what its experts exchange: see `_adapt_megatron_experts`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 from megatron_ext.runtime.megatron_versions import DISPENSABLE
@@ -82,6 +87,8 @@ def adapt_megatron_to_cpu() -> None:
     _adapt_tensor_methods()
     _adapt_cuda_module()
     _adapt_megatron_rng()
+    _adapt_groups_of_one()
+    _adapt_megatron_experts()
     logger.info("no CUDA device: Megatron-Core runs on the CPU with gloo")
 
 
@@ -179,3 +186,74 @@ def _adapt_megatron_rng() -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+
+def _adapt_groups_of_one() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective):
+    """Of (output, input, ...); Megatron's input is its output where a group has one rank."""
+
+    @functools.wraps(collective)
+    def wrapper(output, given, *args, group, async_op=False, **kwargs):
+        if async_op or dist.get_world_size(group) > 1 or output.data_ptr() != given.data_ptr():
+            return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
+        return None
+
+    return wrapper
+
+
+def _adapt_megatron_experts() -> None:
+    """Numbers of tokens that experts are sent reach the host as collectives take them, and not as they lie on the CPU; and what
+    ranks that share experts exchange goes in equal parts, as gloo wants them."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor, as_numpy=False, **options):
+        tensor = move(tensor, as_numpy=as_numpy, **options)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) and tensor.device == CPU else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = moved
+    mappings._gather_along_first_dim = _uneven(mappings._gather_along_first_dim, _gather_uneven)
+    mappings._reduce_scatter_along_first_dim = _uneven(mappings._reduce_scatter_along_first_dim, _scatter_uneven)
+    # Without Transformer Engine the name is missing, and Megatron's own router asks for it.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+
+def _uneven(even, uneven):
+    """A collective over the rows of ranks, whose numbers may be given."""
+
+    @functools.wraps(even)
+    def collective(given, group, sizes=None, use_global_buffer=False):
+        if sizes is None or group.size() == 1:
+            return even(given, group, sizes, use_global_buffer)
+        return uneven(given, group, list(sizes))
+
+    return collective
+
+
+def _gather_uneven(mine: torch.Tensor, group, sizes: list[int]) -> torch.Tensor:
+    most = max(sizes)
+    out = mine.new_empty(len(sizes) * most, *mine.shape[1:])
+    if most:
+        dist.all_gather_into_tensor(out, _with_rows(mine, most), group=group)
+    return torch.cat([part[:size] for part, size in zip(out.split(most or 1), sizes, strict=False)] or [out])
+
+
+def _scatter_uneven(rows: torch.Tensor, group, sizes: list[int]) -> torch.Tensor:
+    most = max(sizes)
+    mine = rows.new_empty(most, *rows.shape[1:])
+    if most:
+        parts = torch.cat([_with_rows(part, most) for part in rows.split(sizes)])
+        dist.reduce_scatter_tensor(mine, parts, group=group)
+    return mine[: sizes[group.rank()]]
+
+
+def _with_rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat((x, x.new_zeros(count - len(x), *x.shape[1:]))).contiguous()

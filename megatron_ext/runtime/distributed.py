@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu
+from megatron_ext.runtime.megatron_versions import quieten
 
 __all__ = [
+    "STAGE_SEEDS",
     "ParallelSizes",
     "initialize",
     "local_device",
@@ -26,14 +28,30 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+STAGE_SEEDS = 100  # between the seeds of neighbouring pipeline stages
+
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How the world of ranks is divided: world = tensor x pipeline x context x data."""
+    """How the world of ranks is divided: world = tensor x pipeline x context x data, and for experts = expert_tensor x expert x
+    pipeline x the ranks that hold the same ones."""
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None  # None: as tensor
+
+    @property
+    def named(self) -> dict[str, int | None]:
+        """By Megatron's names, which are those of `model.*`."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "context_parallel_size": self.context,
+            "expert_model_parallel_size": self.expert,
+            "expert_tensor_parallel_size": self.expert_tensor,
+        }
 
     def data(self, world: int) -> int:
         """Data-parallel size.
@@ -52,6 +70,13 @@ class ParallelSizes:
                 f"{world} processes cannot be divided by tensor_model_parallel_size={self.tensor} x "
                 f"pipeline_model_parallel_size={self.pipeline} x context_parallel_size={self.context}; set "
                 f"trainer.devices x trainer.num_nodes to a multiple of {model}"
+            )
+        experts = (self.expert_tensor or self.tensor) * self.expert * self.pipeline
+        if world % experts:
+            raise UserError(
+                f"{world} processes cannot be divided by expert_tensor_parallel_size={self.expert_tensor or self.tensor} x "
+                f"expert_model_parallel_size={self.expert} x pipeline_model_parallel_size={self.pipeline}; set "
+                f"trainer.devices x trainer.num_nodes to a multiple of {experts}"
             )
         return world // model
 
@@ -87,6 +112,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.dev
         UserError: the world does not divide by the parallel sizes, or there are more ranks than GPUs.
     """
     sizes.data(world_size())
+    quieten()
     adapt_megatron_to_cpu()
     from megatron.core import parallel_state  # after the adaptation
 
@@ -101,11 +127,7 @@ def initialize(sizes: ParallelSizes, timeout_minutes: float = 30.0) -> torch.dev
         else:
             dist.init_process_group(backend, timeout=timeout)
         logger.info("%d ranks on %s, device %s", world_size(), backend, device)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
-        context_parallel_size=sizes.context,
-    )
+    parallel_state.initialize_model_parallel(**sizes.named)
     return device
 
 
@@ -123,7 +145,7 @@ def set_seed(seed: int) -> None:
     """Seed Python, numpy, torch and Megatron's tracker. Ranks of one tensor-parallel group draw alike outside it."""
     from megatron.core import parallel_state, tensor_parallel
 
-    seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed = seed + STAGE_SEEDS * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries draw from the global generator
     torch.manual_seed(seed)

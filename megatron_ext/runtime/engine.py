@@ -18,8 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.errors import DivergedError
-from megatron_ext.grouping import PackedTokens
+from megatron_ext.grouping import PackedTokens, PrefixGroups
 from megatron_ext.runtime.collectives import broadcast_object, from_last
+from megatron_ext.runtime.expert_load import finish_step, most_of_experts, routers_of, share_out
 from megatron_ext.runtime.full_memory import full_memory_told
 from megatron_ext.runtime.grad_norm import clip_gradients, gradient_norm
 from megatron_ext.runtime.optim import OptimConfig, ddp_config, make_optimizer, make_scheduler
@@ -102,6 +103,7 @@ class Engine:
         self.config = model.config
         self.optimizer = self.scheduler = None
         self.pieces = pieces_of(model)  # with an optimizer, each in its DDP
+        self.routers = routers_of(self.pieces)
         self._pipeline: dict[str, Any] = {}  # for the schedule, where lower stages train nothing
         self._detach_input = False
         self.clip_grad = clip_grad
@@ -150,10 +152,15 @@ class Engine:
 
         streams = [(microbatch, True) for microbatch in microbatches]
         stages, pieces = parallel_state.get_pipeline_model_parallel_world_size(), len(self.pieces)
-        if pieces > 1:
-            # The interleaved schedule takes no fewer streams than stages: the smallest once more, for nothing.
+        # The interleaved schedule takes no fewer streams than stages, and ranks that share experts run equally many.
+        fewest = max(stages if pieces > 1 else 0, most_of_experts(self.config, len(streams)))
+        if fewest > len(streams):
             smallest = min(microbatches, key=lambda m: m.batch.groups.num_tokens)
-            streams += [(smallest, False)] * (stages - len(streams))
+            idle = _of_no_response(smallest.batch.groups)
+            streams += [(smallest, False)] * (fewest - len(streams))
+        if not forward_only and self.routers and self.routers[0].balanced:
+            share_out(self.routers, sum(m.batch.groups.num_repeated_tokens for m in microbatches))
+        if pieces > 1:
             self.config.microbatch_group_size_per_vp_stage = streams_per_turn(len(streams), stages)
 
         newest = microbatches[0]
@@ -170,10 +177,11 @@ class Engine:
             output = model(
                 batch.tokens,
                 batch.position_ids,
-                packed_seq_params=batch.groups,
+                packed_seq_params=batch.groups if counts else idle,
                 labels=batch.labels,
                 temperature=microbatch.temperature,
                 media=batch.media,
+                entry=batch.entry,
             )
 
             def reduce(output):
@@ -286,9 +294,12 @@ class Engine:
         for piece in self.pieces:
             piece.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for router in self.routers:
+            router.begin()
 
     def step(self) -> dict[str, float]:
-        """Optimizer and scheduler step. Returns grad_norm, lr, and whether both were left out: skipped, 0 or 1.
+        """Optimizer and scheduler step. Returns grad_norm, lr, and whether both were left out: skipped, 0 or 1; of a model with
+        experts what `finish_step` tells as well.
 
         Raises:
             SkippedError: one more in a row than may be left out; no parameter has been changed.
@@ -303,7 +314,7 @@ class Engine:
                 times = f" {self._skipped} times in a row" if self.skipping.most else ""
                 raise SkippedError(f"{why}{times}: the step was not taken; lower model.optim.lr or check the data")
             logger.warning("%s: an optimizer step is left out (%d in a row)", why, self._skipped)
-            return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 1.0}
+            return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 1.0} | self._experts_told(applied=False)
         self._skipped = 0
         self.gather_weights()  # nobody has asked for some of them
         clip_gradients(self.optimizer, grad_norm, self.clip_grad)
@@ -311,7 +322,17 @@ class Engine:
         if self._gather is not None:
             self._gather.start()
         self.scheduler.step(increment=1)
-        return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 0.0}
+        return {"grad_norm": grad_norm, "lr": float(lr), "skipped": 0.0} | self._experts_told(applied=True)
+
+    def _experts_told(self, applied: bool) -> dict[str, float]:
+        return {} if self.config.num_moe_experts is None else finish_step(self.routers, applied)
+
+
+def _of_no_response(groups: PrefixGroups) -> PrefixGroups:
+    """The same layout, whose rows count for nothing where experts are counted."""
+    idle = PrefixGroups.from_trees(groups.trees, groups.num_tokens, groups.position_ids.device)
+    idle.derived["response_counts"] = torch.zeros_like(idle.group_ids)
+    return idle
 
 
 def _too_large(stream: PackedTokens) -> str:

@@ -20,6 +20,7 @@ __all__ = ["InstallationError", "check_installation", "megatron_package_info", "
 TORCH_RANGE = ">=2.9"
 MEGATRON_CORE_RANGE = ">=0.16.1,<0.20"
 TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.9,<2.21"
+TRANSFORMER_ENGINE_OF_0_16 = "transformer-engine[pytorch]>=2.9,<2.12"  # megatron-core 0.16's own range
 
 _TE_CORES = ("transformer-engine-cu12", "transformer-engine-cu13")
 _TE_TORCH = "transformer-engine-torch"
@@ -50,6 +51,7 @@ def check_installation(gpu_present: bool | None = None) -> None:
     _check_transformer_engine(cuda_build)
     _check_apex(cuda_build)
     _check_megatron_core()
+    _check_pair()
 
 
 def _check_torch(has_gpu: bool) -> bool:
@@ -92,7 +94,7 @@ def _check_transformer_engine(cuda_build: bool) -> None:
     if missing:
         raise InstallationError(
             f"transformer-engine is installed without {' and '.join(missing)}, {_CRASH}: "
-            f"pip install --no-build-isolation '{TRANSFORMER_ENGINE}', or {uninstall}"
+            f"pip install --no-build-isolation '{_wanted_transformer_engine()}', or {uninstall}"
         )
 
 
@@ -126,6 +128,32 @@ def _check_megatron_core() -> None:
             f"megatron-core {info['__version__']} ({info['__file__']}) is outside {MEGATRON_CORE_RANGE}, the "
             f"range that megatron-ext is tested with: {remedy}"
         )
+
+
+def _check_pair() -> None:
+    """Whether the installed Transformer Engine goes with the installed megatron-core."""
+    spec, found = importlib.util.find_spec("transformer_engine"), _distribution("transformer-engine")
+    if spec is None or spec.origin is None or found is None:
+        return
+    wanted = _wanted_transformer_engine()
+    if not _is_within(found.version, wanted):
+        newer = ", or take megatron-core 0.17 or newer, which needs Python 3.12" * _is_within(
+            found.version, TRANSFORMER_ENGINE
+        )
+        raise InstallationError(
+            f"transformer-engine {found.version} does not go with megatron-core {megatron_package_info()['__version__']}: "
+            f"pip install --no-build-isolation '{wanted}'{newer}"
+        )
+
+
+def _is_within(version: str, requirement: str) -> bool:
+    lowest, above = (_numbers(bound) for bound in requirement.partition("]")[2].split(","))
+    return lowest <= _numbers(version)[:2] < above
+
+
+def _wanted_transformer_engine() -> str:
+    info = megatron_package_info()
+    return TRANSFORMER_ENGINE if info is None or info["VERSION"][:2] >= (0, 17) else TRANSFORMER_ENGINE_OF_0_16
 
 
 def megatron_package_info() -> dict | None:

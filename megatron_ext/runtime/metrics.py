@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,16 +11,22 @@ from typing import Any
 
 import torch
 
+from megatron_ext.files import json_text
 from megatron_ext.runtime.progress import PROGRESS
 
 __all__ = ["MetricsLog", "Timers"]
 
 
 class Timers:
-    """Wall-clock seconds by name, summed until read. On a GPU its work in hand is waited for, at both ends."""
+    """Wall-clock seconds by name, summed until read. On a GPU its work in hand is waited for, at both ends.
+
+    Attributes:
+        totals: of all readings, and of what is not read yet.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.totals: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, name: str):
@@ -32,7 +37,9 @@ class Timers:
                 yield
             finally:
                 _synchronize()
-                self.seconds[name] += time.perf_counter() - start
+                taken = time.perf_counter() - start
+                self.seconds[name] += taken
+                self.totals[name] += taken
 
     def read(self) -> dict[str, float]:
         """`{"timers/<name>": seconds}` since the last reading."""
@@ -62,7 +69,7 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.write(json_text({"step": step, **metrics}) + "\n")
         self.file.flush()
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -73,6 +74,10 @@ class OptimConfig:
     # Tell all data-parallel ranks the new weights while the next pass already runs, each module waiting for its own, instead of
     # before it. Needs overlap_grad_reduce, whose buckets it takes, and distributed_fused_adam. Results stay the same.
     overlap_param_gather: Speed[bool] = False
+    # Learning rate of a vision tower that trains (model.freeze_vision_model=false); null: lr. The schedule is that of lr.
+    vision_lr: float | None = None
+    # Of the connector behind it; null: lr.
+    vision_projection_lr: float | None = None
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self):
@@ -81,6 +86,9 @@ class OptimConfig:
             raise UserError(f"model.optim.name must be adam or distributed_fused_adam, got {self.name!r}")
         if self.lr <= 0 or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"model.optim: lr={self.lr} must be positive and betas={self.betas} two numbers in [0, 1)")
+        for key in ("vision_lr", "vision_projection_lr"):
+            if (rate := getattr(self, key)) is not None and rate <= 0:
+                raise UserError(f"model.optim.{key}={rate} must be positive; to train nothing there, freeze it")
         if not 0 < self.optimizer_offload_fraction <= 1:
             raise UserError(
                 f"model.optim.optimizer_offload_fraction={self.optimizer_offload_fraction} must lie in (0, 1]; for none set "
@@ -133,28 +141,37 @@ def ddp_config(optim: OptimConfig) -> DistributedDataParallelConfig:
 
 def make_optimizer(optim: OptimConfig, config: TransformerConfig, pieces: Sequence[torch.nn.Module]):
     """Megatron's optimizer of a rank's pieces, each in its DDP."""
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.sched.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=optim.sharded,
-            overlap_param_gather=optim.overlap_param_gather,
-            clip_grad=0.0,  # the engine clips
-        ),
-        list(pieces),
+    given = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.sched.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=optim.sharded,
+        overlap_param_gather=optim.overlap_param_gather,
+        clip_grad=0.0,  # the engine clips
     )
+    optimizer = get_megatron_optimizer(given, list(pieces), get_standard_config_overrides(given) | _own_rates(optim))
     if not optim.moments.is_plain:
         for single in single_optimizers(optimizer):
             if single.optimizer is not None:  # nothing trains here
                 single.optimizer = LeanAdamW(single.optimizer, optim.moments)
     return optimizer
+
+
+def _own_rates(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
+    """Of parts of the model whose learning rate is not the others': its highest, and what it falls to."""
+    given = {"*vision_tower.*": optim.vision_lr, "*media_projector.*": optim.vision_projection_lr}
+    falls_to = optim.sched.min_lr / optim.lr
+    return {
+        ParamKey(name=name): {"max_lr": rate, "min_lr": rate * falls_to}
+        for name, rate in given.items()
+        if rate is not None
+    }
 
 
 def make_scheduler(optimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:

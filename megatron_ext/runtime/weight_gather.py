@@ -26,8 +26,9 @@ class WeightGather:
     """
 
     def __init__(self, pieces: Sequence[DistributedDataParallel]):
-        # Buckets are in the order in which gradients are ready.
+        # Buckets are in the order in which gradients are ready. Those of experts lie over ranks of their own, and are told last.
         self.groups = [group for piece in pieces for group in reversed(piece.bucket_groups)]
+        self.groups += [group for piece in pieces for group in reversed(piece.expert_parallel_bucket_groups)]
         for piece in pieces:
             for parameter, group in piece.param_to_bucket_group.items():
                 setattr(parameter, WAIT, lambda group=group: group.finish_param_sync(skip_next_bucket_dispatch=True))

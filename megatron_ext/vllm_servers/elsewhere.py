@@ -45,7 +45,7 @@ class Order:
         number: of the run's own, which no other run's order has.
         model, dtype, max_length, key: see `ServerProcesses`.
         have_answered: see there.
-        start, python, cuda_devices, arguments, weights, max_restarts: see `VllmOptions`.
+        start, python, cuda_devices, arguments, weights, max_restarts, routes: see `VllmOptions`.
     """
 
     number: str
@@ -60,12 +60,14 @@ class Order:
     arguments: tuple[str, ...]
     weights: str
     max_restarts: int
+    routes: bool
 
     def options(self, host: str) -> VllmOptions:
         """Of the servers on one machine, listening on `host`."""
         return VllmOptions(
             start=self.start, python=self.python, host=host, cuda_devices=tuple(self.cuda_devices),
             arguments=tuple(self.arguments), weights=self.weights, max_restarts=self.max_restarts,
+            routes=self.routes,
         )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ class ServersElsewhere:
         self._order = Order(
             secrets.token_hex(8), str(model), dtype, max_length, self.key, False, options.start, options.python,
             options.cuda_devices, options.arguments, options.weights, options.max_restarts,
+            options.routes,
         )  # fmt: skip
         self._write(self._order)
         try:

@@ -21,6 +21,7 @@ LOCAL = "127.0.0.1"
 OURS = (
     "--model", "--served-model-name", "--host", "--port", "--dtype", "--max-model-len", "--generation-config", "--logprobs-mode",
     "--api-key", "--middleware", "--uds", "--weight-transfer-config", "--load-format",
+    "--enable-return-routed-experts",
 )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ class VllmOptions:
         tolerance: see TOLERANCES; None: by the type of the weights.
         in_flight: what becomes of requests in flight when new weights come: "keep", they go on with these; "abort", servers end
             them, and what they have said is continued by new requests.
+        routes: whether servers tell which experts their routers choose.
     """
 
     urls: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class VllmOptions:
     max_restarts: int = 3
     tolerance: float | None = None
     in_flight: str = "keep"
+    routes: bool = False
     name: str = field(default="policy", init=False)
 
     def __post_init__(self):

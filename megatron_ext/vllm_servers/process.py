@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.errors import UserError
+from megatron_ext.ports import free_port
 from megatron_ext.vllm_servers.options import KEY_VARIABLE, VllmOptions
 
 __all__ = ["ServerProcesses"]
@@ -26,6 +26,8 @@ END = 10.0  # seconds for a server to end by itself
 # Environment of a server beside the run's own. Without VLLM_CPU_KVCACHE_SPACE (GiB) the build for CPUs takes half the memory.
 ALWAYS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 UNLESS_SET = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# vLLM 0.32 tells routes with this one alone, which needs Triton.
+TELLS_ROUTES = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 # A rank's place among its peers, which vLLM would take for its own.
 NOT_FOR_SERVERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK",
@@ -71,7 +73,9 @@ class ServerProcesses:
                 "interpreter of an environment with vLLM in it"
             )
         self.key = key or secrets.token_hex(32)
-        self._ports = [_free_port(options.host) for _ in range(options.start)]
+        self._ports: list[int] = []
+        for _ in range(options.start):
+            self._ports.append(free_port(options.host, besides=self._ports))
         self._logs = [logs / f"vllm-{number}.log" for number in range(options.start)]
         self._restarts = [0] * options.start
         self._given_up: dict[int, str] = {}
@@ -132,12 +136,13 @@ class ServerProcesses:
         takes = ["--load-format", "dummy", "--weight-transfer-config", '{"backend": "nccl"}'] * (
             options.weights == "nccl"
         )
+        tells = ["--enable-return-routed-experts"] * options.routes
         return [
             self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.newest),
             "--served-model-name", options.name, "--host", options.host, "--port", str(self._ports[number]),
             "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--generation-config", "vllm",
             "--logprobs-mode", "processed_logprobs", "--middleware", "megatron_ext_key.KeyOnEveryRoute",
-            "--enable-scale-out", "--scheduling-policy", "priority", "--uvicorn-log-level", "warning", *takes,
+            "--enable-scale-out", "--scheduling-policy", "priority", "--uvicorn-log-level", "warning", *takes, *tells,
             *options.arguments,
         ]  # fmt: skip
 
@@ -146,7 +151,7 @@ class ServerProcesses:
         own = {"PYTHONPATH": str(INSIDE), KEY_VARIABLE: self.key, "VLLM_API_KEY": self.key}
         if self.options.cuda_devices:
             own["CUDA_VISIBLE_DEVICES"] = self.options.cuda_devices[number]
-        return UNLESS_SET | kept | ALWAYS | own
+        return UNLESS_SET | kept | ALWAYS | (TELLS_ROUTES if self.options.routes else {}) | own
 
     def _start(self, number: int) -> subprocess.Popen:
         guard = [sys.executable, "-I", str(INSIDE / "guard.py"), str(os.getpid()), str(self.remove or "")]
@@ -182,13 +187,6 @@ def _kill_group(guard: subprocess.Popen) -> None:
         os.killpg(guard.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # all of it has ended
-
-
-def _free_port(host: str) -> int:
-    """Held by nobody a moment ago."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
-        held.bind((host, 0))
-        return held.getsockname()[1]
 
 
 def _last_words(log: Path, lines: int = 3) -> str:

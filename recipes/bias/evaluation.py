@@ -2,94 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ext.bias.public_sets import CoreferenceQuestion
-from megatron_ext.bias.scores import (
-    afgb_score,
-    bootstrap_interval,
-    choice_accuracy,
-    profession_table,
-    pronoun_mass,
-    share_preferring_first,
-    stereotype_share,
-    ub_score,
-)
+from megatron_ext.bias.measures import SAMPLES, Measure, interval
+from megatron_ext.bias.scores import absolute_differences, first_preferred, hints_followed, profession_table
 from recipes.bias.prompts import PromptSet
-from recipes.bias.scorers import Progress, Scorer
+from recipes.bias.scorers import Progress, Scorer, answer_probabilities
 
-__all__ = ["evaluate", "pair_preference", "perplexity", "question_accuracy"]
+__all__ = ["ask_prompts", "ask_texts", "evaluate", "perplexity", "summary"]
 
 
 def evaluate(
     scorer: Scorer,
     prompts: PromptSet,
-    pair: tuple[int, int],
+    answers: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]] = (),
-    bootstrap_samples: int = 1000,
+    bootstrap_samples: int = SAMPLES,
     progress: Progress = lambda rows: None,
 ) -> dict:
-    """AFGB and UB with 95 % intervals over professions, and what must be read beside them."""
-    p = scorer.pair_probabilities(prompts.bias_tokens, pair, progress)
-    q = scorer.pair_probabilities(prompts.hinted_tokens, pair, progress)
+    """AFGB, UB and what must be read beside them, with 95 % intervals over professions, and `answers`, by which two evaluations
+    of the same questions are compared. Arguments as of `ask_prompts`."""
+    measures, facts = ask_prompts(scorer, prompts, answers, progress=progress)
+    if texts:
+        measures |= ask_texts(scorer, texts, progress)
+    answers_of = {name: measure.as_dict() for name, measure in measures.items()}
+    return facts | summary(measures, bootstrap_samples) | {"answers": answers_of}
+
+
+def ask_prompts(
+    scorer: Scorer,
+    prompts: PromptSet,
+    answers: Sequence[Sequence[int]],
+    others: Sequence[str] = (),
+    progress: Progress = lambda rows: None,
+) -> tuple[dict[str, Measure], dict]:
+    """Figures by name, and what else is to be said.
+
+    Args:
+        answers: tokens of the two words that are compared, then of `others`.
+    """
+    p = answer_probabilities(scorer, prompts.bias_tokens, answers, progress)
+    q = answer_probabilities(scorer, prompts.hinted_tokens, answers, progress)
     hint = torch.tensor([h.hint for h in prompts.hinted])
-
-    def afgb(rows: Tensor) -> float:
-        return afgb_score(*p[rows].unbind(1))
-
-    def ub(rows: Tensor) -> float:
-        return ub_score(*q[rows].unbind(1), hint[rows])
-
-    names = [b.profession for b in prompts.bias]
-    found = {
+    names, hinted = [b.profession for b in prompts.bias], [h.profession for h in prompts.hinted]
+    he, she = p[:, :2].unbind(1)
+    measures = {
+        "afgb": Measure.mean(names, absolute_differences(he, she)),
+        "ub": Measure.mean(hinted, hints_followed(*q[:, :2].unbind(1), hint)),
+        "pronoun_mass": Measure.mean(names, p[:, :2].double().sum(1)),
+        "hinted_pronoun_mass": Measure.mean(hinted, q[:, :2].double().sum(1)),
+        "share_preferring_first": Measure.mean(names, first_preferred(he, she)),
+    }
+    if others:
+        best = p.argmax(1)
+        measures["others_mass"] = Measure.mean(names, p[:, 2:].double().sum(1))
+        measures["others_preferred"] = Measure.mean(names, (best >= 2).double())
+        for number, word in enumerate(others, 2):
+            measures[f"others_by_word.{word}"] = Measure.mean(names, p[:, number])
+    facts = {
         "prompts": len(names),
         "hinted_prompts": len(hint),
         "professions": len(set(names)),
-        "afgb": afgb(torch.arange(len(p))),
-        "afgb_interval": bootstrap_interval(afgb, names, bootstrap_samples),
-        "ub": ub(torch.arange(len(q))),
-        "ub_interval": bootstrap_interval(ub, [h.profession for h in prompts.hinted], bootstrap_samples),
-        "pronoun_mass": pronoun_mass(*p.unbind(1)),
-        "hinted_pronoun_mass": pronoun_mass(*q.unbind(1)),
-        "share_preferring_first": share_preferring_first(*p.unbind(1)),
-        "profession_table": profession_table(*p.unbind(1), names),
+        "profession_table": profession_table(he, she, names),
     }
-    if texts:
-        found["perplexity"] = perplexity(scorer, texts, progress)
+    return measures, facts
+
+
+def ask_texts(
+    scorer: Scorer, texts: Sequence[Sequence[int]], progress: Progress = lambda rows: None
+) -> dict[str, Measure]:
+    """Perplexity of texts; draws are of whole texts."""
+    logprobs = scorer.token_logprobs([((), text) for text in texts], progress)
+    rows = torch.tensor([[float(row.double().sum()), len(row)] for row in logprobs], dtype=torch.float64)
+    return {"perplexity": Measure.of("perplexity", [str(number) for number in range(len(texts))], rows)}
+
+
+def summary(measures: Mapping[str, Measure], bootstrap_samples: int) -> dict:
+    """Values by name, and intervals as `<name>_interval`; parts `a.b` of a figure stand as {a: {b: value}}. None is no number, as
+    of a correlation with what does not vary."""
+    found: dict = {}
+    for name, measure in measures.items():
+        whole, _, part = name.partition(".")
+        value = None if math.isnan(measure.value) else measure.value
+        if part:
+            found.setdefault(whole, {})[part] = value
+        else:
+            found[name], found[f"{name}_interval"] = value, interval(measure, bootstrap_samples)
     return found
 
 
-def perplexity(scorer: Scorer, texts: Sequence[Sequence[int]], progress: Progress = lambda rows: None) -> float:
-    """exp of the mean negative log-likelihood of all tokens but the first of each text; infinite where fp64 overflows."""
-    logprobs = torch.cat(scorer.token_logprobs([((), text) for text in texts], progress)).double()
-    return (-logprobs.mean()).exp().item()
-
-
-def pair_preference(scorer: Scorer, rows: Sequence, progress: Progress = lambda rows: None) -> float:
-    """Share of pairs whose more stereotypical sentence is the likelier; rows from `sentence_rows`."""
-    return stereotype_share(*_sums(scorer, rows, progress).unbind(1))
-
-
-def question_accuracy(
-    scorer: Scorer, questions: Sequence[CoreferenceQuestion], rows: Sequence, progress: Progress = lambda rows: None
-) -> dict:
-    """Share of questions whose right answer is the likelier, over all and by the pronoun's gender."""
-    found = _sums(scorer, rows, progress)
-    answers = torch.tensor([q.answer for q in questions])
-    groups = {
-        gender: [i for i, q in enumerate(questions) if q.gender == gender] for gender in ("male", "female", "neutral")
-    }
-    return {
-        "winogender_accuracy": choice_accuracy(found, answers),
-        "winogender_accuracy_by_gender": {
-            gender: choice_accuracy(found[rows], answers[rows]) for gender, rows in groups.items() if rows
-        },
-    }
-
-
-def _sums(scorer: Scorer, rows: Sequence, progress: Progress) -> Tensor:
-    """Log-likelihoods [pairs, 2] of neighbouring rows."""
-    return torch.tensor([float(row.double().sum()) for row in scorer.token_logprobs(rows, progress)]).view(-1, 2)
+def perplexity(logprobs: Sequence[Tensor]) -> float:
+    """exp of the mean negative log-likelihood of the tokens of all texts; infinite where fp64 overflows."""
+    return (-torch.cat(tuple(logprobs)).double().mean()).exp().item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +13,12 @@ from megatron_ext.kinds import Kind, names
 from megatron_ext.runtime.distributed import local_device, world_size
 from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer, Scorer
 from recipes.bias.settings import BiasEvalConfig, BiasEvalModel, LocateConfig
-from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
-from recipes.run.inputs import Inputs
+from recipes.run.evaluated import checkpoint_inputs
 from recipes.run.lock import refuse_if_held
-from recipes.run.pretrained import Pretrained
+from recipes.run.progress import progress_bar
 from recipes.run.run_folder import check_run_folder, held_run_folder
-from recipes.run.session import Session, progress_bar
-from recipes.run.settings import TrainedModel
+from recipes.run.session import Session
 
 __all__ = ["CheckpointModel", "open_model"]
 
@@ -42,9 +39,8 @@ class CheckpointModel:
     """A checkpoint of ours or a Hugging Face folder on Megatron's ranks; its architecture is read from it."""
 
     def __init__(self, config: BiasEvalConfig | LocateConfig):
-        architecture = Pretrained.open(config.pretrained_checkpoint.restore_from_path).architecture
-        model = build(TrainedModel, architecture | dataclasses.asdict(config.model), "model")
-        self.inputs = Inputs.check(dataclasses.replace(config, model=model))
+        self.inputs = checkpoint_inputs(config)
+        model = self.inputs.config.model
         self.tokenizer, self.log_dir = self.inputs.tokenizer, self.inputs.log_dir
         self.longest, self.num_layers = model.encoder_seq_length, model.num_layers
         self.is_main = False  # until the ranks have started

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 from megatron_ext.bias.prompts import BiasPrompt, PromptsConfig
@@ -20,7 +21,7 @@ from recipes.data.keys import check_keys
 from recipes.data.tokenizer import Tokenizer
 
 __all__ = [
-    "PromptSet", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
+    "PromptSet", "answer_tokens", "load_prompt_sets", "load_texts", "pair_tokens", "question_rows", "read_winogender",
     "sentence_rows",
 ]  # fmt: skip
 
@@ -47,6 +48,10 @@ class PromptSet:
         pairs = [*zip(self.bias, self.bias_tokens, strict=True), *zip(self.hinted, self.hinted_tokens, strict=True)]
         return [(prompt.profession, prompt.hint, tokens) for prompt, tokens in pairs]
 
+    def without_hint(self, limit: int) -> list[tuple[BiasPrompt, list[int]]]:
+        """At most `limit` prompts without a hint, evenly spread, with their tokens."""
+        return _spread(list(zip(self.bias, self.bias_tokens, strict=True)), limit)
+
     def probe(self, pair: tuple[int, int], limit: int | None, seed: int) -> BiasProbe:
         """What the estimators ask: at most `limit` prompts of each kind, evenly spread."""
         pairs = None if limit is None else limit // 2
@@ -59,24 +64,38 @@ def _spread(items: list, limit: int | None) -> list:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+def answer_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of every word after a space.
+
+    Raises:
+        DataError: the tokens of one begin with those of another, so that the one's probability would hold the other's.
+    """
+    found = [tokenizer.encode_pair(CARRIER, f" {word}")[1] for word in words]
+    for one, other in permutations(range(len(words)), 2):
+        if found[one] == found[other]:
+            raise DataError(f"data.prompts.pair: {words[one]!r} and {words[other]!r} are the same tokens")
+        if found[other][: len(found[one])] == found[one]:
+            raise DataError(
+                f"data.prompts.pair: tokenizer {tokenizer.path} begins {words[other]!r} with the tokens of {words[one]!r}, whose "
+                "probability so holds the other's: choose other words, or another model"
+            )
+    return found
+
+
 def pair_tokens(tokenizer: Tokenizer, words: tuple[str, str]) -> tuple[int, int]:
-    """The token of either word after a space.
+    """The token of either word after a space, for what is trained or located: it compares next tokens.
 
     Raises:
         DataError: a word that is more than one token, or both the same.
     """
-    found = []
-    for word in words:
-        _, rest = tokenizer.encode_pair(CARRIER, f" {word}")
-        if len(rest) != 1:
+    found = answer_tokens(tokenizer, words)
+    for word, tokens in zip(words, found, strict=True):
+        if len(tokens) != 1:
             raise DataError(
-                f"tokenizer {tokenizer.path} reads {word!r} after a space as {len(rest)} tokens, and the scores compare "
-                "the next token: choose other words for data.prompts.pair, or another model"
+                f"tokenizer {tokenizer.path} reads {word!r} after a space as {len(tokens)} tokens, and training compares the "
+                "next token: choose other words for data.prompts.pair, or another model (recipes/eval_bias.py takes them)"
             )
-        found.append(rest[0])
-    if found[0] == found[1]:
-        raise DataError(f"data.prompts.pair: {words[0]!r} and {words[1]!r} are the same token")
-    return found[0], found[1]
+    return found[0][0], found[1][0]
 
 
 def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: int) -> dict[str, PromptSet]:
@@ -88,15 +107,16 @@ def load_prompt_sets(settings: PromptsConfig, tokenizer: Tokenizer, max_length: 
     """
     sets = {name: _prompt_set(part, settings, tokenizer) for name, part in settings.professions().items()}
     everything = sets["all"]
+    longest = max(len(tokenizer.encode(f" {word}")) for word in settings.pair.words)
     for prompts, rows in (
         (everything.bias, everything.bias_tokens),
         (everything.hinted, everything.hinted_tokens),
     ):
         for prompt, tokens in zip(prompts, rows, strict=True):
-            _checked((tokens, []), prompt.prompt, max_length - 1)  # one more for the word
+            _checked((tokens, []), prompt.prompt, max_length - longest)
     letters = "".join(sorted({c for p in (*everything.bias, *everything.hinted) for c in p.prompt}))
     tokenizer.check_whole(letters, tokenizer.encode(letters))
-    _check_continued((*everything.bias, *everything.hinted), tokenizer, (settings.pair.first, settings.pair.second))
+    _check_continued((*everything.bias, *everything.hinted), tokenizer, settings.pair.words)
     return sets
 
 
@@ -110,14 +130,14 @@ def _prompt_set(professions: list[str], settings: PromptsConfig, tokenizer: Toke
     )
 
 
-def _check_continued(prompts: Iterable[BiasPrompt], tokenizer: Tokenizer, words: tuple[str, str]) -> None:
+def _check_continued(prompts: Iterable[BiasPrompt], tokenizer: Tokenizer, words: Sequence[str]) -> None:
     """Prompts that end alike are asked about once."""
     for text in {prompt.prompt[-20:]: prompt.prompt for prompt in prompts}.values():
         for word in words:
             if tokenizer.encode_pair(text, f" {word}")[1] != tokenizer.encode_pair(CARRIER, f" {word}")[1]:
                 raise DataError(
                     f"tokenizer {tokenizer.path} reads {word!r} behind {text[-20:]!r} otherwise than behind {CARRIER!r}, and the "
-                    "scores compare one token: let the template end with a word"
+                    "scores compare the same tokens: let the template end with a word"
                 )
 
 

@@ -22,7 +22,7 @@ from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.runtime.collectives import gather_objects
 from megatron_ext.runtime.engine import Engine, Microbatch
 
-__all__ = ["HuggingFaceScorer", "MegatronScorer", "Scorer"]
+__all__ = ["STREAM_TOKENS", "HuggingFaceScorer", "MegatronScorer", "Scorer", "answer_probabilities", "in_parts"]
 
 STREAM_TOKENS = 8192
 BATCH_TOKENS = 4096  # of a padded Hugging Face batch
@@ -35,14 +35,34 @@ class Scorer(Protocol):
     """Answers come on the host and are the same on every rank."""
 
     def pair_probabilities(
-        self, prompts: Sequence[Sequence[int]], pair: tuple[int, int], progress: Progress = ...
+        self, prompts: Sequence[Sequence[int]], pair: Sequence[int], progress: Progress = ...
     ) -> Tensor:
-        """fp32 [n, 2]: P(next token) of both words."""
+        """fp32 [n, tokens]: P(next token) of each of these tokens, two or more."""
 
     def token_logprobs(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress = ...
     ) -> list[Tensor]:
         """Of each row (prompt, text) the log-probabilities fp32 of the text's tokens; without a prompt all but the first."""
+
+
+def answer_probabilities(
+    scorer: Scorer,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    progress: Progress = lambda rows: None,
+) -> Tensor:
+    """fp32 [n, answers]: how likely each answer, of one token or several, is behind each prompt: the product of its tokens'
+    probabilities. `progress` counts prompts."""
+    if all(len(answer) == 1 for answer in answers):
+        return scorer.pair_probabilities(prompts, [answer[0] for answer in answers], progress)
+    done = [0]
+
+    def rows(more: int) -> None:
+        before, done[0] = done[0] // len(answers), done[0] + more
+        progress(done[0] // len(answers) - before)
+
+    logprobs = scorer.token_logprobs([(prompt, answer) for prompt in prompts for answer in answers], rows)
+    return torch.stack([values.double().sum() for values in logprobs]).view(-1, len(answers)).exp().float()
 
 
 class MegatronScorer:
@@ -59,8 +79,8 @@ class MegatronScorer:
         )
 
     def pair_probabilities(self, prompts, pair, progress=lambda rows: None) -> Tensor:
-        found = torch.zeros(len(prompts), 2)
-        for part in _parts([len(p) for p in prompts[self.rank :: self.ranks]], STREAM_TOKENS):
+        found = torch.zeros(len(prompts), len(pair))
+        for part in in_parts([len(p) for p in prompts[self.rank :: self.ranks]], STREAM_TOKENS):
             mine = [self.rank + i * self.ranks for i in part]
             found[mine] = next_token_probabilities(self.model, [prompts[i] for i in mine], pair).cpu()
             progress(len(mine) * self.ranks)
@@ -81,14 +101,16 @@ class MegatronScorer:
                     f"model.encoder_seq_length={config.encoder_seq_length}"
                 )
         mine: dict[int, Tensor] = {}
-        own = range(self.rank, len(rows), self.ranks)
-        for part in _parts([len(rows[i][0]) + len(rows[i][1]) for i in own], STREAM_TOKENS):
-            numbers = [own[i] for i in part]
-            prompts, texts = [rows[i][0] for i in numbers], [[rows[i][1]] for i in numbers]
+        own = _shared_prompts(rows)[self.rank :: self.ranks]
+        lengths = [len(rows[group[0]][0]) + sum(len(rows[i][1]) for i in group) for group in own]
+        for part in in_parts(lengths, STREAM_TOKENS):
+            numbers = [i for place in part for i in own[place]]
+            prompts = [rows[own[place][0]][0] for place in part]
+            texts = [[rows[i][1] for i in own[place]] for place in part]
             scheme = config.position_embedding.scheme
             batch = pack_prompts(prompts, texts, scheme, stream_multiple(config), device)
             (logprobs,) = self.engine.score([Microbatch(batch)])
-            counts = [len(text) - (not len(prompt)) for prompt, (text,) in zip(prompts, texts, strict=True)]
+            counts = [len(rows[i][1]) - (not len(rows[i][0])) for i in numbers]
             mine |= zip(numbers, logprobs.detach().cpu().split(counts), strict=True)
             progress(len(numbers) * self.ranks)
         shares = gather_objects(mine, parallel_state.get_data_parallel_group())
@@ -125,7 +147,7 @@ class HuggingFaceScorer:
 
     @torch.no_grad()
     def pair_probabilities(self, prompts, pair, progress=lambda rows: None) -> Tensor:
-        found = torch.zeros(len(prompts), 2)
+        found = torch.zeros(len(prompts), len(pair))
         for numbers, logits in self._logits(prompts):
             ends = torch.tensor([len(prompts[i]) - 1 for i in numbers], device=self.device)
             last = logits[torch.arange(len(numbers), device=self.device), ends]  # [n, v]
@@ -157,7 +179,7 @@ class HuggingFaceScorer:
         for number, text in enumerate(texts):
             if not text or (limit is not None and len(text) > limit):
                 raise UserError(f"row {number} has {len(text)} tokens; the model reads 1 to {limit}")
-        for numbers in _parts([len(t) for t in texts], BATCH_TOKENS):
+        for numbers in in_parts([len(t) for t in texts], BATCH_TOKENS):
             longest = max(len(texts[i]) for i in numbers)
             ids = torch.zeros(len(numbers), longest, dtype=torch.int64)
             mask = torch.zeros_like(ids)
@@ -165,6 +187,20 @@ class HuggingFaceScorer:
                 ids[row, : len(texts[number])] = torch.tensor(texts[number])
                 mask[row, : len(texts[number])] = 1
             yield numbers, self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+
+
+def _shared_prompts(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """Numbers of neighbouring rows with the same prompt, which is run once for them, of at most `STREAM_TOKENS` tokens. A prompt
+    of a single token, such as the begin token, is not worth it."""
+    groups: list[list[int]] = []
+    total = 0
+    for number, (prompt, text) in enumerate(rows):
+        total += len(text)
+        if not groups or len(prompt) < 2 or prompt != rows[number - 1][0] or total > STREAM_TOKENS:
+            groups.append([])
+            total = len(prompt) + len(text)
+        groups[-1].append(number)
+    return groups
 
 
 def _check_loaded(folder: str | Path, report: Mapping[str, Collection]) -> None:
@@ -182,7 +218,7 @@ def _check_loaded(folder: str | Path, report: Mapping[str, Collection]) -> None:
         )
 
 
-def _parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def in_parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Neighbouring rows of together at most `tokens` tokens, at least one."""
     part: list[int] = []
     total = 0

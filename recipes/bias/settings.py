@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.bias.measures import SAMPLES
 from megatron_ext.bias.prompts import PromptsConfig
-from megatron_ext.blocks.blocks import check_block
-from megatron_ext.blocks.importance import ESTIMATORS, check_excluded
+from megatron_ext.blocks.importance import ESTIMATORS, check_estimator, check_excluded
+from megatron_ext.blocks.places import GRAINS, PARTS, ModelPlace, check_places, parse_places
 from megatron_ext.errors import UserError
-from megatron_ext.kinds import Duration, Record, Training
+from megatron_ext.kinds import Duration, Record, Speed, Training
 from megatron_ext.losses.lftf import loss_weights
 from megatron_ext.models.placement import Placement
 from recipes.cli.config import at_least
@@ -23,6 +24,7 @@ from recipes.run.settings import (
     TrainerSection,
     check_apart,
     check_batch_sizes,
+    refuse_shared_experts,
 )
 
 __all__ = [
@@ -32,10 +34,14 @@ __all__ = [
 
 @dataclass
 class LFTFSettings:
-    # Which block trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), its number
-    # from 0, or "all" for full fine-tuning.
-    block: str | int = "gradient"
-    # Numbers, from 0, of blocks that an estimator may not choose.
+    # What trains: a BMI estimator that chooses it (similarity, gradient, intervention, random, last), a block's number from 0,
+    # {block: 17, part: attention} (or mlp), {block: 17, heads: [0, 3]}, a list of such, or "all" for full fine-tuning.
+    block: Any = "gradient"
+    # Among what an estimator chooses: blocks; parts, the attention and the MLP of each block; heads, its attention heads.
+    places: str = "blocks"
+    # How many of those that it ranks first train.
+    num_places: int = 1
+    # Numbers, from 0, of blocks that an estimator may not choose, nor anything in them.
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
     # Training prompts that an estimator asks, evenly spread over them; null: all. Lower is faster, and the ranking less
     # sure.
@@ -60,6 +66,15 @@ class LFTFSettings:
     # The guard, too: while the perplexity of data.validation_text_path, which must be set, is at most this many times
     # what it was before training; null: no such guard.
     max_perplexity: float | None = 1.03
+    # Where one block trains, what enters it is computed once for every row and kept on each rank's host, up to this many
+    # GiB in all: training and validations then run that block and those above alone. 0: nothing is kept.
+    kept_inputs_gib: Speed[float] = 8.0
+    # Folder on a local disk for files that hold it instead of the host's memory, and are gone with the run. null: memory.
+    kept_inputs_dir: Speed[str | None] = None
+    # Test prompts, evenly spread, that the report shows with what the model goes on to say, before and after. 0: none.
+    num_samples: Record[int] = 6
+    # Tokens that it says there, at most; the likeliest ones.
+    sample_tokens: Record[int] = 24
     # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping. Compare
     # train_optim/grad_norm.
     gradient_clip_val: float = 1.0
@@ -67,17 +82,46 @@ class LFTFSettings:
     def __post_init__(self):
         if isinstance(self.block, str) and self.block not in (*ESTIMATORS, "all"):
             raise UserError(
-                f"trainer.lftf.block must be a number, all or one of {', '.join(ESTIMATORS)}, got {self.block!r}"
+                f"trainer.lftf.block must be a number, all or one of {', '.join(ESTIMATORS)}, or {{block: 1, part: mlp}}, "
+                f"{{block: 1, heads: [0]}}, a list of such, got {self.block!r}"
             )
+        if self.estimator is not None:
+            _explain("trainer.lftf.places", check_estimator, self.estimator, self.places)
+        elif (self.places, self.num_places) != ("blocks", 1):
+            raise UserError(
+                f"trainer.lftf.places={self.places} and num_places={self.num_places} are what an estimator chooses among, and "
+                f"trainer.lftf.block={self.block} is none: leave them out"
+            )
+        else:
+            _explain("trainer.lftf.block", lambda: self.named_places)
         try:
             self.weights  # noqa: B018  raises on unknown losses
         except UserError as error:
             raise UserError(f"trainer.lftf.loss: {error}") from error
-        at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity")
+        at_least("trainer.lftf", self, 1, "max_epochs", "max_steps", "val_check_interval", "patience", "max_perplexity",
+                 "num_places", "sample_tokens")  # fmt: skip
         at_least("trainer.lftf", self, 2, "locate_prompts")
-        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass", "save_interval")
+        at_least("trainer.lftf", self, 0, "gradient_clip_val", "min_pronoun_mass", "save_interval", "kept_inputs_gib",
+                 "num_samples")  # fmt: skip
         if self.min_pronoun_mass > 1:
             raise UserError(f"trainer.lftf.min_pronoun_mass={self.min_pronoun_mass} is a share: at most 1")
+
+    @property
+    def estimator(self) -> str | None:
+        """What chooses; None: the configuration does."""
+        return self.block if isinstance(self.block, str) and self.block != "all" else None
+
+    @property
+    def named_places(self) -> tuple[ModelPlace, ...] | None:
+        """What the configuration names; None: an estimator chooses, or all trains."""
+        return None if isinstance(self.block, str) else parse_places(self.block)
+
+    @property
+    def most_blocks(self) -> int:
+        """In how many blocks something trains, at most; 0: all of the model trains."""
+        if self.estimator is not None:
+            return self.num_places
+        return len({place.block for place in self.named_places or ()})
 
     @property
     def weights(self) -> dict[str, float]:
@@ -114,6 +158,7 @@ class LFTFConfig:
 
     def __post_init__(self):
         lftf = self.trainer.lftf
+        _refuse_others(self.data.prompts)
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError("pretrained_checkpoint.restore_from_path is not set: name the checkpoint to fine-tune")
         if "kl" in lftf.weights and self.data.text_path is None:
@@ -128,19 +173,45 @@ class LFTFConfig:
                 "model.activations_checkpoint_granularity=full gives a block above frozen ones no gradient: set it to "
                 "selective or null (below the block nothing is kept anyway)"
             )
+        if self.model.peft is not None and self.model.peft.restore_from_path is not None:
+            raise UserError(
+                f"model.peft.restore_from_path={self.model.peft.restore_from_path}: the located block gets adapters of its own "
+                "and the others none; put that adapter into the model first (tools/convert_hf.py merge), and set it to null"
+            )
         if self.model.gradient_accumulation_fusion:
             raise UserError(
                 "model.gradient_accumulation_fusion=true adds to the gradient buffers of all weights, and here there are none "
                 "while blocks are located, and one block's while it trains: set it to false"
             )
+        refuse_shared_experts(self.model)
+        for name in ("moe_aux_loss_coeff", "moe_router_bias_update_rate"):
+            if value := getattr(self.model, name):
+                raise UserError(
+                    f"model.{name}={value} teaches routers beside what is asked of the block: locating by gradients would "
+                    "measure it, and the best state would not have it; set it to 0"
+                )
         if self.model.pipeline_split.pieces > 1 and lftf.block != "all":
             raise UserError(
                 f"model.virtual_pipeline_model_parallel_size={self.model.pipeline_split.pieces} needs weights that train in "
                 "every piece of every stage, and here one block does: set it to null"
             )
-        if isinstance(lftf.block, int):
-            _explain("trainer.lftf.block", check_block, lftf.block, self.model.num_layers)
+        if (places := lftf.named_places) is not None:
+            sizes = self.model.num_layers, self.model.num_attention_heads
+            _explain("trainer.lftf.block", check_places, places, *sizes)
         _explain("trainer.lftf.exclude_blocks", check_excluded, lftf.exclude_blocks, self.model.num_layers)
+        if lftf.estimator is not None:
+            per_block = {"blocks": 1, "parts": len(PARTS), "heads": self.model.num_attention_heads}[lftf.places]
+            most = per_block * (self.model.num_layers - len(lftf.exclude_blocks))
+            if lftf.num_places > most:
+                raise UserError(
+                    f"trainer.lftf.num_places={lftf.num_places}, but there are {most} {lftf.places} to choose from"
+                )
+        finer = lftf.places != "blocks" or any(place.part for place in lftf.named_places or ())
+        if finer and self.model.peft is not None:
+            raise UserError(
+                "trainer.lftf names parts of blocks or heads, and model.peft gives whole blocks adapters: name whole blocks, and "
+                "in model.peft.target_modules which of their linears have some; or set model.peft=null"
+            )
 
     # What compares with the weights that the run began with, so that it reads them also where it goes on.
     reads_start = "trainer.lftf.loss compares with them"
@@ -163,7 +234,10 @@ class LocateSettings:
     # What ranks blocks by how much they have to do with the bias, each in turn: similarity, gradient, intervention,
     # random, last (docs/bias.md).
     estimators: list[str] = field(default_factory=lambda: ["similarity", "gradient", "intervention"])
-    # Numbers, from 0, of blocks that are not ranked.
+    # What they rank: blocks; parts, the attention and the MLP of each block; heads, the attention heads of each block. Parts and
+    # heads by gradient and intervention, and the controls.
+    places: list[str] = field(default_factory=lambda: ["blocks"])
+    # Numbers, from 0, of blocks that are not ranked, nor anything in them.
     exclude_blocks: list[int] = field(default_factory=lambda: [0])
     # Training prompts that an estimator asks, evenly spread over them; null: all. Lower is faster, and the ranking less
     # sure.
@@ -175,10 +249,11 @@ class LocateSettings:
         at_least("trainer.locate", self, 2, "locate_prompts")
         if not self.estimators:
             raise UserError(f"trainer.locate.estimators is empty: name some of {', '.join(ESTIMATORS)}")
-        if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
-            raise UserError(
-                f"trainer.locate.estimators: {unknown[0]!r} does not exist; there are: {', '.join(ESTIMATORS)}"
-            )
+        if not self.places:
+            raise UserError(f"trainer.locate.places is empty: name some of {', '.join(GRAINS)}")
+        for grain in self.places:
+            for name in self.estimators:
+                _explain("trainer.locate.estimators", check_estimator, name, grain)
 
 
 @dataclass
@@ -202,8 +277,29 @@ class LocateConfig:
 
     def __post_init__(self):
         self.exp_manager.refuse_resuming("locating")
+        _refuse_others(self.data.prompts)
+        refuse_shared_experts(self.model)
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError("pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours")
+
+
+@dataclass
+class HarnessSection:
+    # Tasks, groups or tags of lm-evaluation-harness, asked for likelihoods: arc_easy, openbookqa, mmlu, ...; []: none. Needs the
+    # extra harness.
+    tasks: list[str] = field(default_factory=list)
+    # Folder of tasks of your own, beside the harness's; null: none.
+    include_path: str | None = None
+    # Examples before each question; null: as each task says.
+    num_fewshot: int | None = None
+    # Questions of each task, from its first; null: all.
+    limit: int | None = None
+
+    def __post_init__(self):
+        at_least("data.harness", self, 0, "num_fewshot")
+        at_least("data.harness", self, 1, "limit")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"data.harness.tasks={self.tasks} names a task twice")
 
 
 @dataclass
@@ -216,13 +312,32 @@ class BiasEvalData:
     validation_text_path: str | None = None
     # File crows_pairs_anonymized.csv of CrowS-Pairs, a public set of stereotypes; null: left out.
     crows_pairs_path: str | None = None
+    # Which of its bias types, each with figures of its own: gender, race-color, religion, age, nationality, disability,
+    # sexual-orientation, physical-appearance, socioeconomic.
+    crows_pairs_types: list[str] = field(default_factory=lambda: ["gender"])
     # File templates.tsv or all_sentences.tsv of Winogender; null: left out.
     winogender_path: str | None = None
+    # Winogender's occupations-stats.tsv, to tell its hard questions and compare with women's share of each occupation; null:
+    # left out.
+    winogender_stats_path: str | None = None
     # WinoBias: a pro_stereotyped file and the anti_stereotyped one of the same type and split, in either order; null:
     # left out.
     winobias_paths: list[str] | None = None
-    # Resamplings of professions behind each 95 % confidence interval; more of them steady its ends, and take longer.
-    bootstrap_samples: int = 1000
+    # BBQ: some of its files data/*.jsonl, each a category; null: left out.
+    bbq_paths: list[str] | None = None
+    # File dev.json of StereoSet; null: left out.
+    stereoset_path: str | None = None
+    # Simple co-occurrence: CSV or JSONL with the beginnings of sentences, such as "The nurse was a", as `sentence`; null: left
+    # out.
+    cooccurrence_path: str | None = None
+    # File explicit.jsonl or implicit.jsonl of discrim-eval; null: left out.
+    discrim_eval_path: str | None = None
+    # General ability, in the same report.
+    harness: HarnessSection = field(default_factory=HarnessSection)
+    # Folders of earlier evaluations of the same questions: figures stand side by side, with intervals of pairs.
+    compare_with: list[str] = field(default_factory=list)
+    # Draws of professions, or other clusters, behind each 95 % interval; more of them steady its ends, and take longer.
+    bootstrap_samples: int = SAMPLES
 
     def __post_init__(self):
         if self.split not in ("train", "dev", "test", "all"):
@@ -230,6 +345,16 @@ class BiasEvalData:
         if self.winobias_paths is not None and len(self.winobias_paths) != 2:
             raise UserError(
                 f"data.winobias_paths={self.winobias_paths}: give two, a pro_stereotyped file and the anti_stereotyped one"
+            )
+        if self.winogender_stats_path and not self.winogender_path:
+            raise UserError(
+                "data.winogender_stats_path says more of Winogender's questions: set data.winogender_path, too"
+            )
+        if self.bbq_paths is not None and not self.bbq_paths:
+            raise UserError("data.bbq_paths is empty: name files of BBQ, or set it to null")
+        if not self.crows_pairs_types or len(set(self.crows_pairs_types)) < len(self.crows_pairs_types):
+            raise UserError(
+                f"data.crows_pairs_types={self.crows_pairs_types}: name bias types of CrowS-Pairs, each once"
             )
         at_least("data", self, 1, "bootstrap_samples")
 
@@ -244,10 +369,19 @@ class BiasEvalConfig:
 
     def __post_init__(self):
         self.exp_manager.refuse_resuming("an evaluation")
+        refuse_shared_experts(self.model)
         if self.pretrained_checkpoint.restore_from_path is None:
             raise UserError(
                 "pretrained_checkpoint.restore_from_path is not set: name a checkpoint folder of ours, or a Hugging Face one"
             )
+
+
+def _refuse_others(prompts: PromptsConfig) -> None:
+    if prompts.pair.others:
+        raise UserError(
+            f"data.prompts.pair.others={prompts.pair.others} answers beside the two words that are compared, and training and "
+            "locating know those two alone: set it to [] (recipes/eval_bias.py reports them)"
+        )
 
 
 def _explain(key: str, check: Callable[..., None], *arguments: Any) -> None:

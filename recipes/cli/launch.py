@@ -24,22 +24,21 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from megatron_ext.errors import UserError
-from megatron_ext.runtime import megatron_versions
 from megatron_ext.runtime.install_check import check_installation
-from recipes.cli.stopping import listen
+from recipes.cli.stopping import ENDING, exit_code, listen
 from recipes.registry import RECIPES
 
-__all__ = ["run"]
+__all__ = ["run", "usable_cores"]
 
 ERROR_VARIABLE = "MEGATRON_EXT_ERROR"  # set for the ranks that this module starts
 GRACE_SECONDS = 10.0
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, *ENDING)
 
 
 def run(main: Callable[..., None], script: str, beside: Callable[[], Any] | None = None) -> None:
@@ -65,24 +64,27 @@ def run(main: Callable[..., None], script: str, beside: Callable[[], Any] | None
         )
     config = _command_line(Path(script).stem)
     ranks, nodes = _processes(config)
+    # What cannot be gone on with is ended at once.
+    ending = ENDING if RECIPES[Path(script).stem].resumes else ()
     if "RANK" in os.environ or ranks == nodes == 1:
+        # torchrun ends ranks by SIGTERM when one of them has failed.
+        listen(*(number for number in ending if number == signal.SIGINT or "RANK" not in os.environ))
         _run_rank(main, config, beside)
         atexit._run_exitfuncs()
-        _end(0)
+        _end(exit_code())
     elif nodes > 1:
         _fail(
             f"trainer.num_nodes={nodes} needs a launcher that starts the ranks on every node: run this "
             "script under torchrun on each of them"
         )
     else:
-        sys.exit(_run_ranks(main, config, ranks, beside))
+        sys.exit(_run_ranks(main, config, ranks, beside, ending))
 
 
 def _quieten() -> None:
     """Libraries' warnings that no user can act upon."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|nemo|lightning|pydub|hydra|nv_one_logger)\.")
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which is off and says so twice
-    megatron_versions.quieten()
 
 
 def _command_line(name: str) -> dict:
@@ -128,7 +130,6 @@ def _end(code: int) -> NoReturn:
 
 def _run_rank(main: Callable[..., None], config: dict, beside: Callable[[], Any] | None) -> None:
     _set_up_logging()
-    listen()
     try:
         check_installation()
         import torch  # noqa: F401
@@ -151,17 +152,35 @@ def _run_rank(main: Callable[..., None], config: dict, beside: Callable[[], Any]
     shutdown()
 
 
+class _CurrentErrors(logging.StreamHandler):
+    """Writes to what sys.stderr is when something is said: a panel on a terminal takes its place for a while."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: object) -> None:
+        """As it is made."""
+
+
 def _set_up_logging() -> None:
     """Our choices from rank 0, libraries' warnings from all."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True, handlers=[_CurrentErrors()])
     if os.environ.get("RANK", "0") == "0":
         for package in ("megatron_ext", "recipes"):
             logging.getLogger(package).setLevel(logging.INFO)
 
 
-def _run_ranks(main: Callable[..., None], config: dict, ranks: int, beside: Callable[[], Any] | None) -> int:
-    """Start the ranks and wait. Returns the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks)))  # read when torch is imported
+def _run_ranks(
+    main: Callable[..., None], config: dict, ranks: int, beside: Callable[[], Any] | None, ending: Sequence[int]
+) -> int:
+    """Start the ranks and wait. Returns the exit code.
+
+    Args:
+        ending: signals of which the first one asks the ranks to stop.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))  # read when torch is imported
     context = _context()
     import torch.distributed as dist
 
@@ -185,10 +204,11 @@ def _run_ranks(main: Callable[..., None], config: dict, ranks: int, beside: Call
                 own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(context.Process(target=_rank, args=(main, config, beside, own), name=f"rank {rank}"))
                 processes[-1].start()
-            signal.signal(signal.SIGUSR1, lambda *_: _ask_all(processes))
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            if signal.SIGTERM not in ending:
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            listen(*ending, tell=lambda: _ask_all(processes))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            code = _wait(processes)
+            code = _wait(processes) or exit_code()
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
         finally:
@@ -215,8 +235,9 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _rank(main: Callable[..., None], config: dict, beside: Callable[[], Any] | None, own: dict[str, str]) -> None:
-    """What a started process does."""
+    """What a started process does. Ctrl-C reaches it, too, and its parent tells it what that means."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ.update(own)
@@ -256,6 +277,6 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores this process may run on, which taskset, SLURM or a container may have cut down; macOS cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

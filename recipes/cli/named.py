@@ -34,11 +34,10 @@ class Registry:
         kind: what is named, for messages: "reward".
         noun: what one's own are: "function", "class".
         modules: that register ours, beside those that have been imported.
-        takes: with how many arguments a function is called, beside its options.
     """
 
-    def __init__(self, key: str, kind: str, noun: str, modules: Sequence[str] = (), takes: int = 2):
-        self.key, self.kind, self.noun, self.modules, self.takes = key, kind, noun, modules, takes
+    def __init__(self, key: str, kind: str, noun: str, modules: Sequence[str] = ()):
+        self.key, self.kind, self.noun, self.modules = key, kind, noun, modules
         self._known: dict[str, Callable] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -103,8 +102,11 @@ class Registry:
         written = None if name in self._known else getattr(module, "__file__", None)
         return Path(written) if written else None
 
-    def with_options(self, name: str, target: Callable, options: dict[str, Any]) -> Any:
+    def with_options(self, name: str, target: Callable, options: dict[str, Any], takes: int = 2) -> Any:
         """A class made with its options; a function with them bound.
+
+        Args:
+            takes: with how many arguments a function is called, beside its options.
 
         Raises:
             ConfigError: it does not take them.
@@ -112,7 +114,7 @@ class Registry:
         if is_dataclass(target) and isinstance(target, type):
             return build(target, options, self.key)
         is_class = isinstance(target, type)
-        self._check_options(name, target, options, () if is_class else (None,) * self.takes)
+        self._check_options(name, target, options, () if is_class else (None,) * takes)
         if not is_class:
             return partial(target, **options)
         try:

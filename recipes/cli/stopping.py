@@ -1,7 +1,8 @@
 """Why a run saves and stops before its last step: its time is up, or somebody asks.
 
-Asking is done by the file that MEGATRON_EXT_STOP_FILE names, which job scripts put on the shared filesystem, or by SIGUSR1 to the
-recipe or any of its ranks.
+Asking is done by the file that MEGATRON_EXT_STOP_FILE names, which job scripts put on the shared filesystem, by SIGUSR1 to the
+recipe or any of its ranks, or by Ctrl-C (SIGINT) or SIGTERM to the recipe, of which a second one ends it at once. After these
+two it exits as whoever is ended by them, with 130 or 143, so that nothing is started that was to follow a whole run.
 """
 
 from __future__ import annotations
@@ -10,24 +11,45 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from megatron_ext.errors import UserError
 
-__all__ = ["REASONS", "STOP_FILE_VARIABLE", "StopRequests", "listen", "seconds_of"]
+__all__ = ["ENDING", "REASONS", "STOP_FILE_VARIABLE", "StopRequests", "exit_code", "listen", "seconds_of"]
 
 STOP_FILE_VARIABLE = "MEGATRON_EXT_STOP_FILE"
 REASONS = ("", "max_time_per_run reached", "asked to stop")
+ENDING = (signal.SIGINT, signal.SIGTERM)
 _asked = False
+_ended_by: int | None = None  # the first of these signals
 
 
-def listen() -> None:
-    """Take SIGUSR1 as a request. Call it early: until then the signal ends the process."""
-    signal.signal(signal.SIGUSR1, _ask)
+def listen(*ending: int, tell: Callable[[], None] = lambda: None) -> None:
+    """Take SIGUSR1 as a request, and the first of `ending`. Call it early: until then such a signal ends the process.
+
+    Args:
+        tell: called with every request, from a signal's handler.
+    """
+
+    def ask(number: int, _) -> None:
+        global _asked, _ended_by
+        if number in ending:
+            if _ended_by is not None:
+                raise SystemExit(128 + number)
+            _ended_by = number
+            name = signal.Signals(number).name
+            words = f"\n{name}: the run ends after the step in hand, and saves; once more ends it at once\n"
+            os.write(2, words.encode())
+        _asked = True
+        tell()
+
+    for number in (signal.SIGUSR1, *ending):
+        signal.signal(number, ask)
 
 
-def _ask(*_) -> None:
-    global _asked
-    _asked = True
+def exit_code() -> int:
+    """Of a process that has ended well, unless a signal has asked it to."""
+    return 0 if _ended_by is None else 128 + _ended_by
 
 
 class StopRequests:

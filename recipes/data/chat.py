@@ -25,14 +25,10 @@ class Chat:
     Args:
         variables: what the template reads in every row, `data.chat_template_kwargs`; a row's own go before them.
         ignored: see `read_conversation`.
-
-    Attributes:
-        used: whether there was a conversation.
     """
 
     def __init__(self, tokenizer: Tokenizer, variables: Mapping[str, Any], ignored: Collection[str]):
         self.tokenizer, self.variables, self.ignored = tokenizer, variables, ignored
-        self.used = False
         self._traces = Traces(self._render)
         self._checked: set[tuple[str, bool]] = set()
 
@@ -45,7 +41,6 @@ class Chat:
         place, last = len(talk.messages) - 1, talk.messages[-1]
         if not last.get("content") and "tool_calls" not in last:
             raise DataError(f"{where}: the content of messages[{place}] is empty")
-        self.used = True
         return Conversation(talk.messages, talk.tools, {**self.variables, **talk.variables})
 
     def _check_variable(self, key: str, talk: Conversation, name: str) -> None:

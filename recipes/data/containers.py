@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from mmap import ACCESS_READ, mmap
 from os import SEEK_END
 from pathlib import Path
 from typing import BinaryIO
+
+from recipes.data.picture_ends import JPEG, PNG, jpeg_end, png_end
+from recipes.data.shards import opened
 
 __all__ = ["missing_part", "top_boxes"]
 
@@ -27,7 +29,7 @@ def missing_part(path: str | Path) -> str | None:
 
     For MP4 and its kin, Matroska and WebM, AVI and WMV, of which it reads headers only, and for JPEG, PNG and GIF.
     """
-    with open(path, "rb") as file:
+    with opened(path) as file:
         size = file.seek(0, SEEK_END)
         head = _at(file, 0, 12)
         if head[4:8] in FIRST:
@@ -38,14 +40,12 @@ def missing_part(path: str | Path) -> str | None:
             return _matroska(file, size)
         if head == ASF[0][:12]:
             return _asf(file, size)
-        if head[:3] == b"\xff\xd8\xff":
-            with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                return "" if _jpeg_ends(data) else "it ends before the end of its picture"
-        if head[:8] == b"\x89PNG\r\n\x1a\n":
-            return "" if _png_ends(file, size) else "it ends before its last chunk"
+        if head[:3] == JPEG:
+            return "it ends before the end of its picture" if jpeg_end(_at(file, 0, size)) is None else ""
+        if head[:8] == PNG:
+            return "it ends before its last chunk" if png_end(file) is None else ""
         if head[:6] in (b"GIF87a", b"GIF89a"):
-            with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                return "" if _gif_ends(data) else "it ends inside a picture"
+            return "" if _gif_ends(_at(file, 0, size)) else "it ends inside a picture"
     return None
 
 
@@ -138,33 +138,7 @@ def _matroska(file: BinaryIO, size: int) -> str | None:
     return ""
 
 
-def _jpeg_ends(data: mmap) -> bool:
-    """Whether an end marker follows the picture; those of a preview in the header, and what a camera put behind, do not count."""
-    at, scanning = 2, False
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
-        marker = data[at + 1]
-        if marker == 0xD9:
-            return True
-        if scanning and (marker == 0 or 0xD0 <= marker <= 0xD7) or marker == 0xFF:
-            at += 1 if marker == 0xFF else 2
-            continue
-        scanning = marker == 0xDA
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return False
-
-
-def _png_ends(file: BinaryIO, size: int) -> bool:
-    """Whether its last chunk is there: pictures of an animation may be missing without a trace otherwise."""
-    at = 8
-    while at + 12 <= size:  # length, kind, content, checksum
-        head = _at(file, at, 8)
-        if head[4:] == b"IEND":
-            return True
-        at += 12 + int.from_bytes(head[:4])
-    return False
-
-
-def _gif_ends(data: mmap) -> bool:
+def _gif_ends(data: bytes) -> bool:
     """Whether every block that begins also ends. The trailer may be missing: viewers do not need it."""
 
     def table(flags: int) -> int:

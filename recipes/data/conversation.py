@@ -108,8 +108,8 @@ def _content(content: Any, name: str, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or set(_without_nulls(part)) != {"type", "text"}:
             said = part.get("type") if isinstance(part, dict) else kind(part)
             raise DataError(
-                f'{where}: {name}[{i}] ({said}) is no {{"type": "text", "text": ...}}: parts of content must be text; a clip or '
-                "picture goes under video of the row, with data.video set"
+                f'{where}: {name}[{i}] ({said}) is no {{"type": "text", "text": ...}}: parts of content must be text, or, with '
+                "data.video set, images and videos"
             )
         texts.append(check_text(part["text"], f"{name}[{i}].text", where))
     return "".join(texts)

@@ -15,7 +15,9 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["RowsDigest", "rows_digest", "sampled_digest", "sampled_files"]
+from recipes.data.shards import opened
+
+__all__ = ["RowsDigest", "digest_of", "row_digest", "rows_digest", "sampled_digest", "sampled_files"]
 
 PARTS = 256
 PART_DIGITS = 8
@@ -29,7 +31,8 @@ class RowsDigest:
     Attributes:
         rows: how many.
         whole: of all of them, in their order.
-        parts: eight hexadecimal digits of each of up to 256 stretches of equal length, one after the other.
+        parts: eight hexadecimal digits of each of up to 256 stretches of equal length, one after the other; "" where only the
+            whole is known.
     """
 
     rows: int
@@ -55,13 +58,23 @@ def rows_digest(contents: Sequence[Any]) -> RowsDigest:
     Args:
         contents: of every row what a run computes with: numbers, texts, and tuples and JSON objects of them.
     """
-    rows, whole, parts = len(contents), xxhash.xxh3_64(), []
-    count, done = _num_parts(rows), 0
+    return digest_of([row_digest(content) for content in contents])
+
+
+def row_digest(content: Any) -> bytes:
+    """Eight bytes of one row."""
+    return xxhash.xxh3_64_digest(_encode(content))
+
+
+def digest_of(digests: Sequence[bytes]) -> RowsDigest:
+    """
+    Args:
+        digests: of each row, `row_digest`.
+    """
+    rows, whole, parts = len(digests), xxhash.xxh3_64(), []
+    count = _num_parts(rows)
     for i in range(count):
-        part = xxhash.xxh3_64()
-        while done < (i + 1) * rows // count:
-            part.update(xxhash.xxh3_64_digest(_encode(contents[done])))
-            done += 1
+        part = xxhash.xxh3_64(b"".join(digests[i * rows // count : (i + 1) * rows // count]))
         whole.update(part.digest())
         parts.append(part.hexdigest()[:PART_DIGITS])
     return RowsDigest(rows, whole.hexdigest(), "".join(parts))
@@ -91,7 +104,7 @@ def sampled_files(paths: Iterable[str | Path]) -> dict[str, str]:
 def sampled_digest(path: str | Path) -> str:
     """Of a file's length and its first, middle and last 4 KiB."""
     digest = xxhash.xxh3_64()
-    with open(path, "rb", buffering=0) as file:
+    with opened(path) as file:
         size = file.seek(0, 2)
         digest.update(size.to_bytes(8, "little"))
         for place in (0, size // 2, max(size - SAMPLE_BYTES, 0)):

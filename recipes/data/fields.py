@@ -7,47 +7,37 @@ from typing import Any
 
 from recipes.data.errors import DataError
 
-__all__ = ["Fields", "as_messages", "with_system_prompt"]
+__all__ = ["as_messages", "lacks", "rename", "with_system_prompt"]
 
 SYSTEM_ROLES = ("system", "developer")
 
 
-class Fields:
-    """
+def rename(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> tuple[dict[str, Any], list[str]]:
+    """The row by our names, and those that it has neither by ours nor by theirs.
+
     Args:
         names: ours -> theirs; `a.b` is the key `b` of the object `a`, unless there is a key of that name.
 
-    Attributes:
-        unseen: what no row has had so far.
+    Raises:
+        DataError: it has a key by both.
     """
+    rest, taken = dict(row), {}
+    for ours, theirs in names.items():
+        if _has(rest, theirs):
+            taken[ours] = _take(rest, theirs)
+    absent = [ours for ours in names if ours not in taken and ours not in rest]
+    for ours in taken:
+        if rest.get(ours) is not None:
+            raise DataError(
+                f"{where}: the row has {ours}, and {names[ours]}, which data.fields.{ours} reads in its place: name "
+                "another, or take one of them out"
+            )
+    return rest | taken, absent
 
-    def __init__(self, names: Mapping[str, str]):
-        self.names, self.unseen = names, dict(names)
 
-    def rename(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-        """The row by our names, and those that it has neither by ours nor by theirs.
-
-        Raises:
-            DataError: it has a key by both.
-        """
-        rest, taken = dict(row), {}
-        for ours, theirs in self.names.items():
-            if _has(rest, theirs):
-                taken[ours] = _take(rest, theirs)
-        absent = [ours for ours in self.names if ours not in taken and ours not in rest]
-        for ours in self.names.keys() - absent:
-            self.unseen.pop(ours, None)
-        for ours in taken:
-            if rest.get(ours) is not None:
-                raise DataError(
-                    f"{where}: the row has {ours}, and {self.names[ours]}, which data.fields.{ours} reads in its place: name "
-                    "another, or take one of them out"
-                )
-        return rest | taken, absent
-
-    def lacks(self, absent: list[str]) -> str:
-        """What to say of a row without them."""
-        return "".join(f"; data.fields.{ours} reads {self.names[ours]}, which the row lacks" for ours in absent)
+def lacks(names: Mapping[str, str], absent: list[str]) -> str:
+    """What to say of a row without them."""
+    return "".join(f"; data.fields.{ours} reads {names[ours]}, which the row lacks" for ours in absent)
 
 
 def _has(row: Mapping[str, Any], name: str) -> bool:

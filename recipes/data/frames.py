@@ -10,12 +10,10 @@ second decodes and keeps those. Where the guess was wrong, a third. Only `count`
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +23,16 @@ from torch import Tensor
 from recipes.data.containers import missing_part
 from recipes.data.errors import VideoError
 from recipes.data.heif import draw_still, read_still
-from recipes.data.pictures import paint
+from recipes.data.moments import ROUNDING, Clock, Picture, are_even, edges_of, on_screen
+from recipes.data.pictures import paint, turn_of
+from recipes.data.shards import url_of
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["read_frames", "sample_frames"]
+__all__ = ["Shape", "begins", "probe", "read_frames"]
 
 # Formats whose header lists every packet of a stream, and those that state how long the clip is.
 LISTED, TIMED = {"mov", "avi"}, {"mov", "matroska", "flv"}
@@ -43,54 +43,76 @@ CUT = 0.1
 
 
 @dataclass(frozen=True)
-class Picture:
-    """When a picture is shown, in ticks of its stream: what its packet said (None: nothing) and for how long (0: unknown)."""
-
-    pts: int | None
-    dts: int | None
-    duration: int
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How to read the timestamps of a stream.
-
-    Attributes:
-        frame: ticks of a frame at the stream's rate.
-        longest: ticks; a picture is shown no longer.
-        has_pts: AVI stores when a picture is decoded, not when it is shown; FFmpeg's guess is late where some were dropped.
-    """
-
-    frame: Fraction
-    longest: Fraction
-    has_pts: bool
-
-
-@dataclass(frozen=True)
 class Survey:
-    """What the packets of a file say: which stream is the film, and what it probably shows, in order."""
+    """What the packets of a file say: which stream is the film, what it probably shows, in order, its pixels as stored, and the
+    seconds of a tick."""
 
     stream: int
     clock: Clock
     pictures: list[Picture]
+    height: int
+    width: int
+    tick: Fraction
 
 
-def sample_frames(total: int, count: int) -> list[int]:
-    """Numbers of `count` frames out of `total`, from the middle of equal stretches."""
-    return [int((i + 0.5) * total / count) for i in range(count)]
+@dataclass(frozen=True)
+class Shape:
+    """How large a film or picture is shown, in pixels, for how long, how many pictures it has, whether they come at equal
+    distances, and by how many seconds the film may be longer, because its timestamps are rounded."""
+
+    height: int
+    width: int
+    seconds: float
+    pictures: int
+    even: bool = True
+    short: float = 0.0
 
 
-def read_frames(path: str | Path, count: int, height: int, width: int, where: str = "") -> Tensor:
+def read_frames(
+    path: str | Path, count: int, height: int, width: int, where: str = "", largest: int | None = None
+) -> Tensor:
     """What is on the screen in the middle of `count` equal stretches of a clip, resized: uint8 [count, 3, height, width].
 
+    Args:
+        largest: pixels that a picture may have at most.
+
     Raises:
-        VideoError: FFmpeg cannot read it, it holds no picture, or it ends before its own headers say.
+        VideoError: FFmpeg cannot read it, it holds no picture or too large a one, or it ends before its own headers say.
     """
+    with _told(path, where):
+        return _read(path, count, height, width, largest)
+
+
+def probe(path: str | Path, where: str = "", largest: int | None = None) -> Shape:
+    """How a film or picture is shown, from its packets and its first picture.
+
+    Raises:
+        VideoError: as of `read_frames`; what is broken behind the first picture is not seen.
+    """
+    with _told(path, where):
+        return _probe(path, largest)
+
+
+def begins(path: str | Path, count: int, where: str = "") -> list[float]:
+    """When each of the pictures comes that `read_frames` shows, in seconds from the first, by their packets.
+
+    Raises:
+        VideoError: as of `probe`.
+    """
+    with _told(path, where):
+        survey = _survey(path)
+        edges = edges_of(survey.pictures, survey.clock)
+        return [float(edges[number] * survey.tick) for number in on_screen(survey.pictures, survey.clock, count)]
+
+
+@contextlib.contextmanager
+def _told(path: str | Path, where: str) -> Iterator[None]:
+    """Whatever goes wrong is one line with its place."""
     from av.error import FFmpegError
 
     place = f"{where}: " if where else ""
     try:
-        return _read(path, count, height, width)
+        yield
     except VideoError as error:
         raise VideoError(f"{place}{error}") from error
     except (FFmpegError, OSError, ValueError) as error:
@@ -102,13 +124,48 @@ def read_frames(path: str | Path, count: int, height: int, width: int, where: st
         raise VideoError(f"{place}cannot decode {path}: {reason}") from error
 
 
-def _read(path: str | Path, count: int, height: int, width: int) -> Tensor:
+def _probe(path: str | Path, largest: int | None) -> Shape:
+    from av.video.reformatter import VideoReformatter
+
+    still = read_still(path)
+    if still is not None:
+        with _open(path) as container:
+            height, width, _ = draw_still(container, still, VideoReformatter()).shape
+        _check_size(height, width, path, largest)
+        return Shape(height, width, 0.0, 1)
+    survey = _survey(path)
+    _check_size(survey.height, survey.width, path, largest)
+    with _open(path) as container:
+        stream = container.streams[survey.stream]
+        frame = next(_frames(container, stream), None)
+        if frame is None:
+            raise VideoError(f"{path} holds no picture that can be decoded")
+        _check_size(frame.height, frame.width, path, largest)
+        shape = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # of a pixel
+        height, width = frame.height, max(1, round(frame.width * shape))
+        if turn_of(frame)[1]:
+            height, width = width, height
+        edges = edges_of(survey.pictures, survey.clock)
+    seconds, short = float(edges[-1] * survey.tick), float(ROUNDING * survey.tick)
+    return Shape(height, width, seconds, len(survey.pictures), are_even(edges), short)
+
+
+def _check_size(height: int, width: int, path: str | Path, largest: int | None) -> None:
+    if largest is not None and height * width > largest:
+        raise VideoError(
+            f"{path} has a picture of {height} x {width} pixels, more than data.video.largest_pixels={largest}: "
+            "make it smaller, or raise the limit"
+        )
+
+
+def _read(path: str | Path, count: int, height: int, width: int, largest: int | None) -> Tensor:
     from av import VideoFrame
     from av.video.reformatter import VideoReformatter
 
     scaler = VideoReformatter()
 
     def show(frame: VideoFrame, codec: str = "") -> Tensor:
+        _check_size(frame.height, frame.width, path, largest)
         return torch.from_numpy(paint(frame, height, width, scaler, codec)).permute(2, 0, 1)
 
     still = read_still(path)
@@ -117,18 +174,19 @@ def _read(path: str | Path, count: int, height: int, width: int) -> Tensor:
             picture = draw_still(container, still, scaler)
         return show(VideoFrame.from_ndarray(picture, format="rgb24")).repeat(count, 1, 1, 1)
     survey = _survey(path)
-    pictures, kept = _decode(path, survey.stream, set(_shown(survey.pictures, survey.clock, count)), show)
-    wanted = _shown(pictures, survey.clock, count)
+    _check_size(survey.height, survey.width, path, largest)  # before a decoder makes room for it
+    pictures, kept = _decode(path, survey.stream, set(on_screen(survey.pictures, survey.clock, count)), show)
+    wanted = on_screen(pictures, survey.clock, count)
     if not kept.keys() >= set(wanted):
         _, kept = _decode(path, survey.stream, set(wanted), show)
     return torch.stack([kept[number] for number in wanted])
 
 
 def _open(path: str | Path) -> InputContainer:
-    """The file of this name, whatever characters are in it: `a%d.png` is no sequence, `10:30.mp4` no protocol."""
+    """The file of this name, whatever characters are in it: `a%d.png` is no sequence."""
     import av
 
-    return av.open(f"file:{path}", container_options={"pattern_type": "none"}, metadata_errors="replace")
+    return av.open(url_of(path), container_options={"pattern_type": "none"}, metadata_errors="replace")
 
 
 def _film(container: InputContainer, path: str | Path) -> VideoStream:
@@ -174,7 +232,8 @@ def _survey(path: str | Path) -> Survey:
             at = packet.dts if packet.pts is None or not clock.has_pts else packet.pts
             if at is not None:
                 begin = min(begin, float(at * packet.time_base))
-                end = max(end, float((at + (packet.duration or 0)) * packet.time_base))
+                stays = packet.duration or (clock.frame if packet.stream_index == stream.index else 0)  # FLV says none
+                end = max(end, float((at + stays) * packet.time_base))
             if packet.stream_index == stream.index and (packet.size or at is not None):
                 found, broken = found + 1, packet.is_corrupt
                 if packet.size and not packet.is_discard:
@@ -191,7 +250,8 @@ def _survey(path: str | Path) -> Survey:
             if promised > len(shown):
                 missing = f"{len(shown)} of {promised} frames can be decoded ({missing})"
             raise VideoError(f"{path} is cut short: {missing}; encode or download it again")
-        return Survey(stream.index, clock, [shown[key] for key in sorted(shown)])
+        size = stream.codec_context.height, stream.codec_context.width
+        return Survey(stream.index, clock, [shown[key] for key in sorted(shown)], *size, base)
 
 
 def _decode(
@@ -240,43 +300,3 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         joins = joins and not found
         yield from found
     yield from decoder.decode(None)
-
-
-def _shown(pictures: Sequence[Picture], clock: Clock, count: int) -> list[int]:
-    """Numbers of the pictures on the screen in the middle of `count` equal stretches.
-
-    Pictures at equal distances are counted instead, lest the rounding of timestamps (to milliseconds in Matroska) decide
-    which of two is shown when a moment falls on the change from one to the other.
-    """
-    edges, total = _edges(pictures, clock), len(pictures)
-    step = float(edges[-1]) / total if total else 0.0
-    slack = min(1.5, step / 4)
-    if all(abs(edge - number * step) <= slack for number, edge in enumerate(edges)):
-        return sample_frames(total, count)
-    return [bisect_right(edges, Fraction(2 * i + 1, 2 * count) * edges[-1]) - 1 for i in range(count)]
-
-
-def _edges(pictures: Sequence[Picture], clock: Clock) -> list[Fraction | int]:
-    """When each picture comes, from the first, and at last when the last goes; in ticks.
-
-    A step back, or one that is too long, is a break in the timestamps and not in what is shown, as in ffplay.
-    """
-    stamps, edges = _stamps(pictures, clock), [0]
-    for number, picture in enumerate(pictures):
-        now, after = stamps[number], stamps[number + 1] if number + 1 < len(stamps) else None
-        stays = after - now if None not in (now, after) else 0
-        if not 0 < stays <= clock.longest:
-            stays = picture.duration or clock.frame
-        edges.append(edges[-1] + stays)
-    return edges
-
-
-def _stamps(pictures: Sequence[Picture], clock: Clock) -> list[int | None]:
-    """The timestamp of each picture: its pts where the file stores them, unless the dts go back less often."""
-
-    def steps_back(stamps: list[int | None]) -> float:
-        known = [stamp for stamp in stamps if stamp is not None]
-        return sum(after <= before for before, after in pairwise(known)) if known else math.inf
-
-    kinds = [[picture.pts for picture in pictures], [picture.dts for picture in pictures]]
-    return min(kinds if clock.has_pts else reversed(kinds), key=steps_back)

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_ext.errors import UserError
 from recipes.data.containers import top_boxes
 from recipes.data.pictures import blend, in_screen_colours, turn
+from recipes.data.shards import opened
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -56,7 +57,7 @@ def read_still(path: str | Path) -> Still | None:
     Raises:
         UserError: a kind of picture that is not read, or boxes that make no sense.
     """
-    with open(path, "rb") as file:
+    with opened(path) as file:
         outer = {kind: (start, end) for kind, start, end in top_boxes(file)}
 
         def content(kind: bytes) -> bytes:

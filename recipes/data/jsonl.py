@@ -15,25 +15,51 @@ from typing import Any, BinaryIO
 
 from recipes.data.errors import DataError
 
-__all__ = ["check_text", "kind", "numbered_rows", "parse_json", "read_jsonl"]
+__all__ = ["check_text", "kind", "line_chunks", "numbered_rows", "parse_json", "parsed_lines", "read_jsonl"]
+
+CHUNK_BYTES = 1 << 20
 
 
 def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object), streamed; a file whose name ends in .zst is unpacked."""
+    empty = True
+    for first, lines in line_chunks(path, 1):
+        for numbered in parsed_lines(lines, first, path):
+            empty = False
+            yield numbered
+    if empty:
+        raise DataError(f"{path} is empty: it needs one JSON object on each line")
+
+
+def line_chunks(path: str | Path, size: int) -> Iterator[tuple[int, list[bytes]]]:
+    """(number of the first line, from 1, lines as they stand) of a file, so many lines or `CHUNK_BYTES` at a time."""
     if Path(path).is_dir():
         raise DataError(f"{path} is a folder: name a JSONL file")
     try:
         file = open(path, "rb")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
-    empty = True
     with file:
-        for line, raw in enumerate(_lines(file, path), 1):
-            if row := _parse(raw, f"{path}:{line}", first=line == 1):
-                empty = False
-                yield line, row[0]
-    if empty:
-        raise DataError(f"{path} is empty: it needs one JSON object on each line")
+        first, lines, held = 1, [], 0
+        for raw in _lines(file, path):
+            lines.append(raw)
+            held += len(raw)
+            if len(lines) == size or held >= CHUNK_BYTES:
+                yield first, lines
+                first, lines, held = first + len(lines), [], 0
+        if lines:
+            yield first, lines
+
+
+def parsed_lines(lines: list[bytes], first: int, path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of lines that are not blank.
+
+    Args:
+        first: number of the first of these lines, from 1.
+    """
+    for line, raw in enumerate(lines, first):
+        if row := _parse(raw, f"{path}:{line}", first=line == 1):
+            yield line, row[0]
 
 
 def _lines(file: BinaryIO, path: str | Path) -> Iterator[bytes]:

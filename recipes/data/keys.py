@@ -17,7 +17,6 @@ HARMLESS = frozenset(
     "language tags url license metadata meta extra_info answer response".split()
 )
 # In other tools these reach the model. -> what to do here.
-_MEDIUM = "a row shows one clip or picture, under video, with data.video set"
 MEANT_FOR_MODEL = {
     **dict.fromkeys(
         ("system", "system_prompt"), 'write it as the first of messages, {"role": "system", "content": ...}'
@@ -27,7 +26,7 @@ MEANT_FOR_MODEL = {
         ("conversations", "conversation"),
         'write messages, [{"role": "user", "content": ...}, {"role": "assistant", ...}]',
     ),
-    **dict.fromkeys(("image", "images", "videos", "audio", "audios"), _MEDIUM),
+    **dict.fromkeys(("audio", "audios"), "a model here hears nothing; remove it"),
     **dict.fromkeys(("instruction", "query"), "write what the model reads as prompt, or as a user's message"),
     **dict.fromkeys(
         ("tools", "chat_template_kwargs"), "a chat template reads it, and a prompt has none: write messages"

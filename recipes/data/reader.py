@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data.chat import Chat
 from recipes.data.errors import DataError, at
-from recipes.data.fields import Fields, as_messages, with_system_prompt
-from recipes.data.files import Place, placed_rows
+from recipes.data.fields import as_messages, lacks, rename, with_system_prompt
+from recipes.data.files import Place
 from recipes.data.keys import remedy
+from recipes.data.media_rows import MEDIA_KEYS, has_media, names_files
 from recipes.data.settings import RowsSection
+from recipes.data.shards import media_of
 from recipes.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # reading text needs no torch
+    from recipes.data.clips import Clip
     from recipes.data.video import VideoReader
 
-__all__ = ["FileRow", "Opening", "Rows"]
+__all__ = ["FileRow", "Opening", "Rows", "Seen"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,74 +88,164 @@ class FileRow:
         return str(self.place)
 
 
+@dataclass
+class Seen:
+    """What has been seen of rows, to be judged when all have been read.
+
+    Attributes:
+        rows: how many.
+        first: of them, and its keys.
+        unseen: names of `data.fields` that no row has had, ours -> theirs.
+        too_long: how many are left out for that.
+        first_too_long: the first of these, and what is to be said of it.
+        talked: whether a row was a conversation.
+    """
+
+    unseen: dict[str, str]
+    rows: int = 0
+    first: tuple[Place, list[str]] | None = None
+    too_long: int = 0
+    first_too_long: tuple[Place, str] | None = None
+    talked: bool = False
+
+    def add(self, later: Seen) -> None:
+        """What has been seen of the rows behind these."""
+        self.unseen = {ours: theirs for ours, theirs in self.unseen.items() if ours in later.unseen}
+        self.rows += later.rows
+        self.too_long += later.too_long
+        self.first = self.first or later.first
+        self.first_too_long = self.first_too_long or later.first_too_long
+        self.talked = self.talked or later.talked
+
+    def leave_out(self, place: Place, why: str, overlong: str) -> None:
+        """A row that is too long.
+
+        Args:
+            overlong: `data.overlong`.
+
+        Raises:
+            DataError: data.overlong=error.
+        """
+        if overlong == "error":
+            raise DataError(f"{place}: {why}, or set data.overlong=filter to leave such rows out")
+        self.too_long += 1
+        self.first_too_long = self.first_too_long or (place, why)
+
+    def check(self, path: str | Path, section: RowsSection) -> None:
+        """
+        Raises:
+            DataError: a key of the configuration that no row of the path has to do with, or rows that are all too long.
+        """
+        for ours, theirs in self.unseen.items():
+            place, keys = self.first
+            raise DataError(
+                f"{place}: the row has no {theirs}, which data.fields.{ours} reads, and no other row of {path} has it; "
+                f"it has {', '.join(keys) or 'nothing'}"
+            )
+        if self.too_long == self.rows:
+            raise DataError(f"all {self.rows} rows of {path} are too long; {self.said_too_long}")
+        named = [key for key in ("chat_template", "chat_template_kwargs") if getattr(section, key)]
+        if named and not self.talked:
+            raise DataError(f"data.{named[0]} is set, and no row of {path} has messages: leave it out")
+
+    def tell(self, path: str | Path) -> None:
+        """What is left out, on rank 0."""
+        if self.too_long and os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "%d of %d rows of %s are left out as too long; the first is %s",
+                self.too_long, self.rows, path, self.said_too_long,
+            )  # fmt: skip
+
+    @property
+    def said_too_long(self) -> str:
+        """Of the first row that is left out."""
+        place, why = self.first_too_long
+        return f"{place}: {why}"
+
+
 class Rows:
-    """The rows of a path, and what reading prompts and pairs of them has in common.
+    """What reading prompts and pairs of rows has in common.
 
     Attributes:
         used: by kind, keys that are read.
-        too_long: how many rows are left out for that, and what is to be said of the first.
+        seen: of the rows that have been read.
     """
 
     def __init__(
         self,
-        path: str | Path,
         tokenizer: Tokenizer,
         video: VideoReader | None,
         section: RowsSection,
         opening: Opening | None = None,
     ):
-        self.path, self.tokenizer, self.video, self.section, self.opening = path, tokenizer, video, section, opening
+        self.tokenizer, self.video, self.section, self.opening = tokenizer, video, section, opening
         self.chat = Chat(tokenizer, section.chat_template_kwargs, section.ignored_keys)
-        self.too_long: tuple[int, str] = (0, "")
         if opening is not None and (section.system_prompt is not None or section.prompt_as_message):
             key = "prompt_as_message" if section.prompt_as_message else "system_prompt"
             raise DataError(
                 f"data.{key} is set, and trainer.grpo.environment writes prompts itself: leave one of them out"
             )
-        media = {"video", "features"}
-        self.used = {"prompt": {"prompt", *media}, "messages": {"messages", "tools", "chat_template_kwargs", *media}}
+        self.used = {
+            "prompt": {"prompt", *MEDIA_KEYS},
+            "messages": {"messages", "tools", "chat_template_kwargs", *MEDIA_KEYS},
+        }
+        self.ignored = frozenset(section.ignored_keys)
+        if section.curriculum is not None and section.curriculum.scores is None:
+            for keys in self.used.values():
+                keys.add(section.curriculum.field)
+        self.seen = Seen(dict(section.fields))
 
-    def __iter__(self) -> Iterator[FileRow]:
-        section, ignored, fields, count = self.section, {*self.section.ignored_keys}, Fields(self.section.fields), 0
-        first: tuple[str, dict] | None = None
-        for place, stored in placed_rows(self.path, ignored):
-            where, count, first = str(place), count + 1, first or (str(place), stored)
-            row, absent = fields.rename(stored, where)
-            read = {key: value for key, value in row.items() if key not in ignored}
-            read = read if self.opening is None else self.opening.of(read, where)
-            if section.prompt_as_message:
-                read = as_messages(read, "response" in self.used["prompt"])
-            if section.system_prompt is not None:
-                read = with_system_prompt(read, section.system_prompt, where)
-            yield FileRow(row, read, _kind(read, where, fields.lacks(absent)), place)
-        for ours, theirs in fields.unseen.items():
-            raise DataError(
-                f"{first[0]}: the row has no {theirs}, which data.fields.{ours} reads, and no other row of {self.path} has it; "
-                f"it has {', '.join(first[1]) or 'nothing'}"
-            )
-        self._say_too_long(count)
-        named = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self.section, key)]
-        if named and not self.chat.used:
-            raise DataError(f"data.{named[0]} is set, and no row of {self.path} has messages: leave it out")
+    def take_seen(self) -> Seen:
+        """And begin anew."""
+        seen, self.seen = self.seen, Seen(dict(self.section.fields))
+        return seen
 
-    def leave_out(self, row: FileRow, why: str) -> None:
-        """A row that is too long.
+    @cached_property
+    def placeholders(self) -> tuple[int, ...]:
+        """The tokens that stand for tokens of videos and images; one, where they have the same."""
+        how = self.video.settings
+        keys = {how.token("image"): "image_placeholder", how.placeholder: "placeholder"}
+        found = {self.tokenizer.token_id(token, f"data.video.{key}"): None for token, key in reversed(keys.items())}
+        return tuple(found)
+
+    def with_media(self, row: FileRow) -> tuple[FileRow, tuple[Clip, ...]]:
+        """The row with its images and videos written into its text, and those.
 
         Raises:
-            DataError: data.overlong=error.
+            DataError: there are some, and data.video is not set; or they cannot be used.
         """
-        if self.section.overlong == "error":
-            raise DataError(f"{row.where}: {why}, or set data.overlong=filter to leave such rows out")
-        self.too_long = self.too_long[0] + 1, self.too_long[1] or f"{row.where}: {why}"
+        if self.video is None:
+            if key := has_media(row.read):
+                said = "has a video" if key in ("video", "features") else f"has {key}"
+                raise DataError(f"{row.where}: the row {said}, but data.video is not set")
+            return row, ()
+        assert self.placeholders
+        read, clips = self.video.read_row(row.read, row.place.folder, row.where)
+        return replace(row, read=read), clips
 
-    def _say_too_long(self, rows: int) -> None:
-        count, first = self.too_long
-        if count == rows:
-            raise DataError(f"all {rows} rows of {self.path} are too long; {first}")
-        if count and os.environ.get("RANK", "0") == "0":
-            logger.warning(
-                "%d of %d rows of %s are left out as too long; the first is %s", count, rows, self.path, first
-            )
+    def read(self, place: Place, stored: dict[str, Any], beside: Sequence[str] = ()) -> FileRow:
+        """
+        Args:
+            stored: the row as its file has it.
+            beside: files of its sample in a shard, which it shows unless it names some.
+        """
+        section, where, seen = self.section, str(place), self.seen
+        seen.rows += 1
+        seen.first = seen.first or (place, list(stored))
+        row, absent = rename(stored, section.fields, where)
+        seen.unseen = {ours: theirs for ours, theirs in seen.unseen.items() if ours in absent}
+        read = {key: value for key, value in row.items() if key not in self.ignored}
+        if beside and not names_files(read):
+            shown = {key: names for key, names in media_of(beside).items() if key not in self.ignored}
+            row, read = row | shown, read | shown
+        read = read if self.opening is None else self.opening.of(read, where)
+        if section.prompt_as_message:
+            read = as_messages(read, "response" in self.used["prompt"])
+        if section.system_prompt is not None:
+            read = with_system_prompt(read, section.system_prompt, where)
+        kind = _kind(read, where, lacks(section.fields, absent))
+        seen.talked = seen.talked or kind == "messages"
+        return FileRow(row, read, kind, place)
 
 
 def _kind(row: dict, where: str, lacks: str) -> str:

@@ -6,42 +6,43 @@ reward, or refused (`recipes.data.keys`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.data.conversation import Conversation
 from recipes.data.errors import DataError, at
-from recipes.data.files import Place
+from recipes.data.files import Place, placed_rows
 from recipes.data.jsonl import check_text
 from recipes.data.keys import HARMLESS, check_keys
+from recipes.data.media_rows import expand
 from recipes.data.reader import FileRow, Opening, Rows
 from recipes.data.settings import RowsSection
 from recipes.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # reading text needs no torch
     from megatron_ext.models.media import MediaPrompt
-    from recipes.data.video import Clip, VideoReader
+    from recipes.data.clips import Clip
+    from recipes.data.video import VideoReader
 
-__all__ = ["Pair", "Prompt", "load_pairs", "load_prompts"]
-
-PLAIN = RowsSection()
+__all__ = ["Pair", "PairReading", "Prompt", "PromptReading", "Reading", "load_pairs", "load_prompts", "read_pair"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its video, the conversation that
-    it is, if it is no plain text, and file and line of the row.
+    """A prompt's tokens, the whole row for the reward, the row's line in its file, from 1, its images and videos, the
+    conversation that it is, if it is no plain text, and file and line of the row.
 
-    Where there is a video, `placeholder` stands among the tokens once for each of the video's tokens.
+    One of `placeholders` stands among the tokens once for each token of each image or video, in their order.
     """
 
     tokens: tuple[int, ...]
     row: dict[str, Any]
     line: int
-    clip: Clip | None = None
-    placeholder: int = -1
+    media: tuple[Clip, ...] = ()
+    placeholders: tuple[int, ...] = ()
     talk: Conversation | None = None
     place: Place | None = None
 
@@ -52,21 +53,24 @@ class Prompt:
 
     @property
     def content(self) -> tuple:
-        """What a run computes with, the clip's own content apart; the reward reads the row."""
+        """What a run computes with, the media's own content apart; the reward reads the row."""
         return self.tokens, self.shown, self.row
 
     @property
     def shown(self) -> tuple:
-        """How the clip stands among the tokens."""
-        return () if self.clip is None else (self.placeholder, astuple(self.clip.grid))
+        """How the media stand among the tokens."""
+        grids = [(grid.t, grid.h, grid.w, *(grid.seconds or ())) for clip in self.media for grid in clip.items]
+        return (*self.placeholders, *grids) if grids else ()
 
     def for_model(self) -> Sequence[int] | MediaPrompt:
-        """The tokens, with the video's features beside them if there is one; it is read now."""
-        if self.clip is None:
+        """The tokens, with the media's features beside them if there are any; they are read now."""
+        if not self.media:
             return self.tokens
         from megatron_ext.models.media import MediaPrompt
+        from recipes.data.clips import clip_content
 
-        return MediaPrompt.of(self.tokens, self.placeholder, [self.clip.grid], self.clip.features())
+        items = [item for clip in self.media for item in clip.items]
+        return MediaPrompt.of(self.tokens, self.placeholders, items, clip_content(self.media))
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Pair:
 
     @property
     def content(self) -> tuple:
-        """What a run computes with, the clip's own content apart."""
+        """What a run computes with, the media's own content apart."""
         return self.prompt.tokens, self.prompt.shown, self.response, self.learnt
 
     @property
@@ -95,100 +99,184 @@ class Pair:
         return self.prompt.where
 
     @property
-    def clip(self) -> Clip | None:
-        return self.prompt.clip
+    def media(self) -> tuple[Clip, ...]:
+        return self.prompt.media
 
 
-def load_prompts(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    max_prompt_tokens: int,
-    video: VideoReader | None = None,
-    section: RowsSection = PLAIN,
-    reward_keys: Collection[str] | None = None,
-    opening: Opening | None = None,
-) -> list[Prompt]:
+@dataclass(frozen=True)
+class Reading(ABC):
+    """How rows become what a recipe computes with.
+
+    Attributes:
+        tokenizer: with the chat template that is asked for.
+        limit: tokens that a row has at most.
+        video: finds the videos of rows; None: they have none.
+        section: what the configuration says of rows.
+    """
+
+    tokenizer: Tokenizer
+    limit: int
+    video: VideoReader | None = None
+    section: RowsSection = field(default_factory=RowsSection)
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """What reads, with all that it remembers of rows."""
+
+    @abstractmethod
+    def read(self, rows: Rows, row: FileRow) -> Prompt | Pair | None:
+        """
+        Args:
+            rows: of this reading.
+
+        Returns:
+            None: it is left out.
+
+        Raises:
+            DataError: with the place of the row.
+        """
+
+    @property
+    @abstractmethod
+    def options(self) -> tuple:
+        """All beside the attributes of this class that decides what becomes of a row, as JSON."""
+
+    def load(self, path: str | Path) -> list[Any]:
+        """All of a file, a folder or a pattern.
+
+        Raises:
+            DataError: a row, or a key of the configuration that no row has to do with.
+        """
+        rows = self.rows()
+        found = [self.read(rows, rows.read(*placed)) for placed in placed_rows(path, rows.ignored)]
+        seen = rows.take_seen()
+        seen.check(path, self.section)
+        seen.tell(path)
+        return [item for item in found if item is not None]
+
+
+@dataclass(frozen=True)
+class PromptReading(Reading):
     """Prompts to respond to: rows with `prompt`, a string, or `messages`, a conversation that awaits the assistant.
 
     A `prompt` begins as the tokenizer begins a text (`Tokenizer.encode_prompt`), a conversation as its template says.
 
-    Args:
+    Attributes:
         reward_keys: what the reward reads of a row beside; None: it does not say.
         opening: what makes prompts of rows; None: they are there.
     """
-    prompts = []
-    reader = Rows(path, tokenizer, video, section, opening)
-    if opening is not None:
-        reward_keys = None if None in (opening.keys, reward_keys) else {*reward_keys, *opening.keys}
-    for row in reader:
-        check_keys(row.read, reader.used[row.kind], row.where, reward_keys)
+
+    reward_keys: Collection[str] | None = None
+    opening: Opening | None = None
+
+    def rows(self) -> Rows:
+        return Rows(self.tokenizer, self.video, self.section, self.opening)
+
+    @property
+    def options(self) -> tuple:
+        return "prompts", self.keys and sorted(self.keys)
+
+    @property
+    def keys(self) -> Collection[str] | None:
+        """Of rows, that somebody reads beside the model."""
+        if self.opening is None:
+            return self.reward_keys
+        return None if None in (self.opening.keys, self.reward_keys) else {*self.reward_keys, *self.opening.keys}
+
+    def read(self, rows: Rows, row: FileRow) -> Prompt | None:
+        check_keys(row.read, rows.used[row.kind], row.where, self.keys)
+        row, clips = rows.with_media(row)
         talk = None
         if row.kind == "messages":
-            talk = reader.chat.read(row.read, row.where)
-            tokens = reader.chat.encode_prompt(talk, row.where)
+            talk = rows.chat.read(row.read, row.where)
+            tokens = rows.chat.encode_prompt(talk, row.where)
         else:
             text = check_text(row.read["prompt"], "prompt", row.where)
             with at(row.where):
-                tokens = tuple(tokenizer.encode_prompt(text))
-                tokenizer.check_whole(text, tokens)
+                tokens = tuple(self.tokenizer.encode_prompt(text))
+                self.tokenizer.check_whole(text, tokens)
             _check_not_empty(tokens, row, "prompt")
-        prompt = _with_video(reader, tokens, row)
-        if len(prompt.tokens) > max_prompt_tokens:
-            said = f"the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={max_prompt_tokens}"
-            reader.leave_out(row, f"{said}: shorten it or raise the limit")
-            continue
-        prompts.append(replace(prompt, talk=talk))
-    return prompts
+        prompt = _prompt(rows, tokens, row, clips)
+        if len(prompt.tokens) > self.limit:
+            said = f"the prompt has {len(prompt.tokens)} tokens, more than data.max_prompt_length={self.limit}"
+            rows.seen.leave_out(row.place, f"{said}: shorten it or raise the limit", self.section.overlong)
+            return None
+        return replace(prompt, talk=talk)
 
 
-def load_pairs(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    max_length: int,
-    video: VideoReader | None = None,
-    section: RowsSection = PLAIN,
-    all_turns: bool = False,
-) -> list[Pair]:
+@dataclass(frozen=True)
+class PairReading(Reading):
     """Pairs to learn: rows with `prompt` and `response`, strings, or `messages` that end with the assistant's.
 
-    A `prompt` begins as in `load_prompts`, and its tokens with those of its `response` are the tokens of the whole text. The end
-    token is appended to a `response`; a chat template ends its responses itself.
+    A `prompt` begins as in `PromptReading`, and its tokens with those of its `response` are the tokens of the whole text. The
+    end token is appended to a `response`; a chat template ends its responses itself.
 
-    Args:
+    Attributes:
         all_turns: learn all of the assistant's messages, not the last alone.
     """
-    pairs = []
-    reader = Rows(path, tokenizer, video, section)
-    reader.used["prompt"] |= {"response"}
-    for row in reader:
-        learnt = None
-        if row.kind == "messages":
-            check_keys(row.read, reader.used[row.kind], row.where, harmless=HARMLESS - {"response"})
-            talk = reader.chat.read(row.read, row.where)
-            tokens, response, learnt = reader.chat.encode_turns(talk, all_turns, row.where)
-        else:
-            check_keys(row.read, reader.used[row.kind], row.where)
-            tokens, response = _encode_pair(tokenizer, row)
-        prompt = _with_video(reader, tokens, row)
-        if prompt.placeholder in response:
-            raise DataError(f"{row.where}: a video's placeholder stands in the response: a video must come before it")
-        if len(prompt.tokens) + len(response) > max_length:
-            said = f"prompt and response have {len(prompt.tokens)} + {len(response)} tokens, more than "
-            reader.leave_out(row, f"{said}model.encoder_seq_length={max_length}: shorten them or raise the limit")
-            continue
-        pairs.append(Pair(prompt, response, None if learnt is None or all(learnt) else learnt))
-    return pairs
+
+    all_turns: bool = False
+
+    def rows(self) -> Rows:
+        rows = Rows(self.tokenizer, self.video, self.section)
+        rows.used["prompt"] |= {"response"}
+        return rows
+
+    @property
+    def options(self) -> tuple:
+        return "pairs", self.all_turns
+
+    def read(self, rows: Rows, row: FileRow) -> Pair | None:
+        pair = read_pair(rows, row, self.all_turns)
+        counts = len(pair.prompt.tokens), len(pair.response)
+        if sum(counts) > self.limit:
+            said = f"prompt and response have {counts[0]} + {counts[1]} tokens, more than "
+            why = f"{said}model.encoder_seq_length={self.limit}: shorten them or raise the limit"
+            rows.seen.leave_out(row.place, why, self.section.overlong)
+            return None
+        return pair
 
 
-def _with_video(reader: Rows, tokens: tuple[int, ...], row: FileRow) -> Prompt:
+def load_prompts(path: str | Path, *how: Any, **options: Any) -> list[Prompt]:
+    """Arguments behind the path are those of `PromptReading`."""
+    return PromptReading(*how, **options).load(path)
+
+
+def load_pairs(path: str | Path, *how: Any, **options: Any) -> list[Pair]:
+    """Arguments behind the path are those of `PairReading`."""
+    return PairReading(*how, **options).load(path)
+
+
+def read_pair(reader: Rows, row: FileRow, all_turns: bool = False) -> Pair:
+    """As `PairReading` reads one, however long it is.
+
+    Args:
+        reader: that knows of `response` in rows with a prompt.
+    """
+    learnt = None
+    if row.kind == "messages":
+        check_keys(row.read, reader.used[row.kind], row.where, harmless=HARMLESS - {"response"})
+        row, clips = reader.with_media(row)
+        talk = reader.chat.read(row.read, row.where)
+        tokens, response, learnt = reader.chat.encode_turns(talk, all_turns, row.where)
+    else:
+        check_keys(row.read, reader.used[row.kind], row.where)
+        row, clips = reader.with_media(row)
+        tokens, response = _encode_pair(reader.tokenizer, row)
+    if reader.video is not None and not set(response).isdisjoint(reader.placeholders):
+        raise DataError(f"{row.where}: a video's placeholder stands in the response: a video must come before it")
+    prompt = _prompt(reader, tokens, row, clips)
+    return Pair(prompt, response, None if learnt is None or all(learnt) else learnt)
+
+
+def _prompt(reader: Rows, tokens: tuple[int, ...], row: FileRow, clips: tuple[Clip, ...]) -> Prompt:
+    found = Prompt(tokens, row.row, row.place.number, place=row.place)
     if reader.video is None:
-        if row.read.get("video") is not None or row.read.get("features") is not None:
-            raise DataError(f"{row.where}: the row has a video, but data.video is not set")
-        return Prompt(tokens, row.row, row.place.number, place=row.place)
-    placeholder = reader.tokenizer.token_id(reader.video.settings.placeholder, "data.video.placeholder")
-    folder = Path(row.place.file).parent
-    clip, expanded = reader.video.read_row(row.read, tokens, placeholder, folder, row.where)
-    return Prompt(tuple(expanded), row.row, row.place.number, clip, placeholder, place=row.place)
+        return found
+    placeholders = reader.placeholders
+    lengths = [item.length for clip in clips for item in clip.items]
+    expanded = tuple(expand(tokens, placeholders, lengths, row.where))
+    return replace(found, tokens=expanded, media=clips, placeholders=placeholders)
 
 
 def _encode_pair(tokenizer: Tokenizer, row: FileRow) -> tuple[tuple[int, ...], tuple[int, ...]]:

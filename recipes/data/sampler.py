@@ -1,52 +1,119 @@
-"""The order in which rows are drawn."""
+"""Which rows a step takes."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from megatron_ext.errors import UserError
+from recipes.data.errors import DataError
+from recipes.data.orders import PlainShuffle, Shuffle
 
-__all__ = ["EpochSampler", "InOrder", "check_share", "shuffled"]
+__all__ = ["EpochSampler", "InOrder", "Sampler", "check_share"]
 
 
-class EpochSampler:
-    """Shuffled indices, epoch after epoch without end, in global batches of which this rank takes its slice.
-
-    All ranks draw the same order. A batch that an epoch cannot fill is completed from the next one, so that every
-    index is drawn once per epoch and none is left out.
+class Sampler(ABC):
+    """Indices of rows, in global batches of which this rank takes its slice. All ranks draw the same order.
 
     Args:
-        count: number of rows.
         batch: size of a global batch, over all ranks.
         rank, world: this rank's place among the data-parallel ranks.
+        keeps: (index) -> whether the row is one to learn from, where that is not known before; another is drawn in its place.
     """
 
-    def __init__(self, count: int, batch: int, seed: int, rank: int, world: int):
-        if count < 1 or batch < 1:
-            raise UserError(f"there is nothing to draw: {count} rows in batches of {batch}; both must be at least 1")
+    def __init__(self, batch: int, rank: int, world: int, keeps: Callable[[int], bool] | None = None):
         check_share(batch, world)
         assert 0 <= rank < world, (rank, world)
-        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
-        self._epoch = self._drawn = 0  # position: rows drawn of this epoch
-        self._order = self._shuffled()
+        self.batch, self.rank, self.world, self.keeps = batch, rank, world, keeps
+        self._position: tuple = ()
+        self._next: tuple[list[int], tuple] | None = None  # what has been drawn and not taken yet
+
+    @abstractmethod
+    def _draw(self) -> tuple[list[int], tuple] | None:
+        """The next global batch and the position behind it; None: there is none. Leaves this sampler as it is, what it keeps to
+        be faster apart."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank and for every batch size and number of ranks."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
+    @property
+    def mine(self) -> slice:
+        """This rank's share of a global batch."""
+        share = self.batch // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def has_next(self) -> bool:
+        """Whether there are rows for another global batch."""
+        self._next = self._next or self._draw()
+        return self._next is not None
+
+    def next_batch(self) -> list[int]:
+        """All ranks' indices of the next global batch."""
+        if not self.has_next():
+            raise UserError(
+                "all sets of data.train_sets have been drawn as often as their epochs say: raise epochs of one, or leave it out"
+            )
+        (indices, self._position), self._next = self._next, None
+        return indices
 
     def next(self) -> list[int]:
         """This rank's indices of the next global batch."""
+        return self.next_batch()[self.mine]
+
+    def _go_to(self, position: tuple) -> None:
+        self._position, self._next = position, None
+
+
+class EpochSampler(Sampler):
+    """Epoch after epoch without end, each in an order of its own. A batch that an epoch cannot fill is completed from the next
+    one, so that every index is drawn once per epoch and none is left out.
+
+    Args:
+        rows: how many, or how they are shuffled.
+        options: of `Sampler`.
+    """
+
+    def __init__(self, rows: int | Shuffle, batch: int, seed: int, rank: int, world: int, **options: Any):
+        self.shuffle = PlainShuffle(rows) if isinstance(rows, int) else rows
+        self.count, self.seed = self.shuffle.count, seed
+        if self.count < 1 or batch < 1:
+            raise UserError(
+                f"there is nothing to draw: {self.count} rows in batches of {batch}; both must be at least 1"
+            )
+        super().__init__(batch, rank, world, **options)
+        self._position = 0, 0  # epoch, and rows drawn of it
+        self._order: tuple = ()  # an epoch and its order
+
+    def _draw(self) -> tuple[list[int], tuple]:
+        epoch, drawn = self._position
         indices: list[int] = []
+        misses = 0
         while len(indices) < self.batch:
-            if self._drawn == self.count:
-                self._epoch, self._drawn = self._epoch + 1, 0
-                self._order = self._shuffled()
-            part = self._order[self._drawn : self._drawn + self.batch - len(indices)]
-            self._drawn += len(part)
-            indices += part
-        share = self.batch // self.world
-        return indices[self.rank * share : (self.rank + 1) * share]
+            if drawn == self.count:
+                epoch, drawn = epoch + 1, 0
+            part = self._of(epoch)[drawn : drawn + self.batch - len(indices)]
+            drawn += len(part)
+            kept = part if self.keeps is None else list(filter(self.keeps, part))
+            misses = 0 if kept else misses + len(part)
+            if misses > 2 * self.count:
+                raise DataError("all rows are too long, or empty: there is nothing to train on")
+            indices += kept
+        return indices, (epoch, drawn)
+
+    def _of(self, epoch: int):
+        if self._order[:1] != (epoch,):
+            self._order = epoch, self.shuffle.order(f"{self.seed}/{epoch}")
+        return self._order[1]
 
     def state_dict(self) -> dict[str, int]:
-        """The position, the same on every rank and for every batch size and number of ranks."""
-        return {"epoch": self._epoch, "drawn": self._drawn, "count": self.count, "seed": self.seed}
+        epoch, drawn = self._position
+        return {"epoch": epoch, "drawn": drawn, "count": self.count, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for name, here in (("count", self.count), ("seed", self.seed)):
@@ -55,11 +122,7 @@ class EpochSampler:
                     f"the saved order of the data was drawn with {name}={state[name]}, this run has {name}={here}: "
                     "continue with the same data file and model.seed"
                 )
-        self._epoch, self._drawn = state["epoch"], state["drawn"]
-        self._order = self._shuffled()
-
-    def _shuffled(self) -> list[int]:
-        return shuffled(self.count, f"{self.seed}/{self._epoch}")
+        self._go_to((state["epoch"], state["drawn"]))
 
 
 def check_share(batch: int, world: int) -> None:
@@ -71,33 +134,19 @@ def check_share(batch: int, world: int) -> None:
         )
 
 
-def shuffled(count: int, seed: str) -> list[int]:
-    """Indices in an order that the seed alone decides."""
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
-
-
-class InOrder:
-    """Indices as they come, each once, in global batches of which this rank takes its slice.
-
-    Args:
-        batch: size of a global batch, over all ranks.
-        rank, world: this rank's place among the data-parallel ranks.
-    """
+class InOrder(Sampler):
+    """Indices as they come, each once. Whoever asks for more than there are is told when the run begins."""
 
     def __init__(self, batch: int, rank: int, world: int):
-        self.batch, self.rank, self.world, self._drawn = batch, rank, world, 0
+        super().__init__(batch, rank, world)
+        self._position = (0,)
 
-    def next(self) -> list[int]:
-        """This rank's indices of the next global batch."""
-        share = self.batch // self.world
-        first = self._drawn + self.rank * share
-        self._drawn += self.batch
-        return list(range(first, first + share))
+    def _draw(self) -> tuple[list[int], tuple]:
+        (drawn,) = self._position
+        return list(range(drawn, drawn + self.batch)), (drawn + self.batch,)
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn": self._drawn}
+        return {"drawn": self._position[0]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._drawn = state["drawn"]
+        self._go_to((state["drawn"],))

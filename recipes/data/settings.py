@@ -7,8 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.kinds import Speed
+from recipes.cli.config import at_least
+from recipes.data.curriculum import CurriculumSection
 
-__all__ = ["RowsSection", "TrainSetSection"]
+__all__ = ["HOW_KEPT", "RUN_TOKENS", "RowsSection", "TrainSetSection"]
+
+# Where a run keeps its rows in tokens, in its folder.
+RUN_TOKENS = "tokens"
+# Keys that do not decide what a row of a set is.
+HOW_KEPT = ("train_sets", "token_cache", "token_processes", "streaming", "streaming_window")
 
 OVERLONG = ("filter", "error")
 
@@ -60,6 +68,20 @@ class RowsSection:
     # Several sets to train on, in place of train_path (null), each under a name: {math: {path: math.jsonl, weight: 2}, chat:
     # {path: chat.parquet, weight: 1, epochs: 3}}.
     train_sets: dict[str, TrainSetSection] = field(default_factory=dict)
+    # Read rows to train on when they are drawn, for what does not fit in memory or on the disk a second time: they are shuffled
+    # block by block, and each is checked when it arrives.
+    streaming: bool = False
+    # Blocks of rows that are shuffled with one another, and are in memory: 1,024 lines, a row group of parquet, a batch of
+    # Arrow, 256 samples of a shard.
+    streaming_window: int = 16
+    # Rows from easy to hard, by a number that says how hard each is; null: in any order.
+    curriculum: CurriculumSection | None = None
+    # Folder where rows are kept in tokens, made once on a machine: neither its other ranks nor another run make them again. A
+    # disk of the machine itself is best. null: tokens/ of the run's folder. Files of together less than 1 MiB are not kept.
+    token_cache: Speed[str | None] = None
+    # Processes that make the tokens of rows. 0: each rank by itself, and nothing is kept; null: as many as there are cores, up to
+    # 16.
+    token_processes: Speed[int | None] = None
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
@@ -69,7 +91,24 @@ class RowsSection:
             raise UserError(f"data.fields reads {twice[0]} under two names: leave one out")
         if self.system_prompt == "":
             raise UserError("data.system_prompt is empty: write what it says, or null")
+        at_least("data", self, 0, "token_processes")
+        at_least("data", self, 1, "streaming_window")
+        self._check_order()
         self._check_train_sets()
+
+    def _check_order(self) -> None:
+        if self.curriculum is None:
+            return
+        if self.streaming:
+            raise UserError(
+                "data.curriculum puts all rows into bins before the run, and data.streaming=true reads them when they are drawn: "
+                "set one of them otherwise"
+            )
+        if self.train_sets:
+            raise UserError(
+                "data.curriculum makes bins of one set, and data.train_sets has its own shares: name one set in data.train_path, "
+                "or leave data.curriculum out"
+            )
 
     def _check_train_sets(self) -> None:
         if self.train_sets and (path := getattr(self, "train_path", None)) is not None:

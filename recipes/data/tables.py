@@ -12,7 +12,7 @@ from recipes.data.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["SUFFIXES", "table_rows"]
+__all__ = ["SUFFIXES", "batch_rows", "block_sizes", "read_block", "table_batches", "table_rows"]
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH = 1024  # rows in memory at a time
@@ -32,18 +32,34 @@ def table_rows(path: str, ignored: Collection[str] = ()) -> Iterator[tuple[int, 
     Raises:
         DataError: a file that is no such table, is cut off or has no rows; a value that JSON has no word for, with its row.
     """
+    empty = True
+    for first, batch in table_batches(path):
+        for numbered in batch_rows(batch, first, path, ignored):
+            empty = False
+            yield numbered
+    if empty:
+        raise DataError(f"{path} has no rows")
+
+
+def table_batches(path: str) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+    """(number of the first row, from 1, rows as they stand) of a table, up to `BATCH` at a time."""
     number = 0
     with _open(path) as batches:
         while True:
             with _reading(path, number):
                 batch = next(batches, None)
             if batch is None:
-                break
-            for row in _objects(batch, path, number):
-                number += 1
-                yield number, _plain_row(row, ignored, f"{path}, row {number}")
-    if not number:
-        raise DataError(f"{path} has no rows")
+                return
+            yield number + 1, batch
+            number += batch.num_rows
+
+
+def batch_rows(
+    batch: pyarrow.RecordBatch, first: int, path: str, ignored: Collection[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, from 1, object) of rows of a table. Arguments are what `table_batches` gives, and as `table_rows` has them."""
+    for number, row in enumerate(_objects(batch, path, first - 1), first):
+        yield number, _plain_row(row, ignored, f"{path}, row {number}")
 
 
 @contextmanager
@@ -77,10 +93,13 @@ def _open(path: str) -> Iterator[Iterator[pyarrow.RecordBatch]]:
                 schema, batches = table.schema_arrow, table.iter_batches(BATCH)
             else:
                 schema, batches = _arrow(file, path)
-        names = schema.names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path} has several columns {twice[0]}: rename all but one")
+        _check_names(schema.names, path)
         yield (piece for batch in batches for piece in _pieces(batch))
+
+
+def _check_names(names: list[str], path: str) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path} has several columns {twice[0]}: rename all but one")
 
 
 def _arrow(file: Any, path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
@@ -145,3 +164,59 @@ def _plain(value: Any, name: str) -> Any:
         return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
     said = "a map" if kind is tuple else {"bytes": "bytes", "Decimal": "a decimal"}.get(kind.__name__, "a time")
     raise DataError(f"{name} holds {said}, which JSON has no word for: write it as text or numbers")
+
+
+def block_sizes(path: str) -> list[int]:
+    """Rows of each piece of a table that can be read by itself: row groups of parquet, batches of Arrow. Reads no rows.
+
+    Raises:
+        DataError: a file that is no such table, is cut off or has no rows.
+    """
+    with _reading(path, 0):
+        if path.endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(path, memory_map=True) as table:
+                _check_names(table.schema_arrow.names, path)
+                sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+        else:
+            batches = _mapped_batches(path)
+            sizes = [batch.num_rows for batch in batches]
+    if not sum(sizes):
+        raise DataError(f"{path} has no rows")
+    return sizes
+
+
+def read_block(path: str, number: int) -> pyarrow.Table | pyarrow.RecordBatch:
+    """A piece of `block_sizes`, by its number.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _reading(path, 0):
+        if not path.endswith(".parquet"):
+            return _mapped_batches(path)[number]
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path, memory_map=True) as table:
+            return table.read_row_group(number)
+
+
+def _mapped_batches(path: str) -> list[pyarrow.RecordBatch]:
+    """Of an Arrow file or stream, which stays on the disk."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with open(path, "rb") as file:
+        _arrow(file, path)  # raises where it was cut off
+        file.seek(0)
+        is_file = file.read(len(FILE_MAGIC)) == FILE_MAGIC
+    source = pyarrow.memory_map(path)
+    if is_file:
+        reader = ipc.open_file(source)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        _check_names(reader.schema.names, path)
+        return batches
+    reader = ipc.open_stream(source)
+    _check_names(reader.schema.names, path)
+    return list(reader)

@@ -77,6 +77,11 @@ class ChatTemplate:
             raise DataError(f"the chat template of {self.path} is no template: {error}") from error
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the special tokens that it may write, by their names, such as bos_token."""
+        return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+
+    @property
     def own_variables(self) -> set[str]:
         """What it is given whatever a row says."""
         arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters

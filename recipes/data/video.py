@@ -1,232 +1,229 @@
-"""Videos and images of rows: found, kept, cut into patches (frames.py decodes them); or features that another encoder made.
+"""Videos and images of rows, found where the rows say, or features that another encoder made.
 
-A row of a JSONL file names one with "video" (a clip that FFmpeg reads, through PyAV; a picture counts as one frame) or
-"features" (.npy or .safetensors, [t, h, w, f]). Every clip becomes the same grid of tokens, so that prompts can be laid
-out without opening it; frames are decoded when a prompt is used.
-
-Shape legend: t, h, w tokens of the grid, f numbers of a token: 3 colours x frames x pixels of its patch.
+A video is a clip that FFmpeg reads, through PyAV (a picture counts as one frame), or a list of files, its frames; features are
+.npy or .safetensors, [t, h, w, f]. Where every clip becomes the same grid of tokens, prompts are laid out without opening it;
+else its packets and first picture are read. Frames are decoded when a prompt is used (clips.py), or a step ahead (decoding.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.rotary import Video
-from recipes.cli.config import at_least
+from megatron_ext.rotary import Video, find_scheme
+from megatron_ext.vision.preprocessing import Preprocessor
+from recipes.data.clips import Clip
 from recipes.data.errors import VideoError
-from recipes.data.frames import read_frames
+from recipes.data.features import map_features
+from recipes.data.frames import Shape, begins
+from recipes.data.media_files import existing_file, shape_of
+from recipes.data.media_rows import File, write_media
+from recipes.data.moments import sample_frames, standing, times_of_frames
+from recipes.data.video_settings import VideoSettings
 
-__all__ = [
-    "Clip",
-    "VideoReader",
-    "VideoSettings",
-    "open_clip",
-    "patchify",
-]
+if TYPE_CHECKING:  # processes that decode start without Megatron
+    from megatron_ext.models.config import GPTModelConfig
 
-# Of frames and features that a process keeps in memory: a prompt is used for sampling, scoring and training.
-CACHE_BYTES = 1 << 30
+__all__ = ["VideoReader"]
 
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """How clips become tokens."""
-
-    # Frames taken from every clip, evenly spaced in time; a shorter clip shows some twice.
-    num_frames: int = 8
-    # Pixels from top to bottom that frames are resized to, a multiple of patch_size.
-    height: int = 32
-    # Pixels from left to right that frames are resized to, a multiple of patch_size; the shape of the clip is not kept.
-    width: int = 32
-    # Side, in pixels, of the square that a token shows. Larger: fewer tokens.
-    patch_size: int = 8
-    # Frames that a token shows, which divide num_frames: a clip has num_frames / frames_per_patch x height / patch_size
-    # x width / patch_size tokens.
-    frames_per_patch: int = 1
-    # The tokenizer's token that stands for a token of a video. "<video>" in a row's text becomes one for each.
-    placeholder: str = "<video>"
-
-    def __post_init__(self):
-        at_least("data.video", self, 1, "num_frames", "height", "width", "patch_size", "frames_per_patch")
-        for name, part in (("height", "patch_size"), ("width", "patch_size"), ("num_frames", "frames_per_patch")):
-            if getattr(self, name) % getattr(self, part):
-                raise UserError(
-                    f"data.video.{name}={getattr(self, name)} is not divisible by data.video.{part}={getattr(self, part)}"
-                )
-
-    @property
-    def grid(self) -> Video:
-        return Video(
-            self.num_frames // self.frames_per_patch, self.height // self.patch_size, self.width // self.patch_size
-        )
-
-    @property
-    def feature_size(self) -> int:
-        return 3 * self.frames_per_patch * self.patch_size**2
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video of a row. Plain data, so that ranks can exchange prompts.
-
-    Attributes:
-        path: of the clip or of its features.
-        grid: its tokens.
-        settings: how frames become tokens; None for features.
-        where: file and line of the row, for messages.
-    """
-
-    path: str
-    grid: Video
-    settings: VideoSettings | None
-    where: str
-
-    def features(self) -> Tensor:
-        """fp32 [t h w, f]; the file is opened unless it was read a short while ago."""
-        found = _recent.get(self)
-        if self.settings is None:
-            return found.flatten(0, 2).float()
-        return patchify(found, self.settings.patch_size, self.settings.frames_per_patch)
-
-    def read(self) -> Tensor:
-        """What the file holds: frames, uint8 [frames, 3, height, width], or features [t, h, w, f] in their own type."""
-        how = self.settings
-        if how is None:
-            return _map_features(Path(self.path), self.where).clone()
-        return read_frames(self.path, how.num_frames, how.height, how.width, self.where)
-
-
-class _Recent:
-    """What was read last, up to `limit` bytes. Rows that name the same file share it."""
-
-    def __init__(self, limit: int):
-        self.limit, self.size = limit, 0
-        self.kept: OrderedDict[tuple, Tensor] = OrderedDict()
-
-    def get(self, clip: Clip) -> Tensor:
-        key = (clip.path, clip.settings)
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
-        found = clip.read()
-        if found.nbytes <= self.limit:
-            self.kept[key] = found
-            self.size += found.nbytes
-            while self.size > self.limit:
-                self.size -= self.kept.popitem(last=False)[1].nbytes
-        return found
-
-
-_recent = _Recent(CACHE_BYTES)
-
-
-def open_clip(row: dict, folder: Path, settings: VideoSettings, feature_size: int, where: str) -> Clip | None:
-    """The clip a row names, relative to its file's folder; None for a row without one. Reads no frames yet.
-
-    Raises:
-        VideoError: the file does not exist, or its features do not fit the model.
-    """
-    named = [key for key in ("video", "features") if row.get(key) is not None]
-    if not named:
-        return None
-    if len(named) == 2:
-        raise VideoError(f"{where}: both video and features; a row carries one of them")
-    name = row[named[0]]
-    if not isinstance(name, str) or not name:
-        raise VideoError(f"{where}: {named[0]} must be the name of a file, got {name!r}")
-    try:
-        path = folder / Path(name).expanduser()
-        exists = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
-        shown = name if len(name) <= 80 else name[:77] + "..."
-        reason = getattr(error, "strerror", None) or error
-        raise VideoError(f"{where}: {named[0]} {shown} is no usable file name: {reason}") from error
-    if not exists:
-        raise VideoError(f"{where}: {named[0]} {path} does not exist (names are relative to the JSONL file)")
-    if named[0] == "features":
-        t, h, w, f = _map_features(path, where).shape
-        if f != feature_size:
-            raise VideoError(f"{where}: {path} has {f} features per token, model.vision.feature_size is {feature_size}")
-        return Clip(str(path), Video(t, h, w), None, where)
-    if settings.feature_size != feature_size:
-        raise VideoError(
-            f"{where}: data.video makes {settings.feature_size} numbers of a token (3 x frames_per_patch x patch_size^2), "
-            f"model.vision.feature_size is {feature_size}"
-        )
-    return Clip(str(path), settings.grid, settings, where)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class VideoReader:
-    """What finds the videos of rows: `data.video`, and how many numbers of a token the model sees."""
+    """What finds the images and videos of rows.
+
+    Attributes:
+        settings: `data.video`.
+        feature_size: how many numbers of a token the model sees.
+        timed: the model's position scheme counts seconds, so that they are looked up.
+        eyes: what makes pictures for the model's tower; None: it has none.
+    """
 
     settings: VideoSettings
     feature_size: int
+    timed: bool = False
+    eyes: Preprocessor | None = None
 
-    def read_row(
-        self, row: dict, tokens: Sequence[int], placeholder: int, folder: Path, where: str
-    ) -> tuple[Clip | None, list[int]]:
-        """The row's clip, and its tokens with one placeholder for each token of the clip.
+    @classmethod
+    def of(cls, settings: VideoSettings | None, model: GPTModelConfig) -> VideoReader | None:
+        """For a model; None: it is shown none."""
+        if settings is None:
+            return None
+        vision, timed = model.vision, find_scheme(model.position_embedding.scheme).timed
+        if settings.timestamps is None and vision.has_tower and vision.kind.apart:
+            logger.warning(
+                "Qwen3-VL has learnt videos as frames, each behind the moment when it is shown, and data.video.timestamps is not "
+                'set: frames follow each other; set it to "<{seconds:.1f} seconds>" (docs/vision.md)'
+            )
+        if vision.has_tower and vision.kind.apart and vision.video_preprocessing is None:
+            logger.warning(
+                "model.vision.video_preprocessing is null: each frame of a video may have as many pixels as an image, where "
+                "Qwen3-VL's video_preprocessor_config.json bounds those of all frames together (docs/vision.md)"
+            )
+        eyes = Preprocessor.of(vision) if vision.has_tower else None
+        if eyes is not None and eyes.condenses and not eyes.most:
+            logger.warning(
+                "every image is seen as one tile: model.vision.preprocessing is not of LlavaOnevisionImageProcessor, which cuts "
+                "one that is alone in its row into more (docs/vision.md)"
+            )
+        return cls(settings, vision.feature_size, timed, eyes)
+
+    def read_row(self, row: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str, Any], tuple[Clip, ...]]:
+        """The row with its media written into its text, and those.
 
         Raises:
             VideoError: a clip that cannot be used, or not as many placeholders as clips.
         """
-        clip = open_clip(row, folder, self.settings, self.feature_size, where)
-        return clip, _expand(tokens, placeholder, [] if clip is None else [clip.grid.length], where)
+        clips: list[Clip] = []
 
+        def show(file: File) -> str:
+            clips.append(self.open(file, folder, where))
+            return clips[-1].text if clips[-1].settings else self.settings.text("video")
 
-def patchify(frames: Tensor, patch: int, frames_per_patch: int = 1) -> Tensor:
-    """uint8 [T, 3, H, W] -> fp32 [t h w, f] in [-1, 1], tokens in the order t, h, w; numbers in that of a 3D convolution."""
-    total, channels, height, width = frames.shape
-    x = frames.float() / 127.5 - 1
-    x = x.reshape(
-        total // frames_per_patch, frames_per_patch, channels, height // patch, patch, width // patch, patch
-    )  # [t, frames, 3, h, y, w, x]
-    return x.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(0, 2)
+        return write_media(row, self.settings, show, where), tuple(clips)
 
+    def open(self, file: File, folder: Path, where: str) -> Clip:
+        """A file that a row names, relative to its own file's folder. Decodes no frame yet, unless it must.
 
-def _map_features(path: Path, where: str) -> Tensor:
-    """[t, h, w, f] of a .npy or of a .safetensors with one tensor, in its own type; numbers are read when they are used."""
-    try:
-        if path.suffix == ".npy":
-            import numpy as np
+        Raises:
+            VideoError: the file does not exist, or its features do not fit the model; or it cannot be decoded, where its shape or
+                `check` asks for it.
+        """
+        how = self.settings
+        names = (file.name,) if isinstance(file.name, str) else file.name
+        paths = [existing_file(name, folder, file.key, where) for name in names]
+        if file.kind == "features":
+            t, h, w, f = map_features(paths[0], where).shape
+            if f != self.feature_size:
+                raise VideoError(
+                    f"{where}: {paths[0]} has {f} features per token, model.vision.feature_size is {self.feature_size}"
+                )
+            return Clip(str(paths[0]), Video(t, h, w), None, where)
+        if self.eyes is None and how.feature_size != self.feature_size:
+            raise VideoError(
+                f"{where}: data.video makes {how.feature_size} numbers of a token (3 x frames_per_patch x (patch_size x "
+                f"merge_size)^2), model.vision.feature_size is {self.feature_size}"
+            )
+        clip = (
+            self._frame_list(file, paths, where)
+            if isinstance(file.name, tuple)
+            else self._one_file(file, paths[0], where)
+        )
+        if how.check:
+            _checked(clip)
+        return clip
 
-            found = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        elif path.suffix == ".safetensors":
-            from safetensors import safe_open
+    def _one_file(self, file: File, path: Path, where: str) -> Clip:
+        how, video = self.settings, file.kind == "video"
+        if self.eyes is not None:
+            return self._seen(file, path, where)
+        if how.alike and not (video and (self.timed or how.timestamps)):
+            grid = how.grid if video else Video(1, how.grid.h, how.grid.w)
+            return Clip(str(path), grid, how, where, file.kind)
+        shape = shape_of(path, where, how.largest_pixels)
+        size = self._size(file.kind, path, where)
+        if not video:
+            return Clip(str(path), Video(1, *size), how, where, file.kind)
+        each = how.frames_per_patch
+        count = max(how.frames_of(shape.seconds, shape.pictures, shape.short) // each, 1) * each
+        seconds = _of_tokens(self._moments(path, shape, count, where), each)
+        return Clip(str(path), Video(len(seconds), *size, seconds), how, where)
 
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-                if len(names) != 1:
-                    raise UserError(f"it holds {len(names)} tensors, expected one")
-                found = file.get_tensor(names[0])  # mapped, too
+    def _moments(self, path: Path, shape: Shape, count: int, where: str) -> list[float]:
+        """When frames of a clip are shown: where that is written, when the picture comes, as transformers' processors have it;
+        for positions the middle of the stretch that it stands for."""
+        if self.settings.timestamps is None:
+            return [(i + 0.5) * shape.seconds / count for i in range(count)]
+        if not shape.even:
+            return begins(path, count, where)
+        return [number * shape.seconds / shape.pictures for number in sample_frames(shape.pictures, count)]
+
+    def _seen(self, file: File, path: Path, where: str) -> Clip:
+        """For a tower, whose preprocessing says how large its grid is."""
+        how, shape, each = (
+            self.settings,
+            shape_of(path, where, self.settings.largest_pixels),
+            self.eyes.frames_per_token,
+        )
+        count = 1
+        if file.kind == "video":
+            count = -(-how.frames_of(shape.seconds, shape.pictures, shape.short) // each) * each
+        size, seconds = (shape.height, shape.width), None
+        (t, h, w), tiled = self._shown(file, count, size, path, where)
+        if file.kind == "video":
+            seconds = _of_tokens(self._moments(path, shape, count, where), each)
+        grid = Video(t, h, w, seconds)
+        return Clip(str(path), grid, how, where, file.kind, eyes=self.eyes, size=size, tiled=tiled)
+
+    def _shown(
+        self, file: File, count: int, size: tuple[int, int], path: Path, where: str
+    ) -> tuple[tuple[int, int, int], bool]:
+        """(grid of so many frames, whether they are an image that is cut into tiles)."""
+        video = file.kind == "video"
+        try:
+            return self.eyes.grid(count, *size, video), not video and self.eyes.tiling(*size, file.alone) is not None
+        except UserError as error:
+            raise VideoError(f"{where}: {path}: {error}") from error
+
+    def _frame_list(self, file: File, paths: Sequence[Path], where: str) -> Clip:
+        """With times a clip of such pictures. Without, all frames with fps, and num_frames of them without it. The last is shown
+        again until a token has all of its frames."""
+        how = self.settings
+        if how.timestamps is not None and file.times is None:
+            raise VideoError(
+                f"{where}: data.video.timestamps writes when a frame is shown, which {file.key} does not say of its frames: "
+                'write {"frames": [...], "fps": 2}, or "times" of each'
+            )
+        if file.times is None:
+            numbers = sample_frames(len(paths), how.frames_of(math.inf, len(paths)))
         else:
-            raise UserError("features are a .npy or a .safetensors file")
-    except Exception as error:  # safetensors raises its own, numpy several
-        raise VideoError(f"{where}: cannot read features {path}: {str(error)[:200]}") from error
-    if found.dim() != 4 or not found.numel() or not found.is_floating_point():
-        raise VideoError(f"{where}: {path} holds {found.dtype} {tuple(found.shape)}, expected floats [t, h, w, f]")
-    return found
+            said = times_of_frames(file.times)
+            numbers = standing(said.edges, how.frames_of(said.seconds, len(paths), said.short))
+        each = how.frames_per_patch if self.eyes is None else self.eyes.frames_per_token
+        missing = -len(numbers) % each
+        seconds = None
+        if file.times is not None:
+            moments = [file.times[i] for i in numbers]
+            # A text says of the last frame that it is shown again; positions go on as they have come.
+            step = 0.0 if how.timestamps else (moments[-1] - moments[0]) / max(len(moments) - 1, 1)
+            seconds = _of_tokens(moments + [moments[-1] + step * (i + 1) for i in range(missing)], each)
+        numbers += numbers[-1:] * missing
+        chosen = tuple(str(paths[i]) for i in numbers)
+        if self.eyes is None:
+            grid = Video(len(chosen) // each, *self._size("video", Path(chosen[0]), where), seconds)
+            return Clip(chosen[0], grid, how, where, frames=chosen)
+        shape = shape_of(paths[0], where, how.largest_pixels)
+        size = shape.height, shape.width
+        grid = Video(*self._shown(file, len(chosen), size, paths[0], where)[0], seconds)
+        return Clip(chosen[0], grid, how, where, frames=chosen, eyes=self.eyes, size=size)
+
+    def _size(self, kind: str, path: Path, where: str) -> tuple[int, int]:
+        """Rows and columns of tokens of a file's pictures."""
+        how = self.settings
+        if how.max_pixels is None:
+            return how.grid_of(kind, 0, 0)
+        shape = shape_of(path, where, how.largest_pixels)
+        try:
+            return how.grid_of(kind, shape.height, shape.width)
+        except UserError as error:
+            raise VideoError(f"{where}: {path}: {error}") from error
 
 
-def _expand(tokens: Sequence[int], placeholder: int, lengths: Sequence[int], where: str) -> list[int]:
-    """One placeholder for each video -> one for each of its tokens.
+def _of_tokens(moments: Sequence[float], each: int) -> tuple[float, ...]:
+    """Of tokens that show so many frames: the mean of the first's and the last's, as Qwen3-VL's processor writes it."""
+    return tuple((moments[i] + moments[i + each - 1]) / 2 for i in range(0, len(moments), each))
 
-    Raises:
-        VideoError: not as many placeholders as videos.
-    """
-    found = sum(token == placeholder for token in tokens)
-    if found != len(lengths):
-        raise VideoError(f"{where}: the text has {found} video placeholders, the row has {len(lengths)} videos")
-    expanded: list[int] = []
-    waiting = iter(lengths)
-    for token in tokens:
-        expanded += [token] * (next(waiting) if token == placeholder else 1)
-    return expanded
+
+_decoded: set[tuple] = set()  # clips that have been checked
+
+
+def _checked(clip: Clip) -> None:
+    if clip.key not in _decoded:
+        clip.read()
+        _decoded.add(clip.key)

@@ -27,6 +27,7 @@ class Calculator(Environment):
     """Offers one tool, `calculator(expression)`, in the prompt. A turn that calls it is answered with the results, another one is
     the answer, which trainer.grpo.reward scores."""
 
+    bounds_itself = True
     tools = (
         {
             "type": "function",

@@ -21,13 +21,19 @@ from typing import Any, ClassVar
 
 from megatron_ext.errors import UserError
 
-__all__ = ["End", "Environment", "EnvironmentFailedError", "Messages", "Observation", "Talk", "ToolCall", "Turn"]
+__all__ = [
+    "End", "Environment", "EnvironmentFailedError", "EnvironmentLostError", "Messages", "Observation", "Talk", "ToolCall", "Turn",
+]  # fmt: skip
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 class EnvironmentFailedError(UserError):
     """An environment that failed, or answered something else than an `Observation` or `End`."""
+
+
+class EnvironmentLostError(EnvironmentFailedError):
+    """One that has not come back in time, or has ended its process."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,20 @@ class End:
 
 class Environment:
     """One conversation: there is one instance for each, made with the options of the YAML, and whatever it keeps is that
-    conversation's alone. Instances are asked from several threads at once.
+    conversation's alone. It has a process of its own, forked from one that has imported its module.
 
     Attributes:
         tools: JSON schemas of functions, offered to the model in the prompt.
         row_keys: which keys it reads of a row beside its prompt or messages; None: it does not say.
         gives_reward: it says what a trajectory is worth. Otherwise trainer.grpo.reward scores the text of the last turn.
+        bounds_itself: it comes back in any case: instances are asked in the run's own process, from several threads at once.
+            A subclass says so anew.
     """
 
     tools: ClassVar[Sequence[Mapping[str, Any]]] = ()
     row_keys: ClassVar[Collection[str] | None] = ()
     gives_reward: ClassVar[bool] = False
+    bounds_itself: ClassVar[bool] = False
 
     def start(self, row: Mapping[str, Any]) -> Messages | str:
         """The prompt of a row: messages, or plain text. It depends on the row alone.

@@ -36,6 +36,7 @@ class GuessNumber(Environment):
 
     row_keys: ClassVar = ("secret", "highest")
     gives_reward: ClassVar = True
+    bounds_itself: ClassVar = True
 
     turns: int = 4
     haste: float = 0.0

@@ -19,7 +19,7 @@ from recipes.data.errors import DataError
 from recipes.data.reader import Opening
 from recipes.environments.environment import Environment, EnvironmentFailedError, Messages
 
-__all__ = ["SINGLE_TURN", "Named", "environment_file", "get_environment", "register_environment"]
+__all__ = ["SINGLE_TURN", "Named", "environment_file", "get_environment", "maker", "register_environment"]
 
 KEY = "trainer.grpo.environment"
 SINGLE_TURN = "single_turn"
@@ -34,11 +34,18 @@ class Named:
 
     Attributes:
         kind: an instance, of which nothing but its attributes and methods without a conversation is asked.
+        spec: what the configuration says, of which another process makes it again.
     """
 
     name: str
     make: Callable[[], Environment]
     kind: Environment
+    spec: str | Mapping[str, Any]
+
+    @property
+    def bounds_itself(self) -> bool:
+        """Whether its class itself says so: for what a subclass adds nobody has vouched."""
+        return vars(type(self.kind)).get("bounds_itself", False)
 
     @property
     def opening(self) -> Opening:
@@ -78,17 +85,24 @@ def get_environment(spec: str | Mapping[str, Any]) -> Named | None:
     Raises:
         ConfigError: an unknown name, a module that does not import, something else than an `Environment`, wrong options.
     """
-    name, target, options = REGISTRY.find(spec)
+    name, target, _ = REGISTRY.find(spec)
     if not (isinstance(target, type) and issubclass(target, Environment)):
         raise ConfigError(f"{KEY}: {name} is no subclass of recipes.environments.environment.Environment")
     if isinstance(target.row_keys, str) or not all(isinstance(key, str) for key in target.row_keys or ()):
         raise ConfigError(f"{KEY}: {name}.row_keys={target.row_keys!r} must be a list of keys, or None")
-
-    def make() -> Environment:
-        return REGISTRY.with_options(name, target, copy.deepcopy(options))
-
+    make = maker(spec)
     kind = make()
-    return None if target is SingleTurn else Named(name, make, kind)
+    return None if target is SingleTurn else Named(name, make, kind, spec)
+
+
+def maker(spec: str | Mapping[str, Any]) -> Callable[[], Environment]:
+    """What makes one, of a class that `get_environment` takes.
+
+    Raises:
+        ConfigError: an unknown name, a module that does not import.
+    """
+    name, target, options = REGISTRY.find(spec)
+    return lambda: REGISTRY.with_options(name, target, copy.deepcopy(options))
 
 
 def environment_file(spec: str | Mapping[str, Any]) -> Path | None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from megatron_ext.rollouts import Request
 from megatron_ext.rollouts.vllm import Begun, VllmSource
-from recipes.data.mixture import MixedSampler
 from recipes.data.rows import Prompt
-from recipes.data.sampler import EpochSampler
+from recipes.data.sampler import Sampler
 from recipes.grpo.rollouts import Rollouts, RolloutSampler
 
 __all__ = ["AheadSampler"]
@@ -37,13 +36,13 @@ class AheadSampler:
         order: of these, over the steps that are trained: what a checkpoint keeps. What is sampled ahead is drawn from a copy.
     """
 
-    def __init__(self, sampler: RolloutSampler, prompts: Sequence[Prompt], order: EpochSampler | MixedSampler):
+    def __init__(self, sampler: RolloutSampler, prompts: Sequence[Prompt], order: Sampler):
         self.sampler, self.prompts, self.order = sampler, prompts, order
         self.settings = sampler.settings
         self.updates = (
             self.settings.num_prompts_per_grpo_step // sampler.config.prompts_per_update
         )  # of the weights, in a step
-        self._drawing: EpochSampler | MixedSampler | None = None
+        self._drawing: Sampler | None = None
         self._begun: deque[StepAhead] = deque()
 
     def rollouts(self, step: int) -> Rollouts:
@@ -54,7 +53,8 @@ class AheadSampler:
         self.sampler.has_taken(step - 1)
         last = min(step + self.settings.max_staleness, self.settings.max_steps)
         for number in range(step + len(self._begun), last + 1):
-            self._begun.append(self._begin(number))
+            if self._drawing.has_next():
+                self._begun.append(self._begin(number))
         mine = self._begun.popleft()
         rollouts = self.sampler.scored(mine.prompts, mine.requests, self._source.finish(mine.begun))
         oldest = self._oldest(step)

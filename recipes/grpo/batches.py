@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.flops import ModelShape
+from megatron_ext.grouping.routes import Routes, stream_routes
 from megatron_ext.losses.high_entropy import high_entropy_tokens
 from megatron_ext.losses.objective import token_weights
 from megatron_ext.losses.off_policy import rejected_responses
@@ -22,8 +23,9 @@ from megatron_ext.runtime.collectives import gather_objects, sum_of_all
 from megatron_ext.runtime.engine import Microbatch
 from recipes.grpo.rollouts import Rollouts, in_parts
 from recipes.grpo.settings import GRPOConfig
-from recipes.grpo.sharing import Shared, Sharing
+from recipes.grpo.sharing import Sharing
 from recipes.run.session import Session
+from recipes.run.sharing import Shared
 
 __all__ = ["BatchMaker", "GRPOMicrobatch"]
 
@@ -134,6 +136,9 @@ class BatchMaker:
             dropped = [bool(rollouts.dropped) and rollouts.dropped[p.group] for p in cut]
             masks.append([self._trained(t, left) for group, left in zip(found, dropped, strict=True) for t in group])
             said.append(batches[-1].predicted([t.logprobs for group in found for t in group], torch.float32))
+            if self.settings.router_replay == "R3":
+                routes, shape = [t.routes for group in found for t in group], model.route_shape
+                Routes.given(batches[-1].groups, stream_routes(batches[-1].groups, routes, shape.layers, shape.topk))
         counted = [
             sum(mask) for part in masks for mask in part if any(mask)
         ]  # prompts are never empty: all are predicted

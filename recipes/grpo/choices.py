@@ -16,10 +16,13 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.losses import ADVANTAGES, OBJECTIVES, Objective
+from megatron_ext.losses.advantages import takes_each
 from recipes.cli.config import ConfigError, at_least, show
 from recipes.cli.named import Registry, Spec
 
-__all__ = ["advantages_file", "get_advantages", "get_objective", "objective_file", "of_earlier_keys", "settle"]
+__all__ = [
+    "advantages_file", "get_advantages", "get_objective", "objective_file", "of_earlier_keys", "settle", "takes_each_reward",
+]  # fmt: skip
 
 SECTION = "trainer.grpo"
 KEY = f"{SECTION}.objective"
@@ -35,7 +38,7 @@ EARLIER = (
     "use_leave_one_out_baseline",
 )
 _OBJECTIVES = Registry(KEY, "objective", "class")
-_ADVANTAGES = Registry(f"{KEY}.advantages", "kind of advantages", "function", takes=1)
+_ADVANTAGES = Registry(f"{KEY}.advantages", "kind of advantages", "function")
 for _name, _objective in OBJECTIVES.items():
     _OBJECTIVES.register(_name)(_objective)
 for _name, _advantages in ADVANTAGES.items():
@@ -61,13 +64,19 @@ def get_objective(spec: Spec) -> Objective:
     return objective
 
 
-def get_advantages(objective: Objective) -> Callable[[Tensor], Tensor]:
-    """A function of the rewards [prompts, samples] of a step, see `megatron_ext.losses.advantages`.
+def get_advantages(objective: Objective) -> Callable[..., Tensor]:
+    """A function of the rewards [prompts, samples] of a step, or of each and their weights: see
+    `megatron_ext.losses.advantages`.
 
     Raises:
         ConfigError: an unknown name, a module that does not import, wrong options.
     """
-    return _ADVANTAGES.with_options(*_ADVANTAGES.find(objective.advantages))
+    return _ADVANTAGES.with_options(*_ADVANTAGES.find(objective.advantages), takes=1 + takes_each_reward(objective))
+
+
+def takes_each_reward(objective: Objective) -> bool:
+    """Whether its advantages are made of each reward apart."""
+    return takes_each(_ADVANTAGES.find(objective.advantages)[1])
 
 
 def settle(settings: Any) -> None:
@@ -95,6 +104,11 @@ def settle(settings: Any) -> None:
     if not 0 < settings.high_entropy_share <= 1:
         raise UserError(f"{SECTION}.high_entropy_share={settings.high_entropy_share} must lie in (0, 1]")
     at_least(SECTION, settings, 1, "max_sampling_rounds")
+    if settings.rollout.source == "file" and takes_each_reward(objective):
+        raise UserError(
+            f"{KEY}.advantages={objective.advantages} asks for each reward apart, and {SECTION}.rollout.source=file has "
+            "their sum alone: name other advantages, or sample"
+        )
     if settings.max_sampling_rounds > 1:
         _check_sampling_again(settings)
 

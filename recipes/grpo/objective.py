@@ -77,7 +77,9 @@ def as_means(sums: Mapping[str, float]) -> dict[str, float]:
     """
     weight = sums["weight"] or 1.0  # nothing counts
     means = {
-        name: x if name in ("loss", "grad_norm", "lr", "skipped") or name.endswith("_max") else x / weight
+        name: x
+        if name in ("loss", "grad_norm", "lr", "skipped", "balance_loss") or name.endswith("_max")
+        else x / weight
         for name, x in sums.items()
         if name != "weight"
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.rollouts import Request, Trajectory
@@ -53,11 +53,13 @@ def load_recorded(config: GRPOConfig, tokenizer: Tokenizer) -> list[RecordedGrou
         DataError: something in them cannot be trained on, they are not enough, or a dump lacks what a replay needs.
     """
     path, grpo = Path(config.trainer.grpo.rollout.path), config.trainer.grpo
-    reader = RowReader(config, tokenizer)
-    if dumps := _dumps(path, grpo.max_steps):
+    dumps = _dumps(path, grpo.max_steps)
+    reader = RowReader(config, tokenizer, replays=bool(dumps))
+    if dumps:
         groups = [group for dump in dumps for group in _of_dump(reader, read_step(dump))]
     else:
-        groups = [reader.group(row, f"{path}:{line}", line) for line, row in numbered_rows(path)]
+        groups = reader.groups(numbered_rows(path), path)
+    reader.check(path)
     steps = len(groups) // grpo.num_prompts_per_grpo_step
     if steps < grpo.max_steps:
         raise DataError(
@@ -84,7 +86,7 @@ def _dumps(path: Path, steps: int) -> list[Path]:
     return [files[step] for step in range(1, steps + 1)]
 
 
-def _of_dump(reader: RowReader, dump: StepDump) -> Iterator[RecordedGroup]:
+def _of_dump(reader: RowReader, dump: StepDump) -> list[RecordedGroup]:
     """
     Raises:
         DataError: it was made otherwise than this run would, or is a sample of its step.
@@ -110,4 +112,4 @@ def _of_dump(reader: RowReader, dump: StepDump) -> Iterator[RecordedGroup]:
             f"{dump.path} was made with another tokenizer than {tokenizer.path}: name the one that it had in "
             "model.tokenizer, such as that of the run's checkpoint"
         )
-    return (reader.group(row, f"{dump.path}:{line}", line) for line, row in dump.groups)
+    return reader.groups(dump.groups, dump.path)

@@ -6,26 +6,40 @@ docs/rollouts.md has the format of a row. Every complaint names file and line.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_ext.errors import UserError
+from megatron_ext.grouping.routes import write_routes
 from megatron_ext.rollouts import FinishReason, Passage, Trajectory
 from recipes.data.chat import Chat
 from recipes.data.errors import DataError
+from recipes.data.fields import as_messages, rename, with_system_prompt
+from recipes.data.files import Place
 from recipes.data.jsonl import kind
 from recipes.data.keys import HARMLESS, check_keys
+from recipes.data.reader import Seen
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
 from recipes.grpo.settings import GRPOConfig
 
 __all__ = ["RecordedGroup", "RowReader"]
 
+logger = logging.getLogger(__name__)
+
 # What a dump says beside, to be read by people.
 OF_DUMPS = frozenset(("number", "key", "line", "row", "prompt_text"))
-OF_RESPONSES = frozenset(("reward", "rewards", "finish_reason", "text", "advantage", "old_logprobs", "mismatch"))
+OF_RESPONSES = frozenset(
+    ("reward", "rewards", "routed_experts", "finish_reason", "text", "advantage", "old_logprobs", "mismatch")
+)
 REASONS = ", ".join(FinishReason)
 
 
@@ -49,45 +63,83 @@ class RecordedGroup:
 
     Attributes:
         pieces, reasons, rewards: of each response.
-        line: in its file, from 1.
+        routes: of each response, see `Trajectory`; empty: they are not known.
+        place: file and line.
     """
 
     prompt: tuple[int, ...]
     pieces: list[list[PackedPassage]]
     reasons: list[FinishReason]
     rewards: list[float]
-    line: int
+    place: Place
+    routes: Sequence[np.ndarray] = ()
 
     @property
     def content(self) -> tuple:
         """What a run computes with."""
         said = [(p.tokens.tolist(), p.logprobs is None) for response in self.pieces for p in response]
-        return self.prompt, said, [str(reason) for reason in self.reasons], self.rewards
+        routes = [[write_routes(routes) for routes in self.routes]] if self.routes else []
+        return self.prompt, said, [str(reason) for reason in self.reasons], self.rewards, *routes
 
     @property
     def where(self) -> str:
-        return f"line {self.line}"
+        return str(self.place)
 
     @property
     def trajectories(self) -> list[Trajectory]:
         passages = [[Passage(p.tokens, p.logprobs, p.weight_version) for p in response] for response in self.pieces]
-        return [Trajectory(p, reason) for p, reason in zip(passages, self.reasons, strict=True)]
+        routes = self.routes or [None] * len(passages)
+        return [Trajectory(*each) for each in zip(passages, self.reasons, routes, strict=True)]
 
     def for_prompt(self) -> Prompt:
-        return Prompt(self.prompt, {}, self.line)
+        return Prompt(self.prompt, {}, self.place.number, place=self.place)
 
 
 class RowReader:
-    """Rows to groups."""
+    """Rows to groups, by `data.fields`, behind `data.system_prompt`, and without those that are too long.
 
-    def __init__(self, config: GRPOConfig, tokenizer: Tokenizer):
-        self.config, self.settings, self.tokenizer = config, config.trainer.grpo, tokenizer
+    Args:
+        replays: they are a run's own, of which none may be missing, and which have our names.
+    """
+
+    def __init__(self, config: GRPOConfig, tokenizer: Tokenizer, replays: bool = False):
+        self.config, self.settings, self.tokenizer, self.section = config, config.trainer.grpo, tokenizer, config.data
+        self.overlong = "error" if replays else config.data.overlong
         self.chat = Chat(tokenizer, config.data.chat_template_kwargs, config.data.ignored_keys)
         self.ignored = frozenset(config.data.ignored_keys)
+        self.seen = Seen({} if replays else dict(config.data.fields), talked=True)
+        self._said_tokens = False
+        self.replays_routes = self.settings.router_replay == "R3"
 
-    def group(self, row: Mapping[str, Any], where: str, line: int) -> RecordedGroup:
+    def groups(self, rows: Iterable[tuple[int, Mapping[str, Any]]], path: Path) -> list[RecordedGroup]:
+        """Of numbered rows of a file."""
+        found = [self.group(row, Place(str(path), line)) for line, row in rows]
+        return [group for group in found if group is not None]
+
+    def check(self, path: Path) -> None:
+        """When all rows have been read.
+
+        Raises:
+            DataError: `data.fields` names what no row has, or all are too long.
+        """
+        if self.section.held_out:  # whose rows may be those that are meant
+            self.seen.unseen.clear()
+        self.seen.check(path, self.section)
+        self.seen.tell(path)
+
+    def group(self, row: Mapping[str, Any], place: Place) -> RecordedGroup | None:
+        """None: its prompt is too long."""
+        where = str(place)
+        self.seen.rows += 1
+        self.seen.first = self.seen.first or (place, list(row))
+        row, absent = rename(row, self.section.fields, where)
+        self.seen.unseen = {ours: theirs for ours, theirs in self.seen.unseen.items() if ours in absent}
         read = {key: value for key, value in row.items() if key not in self.ignored and value is not None}
+        if self.section.prompt_as_message:
+            read = as_messages(read, False)
         in_tokens = _form(read, where)
+        if self.section.system_prompt is not None:
+            read = self._behind_system_prompt(read, where)
         used = (
             {"responses", "prompt_tokens"} if in_tokens else {"responses", "messages", "tools", "chat_template_kwargs"}
         )
@@ -96,11 +148,10 @@ class RowReader:
             prompt = tuple(self._ids(read["prompt_tokens"], f"{where}: prompt_tokens"))
         else:
             prompt = self.chat.encode_prompt(self.chat.read(read, where), where)
-        if len(prompt) > (limit := self.config.data.max_prompt_length):
-            raise DataError(
-                f"{where}: the prompt has {len(prompt)} tokens, more than data.max_prompt_length={limit}: shorten it or raise "
-                "the limit"
-            )
+        if len(prompt) > (limit := self.section.max_prompt_length):
+            why = f"the prompt has {len(prompt)} tokens, more than data.max_prompt_length={limit}: shorten it or raise the limit"
+            self.seen.leave_out(place, why, self.overlong)
+            return None
         responses, wanted = read.get("responses"), self.settings.samples_per_prompt
         if not isinstance(responses, list):
             raise DataError(f"{where}: responses must be a list of objects, got {kind(responses)}")
@@ -112,7 +163,18 @@ class RowReader:
         places = [f"{where}: responses[{i}]" for i in range(wanted)]
         found = [self._response(r, read, prompt, place) for r, place in zip(responses, places, strict=True)]
         pieces, reasons, rewards = (list(part) for part in zip(*found, strict=True))
-        return RecordedGroup(prompt, pieces, reasons, rewards, line)
+        told = zip(responses, pieces, places, strict=True)
+        routes = [self._routes(r, prompt, each, place) for r, each, place in told]
+        return RecordedGroup(prompt, pieces, reasons, rewards, place, routes if self.replays_routes else ())
+
+    def _behind_system_prompt(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """Token ids are what was sampled behind, whatever stands in it."""
+        if "messages" in row:
+            return with_system_prompt(row, self.section.system_prompt, where)
+        if not self._said_tokens and os.environ.get("RANK", "0") == "0":
+            logger.info("data.system_prompt is not put before prompt_tokens, which are whole: %s", where)
+        self._said_tokens = True
+        return row
 
     def _response(
         self, response: Any, row: Mapping[str, Any], prompt: tuple[int, ...], where: str
@@ -151,6 +213,23 @@ class RowReader:
             )
         if all(piece.logprobs is None for piece in pieces):
             raise DataError(f"{where} has observed tokens alone: there is nothing to train; leave the row out")
+
+    def _routes(
+        self, response: Mapping[str, Any], prompt: tuple[int, ...], pieces: list[PackedPassage], where: str
+    ) -> np.ndarray | None:
+        """The experts that the sampler took, where they are followed."""
+        text = response.get("routed_experts")
+        if (text is not None) != self.replays_routes:
+            has, wanted = ("has", "R3 or leave them out") if text is not None else ("lacks", "null")
+            raise DataError(
+                f"{where} {has} routed_experts, and trainer.grpo.router_replay={self.settings.router_replay}: set it to {wanted}"
+            )
+        if text is None:
+            return None
+        try:
+            return self.config.model.route_shape.read(text, len(prompt) + sum(len(piece.tokens) for piece in pieces))
+        except UserError as error:
+            raise DataError(f"{where}: {error}") from error
 
     def _passage(self, passage: Any, where: str) -> PackedPassage:
         if not isinstance(passage, dict):

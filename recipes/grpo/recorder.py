@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ext.grouping.routes import write_routes
 from megatron_ext.rollouts import Passage, Trajectory
 from megatron_ext.runtime.collectives import together
 from recipes.data.rows import Prompt
@@ -26,7 +28,7 @@ __all__ = ["Recorder"]
 
 T = TypeVar("T")
 # (number of the prompt in the step, number of the sample) -> the log-probability of each token.
-Scores = dict[tuple[int, int], list[float]]
+Scores = dict[tuple[int, int], list[float | None]]
 # What a row's prompt is made of, which is there in tokens and text already.
 PROMPT_KEYS = frozenset(("prompt", "messages", "tools", "response", "responses"))
 
@@ -137,6 +139,7 @@ class Recorder:
             {
                 "reward": reward if reward == reward else None,
                 **({"rewards": each} if each else {}),
+                **({} if trajectory.routes is None else {"routed_experts": write_routes(trajectory.routes)}),
                 "advantage": gain,
                 "finish_reason": str(trajectory.finish_reason),
                 "text": tokenizer.decode_response(prompt.tokens, trajectory.tokens),
@@ -165,10 +168,11 @@ def passage_json(passage: Passage) -> dict[str, Any]:
 
 
 def old_logprobs(microbatches: Iterable[GRPOMicrobatch]) -> Scores:
-    """Of the policy that sampled, by the trainer's own pass, to seven digits."""
+    """Of the policy that sampled, by the trainer's own pass, to seven digits; None where it is not finite, as in a step that
+    was left out."""
     found: Scores = {}
     for microbatch in microbatches:  # prompts are never empty: all tokens are predicted
-        values = (float(f"{value:.7g}") for value in microbatch.old_logprobs.tolist())
+        values = (float(f"{value:.7g}") if math.isfinite(value) else None for value in microbatch.old_logprobs.tolist())
         for number, length in zip(microbatch.numbers, microbatch.batch.groups.response_lengths, strict=True):
             found[number] = list(itertools.islice(values, length))
     return found
@@ -180,7 +184,7 @@ def with_scores(group: dict[str, Any], scores: Scores) -> dict[str, Any]:
     for sample, response in enumerate(group["responses"]):
         old = scores[group["number"], sample]
         said = [x for p in response["passages"] for x in p.get("logprobs", [None] * len(p["tokens"]))]
-        apart = [abs(mine - x) for mine, x in zip(old, said, strict=True) if x is not None]
+        apart = [abs(mine - x) for mine, x in zip(old, said, strict=True) if None not in (mine, x)]
         mismatch = {"mean": sum(apart) / len(apart), "max": max(apart)} if apart else None
         responses.append({**response, "old_logprobs": old, "mismatch": mismatch})
     return {**group, "responses": responses}

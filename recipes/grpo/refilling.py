@@ -1,9 +1,9 @@
 """Dynamic sampling: in place of groups whose rewards are all equal, which teach nothing, others are sampled, up to a limit.
 
 Source: DAPO (arXiv 2503.14476), section 3.2. A round samples as many prompts as a step takes, the next ones in the order of
-the data; it is the last one where so many groups have been found whose rewards differ, over all data-parallel ranks. Of these
-the first are trained, in the order in which they were drawn. What is left of them is thrown away with the others: it would be
-of older weights in the next step."""
+the data; it is the last one where so many groups have been found whose rewards differ, over all data-parallel ranks, or where the
+data end. Of these the first are trained, in the order in which they were drawn. What is left of them is thrown away with the
+others: it would be of older weights in the next step."""
 
 from __future__ import annotations
 
@@ -28,23 +28,20 @@ class SampledGroup:
 
     Attributes:
         number: of the prompt among all that the step has sampled.
-        found: [samples][1 and more], as `RolloutSampler.rewarded` says it.
+        found: [samples][2 and more], as `RolloutSampler.rewarded` says it.
+        has_signal: whether it teaches something; one whose rewards are not all known does not.
     """
 
     number: int
     prompt: Prompt
     trajectories: list[Trajectory]
     found: list[list[float]]
+    has_signal: bool
 
     @property
     def rewards(self) -> list[float]:
         """NaN where one is not known."""
         return [of_one[0] for of_one in self.found]
-
-    @property
-    def has_signal(self) -> bool:
-        """One whose rewards are not all known is dropped, and teaches nothing either."""
-        return len(set(self.rewards)) > 1 and not any(map(math.isnan, self.rewards))
 
 
 def chosen_groups(groups: Sequence[SampledGroup], count: int) -> list[SampledGroup]:
@@ -56,23 +53,27 @@ class RefillingSampler:
     """
     Args:
         draw: this data-parallel rank's share of the next prompts.
+        has_next: whether there are prompts for another round.
     """
 
-    def __init__(self, sampler: RolloutSampler, draw: Callable[[], list[Prompt]]):
-        self.sampler, self.draw, self.session = sampler, draw, sampler.session
+    def __init__(self, sampler: RolloutSampler, draw: Callable[[], list[Prompt]], has_next: Callable[[], bool]):
+        self.sampler, self.draw, self.has_next, self.session = sampler, draw, has_next, sampler.session
         self.count, self.rounds = sampler.settings.num_prompts_per_grpo_step, sampler.settings.max_sampling_rounds
 
     def rollouts(self, step: int) -> tuple[Rollouts, dict[str, float]]:
         """Of this data-parallel rank, the same however ranks are laid out; and metrics of all that was sampled."""
         self.sampler.has_taken(step - 1)
         groups: list[SampledGroup] = []
-        while len(groups) < self.rounds * self.count and sum(g.has_signal for g in groups) < self.count:
+        while self._goes_on(groups):
             groups += self._round(step, len(groups))
         found, rounds = sum(g.has_signal for g in groups), len(groups) // self.count
         if found < self.count:
+            why = f"after trainer.grpo.max_sampling_rounds={self.rounds}"
+            if rounds < self.rounds:
+                why = "as there are no more rows to draw"
             self.session.say(
-                f"step {step}: {found} of {len(groups)} groups have rewards that differ, and a step takes {self.count}: after "
-                f"trainer.grpo.max_sampling_rounds={self.rounds} others stand in, which teach nothing"
+                f"step {step}: {found} of {len(groups)} groups have rewards that differ, and a step takes {self.count}: {why} "
+                "others stand in, which teach nothing"
             )
         chosen = chosen_groups(groups, self.count)
         share = self.count // self.session.data_size
@@ -85,14 +86,22 @@ class RefillingSampler:
             "train_rollouts/thrown_away": 1 - self.count / len(groups),
         }
 
+    def _goes_on(self, groups: list[SampledGroup]) -> bool:
+        if not groups:
+            return True
+        wanted = len(groups) < self.rounds * self.count and sum(group.has_signal for group in groups) < self.count
+        return wanted and self.has_next()
+
     def _round(self, step: int, before: int) -> list[SampledGroup]:
         """Groups of all data-parallel ranks, in the order in which their prompts were drawn."""
         prompts = self.draw()
         requests = self.sampler.requests(prompts, step, before)
         trajectories, found = self.sampler.rewarded(prompts, requests, self.sampler.source.sample(requests))
         first = before + self.session.data_rank * len(prompts)
-        numbers = range(first, first + len(prompts))
-        mine = [SampledGroup(*group) for group in zip(numbers, prompts, trajectories, found.tolist(), strict=True)]
+        found = found.cpu()
+        signal = self.sampler.advantages.has_signal(found).tolist()
+        columns = range(first, first + len(prompts)), prompts, trajectories, found.tolist(), signal
+        mine = [SampledGroup(*group) for group in zip(*columns, strict=True)]
         parts = gather_objects(mine, parallel_state.get_data_parallel_group())
         return [group for part in parts for group in part]
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.errors import UserError
-from megatron_ext.losses.overlong import overlong_penalty
 from megatron_ext.rollouts import Request, Source, Trajectory
-from megatron_ext.runtime.collectives import broadcast, gather_objects, gather_rows, together
+from megatron_ext.rollouts.observing import THREADS
+from megatron_ext.runtime.collectives import broadcast, broadcast_object, gather_objects, met_by_all, together
 from megatron_ext.runtime.progress import PROGRESS
 from recipes.data.rows import Prompt
 from recipes.data.tokenizer import Tokenizer
+from recipes.environments.processes import Environments
 from recipes.environments.registry import Named
-from recipes.grpo.choices import get_advantages
+from recipes.grpo.advantages import AdvantageMaker
 from recipes.grpo.conversations import Conversations, tool_format
 from recipes.grpo.recorded import RecordedSource
 from recipes.grpo.settings import GRPOConfig
@@ -27,6 +29,7 @@ from recipes.run.session import Session
 
 __all__ = ["Answered", "RolloutSampler", "Rollouts", "in_parts", "response_texts"]
 
+T = TypeVar("T")
 # In place of a step's number in the random numbers of a validation: no step has it.
 VALIDATION = 2**32 - 1
 
@@ -39,6 +42,7 @@ class Rollouts:
         trajectories: [prompts][g], what followed.
         rewards: fp64 [prompts, g]; NaN where a reward did not score a response in time, which drops its group.
         advantages: fp64 [prompts, g]; 0 in groups that are dropped.
+        signal: bool [prompts]: whether rewards of the group differ, so that it teaches something; None: nobody asks.
         parts: fp64 [prompts, g, rewards], what `rewards` is the weighted sum of; NaN where a reward does not score the row, or
             did not in time. None: rewards come out of a file.
         lost: fp64 [prompts, g]: how many rewards did not score a response in time; None as well.
@@ -50,6 +54,7 @@ class Rollouts:
     trajectories: list[list[Trajectory]]
     rewards: Tensor
     advantages: Tensor
+    signal: Tensor | None = None
     parts: Tensor | None = None
     lost: Tensor | None = None
     dropped: Sequence[bool] = ()
@@ -67,7 +72,7 @@ class Answered:
     Attributes:
         trajectories: [prompts][samples].
         texts: the same, what is said; empty where there is one sample.
-        rewards: fp64 [prompts, samples, 2 + rewards], as `RolloutSampler` has them.
+        rewards: fp64 [prompts, samples, 2 and more], as `RolloutSampler.rewarded` has them.
     """
 
     trajectories: list[list[Trajectory]]
@@ -94,11 +99,17 @@ class RolloutSampler:
         answers: Source | None = None,
     ):
         self.session, self.source, self.rewards, self.answers = session, source, rewards, answers or source
-        self.environment, self.tools = environment, tool_format(environment, session.inputs.tokenizer)
+        self.tools = tool_format(environment, session.inputs.tokenizer)
         self.config: GRPOConfig = session.config
         self.settings = self.config.trainer.grpo
+        self.environments = environment and Environments(environment, self.settings.environment_timeout)
+        weights = [part.weight for part in rewards.parts]
+        data_ranks = parallel_state.get_data_parallel_group()
+        self.advantages = AdvantageMaker(self.settings, weights, environment is not None, data_ranks)
         self.context_size = parallel_state.get_context_parallel_world_size()
         session.at_end(rewards.close)
+        if self.environments is not None:
+            session.at_end(self.environments.close)
 
     def rollouts(self, prompts: list[Prompt], step: int) -> Rollouts:
         """Of this data-parallel rank's prompts in this step; the same however ranks are laid out."""
@@ -124,7 +135,7 @@ class RolloutSampler:
     def rewarded(
         self, prompts: list[Prompt], requests: list[Request], trajectories: list[list[Trajectory]]
     ) -> tuple[list[list[Trajectory]], Tensor]:
-        """This data-parallel rank's trajectories, and fp64 [prompts, samples, 2 + rewards] as `_rewards`; of a file the rewards
+        """This data-parallel rank's trajectories, and fp64 [prompts, samples, 2 and more] as `_rewards`; of a file the rewards
         alone.
 
         Args:
@@ -135,8 +146,9 @@ class RolloutSampler:
             rewards = torch.tensor(self.source.rewards(requests), dtype=torch.float64, device=self.session.device)
             found = rewards[..., None]
         else:
-            found = self._rewards(requests, prompts[mine], trajectories, self.settings.samples_per_prompt)
-        return self._from_all_context_ranks(trajectories, found)
+            found, _ = self._rewards(requests, prompts[mine], trajectories, self.settings.samples_per_prompt)
+        trajectories, found, _ = self._from_all_context_ranks(trajectories, found)
+        return trajectories, found
 
     def valued(
         self,
@@ -149,43 +161,27 @@ class RolloutSampler:
         rewards = found[..., 0]
         lengths = [[len(t) for t in group] for group in trajectories]
         lengths = torch.tensor(lengths, dtype=torch.float64, device=rewards.device).view_as(rewards)
-        longest, buffer = self.settings.length_params.max_length, self.settings.overlong_buffer
-        advantages, dropped = self._advantages(rewards + overlong_penalty(lengths, longest, buffer))
+        advantages, dropped = self.advantages.advantages(found, lengths)
+        known = prompts, trajectories, rewards, advantages, self.advantages.has_signal(found)
         if isinstance(self.source, RecordedSource):
-            return Rollouts(prompts, trajectories, rewards, advantages)
-        more = found[..., 2:], found[..., 1], dropped, numbers
-        return Rollouts(prompts, trajectories, rewards, advantages, *more)
+            return Rollouts(*known)
+        return Rollouts(*known, self.parts(found), found[..., 1], dropped, numbers)
 
-    def _advantages(self, rewards: Tensor) -> tuple[Tensor, list[bool]]:
-        """Of this data-parallel rank's rewards, [prompts, samples], which may ask all of the step; and which groups are dropped,
-        because a reward is not known: they have advantages of 0, and no others ask them."""
-        everybodys = known = gather_rows(rewards, parallel_state.get_data_parallel_group())
-        drops = self.settings.on_reward_timeout == "drop"
-        if drops:
-            lacks = everybodys.isnan().any(1)
-            known = everybodys[~lacks]
-        found = get_advantages(self.settings.chosen)(known) if len(known) else known
-        if found.shape != known.shape:
-            raise UserError(
-                f"trainer.grpo.objective.advantages={self.settings.objective['advantages']} gave {tuple(found.shape)} for "
-                f"rewards of {tuple(known.shape)}: it must give one for each"
-            )
-        first = self.session.data_rank * len(rewards)
-        mine = slice(first, first + len(rewards))
-        if not drops:
-            return found[mine].double(), []
-        advantages = torch.zeros_like(everybodys, dtype=torch.float64)
-        advantages[~lacks] = found.double()
-        return advantages[mine], lacks[mine].tolist()
+    def parts(self, found: Tensor) -> Tensor:
+        """What each reward said, of what `rewarded` gives: fp64 [prompts, samples, rewards]."""
+        return found[..., 2 : 2 + len(self.rewards.parts)]
 
-    def _from_all_context_ranks(self, trajectories: list, found: Tensor) -> tuple[list, Tensor]:
+    def _from_all_context_ranks(
+        self, trajectories: list, found: Tensor, texts: Sequence[list[str]] = ()
+    ) -> tuple[list, Tensor, list[list[str]]]:
         """Context-parallel ranks train on the same prompts and sample a part of them each."""
         if self.context_size == 1:
-            return trajectories, found
-        parts = gather_objects((trajectories, found.tolist()), parallel_state.get_context_parallel_group())
-        trajectories = [t for part, _ in parts for t in part]
-        values = [r for _, part in parts for r in part]
-        return trajectories, torch.tensor(values, dtype=torch.float64, device=self.session.device)
+            return trajectories, found, list(texts)
+        mine = trajectories, found.tolist(), list(texts)
+        parts = gather_objects(mine, parallel_state.get_context_parallel_group())
+        trajectories, values, texts = ([x for part in parts for x in part[i]] for i in range(3))
+        values = torch.tensor(values, dtype=torch.float64, device=self.session.device)
+        return trajectories, values.view(len(trajectories), *found.shape[1:]), texts
 
     def _mine(self, prompts: list[Prompt]) -> slice:
         """Those that this context-parallel rank has sampled."""
@@ -202,65 +198,86 @@ class RolloutSampler:
 
     def answered(self, held_out: ValidationSet, step: int) -> Answered:
         """Of this data-parallel rank's share of a set, every `data_size`-th prompt, behind this step; every validation draws the
-        same random numbers."""
+        same random numbers. Each of its context-parallel ranks asks about a part of it."""
         self.answers.update_weights(self._version(step))
         session, section = self.session, held_out.section
         params = self.settings.validation_sampling(session.inputs.tokenizer.stop_ids, section.sampling_params)
         numbers = range(session.data_rank, len(held_out.prompts), session.data_size)
         prompts = [held_out.prompts[number] for number in numbers]
         key = (self.config.model.seed, VALIDATION - held_out.number)
-        given = zip(prompts, numbers, strict=True)
+        mine = self._mine(prompts)
+        prompts, given = prompts[mine], zip(prompts[mine], numbers[mine], strict=True)
         requests = [Request(p.for_model(), section.samples, params, (*key, number)) for p, number in given]
         requests = self._with_environments(requests, prompts)
         trajectories = self.answers.sample(requests)
-        texts = self._texts(requests, prompts, trajectories) if section.samples > 1 else []
-        return Answered(trajectories, texts, self._rewards(requests, prompts, trajectories, section.samples))
+        found, texts = self._rewards(requests, prompts, trajectories, section.samples, with_texts=section.samples > 1)
+        trajectories, found, texts = self._from_all_context_ranks(trajectories, found, texts)
+        return Answered(trajectories, texts, found)
 
     def _with_environments(self, requests: list[Request], prompts: list[Prompt]) -> list[Request]:
-        if self.environment is None:
+        if self.environments is None:
             return requests
-        tokenizer, turns = self.session.inputs.tokenizer, self.settings.max_turns
+        tokenizer, limits = self.session.inputs.tokenizer, (self.settings.max_turns, self.settings.on_reward_timeout)
         return [
-            replace(r, environment=Conversations(self.environment, tokenizer, p, self.tools, r.params.ends, turns))
+            replace(
+                r, environment=Conversations(self.environments, tokenizer, p, self.tools, r.params.ends, *limits, r.key)
+            )
             for r, p in zip(requests, prompts, strict=True)
         ]
 
     def _rewards(
-        self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]], samples: int
-    ) -> Tensor:
-        """fp64 [prompts, samples, 2 + rewards]: the reward, how many did not score the response in time, and each of them, as
-        `Rollouts` has them; computed once per model-parallel group and told to its other ranks."""
+        self,
+        requests: list[Request],
+        prompts: list[Prompt],
+        trajectories: list[list[Trajectory]],
+        samples: int,
+        with_texts: bool = False,
+    ) -> tuple[Tensor, list[list[str]]]:
+        """fp64 [prompts, samples, 2 and more]: the reward, how many did not score the response in time, and each of them, as
+        `Rollouts` has them; behind them what the environment gave, where there is one. And [prompts][samples], what is said;
+        empty unless asked for. Computed once per model-parallel group and told to its other ranks."""
         group = parallel_state.get_model_parallel_group()
-        shape = len(prompts), samples, 2 + len(self.rewards.parts)
-        rewards = torch.empty(shape, dtype=torch.float64, device=self.session.device)
-        with together(group):
+        shape, given = (len(prompts), samples, 2 + len(self.rewards.parts)), self.environments is not None
+        rewards = torch.empty((*shape[:2], shape[2] + given), dtype=torch.float64, device=self.session.device)
+        texts: list[list[str]] = [[""] * len(group) for group in trajectories]
+        with together(group), met_by_all():  # a server may be away for longer than collectives wait
             if group.rank() == 0:
                 with PROGRESS.bounded():  # each call has its limit, and so has waiting for a server
-                    scores = self.rewards.score(self._answers(requests, prompts, trajectories), prompts)
+                    if self.rewards.parts or with_texts:
+                        texts = self._texts(requests, prompts, trajectories)
+                    scores = self.rewards.score(texts, prompts)
                 values = torch.tensor(scores.table(), dtype=torch.float64).view(shape)
-                if self.environment is not None:
-                    given = [[r.environment.reward(i) for i in range(samples)] for r in requests]
-                    values[..., 0] += torch.tensor(given, dtype=torch.float64).view(len(requests), samples)
+                if given:
+                    turns = [[r.environment.reward(i) for i in range(samples)] for r in requests]
+                    turns = torch.tensor(turns, dtype=torch.float64).view(len(requests), samples, 1)
+                    values[..., :1] += turns
+                    values[..., 1] += torch.tensor([[r.environment.lost(i) for i in range(samples)] for r in requests])
+                    values = torch.cat((values, turns), -1)
+                    with PROGRESS.bounded():
+                        _at_once([[partial(r.environment.end, i) for i in range(samples)] for r in requests])
                 rewards.copy_(values)
-                for conversations in (r.environment for r in requests if r.environment is not None):
-                    conversations.close()
-        return broadcast(rewards, 0, group)
-
-    def _answers(
-        self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]
-    ) -> list[list[str]]:
-        """What a reward reads, of each prompt: the text that each trajectory adds to that of its prompt, or its last turn."""
-        if not self.rewards.parts:
-            return [[""] * len(group) for group in trajectories]
-        return self._texts(requests, prompts, trajectories)
+        return broadcast(rewards, 0, group), broadcast_object(texts, 0, group) if with_texts else []
 
     def _texts(
         self, requests: list[Request], prompts: list[Prompt], trajectories: list[list[Trajectory]]
     ) -> list[list[str]]:
-        if self.environment is not None:
+        """Of each prompt the text that each trajectory adds to that of its prompt, or its last turn. An environment is there on
+        the first rank of the model-parallel group alone."""
+        if self.environments is not None:
             pairs = zip(requests, trajectories, strict=True)
-            return [[r.environment.answer(i, t) for i, t in enumerate(group)] for r, group in pairs]
+            return _at_once([[partial(r.environment.answer, *each) for each in enumerate(group)] for r, group in pairs])
         return response_texts(self.session.inputs.tokenizer, prompts, trajectories)
+
+
+def _at_once(groups: Sequence[Sequence[Callable[[], T]]]) -> list[list[T]]:
+    """What environments say when all are asked, as many as there are threads at once: one that hangs keeps nobody."""
+    asked = [[THREADS.submit(ask) for ask in group] for group in groups]
+    try:
+        return [[answer.result() for answer in group] for group in asked]
+    except BaseException:
+        for answer in (answer for group in asked for answer in group):
+            answer.cancel()
+        raise
 
 
 def response_texts(

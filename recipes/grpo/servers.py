@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_ext.rollouts.vllm import Home, VllmSource
 from megatron_ext.runtime.engine import Engine
@@ -22,7 +23,7 @@ def vllm_source(session: Session, engine: Engine, prompts: Sequence[Prompt]) -> 
         prompts: of the run; the first ones are the canary.
     """
     tokenizer = session.inputs.tokenizer
-    canary = [token for prompt in prompts[:64] for token in prompt.tokens]
+    canary = [token for prompt in prompts[:64] if prompt for token in prompt.tokens]
     home = Home(
         logs=session.log_dir,
         save_tokenizer=tokenizer.save,
@@ -33,7 +34,8 @@ def vllm_source(session: Session, engine: Engine, prompts: Sequence[Prompt]) -> 
         decode=tokenizer.decode_response,
     )
     settings = session.config.trainer.grpo
-    source = VllmSource(engine.module, settings.rollout.options, home, ahead=settings.max_staleness > 0)
+    options = replace(settings.rollout.options, routes=settings.router_replay == "R3")
+    source = VllmSource(engine.module, options, home, ahead=settings.max_staleness > 0)
     session.at_end(source.close)
     session.say("responses come from vLLM servers: a run that is stopped and goes on samples others than it would have")
     if settings.max_staleness:

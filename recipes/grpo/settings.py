@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from megatron_ext.losses import GrpoTerms, Objective
 from megatron_ext.rollouts import SamplingParams
 from recipes.cli.config import at_least
 from recipes.data.settings import RowsSection
-from recipes.data.video import VideoSettings
+from recipes.data.video_settings import VideoSettings
 from recipes.environments.registry import SINGLE_TURN
 from recipes.grpo.choices import GRPO, get_objective, of_earlier_keys, settle
 from recipes.grpo.sampling import (
@@ -30,10 +31,11 @@ from recipes.rewards.settings import RewardLimits, RewardSection
 from recipes.run.settings import (
     CheckpointSection,
     ExpManagerSection,
-    TrainedModel,
+    GroupedModel,
     TrainerSection,
     check_apart,
     check_batch_sizes,
+    check_peft,
     check_video,
 )
 
@@ -53,7 +55,7 @@ class GRPOSettings:
     num_prompts_per_grpo_step: int
     # Responses of each prompt, which are compared with each other: at least 2, usually 8 to 64.
     samples_per_prompt: int
-    # What scores responses: exact_answer, math, choice, regex, length, format, json_schema, code, judge, model,
+    # What scores responses: exact_answer, math, choice, regex, length, format, json_schema, code, judge, model, rarer_word,
     # reasoning_gym, http, the dotted path of a function of yours, or {name: one of them, and its options}. docs/data.md has
     # them, docs/extending.md how to write one. null where an environment gives rewards itself.
     reward: Any = None
@@ -62,14 +64,18 @@ class GRPOSettings:
     rewards: dict[str, RewardSection] = field(default_factory=dict)
     # Seconds that a reward has for the responses to one prompt. It runs in a process of its own, which is killed then.
     reward_timeout: Speed[float] = RewardLimits.timeout
-    # What becomes of a response that a reward does not score in time, or whose scoring ends its process. refuse: the run ends
-    # and says its row. zero: that reward is 0 for it. drop: its group is not trained on.
+    # What becomes of a response that a reward does not score in time, or whose scoring ends its process, and of a conversation
+    # whose environment does. refuse: the run ends and says its row. zero: that reward is 0 for it. drop: its group is not
+    # trained on.
     on_reward_timeout: str = RewardLimits.on_timeout
     # Processes that each data-parallel rank asks its rewards in. Each has all of them.
     reward_processes: Speed[int] = RewardLimits.processes
     # What answers the model when it has spoken: single_turn, nothing; calculator, a tool; guess_number, a game; the dotted path
     # of a class of yours, or {name: one of them, and its options}. docs/environments.md has how to write one.
     environment: Any = SINGLE_TURN
+    # Seconds for one call of an environment, such as a step. Each conversation has a process of its own, which is killed then;
+    # on_reward_timeout says what becomes of it.
+    environment_timeout: Speed[float] = 300.0
     # Turns that a response has at most; null: as many as its environment goes on for. All of them and what is observed
     # in between count in length_params.max_length.
     max_turns: int | None = None
@@ -120,6 +126,11 @@ class GRPOSettings:
     # Weights for tokens whose sampler gave them other probabilities than the trainer does, such as another engine
     # (docs/rollouts.md); null: none.
     off_policy: OffPolicySection | None = None
+    # Of a model with experts. R2: tokens take the experts that they took in the pass that says their old log-probabilities, in
+    # every update that follows, so that importance ratios compare one network with itself (arXiv 2507.18071); where one update
+    # follows and says them itself, it does anyway. R3: in both those that the sampler took, servers or whoever wrote the
+    # trajectories (arXiv 2510.11370). null: routers are free. docs/experts.md.
+    router_replay: str | None = None
     # How many steps older than those that are trained the weights may be that sample: 0: servers wait while a step is
     # trained; 1 and more: they sample the next steps meanwhile, for rollout.source=vllm. off_policy makes up for it.
     max_staleness: int = 0
@@ -145,6 +156,10 @@ class GRPOSettings:
                 f"trainer.grpo.max_turns={self.max_turns} is for environments, and trainer.grpo.environment={SINGLE_TURN} has "
                 "one turn: set it to null, or name an environment"
             )
+        if not 0 < self.environment_timeout < math.inf:
+            raise UserError(
+                f"trainer.grpo.environment_timeout={self.environment_timeout} must be a positive number of seconds"
+            )
         self.reward_limits  # noqa: B018  raises on bad ones
         if self.samples_per_prompt < 2:
             raise UserError(
@@ -160,6 +175,13 @@ class GRPOSettings:
             raise UserError(
                 f"trainer.grpo.max_staleness={self.max_staleness} is for servers, which have weights of their own, and "
                 f"trainer.grpo.rollout.source={self.rollout.source}: set source=vllm, or max_staleness=0"
+            )
+        if self.router_replay not in (None, "R2", "R3"):
+            raise UserError(f"trainer.grpo.router_replay must be R2, R3 or null, got {self.router_replay!r}")
+        if self.router_replay == "R3" and self.rollout.source == "megatron":
+            raise UserError(
+                "trainer.grpo.router_replay=R3 takes the experts that another sampler took, and "
+                "trainer.grpo.rollout.source=megatron samples with the routers that are trained: set router_replay=R2"
             )
         if self.offload_reference_policy and not self.initial_policy_kl_penalty:
             raise UserError(
@@ -212,33 +234,8 @@ class GRPOTrainerSection(TrainerSection):
 
 
 @dataclass
-class GRPOModel(TrainedModel):
-    # Tokens of a stream, instead of micro_batch_size (null: that). At least a prompt and a response of full length:
-    # streams are filled with whole groups up to it, a group that is longer is split, and work is balanced over
-    # data-parallel ranks.
-    micro_batch_tokens: Speed[int | None] = None
-    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. "auto": once, unless
-    # counting operations promises less than 1.05 times the speed.
-    prefix_grouping: Speed[bool | str] = "auto"
-    # Responses of a prompt that begin alike share that beginning too, from this many tokens on: prefix trees, for turns of a
-    # conversation or steps of an agent. "auto": where responses have several turns, and counting operations promises 1.05
-    # times the speed. null: they share the prompt only.
-    min_shared_tokens: Speed[int | str | None] = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("model", self, 1, "micro_batch_tokens")
-        if isinstance(self.min_shared_tokens, int):
-            at_least("model", self, 1, "min_shared_tokens")
-        elif self.min_shared_tokens not in ("auto", None):
-            raise UserError(f"model.min_shared_tokens must be auto, a number or null, got {self.min_shared_tokens!r}")
-        if self.prefix_grouping not in (True, False, "auto"):
-            raise UserError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
-        if self.prefix_grouping is False and isinstance(self.min_shared_tokens, int):
-            raise UserError(
-                f"model.min_shared_tokens={self.min_shared_tokens} shares beginnings, model.prefix_grouping=false shares "
-                "nothing: set one of them otherwise"
-            )
+class GRPOModel(GroupedModel):
+    """With `GroupedModel`'s keys alone."""
 
 
 @dataclass
@@ -294,6 +291,17 @@ class GRPOConfig:
     def __post_init__(self):
         grpo, model = self.trainer.grpo, self.model
         check_video(model, self.data.video)
+        check_peft(model, self.pretrained_checkpoint)
+        if model.peft is not None and grpo.offload_reference_policy:
+            raise UserError(
+                "trainer.grpo.offload_reference_policy=true moves a copy of the weights, and with model.peft there is none, as "
+                "the reference policy is the model without its adapters: set it to false"
+            )
+        if grpo.router_replay is not None and model.num_moe_experts is None:
+            raise UserError(
+                f"trainer.grpo.router_replay={grpo.router_replay} is for models with experts, and this one has none: set it to "
+                "null"
+            )
         longest = self.data.max_prompt_length + grpo.length_params.max_length
         if longest > model.encoder_seq_length:
             raise UserError(
@@ -361,11 +369,9 @@ class GRPOConfig:
     @property
     def reads_start(self) -> str | None:
         """What compares with the weights that the run began with, so that it reads them also where it goes on."""
-        return (
-            "trainer.grpo.initial_policy_kl_penalty compares with them"
-            if self.trainer.grpo.initial_policy_kl_penalty
-            else None
-        )
+        if self.trainer.grpo.initial_policy_kl_penalty:
+            return "trainer.grpo.initial_policy_kl_penalty compares with them"
+        return self.model.reads_start
 
     def check_data_parallel(self, ranks: int) -> None:
         """Refuse batches that data-parallel ranks cannot share evenly."""

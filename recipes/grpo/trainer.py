@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.losses.advantages import groups_with_signal
+from megatron_ext.grouping.routes import Routes, without_routes
 from megatron_ext.rollouts import MegatronSource, Source
 from megatron_ext.runtime.engine import Engine
-from megatron_ext.runtime.reference import ReferenceWeights
+from megatron_ext.runtime.reference import ReferenceBase, ReferenceWeights
 from recipes.cli.config import show
-from recipes.data.mixture import draw_order
+from recipes.data.decoding import DecodeAhead
+from recipes.data.drawing import draw_order
+from recipes.data.mixture import Joined
 from recipes.data.rows import Prompt
 from recipes.data.sampler import InOrder
 from recipes.environments.registry import Named
@@ -40,6 +43,7 @@ from recipes.grpo.validation import ValidationSet, measures
 from recipes.rewards.several import Rewards
 from recipes.run.loop import Schedule, Trainer, fit
 from recipes.run.session import Session
+from recipes.run.utilisation import Utilisation
 
 __all__ = ["GRPOTrainer"]
 
@@ -63,7 +67,7 @@ class GRPOTrainer(Trainer):
         self,
         session: Session,
         rewards: Rewards,
-        train: Mapping[str, list[Prompt]],
+        train: Mapping[str, Sequence[Prompt]],
         validation: Sequence[ValidationSet],
         recorded: Sequence[RecordedGroup] = (),
         environment: Named | None = None,
@@ -71,7 +75,7 @@ class GRPOTrainer(Trainer):
         self.session = session
         self.config: GRPOConfig = session.config
         self.settings = settings = self.config.trainer.grpo
-        self.train, self.validation = [prompt for prompts in train.values() for prompt in prompts], validation
+        self.train, self.validation = Joined(train.values()), validation
         updates = settings.num_prompts_per_grpo_step // self.config.prompts_per_update
         steps = settings.max_steps * updates
         health = self.config.trainer.health
@@ -86,16 +90,22 @@ class GRPOTrainer(Trainer):
         else:
             batch, *rank = place
             sections, seed = self.config.data.trained, self.config.model.seed
-            self.order = draw_order(train, sections, batch, settings.max_steps, seed, *rank)
+            curriculum = self.config.data.curriculum
+            self.order = draw_order(train, sections, batch, settings.max_steps, seed, *rank, curriculum=curriculum)
             self.sampler = RolloutSampler(session, self._source(), rewards, environment)
+        self.decoding = DecodeAhead.of(self.config.data.video, self.train, self.order)
         self.ahead = AheadSampler(self.sampler, self.train, self.order) if settings.max_staleness else None
-        self.refilling = RefillingSampler(self.sampler, self._draw) if settings.max_sampling_rounds > 1 else None
-        self.recorder = Recorder(session)
+        refills = settings.max_sampling_rounds > 1
+        self.refilling = RefillingSampler(self.sampler, self._draw, self.order.has_next) if refills else None
+        self.recorder, self.utilisation = Recorder(session), Utilisation.of_run(session)
         self.rollouts: Rollouts | None = None  # of the last step
+        self._step = session.resumed[0]
         off_policy = None if settings.off_policy is None else settings.off_policy.terms
         self.loss = partial(objective, terms=settings.terms, off_policy=off_policy)
-        self.reference = None
-        if settings.initial_policy_kl_penalty:
+        self.reference: ReferenceWeights | ReferenceBase | None = None
+        if settings.initial_policy_kl_penalty and self.config.model.peft is not None:
+            self.reference = ReferenceBase(self.engine)
+        elif settings.initial_policy_kl_penalty:
             self.reference = ReferenceWeights(self.engine, settings.offload_reference_policy)
 
     def _source(self) -> Source:
@@ -115,11 +125,12 @@ class GRPOTrainer(Trainer):
             else "old log-probabilities are those of the update's own forward pass: one optimizer step follows a batch"
         )
         interval = settings.val_check_interval if self.validation else 0
-        fit(self, Schedule("GRPO", settings.max_steps, interval, settings.save_interval, validates_first=True))
+        with closing(self.decoding):
+            fit(self, Schedule("GRPO", settings.max_steps, interval, settings.save_interval, validates_first=True))
 
     def run_step(self, step: int) -> dict[str, float]:
         """One GRPO step on the next prompts; returns its metrics."""
-        settings, timers = self.settings, self.session.timers
+        settings, timers, self._step = self.settings, self.session.timers, step
         with timers("step"):
             with timers("generate"):
                 rollouts, sampled = self._rollouts(step)
@@ -146,11 +157,14 @@ class GRPOTrainer(Trainer):
             metrics |= _of_step(steps)
             groups = [m.batch.groups for microbatches in updates for m in microbatches]
             # Of the trained policy; of the sampling and of the initial one.
-            passes = 1 + (self.config.why_old_pass is not None) + (self.reference is not None)
+            scoring = (self.config.why_old_pass is not None) + (self.reference is not None)
+            passes = 1 + scoring
             executed = passes * sum(g.num_tokens for g in groups)
             repeated = passes * sum(g.num_repeated_tokens for g in groups)
         executed, repeated = self.session.sum_over_data(executed, repeated)
         metrics |= timers.read()
+        computing = metrics["timers/old_and_reference_logprobs"] + metrics["timers/actor_update"]
+        metrics |= self.utilisation.of_step(groups, scoring, computing)
         metrics["train_optim/tokens_executed"] = executed
         metrics["train_optim/tokens_repeated"] = repeated
         metrics["train_optim/tokens_saved"] = 1 - executed / repeated
@@ -164,8 +178,21 @@ class GRPOTrainer(Trainer):
             return self.refilling.rollouts(step)
         return (self.ahead.rollouts(step) if self.ahead else self.sampler.rollouts(self._draw(), step)), {}
 
+    def has_ended(self) -> bool:
+        """Rounds of dynamic sampling, and rows that are left out on arrival, take more than was counted when the run began."""
+        return not self.order.has_next()
+
+    def conclude(self) -> None:
+        if self.has_ended() and self._step < self.settings.max_steps:
+            self.session.say(
+                "all sets of data.train_sets have been drawn as often as their epochs say, and the run ends: raise epochs of one "
+                "for more steps"
+            )
+
     def _draw(self) -> list[Prompt]:
-        return [self.train[i] for i in self.order.next()]
+        drawn = [self.train[i] for i in self.order.next()]
+        self.decoding.next_batch()
+        return drawn
 
     def rows(self) -> list[str]:
         return [prompt.where for prompt in self.rollouts.prompts]
@@ -200,12 +227,18 @@ class GRPOTrainer(Trainer):
         the initial one."""
         old: Sequence[Tensor | None] = [None] * len(microbatches)
         reference = entropies = old
+        streams = [microbatch.batch.groups for microbatch in microbatches]
+        # Where the update's own pass says them, routers have nothing to be held to.
+        replays = self.settings.router_replay == "R2" and self.config.why_old_pass is not None
+        recorded = [Routes.record(stream) for stream in streams] if replays else []
         if self.settings.high_entropy_share < 1:
             old, entropies = self.engine.score_with_entropies(microbatches)
         elif self.config.why_old_pass is not None:
             old = self.engine.score(microbatches)
+        for routes in recorded:
+            routes.follow()
         if self.reference is not None:
-            with self.reference.used():
+            with self.reference.used(), without_routes(streams):
                 reference = self.engine.score(microbatches)
         return [
             replace(microbatch, old_logprobs=o, ref_logprobs=r, entropies=e)
@@ -241,7 +274,7 @@ class GRPOTrainer(Trainer):
         found = self.session.sum_over_data(*sums.values(), *counts.values())
         means = (total / count for total, count in zip(found[: len(sums)], found[len(sums) :], strict=True))
         measured = {f"{held_out.prefix}/{name}": mean for name, mean in zip(sums, means, strict=True)}
-        return measured | self._reward_means(held_out.prefix, rewards[..., 0], rewards[..., 2:])
+        return measured | self._reward_means(held_out.prefix, rewards[..., 0], self.sampler.parts(rewards))
 
     def _show(self, step: int, rollouts: Rollouts) -> None:
         """A few responses, on rank 0."""
@@ -261,7 +294,7 @@ class GRPOTrainer(Trainer):
         }
         if rollouts.lost is not None and self.settings.on_reward_timeout != "refuse":
             sums["reward_timeouts"] = (rollouts.lost > 0).sum().item()
-        useful, dropped = groups_with_signal(rollouts.rewards).sum().item(), sum(rollouts.dropped)
+        useful, dropped = rollouts.signal.sum().item(), sum(rollouts.dropped)
         *found, useful, dropped, responses, prompts = self.session.sum_over_data(
             *sums.values(), useful, dropped, len(everything), len(rollouts.prompts)
         )

@@ -4,7 +4,8 @@
 
 The metric, stated before any run: the share of questions whose answer is the most likely token of all. The headline is its
 mean over the four kinds of questions and the test lengths beyond those trained on, each length weighing the same;
-mean and standard deviation over seeds.
+mean and standard deviation over seeds. The same with look-alikes of the needle (V-NIAH-D) and after a switch of schemes, beside
+the accuracy within the trained lengths: what differs there is how fast a scheme is learnt, and not how far it reaches.
 """
 
 from __future__ import annotations
@@ -88,8 +89,16 @@ def write_report(results: list[dict], out: Path) -> str:
     how_many, meaning = _about_seeds({s: sorted(r["seed"] for r in results if r["scheme"] == s) for s in schemes})
     headlines = headline(results)
     low, high = settings["train_frames"]
+    before = settings.get("transfer")
+    first = (
+        f"First {before['max_steps']} steps with {before['scheme']}, then each scheme from these weights. "
+        if before
+        else ""
+    )
+    period = settings.get("distractor_period")
+    first += f"A look-alike of the needle every {period} frames. " if period else ""
     lines = [
-        f"Trained on {low} to {high} frames of {settings['height']} x {settings['width']}, {settings['max_steps']} steps, "
+        f"{first}Trained on {low} to {high} frames of {settings['height']} x {settings['width']}, {settings['max_steps']} steps, "
         f"{how_many}; {settings['test_videos']} videos for each length and depth. {meaning}",
         "",
         f"| scheme | {low} to {high} frames | beyond: {', '.join(map(str, far))} | "

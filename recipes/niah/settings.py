@@ -17,6 +17,20 @@ LENGTHS_PER_STEP = 4  # numbers of frames drawn for one optimizer step
 
 
 @dataclass
+class NiahTransfer:
+    """What every model has learnt before, with another scheme than the one that it is tested with."""
+
+    # Position scheme of these steps, by name.
+    scheme: str = "rope"
+    # Optimizer steps of them, once for every seed; trainer.niah.max_steps are then taken with each scheme, from these weights.
+    max_steps: int = 1000
+
+    def __post_init__(self):
+        find_scheme(self.scheme)
+        at_least("trainer.niah.transfer", self, 1, "max_steps")
+
+
+@dataclass
 class NiahSettings:
     # Optimizer steps of each model, of which there is one for every scheme and seed.
     max_steps: int = 1000
@@ -31,14 +45,22 @@ class NiahSettings:
     test_depths: int = 5
     # Videos for each number of frames and depth, the same for every scheme.
     test_videos: int = 32
+    # Frames from one distractor to the next, before and behind needle A, in videos that are trained on and tested: each looks
+    # like A, and is none (V-NIAH-D, arXiv 2502.05173, which tests with 200). null: there are none.
+    distractor_period: int | None = None
     # Tokens from top to bottom of a frame, at most 8.
     height: int = 4
     # Tokens from left to right of a frame, at most 8.
     width: int = 4
     # Position schemes that are compared, by name, or by the dotted path of your own.
-    schemes: list[str] = field(default_factory=lambda: ["rope", "mrope", "mrope_interleaved", "videorope", "vrope"])
+    schemes: Record[list[str]] = field(
+        default_factory=lambda: ["rope", "mrope", "mrope_interleaved", "videorope", "vrope"]
+    )
     # Seeds of weights and videos; each trains a model of every scheme. More tell a difference from chance.
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    seeds: Record[list[int]] = field(default_factory=lambda: [1, 2, 3])
+    # Train with one scheme first, then switch to each of those that are compared: {scheme: rope, max_steps: 1000}. null: each is
+    # trained from fresh weights.
+    transfer: NiahTransfer | None = None
     # Gradients with a larger norm, over all parameters, are scaled down to it; 0: no clipping.
     gradient_clip_val: float = 1.0
 
@@ -58,6 +80,13 @@ class NiahSettings:
         for name in ("test_frames", "schemes", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise UserError(f"trainer.niah.{name}={getattr(self, name)} names something twice")
+        if self.distractor_period is not None:
+            at_least("trainer.niah", self, 1, "distractor_period")
+            if self.distractor_period >= max(self.test_frames):
+                raise UserError(
+                    f"trainer.niah.distractor_period={self.distractor_period} puts no distractor into videos of up to "
+                    f"{max(self.test_frames)} frames: make it smaller, or test longer ones"
+                )
         counts = ("max_steps", "videos_per_step", "test_depths", "test_videos", "height", "width")
         at_least("trainer.niah", self, 1, *counts)
         if max(self.height, self.width) > 8:
@@ -98,9 +127,6 @@ class NiahConfig:
     trainer: Training[NiahTrainerSection]
     model: Training[NiahModel]
     exp_manager: Record[FolderSection]
-
-    def __post_init__(self):
-        self.exp_manager.refuse_resuming("a comparison")
 
     def check_data_parallel(self, ranks: int) -> None:
         """Refuse a batch that data-parallel ranks cannot share evenly."""

@@ -7,6 +7,9 @@ as needles. Questions, each answered by one token:
     order         which of A and B comes first     temporal: only positions can tell
     value         what A shows                     retrieval: found by its mark among all other values
 
+With distractors (V-NIAH-D, arXiv 2502.05173) the haystack is periodic: so many frames before and behind A, and again, something
+stands that looks like A. It bears half of A's mark, in any place, with any value, and is never what is asked about.
+
 All questions about a video share it as their prefix: they are its group. The same seed draws the same videos whatever
 the scheme. Nothing here knows about schemes.
 
@@ -35,6 +38,7 @@ NEEDLE = PLACE + LARGEST_SIDE
 VOCABULARY = NEEDLE + 2
 FEATURES = 2 + VALUES + NOISE  # marks of A and B, the value, noise
 MARK = 3.0
+LIKENESS = 0.5  # of a distractor's mark to the needle's
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,14 @@ class Sample:
     depth: float  # of needle A: 0 in the first frame, 1 in the last
 
 
-def draw_sample(rng: torch.Generator, frames: int, height: int, width: int, frame_a: int | None = None) -> Sample:
+def draw_sample(
+    rng: torch.Generator, frames: int, height: int, width: int, frame_a: int | None = None, period: int | None = None
+) -> Sample:
     """One video with its questions.
 
     Args:
         frame_a: where needle A stands; drawn if not given. B stands in any other frame.
+        period: frames from one distractor to the next; None: there are none. The video is otherwise the same.
     """
 
     def draw(high: int) -> int:
@@ -66,6 +73,11 @@ def draw_sample(rng: torch.Generator, frames: int, height: int, width: int, fram
     row, column = draw(height), draw(width)
     features[a, row, column, 0] = MARK
     features[b, draw(height), draw(width), 1] = MARK
+    if period is not None:
+        for frame in range(a % period, frames, period):
+            place = frame, draw(height), draw(width)
+            if frame != a:
+                features[(*place, 0)] = LIKENESS * MARK
     answers = (PLACE + row, PLACE + column, NEEDLE + int(b < a), VALUE + int(values[a, row, column]))
     prompt = MediaPrompt.of([PLACEHOLDER] * grid.length, PLACEHOLDER, [grid], features.flatten(0, 2))
     return Sample(prompt, [[QUESTION + i, answer] for i, answer in enumerate(answers)], a / (frames - 1))

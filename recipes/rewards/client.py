@@ -52,7 +52,7 @@ class HttpReward:
     timeout: float = 600.0
     # Seconds to wait for a server that has not answered yet.
     patience: float = 120.0
-    # Seconds to wait for one that has answered before and is gone: the run pauses. Other ranks wait for this one half an hour.
+    # Seconds to wait for one that has answered before and is gone: the run pauses, and all of its ranks wait as long.
     outage: float = 1500.0
     # Responses of a request, and requests at once.
     batch_size: int = 256

@@ -15,6 +15,7 @@ import httpx
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
+from recipes.rewards.asking import asker
 from recipes.rewards.exact_answer import without_thought
 from recipes.rewards.registry import KEY, register_reward
 from recipes.rewards.sandbox import START, Outcome, SandboxError, SandboxLimits, bubblewrap, run_program
@@ -83,7 +84,12 @@ class CodeTests:
             )
 
     def __call__(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
-        run = self._runner()
+        waits, of_here = asker(), self._runner()
+
+        def run(parts: list[str], stdin: bytes) -> Outcome:
+            waits.check()
+            return of_here(parts, stdin)
+
         with ThreadPoolExecutor(self.workers or _share_of_cores(), "sandbox") as pool:
             return list(pool.map(functools.partial(self._score, run), responses, rows))
 

@@ -16,6 +16,7 @@ import httpx
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
+from recipes.rewards.asking import NobodyWaitsError, asker
 from recipes.rewards.exact_answer import without_thought
 from recipes.rewards.registry import KEY, RewardError, register_reward
 
@@ -136,10 +137,12 @@ class Judge:
     async def _all(self, questions: Sequence[str]) -> list[float | None]:
         key = os.environ.get(KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        free, deadline = asyncio.Semaphore(self.requests), asyncio.get_running_loop().time() + self.timeout
+        free = asyncio.Semaphore(self.requests)
         away: list[httpx.TransportError] = []  # since it has last answered
         refused: list[_Declined] = []
         async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=10.0)) as client:
+            # Not before: to read certificates takes long on a busy machine.
+            deadline = asyncio.get_running_loop().time() + self.timeout
 
             async def one(question: str) -> float | None:
                 try:
@@ -156,7 +159,7 @@ class Judge:
             try:
                 async with asyncio.TaskGroup() as group:
                     asked = [group.create_task(one(question)) for question in questions]
-            except* RewardError as errors:
+            except* (RewardError, NobodyWaitsError) as errors:
                 raise errors.exceptions[0] from errors
         if refused and len(refused) == len(questions):
             raise refused[0]
@@ -170,6 +173,7 @@ class Judge:
         """Until it gives one, or has had its tries; a server that is away is waited for as long as there is time."""
         pause, tries = FIRST_PAUSE, 0
         while tries < self.tries:
+            asker().check()
             try:
                 answer = await client.post(
                     f"{self.url.rstrip('/')}/chat/completions", json=self._asked(question, tries)

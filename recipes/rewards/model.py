@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from megatron_ext.errors import UserError
 from recipes.cli.config import ConfigError
+from recipes.rewards.asking import asker
 from recipes.rewards.registry import KEY, register_reward
 
 __all__ = ["RewardModel"]
@@ -100,6 +101,7 @@ class RewardModel:
 
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         for first in range(0, len(texts), self.batch_size):
+            asker().check()
             part = {"input_ids": texts[first : first + self.batch_size]}
             batch = tokenizer.pad(part, return_tensors="pt").to(model.device)  # [texts, longest]
             with torch.inference_mode():

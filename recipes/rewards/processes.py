@@ -8,6 +8,7 @@ killed after it: with what its rewards have started.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib
 import itertools
@@ -16,7 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from typing import Any
 import psutil
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from recipes.cli.children import ending, group_dies_with, leave_signals
+from recipes.rewards.asking import NobodyWaitsError, asker
 from recipes.rewards.registry import NamedReward, RewardError, get_reward, is_async, score, score_async
 
 __all__ = ["Lost", "PromptCall", "RewardProcesses"]
 
 START_SECONDS = 600.0  # in which a process must have imported what its rewards need
+LOOK_SECONDS = 0.5  # between looks at whether somebody waits
 GRACE_SECONDS = 5.0  # beyond its limit, for an async reward to give up by itself
 
 
@@ -79,6 +83,7 @@ class RewardProcesses:
 
         Raises:
             RewardError: the reward failed; all that was asked is given up.
+            NobodyWaitsError: so is what nobody waits for.
         """
         if is_async(self._rewards[number]) and len(calls) > 1:
             yield from self._ask_at_once(number, calls)
@@ -96,7 +101,7 @@ class RewardProcesses:
         future = self._schedule(_answer_all, number, calls, self._limit, limit=self._limit + GRACE_SECONDS)
         try:
             found = self._result(future, number)
-        except RewardError:
+        except (RewardError, NobodyWaitsError):
             self.close()
             raise
         if not isinstance(found, Lost):
@@ -141,8 +146,12 @@ class RewardProcesses:
         """Calls before this one have been answered, and begun in order: what is left may take a start and two limits."""
         name = self._rewards[number].name
         patience = START_SECONDS + 2 * (self._limit + GRACE_SECONDS)
+        deadline = time.monotonic() + patience
         try:
-            return future.result(timeout=patience)
+            while not future.done() and time.monotonic() < deadline:
+                asker().check()
+                concurrent.futures.wait([future], timeout=LOOK_SECONDS)
+            return future.result(timeout=0)
         except TimeoutError as error:
             if not future.done():
                 raise RewardError(f"reward {name}: its process has not started in {patience:g} s") from error
@@ -150,7 +159,7 @@ class RewardProcesses:
             return Lost(f"has not come back within trainer.grpo.reward_timeout={self._limit:g} s")
         except ProcessExpired as error:
             self._kill_groups()
-            return Lost(f"ended its process ({_ending(error.exitcode)})")
+            return Lost(f"ended its process ({ending(error.exitcode)})")
         except BrokenProcessPool as error:
             raise RewardError(
                 f"reward {name}: its processes have ended, and none was at work: were they killed?"
@@ -162,14 +171,6 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"{signal.Signals(-code).name}{', is memory short?' if code == -signal.SIGKILL else ''}"
-    return f"signal {-code}"
 
 
 # In the process.
@@ -187,9 +188,8 @@ def _begin(specs: Sequence[tuple | None], tell: multiprocessing.connection.Conne
     global _failure
     os.setsid()
     tell.send_bytes(str(os.getpid()).encode())  # in one piece: several write to it
-    for number in (signal.SIGINT, signal.SIGUSR1):  # they go to all processes of a job; this one ends with its run
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    leave_signals()
+    group_dies_with(multiprocessing.parent_process().sentinel)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         for each in specs:
@@ -205,11 +205,6 @@ def _made(spec: Any, key: str, module: str | None) -> NamedReward:
     if hasattr(reward.target, "prepare"):
         reward.target.prepare()
     return reward
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os.killpg(0, signal.SIGKILL)
 
 
 def _reward(number: int) -> NamedReward:

@@ -36,7 +36,18 @@ KEY = "trainer.grpo.reward"
 RESPONSES, ROWS = ("responses", "completions", "answers", "texts"), ("rows", "prompts", "samples", "examples")
 T = TypeVar("T", bound=Callable)
 # Modules that register rewards of ours, beside this one.
-_SHIPPED = ("choice", "client", "code", "json_schema", "judge", "math_answer", "model", "reasoning_gym", "texts")
+_SHIPPED = (
+    "choice",
+    "client",
+    "code",
+    "json_schema",
+    "judge",
+    "math_answer",
+    "model",
+    "rarer",
+    "reasoning_gym",
+    "texts",
+)
 REGISTRY = Registry(KEY, "reward", "function", [f"recipes.rewards.{name}" for name in _SHIPPED])
 
 

@@ -2,15 +2,19 @@
 
 What a program sees: the interpreter and the system's libraries, read-only; /tmp, which is gone afterwards; its own processes.
 Where this process is root it runs as a user that nobody else is, because no process limit binds root; else in a namespace of
-this user's, whose processes are counted apart. Some system calls are not to be had (`recipes.rewards.seccomp`). A program that
-breaks a limit is killed with all that it has started.
+this user's, whose processes are counted apart. What they hold together is bounded by a control group (`recipes.rewards.cgroup`),
+or added up where none can be made (`recipes.rewards.resident`). Some system calls are not to be had (`recipes.rewards.seccomp`).
+A program that breaks a limit is killed with all that it has started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import platform
+import re
 import secrets
 import selectors
 import shutil
@@ -18,83 +22,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import BinaryIO
 
 from megatron_ext.errors import UserError
+from recipes.rewards.cgroup import ControlGroup, groups_home
+from recipes.rewards.resident import resident_in
 from recipes.rewards.seccomp import syscall_filter
 
-__all__ = ["START", "Outcome", "SandboxError", "SandboxLimits", "bubblewrap", "run_program"]
+__all__ = ["START", "Outcome", "SandboxError", "SandboxLimits", "bubblewrap", "check_kernel", "run_program"]
 
+COUNTS_APART = (5, 14)  # since then RLIMIT_NPROC counts each user namespace's processes alone
 LOOK_SECONDS = 0.05  # between looks at the memory of all its processes
 STARTS_SECONDS = 60.0  # for an interpreter on a machine that is busy
+STARTERS = 3  # processes that are not the program's: two of bubblewrap's, and its parent
 START = "start"
-# Within the sandbox, before a program: limits that cannot be raised again, then a process for it. This one's parent alone knows
-# the words that say how it ended, lets nobody look into it, and gives a text of Python when the one before it has run. The last
-# one ends with a word of its own, so that it is not enough to leave with 0.
-_RUNNER = """
-def run(exec=exec, compile=compile):
-    import ctypes, json, os, resource, select, sys
-    question, settings = int(sys.argv.pop()), json.loads(sys.argv.pop())
-    if settings["user"] is not None:
-        os.setgroups([])
-        os.setgid(settings["user"])
-        os.setuid(settings["user"])
-    for name, value in settings["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
-    filter = bytes.fromhex(settings["filter"])
-    class Filter(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    zero, one = ctypes.c_ulong(0), ctypes.c_ulong(1)
-    if prctl(38, one, zero, zero, zero):
-        raise OSError(ctypes.get_errno(), "PR_SET_NO_NEW_PRIVS")
-    if prctl(22, ctypes.c_ulong(2), ctypes.byref(Filter(len(filter) // 8, filter)), zero, zero):
-        raise OSError(ctypes.get_errno(), "PR_SET_SECCOMP")
-    if prctl(4, zero, zero, zero, zero):
-        raise OSError(ctypes.get_errno(), "PR_SET_DUMPABLE")
-    texts, give = os.pipe()
-    told, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        for each in (question, give, told):
-            os.close(each)
-        os.setsid()
-        prctl(4, one, zero, zero, zero)
-        texts = os.fdopen(texts, encoding="utf-8")
-        program = {"__name__": settings["name"]}
-        for _ in range(settings["parts"]):
-            os.write(tell, b"+")
-            exec(compile(json.loads(texts.readline()), "program.py", "exec", dont_inherit=True), program)
-        return
-    os.close(texts)
-    os.close(tell)
-    with open(question, encoding="utf-8") as file:
-        asked = json.load(file)
-    end = os.urandom(16).hex().encode()
-    parts = asked["parts"]
-    parts[-1] += f"\\n__import__('os').write({tell}, {end})\\n"
-    print(asked["begun"], end="", file=sys.stderr, flush=True)
-    give, gone, said = os.fdopen(give, "w", encoding="utf-8"), os.pidfd_open(child), b""
-    watched = [told, gone]
-    while told in (ready := select.select(watched, [], [])[0]) or gone not in ready:
-        chunk = os.read(told, 64)
-        said = (said + chunk)[-len(end):]
-        if not chunk:
-            watched.remove(told)
-        elif parts:
-            try:
-                print(json.dumps(parts.pop(0)), file=give, flush=True)
-            except OSError:  # it has ended
-                parts.clear()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == 0 and said == end:
-        print(asked["ended"], end="", file=sys.stderr, flush=True)
-    os._exit(code if code >= 0 else 128 - code)
-run()
-"""
+RUNNER = Path(__file__).parent / "inside" / "runner.py"
 
 
 class SandboxError(UserError):
@@ -106,7 +51,7 @@ class SandboxLimits:
     """
     Attributes:
         seconds: of a program, by the clock; and of each of its processes on a CPU.
-        memory: bytes, of all its processes together and of each one's addresses.
+        memory: bytes, of all its processes together and of each one's addresses. A control group holds memory and disk together.
         disk: bytes in /tmp, which are memory.
         processes: and threads.
         output: bytes that it writes to both streams.
@@ -149,6 +94,7 @@ def bubblewrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
         raise SandboxError("bubblewrap is not installed (no bwrap on PATH; the Debian package is bubblewrap)")
+    check_kernel(platform.release(), os.geteuid())
     try:
         done = _run(found, ["print(6 * 7)"], b"", SandboxLimits(), None)
     except SandboxError:
@@ -158,6 +104,23 @@ def bubblewrap() -> str:
     if done != Outcome(b"42\n", 0, True):
         raise SandboxError(f"bubblewrap at {found} runs no program: {done}")
     return found
+
+
+def check_kernel(release: str, user: int) -> None:
+    """
+    Args:
+        release: of Linux, such as "5.10.0-8-amd64".
+        user: who starts programs; 0 is root.
+
+    Raises:
+        SandboxError: a limit of processes would count those of others, and programs would fail for what they have not done.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if user != 0 and (numbers is None or tuple(map(int, numbers.groups())) < COUNTS_APART):
+        raise SandboxError(
+            f"Linux {release} counts a user's processes in all namespaces together, which it does before "
+            f"{'.'.join(map(str, COUNTS_APART))}: a program's limit would count this user's own. Run as root, as in a container"
+        )
 
 
 def run_program(parts: list[str], stdin: bytes, limits: SandboxLimits, python: str | None = None) -> Outcome:
@@ -184,19 +147,28 @@ def _run_once(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits,
         "name": name, "parts": len(parts), "user": _user(), "limits": _rlimits(limits), "filter": syscall_filter().hex(),
     })  # fmt: skip
     asked = {"parts": parts, "begun": begun, "ended": ended}
-    with _file(json.dumps(asked).encode()) as question, _file(stdin) as given:
+    with (
+        _file(json.dumps(asked).encode()) as question,
+        _file(stdin) as given,
+        _file(b"") as info,
+        _group(limits) as group,
+    ):
         flags = ["-I", "-B", *([] if python else ["-S"])]
-        inside = [_interpreter(python), *flags, "-c", _RUNNER, settings, str(question.fileno())]
-        command = [bwrap, *_arguments(limits, python), *inside]
+        inside = [_interpreter(python), *flags, "-c", _runner(), settings, str(question.fileno())]
+        command = [bwrap, *_arguments(limits, python, info.fileno()), *inside]
+        if group is not None:
+            command = group.entering(command)
         try:
             process = subprocess.Popen(
                 command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/",
-                pass_fds=[question.fileno()], start_new_session=True,
+                pass_fds=[question.fileno(), info.fileno()], start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             raise SandboxError(f"bubblewrap does not start: {error}") from error
         with process:
-            out, err, killed = _watch(process, limits, begun.encode())
+            out, err, killed = _watch(process, info if group is None else None, limits, begun.encode())
+        if group is not None and group.was_full:
+            killed = "memory"
     if begun.encode() not in err and killed != START:
         said = " ".join(err.decode(errors="replace").split())[-300:]
         raise SandboxError(f"bubblewrap has run nothing (exit code {process.returncode}): {said or 'without a word'}")
@@ -204,7 +176,25 @@ def _run_once(bwrap: str, parts: list[str], stdin: bytes, limits: SandboxLimits,
     return Outcome(bytes(out), code, code == 0 and ended.encode() in err, killed)
 
 
-def _file(content: bytes):
+@contextlib.contextmanager
+def _group(limits: SandboxLimits) -> Iterator[ControlGroup | None]:
+    """None where none can be made."""
+    home = groups_home()
+    with contextlib.ExitStack() as stack:
+        try:
+            most = limits.memory + limits.disk, limits.processes + STARTERS
+            group = None if home is None else stack.enter_context(ControlGroup.made(home, *most))
+        except OSError as error:
+            raise SandboxError(f"a sandbox has no control group: {error}") from error
+        yield group
+
+
+@functools.cache
+def _runner() -> str:
+    return RUNNER.read_text(encoding="utf-8")
+
+
+def _file(content: bytes) -> BinaryIO:
     """One without a name, to be read from its beginning; nobody may read it."""
     file = tempfile.TemporaryFile()
     file.write(content)
@@ -236,7 +226,7 @@ def _interpreter(python: str | None) -> str:
     return python or str(Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}"))
 
 
-def _arguments(limits: SandboxLimits, python: str | None) -> list[str]:
+def _arguments(limits: SandboxLimits, python: str | None, info: int) -> list[str]:
     folders = [sys.base_prefix, "/usr"]
     if python:
         folders += _folders_of(python)
@@ -267,7 +257,7 @@ def _arguments(limits: SandboxLimits, python: str | None) -> list[str]:
     else:
         apart += ["--unshare-user"]
     return [
-        *apart, "--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox",
+        "--info-fd", str(info), *apart, "--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox",
         "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "OPENBLAS_NUM_THREADS", "1",
         *binds, "--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp",
@@ -287,10 +277,16 @@ def _folders_of(python: str) -> list[str]:
     return done.stdout.split("\n")[:2]
 
 
-def _watch(process: subprocess.Popen, limits: SandboxLimits, begun: bytes) -> tuple[bytearray, bytearray, str | None]:
-    """Read what it writes until it has ended, or kill it. Its time begins when the interpreter has started."""
+def _watch(
+    process: subprocess.Popen, info: BinaryIO | None, limits: SandboxLimits, begun: bytes
+) -> tuple[bytearray, bytearray, str | None]:
+    """Read what it writes until it has ended, or kill it. Its time begins when the interpreter has started.
+
+    Args:
+        info: what bubblewrap says of the sandbox, to look at its memory; None: that is bounded.
+    """
     out, err = bytearray(), bytearray()
-    deadline, started, killed = time.monotonic() + STARTS_SECONDS, False, None
+    deadline, started, first, killed = time.monotonic() + STARTS_SECONDS, False, None, None
     with selectors.DefaultSelector() as streams:
         streams.register(process.stdout, selectors.EVENT_READ, out)
         streams.register(process.stderr, selectors.EVENT_READ, err)
@@ -302,11 +298,14 @@ def _watch(process: subprocess.Popen, limits: SandboxLimits, begun: bytes) -> tu
                     streams.unregister(key.fileobj)
             if not started and begun in err:
                 started, deadline = True, time.monotonic() + limits.seconds
+                if info is not None:
+                    info.seek(0)
+                    first = json.load(info)["child-pid"]
             if time.monotonic() > deadline:
                 killed = "seconds" if started else START
             elif len(out) + len(err) > limits.output:
                 killed = "output"
-            elif _memory(process.pid) > limits.memory:
+            elif first is not None and resident_in(first, process.pid, limits.memory) > limits.memory:
                 killed = "memory"
     if killed is None:
         try:  # what closes its streams has not ended
@@ -316,14 +315,3 @@ def _watch(process: subprocess.Popen, limits: SandboxLimits, begun: bytes) -> tu
     process.kill()
     process.wait()
     return out, err, killed
-
-
-def _memory(pid: int) -> int:
-    """Bytes that are resident, of all its processes."""
-    total = 0
-    try:
-        for each in (parent := psutil.Process(pid), *parent.children(recursive=True)):
-            total += each.memory_info().rss
-    except psutil.Error:  # ended meanwhile
-        pass
-    return total

@@ -24,11 +24,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from recipes.cli.config import ConfigError
+from recipes.rewards.asking import Asker, NobodyWaitsError, asker, serving
 from recipes.rewards.processes import Lost, PromptCall, RewardProcesses
 from recipes.rewards.registry import NamedReward, RewardError, score
 
 __all__ = ["ServerLimits", "reward_app"]
 
+LOOK_SECONDS = 0.5  # between looks at whether the one who asked still waits
+GONE = 499  # in /metrics: who has asked does not hear it any more
 EXPECTED = 'expected {"responses": [texts], "rows": [objects]} of one length'
 
 
@@ -70,6 +73,7 @@ class _Scorer:
 
     def score(self, responses: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
         with self._one_at_a_time:
+            asker().check()
             if self.reward.bounds_itself:
                 return score(self.reward, responses, rows)
             return self._in_processes(responses, rows)
@@ -132,7 +136,7 @@ def reward_app(reward: NamedReward, token: str | None = None, limits: ServerLimi
             name, responses, rows = _question(await _body(request, limits.body), limits.batch)
             begun = time.monotonic()
             try:
-                values = await asyncio.to_thread(scorer.score, responses, rows)
+                values = await _while_connected(request, scorer, responses, rows)
             except RewardError as error:
                 index = {} if error.index is None else {"index": error.index}
                 raise _Refused(422, str(error), **index) from error
@@ -143,6 +147,28 @@ def reward_app(reward: NamedReward, token: str | None = None, limits: ServerLimi
         return {"id": name, "reward": reward.name, "rewards": values}
 
     return app
+
+
+async def _while_connected(
+    request: Request, scorer: _Scorer, responses: list[str], rows: list[dict]
+) -> list[float | None]:
+    """What they are worth; where the one who asks goes away it is not computed any further.
+
+    Raises:
+        RewardError: as the reward does.
+    """
+    who = Asker()
+    serving(who)
+    scoring = asyncio.ensure_future(asyncio.to_thread(scorer.score, responses, rows))
+    while not (await asyncio.wait({scoring}, timeout=LOOK_SECONDS))[0]:
+        if await request.is_disconnected():
+            who.left()
+    try:
+        return await scoring
+    except (NobodyWaitsError, RewardError) as error:
+        if await request.is_disconnected():
+            raise _Refused(GONE, "nobody waits for the answer") from error
+        raise
 
 
 async def _body(request: Request, limit: int) -> bytes:

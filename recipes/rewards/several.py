@@ -104,19 +104,23 @@ class Rewards:
             RewardError: with the file and line of the first row that is refused, or that no reward scores.
         """
         for prompt in prompts if self.parts else ():
-            where = prompt.place or f"{path}:{prompt.line}"
-            taken = [part for part in self.parts if part.takes(prompt.row)]
-            if not taken:
-                raise RewardError(
-                    f"{where}: no reward of {SEVERAL} scores data_source={prompt.row.get('data_source')!r}: name "
-                    "it in the data_sources of one"
-                )
-            for part in taken:
-                check = getattr(part.reward.target, "check", None)
-                try:
-                    check and check(prompt.row)
-                except ValueError as error:
-                    raise RewardError(f"{where}: {error}") from error
+            self.check_row(prompt, path)
+
+    def check_row(self, prompt: Prompt, path: str) -> None:
+        """The same of one."""
+        where = prompt.place or f"{path}:{prompt.line}"
+        taken = [part for part in self.parts if part.takes(prompt.row)]
+        if not taken and self.parts:
+            raise RewardError(
+                f"{where}: no reward of {SEVERAL} scores data_source={prompt.row.get('data_source')!r}: name "
+                "it in the data_sources of one"
+            )
+        for part in taken:
+            check = getattr(part.reward.target, "check", None)
+            try:
+                check and check(prompt.row)
+            except ValueError as error:
+                raise RewardError(f"{where}: {error}") from error
 
     def score(self, texts: Sequence[Sequence[str]], prompts: Sequence[Prompt]) -> Scores:
         """What responses are worth.

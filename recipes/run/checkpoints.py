@@ -76,17 +76,25 @@ class Checkpoints:
             self.path(step).rename(going)
             shutil.rmtree(going)
 
-    def is_best(self, metrics: dict[str, float], ended: bool) -> bool:
-        """Whether a checkpoint with these metrics is better than all that are there, or as good; without a metric to tell by,
-        whether it is the last."""
-        name = self.settings.monitor
-        if name is None:
-            return ended
-        sign = 1 if self.settings.mode == "min" else -1
+    def best_of(self, metrics: dict[str, float], best: float | None) -> float | None:
+        """The better of what `monitor` says in these metrics and the best before; None: nothing to tell by."""
+        value = metrics.get(self.settings.monitor, math.nan)
+        if not math.isfinite(value):
+            return best
+        return value if best is None else (min if self.settings.mode == "min" else max)(value, best)
+
+    def best_known(self, info: dict[str, Any]) -> float | None:
+        """The best before a run went on from a checkpoint: of all that it had saved, whether they are still there or not.
+
+        Args:
+            info: of that checkpoint. One from before it was kept there says nothing: then those that are there do.
+        """
+        if "best" in info["trainer"]:
+            return info["trainer"]["best"]
         known = self.complete()
-        others = [known[step]["trainer"]["metrics"][name] for step in self._best_first(known)[:1]]
-        value = metrics.get(name, math.nan)
-        return math.isfinite(value) and all(sign * value <= sign * other for other in others)
+        return next(
+            (known[step]["trainer"]["metrics"][self.settings.monitor] for step in self._best_first(known)), None
+        )
 
     def hf(self, step: int) -> Path:
         """Where the Hugging Face folder of a step is."""

@@ -6,6 +6,7 @@ reads of them), the tokenizer, clips by samples, and the weights that it began w
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -21,17 +22,22 @@ from megatron_ext.runtime.checkpoint_files import checksum
 from megatron_ext.runtime.collectives import gather_objects
 from recipes.data.digests import RowsDigest, rows_digest, sampled_files
 from recipes.data.files import existing_files
+from recipes.data.shards import SUFFIX
+from recipes.data.stored import StoredRows
+from recipes.data.streaming import StreamedRows
+from recipes.run.adapters import ADAPTER_KEY
 from recipes.run.inputs import Inputs
 from recipes.run.pretrained import START_KEY
 
-__all__ = ["Contents", "difference", "is_first_here"]
+__all__ = ["DELTA", "Contents", "difference", "is_first_here"]
 
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("megatron-ext", "megatron-core", "torch", "transformers", "tokenizers")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-TOKENIZER, DELTA = "model.tokenizer", "pretrained_checkpoint.delta_path"
+TOKENIZER = "model.tokenizer"
+DELTA = "pretrained_checkpoint.delta_path"
 ANOTHER = "it would not be the same run; "
 
 
@@ -64,6 +70,8 @@ class Contents:
 
     def _digest(self, key: str, rows: int | None = None) -> RowsDigest:
         """Of the first rows; None: of all."""
+        if rows is None and isinstance(self._rows[key], (StoredRows, StreamedRows)):
+            return self._rows[key].digest
         return rows_digest([getattr(row, "content", row) for row in self._rows[key][:rows]])
 
     @staticmethod
@@ -74,18 +82,27 @@ class Contents:
     def complete(self) -> None:
         """What one process of a machine reads for all: files, clips and weights."""
         for key, rows in self._rows.items():
-            if files := existing_files(self._value(key)):  # a folder of another kind is known by its rows
+            if isinstance(rows, StreamedRows):
+                continue
+            # A folder of another kind is known by its rows, and so are shards, with their clips.
+            if files := [file for file in existing_files(self._value(key)) if not file.endswith(SUFFIX)]:
                 self.found[key]["file"] = " ".join(checksum(Path(file))[1] for file in files)
-            clips = [clip and clip.path for clip in (getattr(row, "clip", None) for row in rows)]
+            if isinstance(rows, StoredRows):
+                continue
+            clips = [[file for clip in getattr(row, "media", ()) for file in clip.files] for row in rows]
             if any(clips):
-                samples = sampled_files(filter(None, clips))
-                self.found[key]["clips"] = asdict(rows_digest([clip and samples[clip] for clip in clips]))
+                samples = sampled_files(itertools.chain(*clips))
+                # As when a row had one file at most: runs of then go on.
+                each = [[samples[file] for file in files] for files in clips]
+                self.found[key]["clips"] = asdict(rows_digest([s if len(s) > 1 else s[0] if s else None for s in each]))
         for key, path in self._code.items():
             self.found[key] = {"code": checksum(path)[1]}
         if self._inputs.pretrained is not None and not self._inputs.start_is_gone:
             self.found[START_KEY] = {"weights": self._inputs.pretrained.digest()}
             if (path := self._value(DELTA)) and Path(path).exists():
                 self.found[DELTA] = {"weights": checksum(Path(path))[1]}
+        if self._inputs.adapter is not None:
+            self.found[ADAPTER_KEY] = {"weights": self._inputs.adapter.digest()}
 
     def check_ranks(self) -> None:
         """Every rank calls it.
@@ -132,12 +149,9 @@ class Contents:
 
     def warn(self) -> None:
         """Say at the beginning of a run what will keep it from going on."""
-        chats = any(
-            "messages" in getattr(getattr(row, "prompt", row), "row", {})
-            for rows in self._rows.values()
-            for row in rows
-        )
-        if chats and self._inputs.tokenizer.template.asks_for_date:
+        if self._inputs.tokenizer is None or not self._inputs.tokenizer.template.asks_for_date:
+            return
+        if any(map(_talks, self._rows.values())):
             logger.warning(
                 "the chat template of %s can write the date of today (strftime_now): on another day the run could not go on, "
                 "as its rows would be others; give the template a date of its own",
@@ -177,6 +191,8 @@ class Contents:
             )
 
     def _first_difference(self, key: str, now: dict[str, Any], before: dict[str, Any]) -> str:
+        if isinstance(self._rows[key], StreamedRows):
+            return "its files are others"
         if now["rows"] != before["rows"]:
             return f"it has {now['rows']} rows, and had {before['rows']}"
         here, there = (RowsDigest(found["rows"], found["whole"], found["parts"]) for found in (now, before))
@@ -211,6 +227,13 @@ class Contents:
         for name in key.split("."):
             node = (node or {}).get(name)
         return node
+
+
+def _talks(rows: Sequence[Any]) -> bool:
+    """Whether there is a conversation among them."""
+    if isinstance(rows, StreamedRows):
+        return rows.talks
+    return any("messages" in getattr(getattr(row, "prompt", row), "row", {}) for row in rows)
 
 
 def difference(found: Mapping[str, dict], other: Mapping[str, dict]) -> str | None:

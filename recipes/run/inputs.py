@@ -13,9 +13,11 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from megatron_ext.runtime.checkpoint_files import checksum
 from megatron_ext.runtime.distributed import ParallelSizes, world_size
 from recipes.cli.stopping import StopRequests
 from recipes.data.tokenizer import DataError, Tokenizer, load_tokenizer
+from recipes.run.adapters import StartAdapter
 from recipes.run.checkpoints import Checkpoints
 from recipes.run.lock import refuse_if_held
 from recipes.run.pretrained import Pretrained, sections_of, start_is_gone
@@ -38,6 +40,7 @@ class Inputs:
         pretrained: the model to start from.
         start_is_gone: the model that the run began with is not there, or not named, any more: `pretrained` is the run's own
             checkpoint.
+        adapter: to begin with; None: a new one, none at all, or the run goes on.
         tokenizer: None where a recipe brings its own model and data.
     """
 
@@ -49,6 +52,7 @@ class Inputs:
     checkpoints: Checkpoints | None = None
     pretrained: Pretrained | None = None
     start_is_gone: bool = False
+    adapter: StartAdapter | None = None
     tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -78,7 +82,7 @@ class Inputs:
             manager.check_installed()
             checkpoints = Checkpoints(log_dir, manager.checkpoint_callback_params)
             newest = checkpoints.newest() if manager.resume_if_exists else None
-        sizes, pretrained, gone, tokenizer = ParallelSizes(), None, False, None
+        sizes, pretrained, gone, adapter, tokenizer = ParallelSizes(), None, False, None, None
         if isinstance(model, TrainedModel):
             path = config.pretrained_checkpoint.restore_from_path
             gone = newest is not None and start_is_gone(resolved)
@@ -92,12 +96,14 @@ class Inputs:
             if newest is not None and model.position_embedding.sections is None:
                 model.position_embedding.sections = sections_of(read_checkpoint_info(newest)["model"])
             _fit(model, tokenizer, pretrained)
+            if newest is None and model.peft is not None and model.peft.restore_from_path is not None:
+                adapter = StartAdapter.open(model.peft.restore_from_path)
+                delta = config.pretrained_checkpoint.delta_path
+                adapter.check(model, pretrained.identity(pretrained.digest(), delta and checksum(Path(delta))[1]))
             if pretrained is not None:
                 tokenizer.stop_at(pretrained.end_token_ids, f"generation_config.json of {pretrained.path}")
-            sizes = ParallelSizes(
-                model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
-            )
-        found = cls(config, resolved, stops, sizes, log_dir, checkpoints, pretrained, gone, tokenizer)
+            sizes = model.sizes
+        found = cls(config, resolved, stops, sizes, log_dir, checkpoints, pretrained, gone, adapter, tokenizer)
         if hasattr(config, "check_data_parallel"):
             config.check_data_parallel(found.data_size)
         return found
@@ -134,6 +140,11 @@ def _fit(model: TrainedModel, tokenizer: Tokenizer, pretrained: Pretrained | Non
         model.vocab_size = tokenizer.vocab_size
     if pretrained is not None:
         pretrained.check(model)
+        if model.peft is not None and model.vision is not None and pretrained.architecture["vision"] is None:
+            raise UserError(
+                f"model.vision gives {pretrained.path} eyes that see nothing yet, and model.peft would keep them so: train "
+                "without adapters first, or set model.vision=null"
+            )
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size} is less than the {tokenizer.vocab_size} tokens of {tokenizer.path}: take "

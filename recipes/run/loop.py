@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.engine import Engine, SkippedError
 from megatron_ext.runtime.progress import PROGRESS
 from recipes.run.profiling import profiled
@@ -54,7 +55,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def summary(self, metrics: dict[str, float]) -> str:
-        """A few words for the progress bar."""
+        """A few words for the log's line."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -108,12 +109,22 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
 
     Returns:
         Whether training has ended; False if it was stopped before, to be gone on with.
+
+    Raises:
+        UserError: the run has taken more steps than the schedule has; nothing has been touched.
     """
     session, engine = trainer.session, trainer.engine
+    if (taken := session.resumed[0]) > schedule.max_steps:
+        raise UserError(
+            f"{session.log_dir} holds a run of {taken} steps, more than the {schedule.max_steps} of this one: set max_steps to "
+            "as many or more, or choose a new folder"
+        )
     session.open_log()
     step, state = session.restore(engine)
     if state:
         trainer.load_state_dict(state)
+        if step == schedule.max_steps:
+            session.say(f"all {step} steps have been taken: nothing is left to train; more max_steps would go on")
     elif schedule.validates_first and schedule.val_check_interval:
         session.write(0, trainer.run_validation(0) | session.timers.read())
     metrics: dict[str, float] = {}
@@ -137,7 +148,7 @@ def fit(trainer: Trainer, schedule: Schedule) -> bool:
                 metrics |= trainer.run_validation(step)
             metrics |= session.timers.read()
             session.write(step, metrics)
-            bar.set_postfix_str(trainer.summary(metrics), refresh=False)
+            bar.tell(trainer.summary(metrics), metrics)
             bar.update()
             if step < schedule.max_steps and not trainer.has_ended():
                 if schedule.saves(step):

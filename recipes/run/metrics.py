@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["METRICS", "Metric", "in_order", "key_of", "unknown_metrics"]
+__all__ = ["METRICS", "REST", "WHOLE", "Metric", "in_order", "key_of", "seconds_of", "unknown_metrics"]
+
+WHOLE = "timers/step"
+REST = "the rest"
+# In `timers/step` or in another of its timers are all but these.
+APART = (WHOLE, "timers/validation")
+# A timer whose seconds are in those of another one, too.
+WITHIN = {"timers/weights": "timers/generate"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,18 @@ METRICS = {
     "train_optim/lr": Metric(
         "SFT, GRPO, LFTF", "none", "Learning rate of the step; in GRPO the mean over its updates."
     ),
+    "train_optim/expert_load_max": Metric(
+        "SFT, GRPO, LFTF, with model.num_moe_experts",
+        "none",
+        "Tokens of the busiest expert of any layer that runs (LFTF that keeps inputs runs none below its block), over the "
+        "mean of its layer's: 1 where all have equally many. A prompt's token counts once for each response. Rising: raise "
+        "model.moe_aux_loss_coeff or model.moe_router_bias_update_rate.",
+    ),
+    "train_optim/balance_loss": Metric(
+        "SFT, GRPO, LFTF, with model.num_moe_experts",
+        "none",
+        "The auxiliary loss of all layers, with model.moe_aux_loss_coeff; it is no part of the loss.",
+    ),
     "train_optim/entropy": Metric(
         "SFT, GRPO",
         "nats",
@@ -168,11 +187,22 @@ METRICS = {
         "tokens",
         "tokens_executed as it would be with the prompt repeated for each response.",
     ),
-    "train_optim/tokens_saved": Metric("GRPO", "share", "1 - tokens_executed / tokens_repeated."),
+    "train_optim/tokens_saved": Metric(
+        "GRPO, SFT",
+        "share",
+        "Tokens that need not be encoded as sequences share their beginnings; in GRPO 1 - tokens_executed / tokens_repeated.",
+    ),
     "train_optim/tokens_per_second": Metric(
-        "GRPO",
+        "SFT, GRPO",
         "tokens a second",
-        "tokens_repeated / timers/step, so that runs with and without grouping compare.",
+        "In GRPO tokens_repeated / timers/step, so that runs with and without grouping compare; in SFT the tokens of the streams "
+        "/ timers/optimizer_step.",
+    ),
+    "train_optim/mfu": Metric(
+        "SFT, GRPO, on GPUs",
+        "share",
+        "Model FLOPs utilisation of the passes with and without gradient, sampling left out: what their products need, each "
+        "shared token once and nothing recomputed, over the GPUs' peak in dense bf16 for as long.",
     ),
     "train_optim/sum": Metric("LFTF, several losses", "none", "The loss `sum` before its weight."),
     "train_optim/balanced": Metric("LFTF, several losses", "none", "The loss `balanced` before its weight."),
@@ -237,3 +267,12 @@ def in_order(names: Iterable[str]) -> list[str]:
     """In that of the table, and then what it lacks."""
     order = {key: i for i, key in enumerate(METRICS)}
     return sorted(set(names), key=lambda name: (order.get(key_of(name), len(order)), name))
+
+
+def seconds_of(row: Mapping[str, float]) -> dict[str, float]:
+    """Of one step by timer, none counted twice, and in a run of GRPO what no timer names."""
+    found = {name: seconds for name, seconds in row.items() if name.startswith("timers/") and name not in APART}
+    for inner, outer in WITHIN.items():
+        if inner in found:
+            found[outer] = found.get(outer, 0.0) - found[inner]
+    return found | {REST: row[WHOLE] - sum(found.values())} if WHOLE in row else found

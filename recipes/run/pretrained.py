@@ -13,10 +13,18 @@ from typing import Any, TypeVar
 from megatron_ext.errors import UserError
 from megatron_ext.hf import hf_weights_digest, is_hf_folder, load_hf_weights, read_checked_config
 from megatron_ext.hf.config import ANY_SCHEME
+from megatron_ext.hf.eyes import PREPROCESSING_FILES, read_tower
 from megatron_ext.kinds import Kind, names
-from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig
+from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig, vision_difference
 from megatron_ext.models.gpt import PrefixGroupedGPT
-from megatron_ext.runtime.checkpoint import INFO_FILE, load_weights, read_checkpoint_info, weights_digest
+from megatron_ext.rotary import RopeScaling
+from megatron_ext.runtime.checkpoint import (
+    INFO_FILE,
+    holds_adapters,
+    load_weights,
+    read_checkpoint_info,
+    weights_digest,
+)
 from recipes.cli.config import ABSENT, build
 from recipes.run.checkpoints import Checkpoints, read_run_file
 from recipes.run.settings import CheckpointCallbackSection
@@ -31,7 +39,7 @@ START_KEY = "pretrained_checkpoint.restore_from_path"
 
 # Of a checkpoint whose weights came from Hugging Face: what an export writes beside the weights.
 SOURCE_FOLDER = "source"
-SOURCE_FILES = ("config.json", "generation_config.json")
+SOURCE_FILES = ("config.json", "generation_config.json", *PREPROCESSING_FILES)
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,18 @@ class Pretrained:
                 f"{path} is not a complete checkpoint of ours (it has no {INFO_FILE}) and no Hugging Face folder (it "
                 f"has no config.json with a model_type); check {named_by}"
             )
-        saved = read_checkpoint_info(folder).get("model", {})
+        info = read_checkpoint_info(folder)
+        if holds_adapters(folder):
+            raise UserError(
+                f"{path} holds adapters alone, and {named_by} wants the model that they stand on: name it there, and the "
+                "adapters in model.peft.restore_from_path; or merge both: tools/convert_hf.py merge"
+            )
+        saved = info.get("model", {})
         if "position_embedding" in saved:
-            saved["position_embedding"] |= {"sections": sections_of(saved)}
+            position = saved["position_embedding"]
+            position |= {"sections": sections_of(saved)}
+            if position.get("scaling"):  # before there were other types it was llama3
+                position["scaling"] = dataclasses.asdict(RopeScaling(**position["scaling"]))
         fields = names(GPTModelConfig, Kind.ARCHITECTURE, Kind.LIMIT)
         architecture = PLAIN | {name: saved[name] for name in fields if name in saved}
         return cls(path, folder, architecture, False, _source(folder / SOURCE_FOLDER), saved.get("precision"))
@@ -101,6 +118,15 @@ class Pretrained:
             )
         return ids
 
+    def identity(self, digest: str, delta: str | None = None) -> str:
+        """Which weights these are: of a folder and of the checkpoint that was made from it not the same.
+
+        Args:
+            digest: of them.
+            delta: checksum of the file of a delta that is put into them.
+        """
+        return f"{'hugging_face' if self.hugging_face else 'checkpoint'}:{digest}" + (f"+{delta}" if delta else "")
+
     def digest(self) -> str:
         """Of all weights in a checkpoint of ours, by its checksums; of samples of each tensor in a Hugging Face folder."""
         return hf_weights_digest(self.folder) if self.hugging_face else weights_digest(self.folder)
@@ -113,7 +139,14 @@ class Pretrained:
         here = dataclasses.asdict(model)
         for name in ARCHITECTURE:
             mine, theirs = here[name], self.architecture.get(name)
-            if self.hugging_face and name == "vision":  # eyes may be added
+            if name == "vision":
+                if self.hugging_face and None in (mine, theirs):  # eyes may be added, or left out
+                    continue
+                if wrong := vision_difference(mine, theirs):
+                    said = ["None" if eyes is None else "a section" for eyes in (mine, theirs)]
+                    raise UserError(
+                        f"model.vision={said[0]}, but the checkpoint {self.path} was made with vision={said[1]}: {wrong}"
+                    )
                 continue
             if self.hugging_face and name == "position_embedding":  # on text all schemes agree
                 mine, theirs = mine | ANY_SCHEME, theirs | ANY_SCHEME
@@ -199,5 +232,19 @@ def configure(cls: type[T], resolved: Mapping[str, Any]) -> T:
             if position.get("scheme", theirs.get("scheme")) != theirs.get("scheme"):  # whose the sections are
                 theirs = theirs | {"sections": None}
             given["position_embedding"] = theirs | position
+        if isinstance(eyes := given.get("vision"), Mapping):
+            given["vision"] = (architecture.get("vision") or {}) | eyes
         resolved["model"] = architecture | given
-    return build(cls, resolved)
+    return build(cls, _with_tower(resolved))
+
+
+def _with_tower(resolved: dict[str, Any]) -> dict[str, Any]:
+    """With what the folder of model.vision.tower says of its shape and of pictures, where the configuration does not."""
+    model = resolved.get("model")
+    eyes = model.get("vision") if isinstance(model, Mapping) else None
+    if not isinstance(eyes, Mapping) or not isinstance(eyes.get("tower"), str) or eyes["tower"] == ABSENT:
+        return resolved
+    if eyes.get("tower_config") is not None:
+        return resolved
+    given = {key: value for key, value in eyes.items() if value is not None}
+    return resolved | {"model": dict(model) | {"vision": read_tower(eyes["tower"]) | given}}

@@ -17,6 +17,7 @@ from megatron_ext.files import unfinished, write_whole
 from megatron_ext.kinds import FREE, Kind, kind_of, kinds
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
 from recipes.cli.config import build
+from recipes.data.settings import RUN_TOKENS
 from recipes.run.checkpoints import RUN_FILE, Checkpoints, read_run_file
 from recipes.run.lock import LOCK_FOLDER, FolderLock, refuse_if_held
 from recipes.run.pretrained import sections_of
@@ -67,13 +68,14 @@ def held_run_folder(
 
 
 def _is_new(folder: Path) -> bool:
-    """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder."""
+    """Whether there is nothing in it, or no more than what a run leaves that was killed before it had claimed the folder: tokens
+    of its rows, too."""
     begun = folder / RUN_FILE.parent
 
     def is_left(path: Path) -> bool:
         if path == begun and path.is_dir():
             return all(inner == unfinished(folder / RUN_FILE) for inner in path.absolute().iterdir())
-        return path.name == LOCK_FOLDER
+        return path.name in (LOCK_FOLDER, RUN_TOKENS)
 
     # The first other file decides: a whole home is not walked through.
     return folder.is_dir() and all(map(is_left, folder.iterdir()))
@@ -138,8 +140,8 @@ def check_unchanged(
 
 def _fill_sections(was: dict[str, Any], now: dict[str, Any], before: Mapping[str, Any]) -> None:
     """A run of before there were sections has those that its checkpoints are read with."""
-    position = was["model"]["position_embedding"]
-    if "sections" in (before["model"].get("position_embedding") or {}):
+    position = was["model"].get("position_embedding")  # NIAH's model brings its own
+    if position is None or "sections" in (before["model"].get("position_embedding") or {}):
         return
     if now["model"]["position_embedding"]["sections"] is not None:
         del position["sections"]

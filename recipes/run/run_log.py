@@ -4,14 +4,13 @@ and write nothing."""
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import yaml
 
-from megatron_ext.files import write_whole
+from megatron_ext.files import write_json, write_whole
 from megatron_ext.runtime.checkpoint import remove_unfinished
 from megatron_ext.runtime.machine import machine, versions
 from megatron_ext.runtime.metrics import MetricsLog
@@ -47,7 +46,7 @@ def open_run_log(inputs: Inputs, loggers: LogProcess, last: int) -> MetricsLog:
     remove_unfinished(inputs.checkpoints.folder)
     cut_metrics(folder, last)
     write_whole(folder / "config.yaml", yaml.safe_dump(inputs.resolved, sort_keys=False))
-    write_whole(folder / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+    write_json(folder / "environment.json", _environment())
     return MetricsLog(folder, [loggers])
 
 

@@ -12,10 +12,7 @@ nothing half-written.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,33 +25,27 @@ from tqdm import tqdm
 from megatron_ext.blocks.delta import apply_delta
 from megatron_ext.errors import UserError
 from megatron_ext.hf.config import make_hf_config
-from megatron_ext.hf.export import export_hf
-from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.hf.load import load_tower
 from megatron_ext.models.gpt import PrefixGroupedGPT, build_gpt
-from megatron_ext.runtime.checkpoint import (
-    CheckpointSave,
-    load_optimizer,
-    load_rng,
-    load_weights,
-    read_checkpoint_info,
-)
+from megatron_ext.runtime.checkpoint import load_optimizer, load_rng, load_trained, read_checkpoint_info
 from megatron_ext.runtime.collectives import broadcast_object, gather_objects, together
 from megatron_ext.runtime.distributed import initialize, set_seed
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.metrics import MetricsLog, Timers
-from megatron_ext.runtime.progress import PROGRESS
 from recipes.cli.stopping import REASONS
 from recipes.run.contents import Contents, is_first_here
 from recipes.run.inputs import Inputs
 from recipes.run.lock import FolderLock
 from recipes.run.log_process import LogProcess
 from recipes.run.metrics import unknown_metrics
+from recipes.run.progress import progress_bar
 from recipes.run.run_folder import held_run_folder
 from recipes.run.run_log import open_run_log
+from recipes.run.saver import CheckpointSaver
 from recipes.run.settings import ExpManagerSection, TrainedModel
 from recipes.run.watchdog import Watchdog
 
-__all__ = ["Session", "progress_bar"]
+__all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +73,22 @@ class Session:
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.is_main = dist.get_rank() == 0
         self.timers = Timers()
-        self._saving: CheckpointSave | None = None
-        self._saved: tuple[int, bool] | None = None  # the step being saved, and whether it is the last
         self._lock: FolderLock | None = None  # rank 0's
         self._monitored = False  # whether the metric that tells the best checkpoint has been seen
         self._watchdog: Watchdog | None = None
         self._loggers, self._metrics = loggers, MetricsLog(None)
         self._open = contextlib.ExitStack()
         with self._open as opened:  # what is open is closed again if the rest fails
-            self.resume_from = self._take_folder()
+            self.resume_from, best = self._take_folder()
+            self._saver = CheckpointSaver(inputs, contents, self.say, best)
             self._check_contents()
             self.model = self._build_model() if isinstance(self.config.model, TrainedModel) else None
             self._open = opened.pop_all()
 
-    def _take_folder(self) -> Path | None:
-        """Have the run folder for this run alone, and see where it goes on. Rank 0 decides for all: others may see an older
-        state of a shared filesystem."""
-        manager, newest = self.config.exp_manager, None
+    def _take_folder(self) -> tuple[Path | None, float | None]:
+        """Have the run folder for this run alone, and see where it goes on, and what the best was before. Rank 0 decides for all:
+        others may see an older state of a shared filesystem."""
+        manager, newest, best = self.config.exp_manager, None, None
         with together():
             if self.is_main:
                 resolved = self.inputs.resolved if manager.resume_if_exists else None
@@ -107,7 +97,9 @@ class Session:
                 )
                 if resolved is not None and self.inputs.checkpoints is not None:
                     newest = self.inputs.checkpoints.newest()
-        return broadcast_object(newest)
+                if newest is not None:
+                    best = self.inputs.checkpoints.best_known(read_checkpoint_info(newest))
+        return broadcast_object((newest, best))
 
     def _check_contents(self) -> None:
         """Whether all ranks have read the same, and what the run had read when it began."""
@@ -177,9 +169,13 @@ class Session:
             return model
         if self.inputs.pretrained is not None:
             self.inputs.pretrained.load(model)
+        else:
+            load_tower(model)
         if delta := self.config.pretrained_checkpoint.delta_path:
-            block = apply_delta(delta, model)
-            logger.info("block %d is that of %s", block, delta)
+            places = apply_delta(delta, model)
+            logger.info("block %s: as in %s", ", ".join(place.name for place in places), delta)
+        if self.inputs.adapter is not None:
+            self.inputs.adapter.load(model)
         return model
 
     def save(
@@ -191,84 +187,18 @@ class Session:
         ended: bool,
         tensors: dict[str, dict] | None = None,
     ) -> Path:
-        """Save all that the run needs to go on after this step, as `<run>/checkpoints/step-<n>`.
+        """Save all that the run needs to go on after this step. Arguments are those of `CheckpointSaver.save`.
 
-        Args:
-            state: the trainer's own, JSON-serialisable; `restore` gives it back.
-            metrics: of this step, for `best`.
-            ended: whether this is the run's last checkpoint.
-            tensors: the trainer's own, see `save_checkpoint`.
+        Raises:
+            UserError: see `check_folder`.
         """
-        self._finish_saving()
+        self._saver.finish()
         self.check_folder()
-        engine.gather_weights()
-        folder = self.inputs.checkpoints.path(step)
-        fields = {f.name for f in dataclasses.fields(GPTModelConfig)}
-        model = {k: v for k, v in dataclasses.asdict(self.config.model).items() if k in fields}
-        trainer = {"step": step, "scheduler_steps": engine.scheduler.num_steps, "metrics": metrics, "state": state}
-        info = {
-            "model": model, "trainer": trainer, "config": self.inputs.resolved, "contents": self._contents.found,
-            "versions": self._contents.versions(),
-        }  # fmt: skip
-        is_new = not self.agreed(folder.exists())
-        if self.config.exp_manager.save_hf and is_new and self._is_best(metrics, ended):
-            self._save_hf(engine.module, step)
-        if is_new:  # the last step of a run that is started again when it had ended
-            in_background = self.config.exp_manager.checkpoint_callback_params.async_save and not ended
-            with PROGRESS.bounded():  # a large one may take long, and a disk that hangs is torch's to find
-                self._saving = CheckpointSave(
-                    folder, engine.module, info, engine.optimizer, self._save_companions, tensors, in_background
-                )
-        self._saved = step, ended
-        if self._saving is None or not self._saving.in_background:
-            self._finish_saving()
-        return self.inputs.checkpoints.folder / "final" if ended else folder
+        return self._saver.save(engine, step, state, metrics, ended, tensors)
 
-    def _is_best(self, metrics: dict[str, float], ended: bool) -> bool:
-        found = False
-        with together():
-            if self.is_main:
-                found = self.inputs.checkpoints.is_best(metrics, ended)
-        return self.agreed(found)
-
-    def _save_hf(self, model: PrefixGroupedGPT, step: int) -> None:
-        """The weights as they are, for transformers and for servers."""
-        target, pretrained = self.inputs.checkpoints.hf(step), self.inputs.pretrained
-        tokenizer = self.log_dir / ".tokenizer"
-        with together():
-            if self.is_main:
-                shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before its checkpoint was whole
-                self.inputs.tokenizer.save(tokenizer)
-        source = pretrained.folder if pretrained is not None and pretrained.hugging_face else None
-        try:
-            export_hf(model, target, source, tokenizer)
-        finally:
-            if self.is_main:
-                shutil.rmtree(tokenizer, ignore_errors=True)
-        with together():
-            if self.is_main:
-                self.inputs.checkpoints.point_at_hf(step)
-        self.say(f"a Hugging Face folder of step {step} is in {target}")
-
-    def _finish_saving(self, wait: bool = True) -> None:
-        """See whether the checkpoint in the making is whole, and if so link to it."""
-        if self._saved is None:
-            return
-        if self._saving is not None:
-            if wait:
-                with PROGRESS.bounded():
-                    self._saving.finish()
-            elif not self._saving.is_finished():
-                return
-        with together():
-            if self.is_main:
-                self.inputs.checkpoints.arrange(*self._saved)
-        self._saving = self._saved = None
-
-    def _save_companions(self, checkpoint: Path) -> None:
-        self.inputs.tokenizer.save(checkpoint / "tokenizer")
-        if self.inputs.pretrained is not None:
-            self.inputs.pretrained.copy_source(checkpoint)
+    def save_adapters(self, model: PrefixGroupedGPT, folder: Path) -> None:
+        """See `CheckpointSaver`."""
+        self._saver.save_adapters(model, folder)
 
     @property
     def resumed(self) -> tuple[int, dict]:
@@ -282,7 +212,7 @@ class Session:
         """Put the model and its optimizer where `resumed` is, and return that."""
         folder = self.resume_from
         if folder is not None:
-            load_weights(folder, engine.module)
+            load_trained(folder, engine.module)
             load_optimizer(folder, engine.module, engine.optimizer)
             engine.scheduler.step(increment=read_checkpoint_info(folder)["trainer"]["scheduler_steps"])
             same = load_rng(folder)
@@ -316,7 +246,7 @@ class Session:
         self._metrics.write_table(step, name, columns, rows)
 
     def progress(self, total: int, what: str, done: int = 0, unit: str = "step"):
-        """A bar over steps, or what the unit says, on rank 0 only."""
+        """Over steps, or what the unit says, on rank 0 only; see there."""
         return progress_bar(total, what, unit, done, self.is_main)
 
     def say(self, text: str) -> None:
@@ -325,7 +255,7 @@ class Session:
 
     def say_saved(self, folder: Path, step: int, stopped: str) -> None:
         """Where the last checkpoint is, once it is whole, and how to go on if the run has been stopped before its end."""
-        self._finish_saving()
+        self._saver.finish()
         if stopped:
             self.say(f"{stopped} after step {step}: saved in {folder}; exp_manager.resume_if_exists=true goes on")
         else:
@@ -337,7 +267,7 @@ class Session:
         Raises:
             UserError: see `check_folder`.
         """
-        self._finish_saving(wait=False)
+        self._saver.finish(wait=False)
         lost = self._lock is not None and self._lock.taken_away
         reason = torch.tensor([LOST if lost else self.inputs.stops.now()], dtype=torch.int32, device=self.device)
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
@@ -376,10 +306,3 @@ class Session:
         largest = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
         return largest.item()
-
-
-def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = True) -> tqdm:
-    pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then
-    return tqdm(
-        total=total, desc=what, unit=unit, initial=done, disable=not shown, dynamic_ncols=True, mininterval=pause
-    )

@@ -17,17 +17,19 @@ from typing import Any
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Layout, Record, Speed, Training
 from megatron_ext.models.config import GPTModelConfig
+from megatron_ext.models.placement import Placement
 from megatron_ext.runtime.engine import Skipping
 from megatron_ext.runtime.optim import OptimConfig
 from recipes.cli.config import at_least
 from recipes.cli.stopping import seconds_of
 from recipes.data.files import existing_files
-from recipes.data.video import VideoSettings
+from recipes.data.video_settings import VideoSettings
 from recipes.run.profiling import ProfileSection
 
 __all__ = [
-    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "HealthSection", "Machines",
-    "TrainedModel", "TrainerSection", "check_apart", "check_batch_sizes", "check_video",
+    "CheckpointCallbackSection", "CheckpointSection", "ExpManagerSection", "FolderSection", "GroupedModel", "HealthSection",
+    "Machines", "TrainedModel", "TrainerSection", "check_apart", "check_batch_sizes", "check_peft", "check_video",
+    "refuse_shared_experts",
 ]  # fmt: skip
 
 # Which values of a metric are better, by the last word of its name.
@@ -132,7 +134,8 @@ class FolderSection:
     # Folder that the run writes to; must be new or empty, or with resume_if_exists hold the same run.
     explicit_log_dir: str
     # Go on from the last checkpoint in explicit_log_dir, on any layout of ranks, or start there if it has none; false:
-    # start, in a new folder. Set it where a job may be stopped and started again. SFT, GRPO and LFTF only.
+    # start, in a new folder. Set it where a job may be stopped and started again. SFT, GRPO and LFTF; NIAH trains those of its
+    # models that have no result there.
     resume_if_exists: bool = False
 
     def refuse_resuming(self, what: str) -> None:
@@ -216,6 +219,45 @@ class TrainedModel(GPTModelConfig):
         at_least("model", self, 0, "seed")
         at_least("model", self, 1, "micro_batch_size", "global_batch_size")
 
+    @property
+    def reads_start(self) -> str | None:
+        """Why a run reads the weights that it began with also where it goes on; None: it does not."""
+        return None if self.peft is None else "model.peft trains adapters that stand on them"
+
+
+@dataclass
+class GroupedModel(TrainedModel):
+    """Of sequences that begin alike, what is alike is encoded once."""
+
+    # Tokens of a stream, instead of micro_batch_size (null: that). At least the longest sample (SFT), or a prompt and a response
+    # of full length (GRPO): streams are filled with whole groups up to it, a group that is longer is split, and work is balanced
+    # over data-parallel ranks.
+    micro_batch_tokens: Speed[int | None] = None
+    # Encode a group's prompt once (true), or once per response (false): same numbers, other cost. A group is a prompt with its
+    # responses (GRPO), or the samples of a stream that have one prompt (SFT; data.keep_together draws them together). "auto":
+    # once, unless counting operations promises less than 1.05 times the speed.
+    prefix_grouping: Speed[bool | str] = "auto"
+    # Sequences that begin alike share that beginning too, from this many tokens on, as prefix trees: responses of a prompt, for
+    # turns of a conversation or steps of an agent (GRPO); all samples of a stream, for conversations that go on or a system
+    # message that all have (SFT). "auto": from 8 tokens on, in GRPO where responses have several turns, if counting operations
+    # promises 1.05 times the speed. null: they share the prompt only.
+    min_shared_tokens: Speed[int | str | None] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("model", self, 1, "micro_batch_tokens")
+        if isinstance(self.min_shared_tokens, int):
+            at_least("model", self, 1, "min_shared_tokens")
+        elif self.min_shared_tokens not in ("auto", None):
+            raise UserError(f"model.min_shared_tokens must be auto, a number or null, got {self.min_shared_tokens!r}")
+        if self.prefix_grouping not in (True, False, "auto"):
+            raise UserError(f"model.prefix_grouping must be auto, true or false, got {self.prefix_grouping!r}")
+        if self.prefix_grouping is False and isinstance(self.min_shared_tokens, int):
+            raise UserError(
+                f"model.min_shared_tokens={self.min_shared_tokens} shares beginnings, model.prefix_grouping=false shares "
+                "nothing: set one of them otherwise"
+            )
+
 
 def check_apart(trained: Mapping[str, str | None], held_out: Mapping[str, str | None]) -> None:
     """Refuse paths to share a file: what is trained on is not held out.
@@ -244,8 +286,30 @@ def check_video(model: GPTModelConfig, video: VideoSettings | None) -> None:
         )
 
 
+def check_peft(model: TrainedModel, start: CheckpointSection) -> None:
+    """Refuse adapters without a model to stand on."""
+    if model.peft is not None and start.restore_from_path is None:
+        raise UserError(
+            "model.peft trains adapters on a model that stays as it is: name one in pretrained_checkpoint.restore_from_path, or "
+            "set model.peft=null"
+        )
+
+
 def check_batch_sizes(key: str, global_count: int, data_parallel: int) -> int:
     """Each data-parallel rank's share of `global_count`, which must divide evenly."""
     if global_count % data_parallel:
         raise UserError(f"{key}={global_count} is not divisible by the data-parallel size {data_parallel}")
     return global_count // data_parallel
+
+
+def refuse_shared_experts(model: Placement) -> None:
+    """
+    Raises:
+        UserError: ranks would wait for each other's tokens in every layer, and each asks its own questions in its own time.
+    """
+    if model.expert_model_parallel_size > 1:
+        raise UserError(
+            f"model.expert_model_parallel_size={model.expert_model_parallel_size}: here data-parallel ranks run prompts of their "
+            "own in their own time, and experts would wait for them: set it to 1, and spread experts by "
+            "model.tensor_model_parallel_size"
+        )

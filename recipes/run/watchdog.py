@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
 PAUSE = 10.0  # seconds between looks, and between heartbeats
-GRACE = 3.0  # seconds for other ranks to see the same and tell it
+GRACE = 3.0  # seconds for other ranks to tell the same, once they have looked
 NAMED = 16  # ranks whose places are told in one line
 KEY = "megatron_ext/progress/"
 
@@ -44,6 +44,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, seconds: float | None):
         self._folder, self._seconds, self._rank = folder, seconds, dist.get_rank()
+        self._pause = PAUSE if seconds is None else min(PAUSE, seconds / 4)
         self._main = threading.main_thread().ident
         store = _get_default_store()
         # A connection to the store serves one call at a time, and the main thread may be in one for long.
@@ -60,9 +61,8 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause = PAUSE if self._seconds is None else min(PAUSE, self._seconds / 4)
         try:
-            while not self._end.wait(pause):
+            while not self._end.wait(self._pause):
                 self._look()
         except Exception:  # a store that is gone: the run itself must not end for it
             logger.exception("nobody watches this run any more")
@@ -129,7 +129,7 @@ class Watchdog:
             self._said = True
 
     def _end_the_run(self) -> None:
-        """From here: the main thread does not come back."""
+        """From here, for the main thread does not come back; once the other ranks have looked, too."""
         path = self._folder / f"hang-rank-{self._rank}.txt"
         with path.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
@@ -142,5 +142,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(GRACE)
-        os._exit(1)
+        if not self._end.wait(self._pause + GRACE):  # unless it has come back after all
+            os._exit(1)

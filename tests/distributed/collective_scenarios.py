@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +21,13 @@ from megatron_ext.runtime.collectives import (
     from_last,
     gather_objects,
     gather_rows,
+    met_by_all,
     sum_of_all,
     together,
 )
 from tests.gpt_cases import small_config
 
-__all__ = ["FAILURES", "fail", "refused_on_one_rank", "tell"]
+__all__ = ["FAILURES", "fail", "refused_on_one_rank", "tell", "wait_longer_than_collectives"]
 
 # By case: the rank that fails, and how.
 FAILURES: dict[str, dict[int, Exception]] = {
@@ -52,6 +56,25 @@ def fail(device: torch.device) -> dict[str, tuple[str, str] | None]:
                 raise failures[dist.get_rank()]
 
     return {name: _raised(lambda failures=failures: work(failures)) for name, failures in FAILURES.items()}
+
+
+def wait_longer_than_collectives(device: torch.device) -> list:
+    """Twice with a rank that is late by more than a group's collectives wait; then in a collective alone."""
+    rank, patience = dist.get_rank(), 4.0  # a rank on a loaded machine may come a second late by itself
+    group = dist.new_group(timeout=datetime.timedelta(seconds=patience))
+    found = []
+    for number, meets in enumerate((True, True, False)):
+        late = rank == number % 2
+
+        def work(number=number, late=late, meets=meets):
+            with together(group), met_by_all() if meets else contextlib.nullcontext():
+                if late:
+                    time.sleep(1.5 * patience)
+                if number == 1:
+                    raise UserError("late, and nothing to show")
+
+        found.append(_raised(work))
+    return found
 
 
 def tell(device: torch.device) -> dict:

@@ -12,12 +12,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from megatron_ext.adapters import adapter_parameters
 from megatron_ext.models import build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.rollouts import SamplingParams
 from megatron_ext.runtime import optim as settings
-from megatron_ext.runtime.checkpoint import load_weights, save_checkpoint
+from megatron_ext.runtime.checkpoint import load_adapters, load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
 from megatron_ext.runtime.reference import ReferenceWeights
@@ -65,7 +66,7 @@ def _run(device: torch.device, case: GatherCase, overlap: bool) -> dict[str, Any
         layer.requires_grad_(layer.layer_number - 1 not in case.frozen)
     optim = OptimConfig(lr=1e-2, eps=1e-3, overlap_grad_reduce=True)
     engine = Engine(model, replace(optim, overlap_param_gather=overlap))
-    initial = None if case.frozen else ReferenceWeights(engine, on_host=True)
+    initial = None if case.frozen or config.peft else ReferenceWeights(engine, on_host=True)
     rank = parallel_state.get_data_parallel_rank()
     batch = pack_prompts(
         case.prompts[rank], case.responses, config.position_embedding.scheme, stream_multiple(config), device
@@ -91,17 +92,26 @@ def _run(device: torch.device, case: GatherCase, overlap: bool) -> dict[str, Any
             found["left"].append(_pending(engine))
             engine.gather_weights()
             found["weights"].append(copies(model))
-    engine.gather_weights()
+    found["losses"].append(engine.update(streams, loss))
+    engine.gather_weights()  # nobody else has asked for any since this step
     place = case.folder / f"{overlap}"
     save_checkpoint(place, model, {}, engine.optimizer)
     again = build_gpt(config, device)
-    load_weights(place, again)
-    found["saved"] = copies(again)
+    if config.peft is None:
+        load_weights(place, again)
+        found["saved"] = copies(again)
+    else:
+        load_adapters(place, again)
+        found["saved"] = {name: p.detach().clone() for name, p in adapter_parameters(again).items()}
     found["weights"].append(copies(model))
-    found["groups"] = sum(len(piece.bucket_groups) for piece in engine.pieces)
+    found["groups"] = len(_groups(engine))
     return found
 
 
 def _pending(engine: Engine) -> int:
     """Gathers that are under way."""
-    return sum(group.param_gather_handle is not None for piece in engine.pieces for group in piece.bucket_groups)
+    return sum(group.param_gather_handle is not None for group in _groups(engine))
+
+
+def _groups(engine: Engine) -> list:
+    return [group for piece in engine.pieces for group in (*piece.bucket_groups, *piece.expert_parallel_bucket_groups)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights
+from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights, read_hf_config
 from megatron_ext.hf.gather import HostTensors, gather_hf
 from megatron_ext.hf.mapping import hf_shapes
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
@@ -26,7 +26,9 @@ def import_and_export(
     """
     answers, gathered = [], []
     for source, target in cases:
-        model = build_gpt(hf_model_config(source, precision="32", **layout), device)
+        routed = read_hf_config(source)["num_moe_experts"] is not None
+        changes = {"sequence_parallel": True} if routed and layout.get("tensor_model_parallel_size", 1) > 1 else {}
+        model = build_gpt(hf_model_config(source, precision="32", **layout | changes), device)
         with torch.no_grad():
             for parameter in model.parameters():  # what is not read shows
                 parameter.fill_(float("nan"))

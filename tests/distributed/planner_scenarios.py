@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.attention.context import ContextShard
 from megatron_ext.grouping import pack
+from megatron_ext.grouping.routes import Routes
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.models.config import stream_multiple
 from megatron_ext.planner import Job
@@ -61,12 +63,15 @@ class ActivationCase:
 
 @dataclass
 class Held:
-    """What a rank holds. parameters: name and shape of each, and whether Megatron says it is sharded."""
+    """What a rank holds. parameters: name and shape of each, and whether Megatron says it is sharded. expert_ranks, expert_rank:
+    those that have the same experts, and which of them this is."""
 
     config: GPTModelConfig
     stage: int
     data_ranks: int
     data_rank: int
+    expert_ranks: int
+    expert_rank: int
     parameters: list[tuple[str, tuple[int, ...], bool]] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     optimizer_tensors: int = 0
@@ -105,6 +110,9 @@ def here(fields: dict[str, Any]) -> GPTModelConfig:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
+    if "num_moe_experts" in fields:
+        sizes["expert_model_parallel_size"] = parallel_state.get_expert_model_parallel_world_size()
+        sizes["expert_tensor_parallel_size"] = parallel_state.get_expert_tensor_parallel_world_size()
     return small_config(**({"sequence_parallel": tensor > 1} | fields | sizes)).on("cpu")
 
 
@@ -112,12 +120,7 @@ def planned_job(case: ActivationCase, layout: Layout) -> Job:
     """The case as the planner is told of it: one microbatch, of groups that are all alike."""
     prompt, responses = case.lengths[0]
     sizes = layout.sizes
-    spread = {
-        "tensor_model_parallel_size": sizes.tensor,
-        "pipeline_model_parallel_size": sizes.pipeline,
-        "context_parallel_size": sizes.context,
-    }
-    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | spread)).on("cpu")
+    config = small_config(**({"sequence_parallel": sizes.tensor > 1} | case.fields | sizes.named)).on("cpu")
     return Job(
         config,
         nodes=1,
@@ -141,7 +144,9 @@ def _state(device: torch.device, case: StateCase) -> Held:
     gc.collect()
     gc.freeze()  # what is there already is looked at no more
     config = here(case.fields)
-    held = Held(config, parallel_state.get_pipeline_model_parallel_rank(), group.size(), group.rank())
+    alike = parallel_state.get_expert_data_parallel_group()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    held = Held(config, stage, group.size(), group.rank(), alike.size(), alike.rank())
     model = build_gpt(config, device)
     for name, parameter in model.named_parameters():
         sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -151,7 +156,7 @@ def _state(device: torch.device, case: StateCase) -> Held:
         for parameter in model.parameters():
             parameter.requires_grad_(layers.get(id(parameter)) == case.block)
     engine = Engine(model, case.settings)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]  # of a model with adapters these
     if trained:
         engine.zero_grad()
         for parameter in trained:
@@ -160,11 +165,18 @@ def _state(device: torch.device, case: StateCase) -> Held:
     kinds = engine_storages(engine)
     held.optimizer_tensors = sum(1 for name, _ in optimizer_tensors(engine.optimizer) if name == "exp_avg")
     held.bytes = {kind: sum(found.values()) for kind, found in kinds.items()}
+    known = {key for found in kinds.values() for key in found}
+    held.other_bytes = min(_other_bytes(known, 0.02 * look) for look in range(4))
+    return held
+
+
+def _other_bytes(known: set, wait: float) -> int:
+    """Of tensors that are alive and none of these, after so many seconds: a thread of gloo's lets go of what it has sent when it
+    comes to it."""
+    time.sleep(wait)
     gc.collect()
     alive = storages(o for o in gc.get_objects() if isinstance(o, Tensor))
-    known = {key for found in kinds.values() for key in found}
-    held.other_bytes = sum(size for key, size in alive.items() if key not in known)
-    return held
+    return sum(size for key, size in alive.items() if key not in known)
 
 
 def random_tokens(lengths: Lengths) -> tuple[list, list]:
@@ -198,6 +210,7 @@ def _activation(device: torch.device, case: ActivationCase) -> dict[str, int]:
         "stage": stage,
         "tokens": tokens,
         "predicted": len(record.predict_index),
+        "gathered": record.layout.num_gathered if config.context_parallel_size > 1 else 0,
     }
 
 
@@ -236,6 +249,14 @@ def _tensors(value):
             yield from _tensors(part)
 
 
+def busy_alike(config: GPTModelConfig, tokens: int) -> Tensor:
+    """Experts [t, l, k] that tokens take in turn, as many on each expert-parallel rank."""
+    first = torch.arange(tokens).unsqueeze(1)
+    step = config.num_moe_experts // config.moe_router_topk
+    taken = (first + step * torch.arange(config.moe_router_topk)) % config.num_moe_experts
+    return taken.unsqueeze(1).expand(-1, config.num_layers, -1)
+
+
 def traffic(device: torch.device, cases: list[ActivationCase]) -> list[dict[str, Any]]:
     """Bytes sent by a forward pass, by a forward and backward pass (gradients summed), and by an optimizer step."""
     return [_traffic(device, case) for case in cases]
@@ -246,6 +267,8 @@ def _traffic(device: torch.device, case: ActivationCase) -> dict[str, Any]:
     engine = Engine(build_gpt(config, device), OptimConfig())
     prompts, responses = random_tokens(case.lengths)
     batch = pack(prompts, responses, stream_multiple(config), device=device, share_prefix=case.share_prefix)
+    if config.num_moe_experts is not None:
+        Routes.given(batch.groups, busy_alike(config, batch.groups.num_tokens))
     small = 4 * config.hidden_size * 10
     engine.zero_grad()
     with Collectives(small) as forward:

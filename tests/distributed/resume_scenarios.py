@@ -12,13 +12,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.blocks.blocks import train_only_block
+from megatron_ext.blocks.places import parse_places
+from megatron_ext.blocks.training import train_only_places
 from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
 from megatron_ext.runtime.checkpoint import CheckpointSave, load_optimizer, load_weights, save_checkpoint
 from megatron_ext.runtime.engine import Engine
 from tests.distributed.scenarios import copies, optim
 from tests.distributed.sharding import load_full, ranks_here
+from tests.edges import Edges
 from tests.engine_cases import counts, grpo, make_microbatches
 from tests.gpt_cases import Rollout, small_config
 
@@ -27,7 +29,7 @@ __all__ = ["ResumeCase", "refused", "resume"]
 
 @dataclass
 class ResumeCase:
-    """optimizer: its name. block: trained alone, None for all. load: checkpoint to go on from, None: start from weights.
+    """optimizer: its name. place: trained alone, None for all. load: checkpoint to go on from, None: start from weights.
     steps: (before saving, after). save: where to save between."""
 
     fields: dict[str, Any]
@@ -35,7 +37,7 @@ class ResumeCase:
     rollout: Rollout
     cuts: list[list[int]]
     optimizer: str
-    block: int | None
+    place: Any
     steps: tuple[int, int]
     save: Path | None = None
     load: Path | None = None
@@ -48,21 +50,23 @@ def resume(device: torch.device, cases: list[ResumeCase]) -> list[dict[str, Any]
 def one(device: torch.device, case: ResumeCase) -> dict[str, Any]:
     model = build_gpt(small_config(**case.fields), device)
     load_full(model, case.weights)
-    if case.block is not None:
-        train_only_block(model, case.block)
+    if case.place is not None:
+        train_only_places(model, parse_places(case.place))
     if case.load:
         load_weights(case.load, model)
-    engine = Engine(model, optim(case.optimizer), total_steps=10)
+    engine, edges = Engine(model, optim(case.optimizer), total_steps=10), Edges()
     if case.load:
         load_optimizer(case.load, model, engine.optimizer)
         engine.scheduler.step(increment=case.steps[0])
     else:
-        for _ in range(case.steps[0]):
-            step(engine, case)
+        with edges:
+            for _ in range(case.steps[0]):
+                step(engine, case)
         if case.save:
             save_checkpoint(case.save, model, {}, engine.optimizer)
-    losses = [step(engine, case) for _ in range(case.steps[1])]
-    return {"ranks": ranks_here(), "parameters": copies(model), "losses": losses}
+    with edges:
+        losses = [step(engine, case) for _ in range(case.steps[1])]
+    return {"ranks": ranks_here(), "parameters": copies(model), "losses": losses, "clear": edges.clear}
 
 
 def step(engine: Engine, case: ResumeCase) -> dict[str, float]:

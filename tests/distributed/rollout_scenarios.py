@@ -34,8 +34,8 @@ class RolloutCase:
 
 
 def rollouts(device: torch.device, case: RolloutCase) -> dict[str, Any]:
-    """Tokens and log-probabilities by budget, how often responses stepped back, how many each lane sampled, and how often this
-    rank has asked an environment."""
+    """Tokens and log-probabilities by budget, how often responses stepped back, how many each lane sampled, how often this rank
+    has asked an environment, and of which requests a response was answered."""
     model = build_gpt(small_config(**case.fields), device)
     if isinstance(case.weights, int):
         randomize(model, torch.Generator().manual_seed(case.weights))
@@ -51,4 +51,8 @@ def rollouts(device: torch.device, case: RolloutCase) -> dict[str, Any]:
         found.append([[(t.tokens, t.logprobs) for t in group] for group in answers])
         back.append(sum(lane.stepped_back for lane in source.lanes))
         lanes.append([lane.pool.peak for lane in source.lanes])
-    return {"weights": weights, "found": found, "stepped back": back, "lanes": lanes, "asked": Reckoning.asked}
+    answered = [any(not all(t.mask) for t in group) for group in answers]
+    return {
+        "weights": weights, "found": found, "stepped back": back, "lanes": lanes, "asked": Reckoning.asked,
+        "answered": answered,
+    }  # fmt: skip

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from megatron_ext.runtime.distributed import ParallelSizes
-from tests.distributed.collective_scenarios import FAILURES, fail, refused_on_one_rank, tell
+from tests.distributed.collective_scenarios import (
+    FAILURES,
+    fail,
+    refused_on_one_rank,
+    tell,
+    wait_longer_than_collectives,
+)
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -25,6 +31,14 @@ def test_what_fails_on_one_rank_fails_on_all_and_none_waits():
     assert raised["system"] == [full, ("OSError", "[Errno 28] No space left on device: '/full'"), full]
     told = ("RuntimeError", "rank 2 failed: KeyError: 'x'")
     assert raised["bug"] == [told, told, ("KeyError", "'x'")]
+
+
+def test_a_meeting_outlasts_what_collectives_wait(monkeypatch):
+    """Whoever is late and whatever it raises; without one those who are there give up."""
+    results = run_ranks(wait_longer_than_collectives, 2)
+    for first, second, alone in results:
+        assert first is None and second == ("UserError", "late, and nothing to show")
+        assert alone is not None and alone[0] == "RuntimeError"
 
 
 def test_values_of_all_and_of_the_last_stage():

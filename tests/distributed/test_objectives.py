@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.losses import OBJECTIVES
-from megatron_ext.models import build_gpt
+from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.runtime.distributed import ParallelSizes
 from tests.conftest import fresh_generator
 from tests.distributed.objective_scenarios import IMPORTANCE, TEMPERATURE, ObjectiveCase, objectives
@@ -156,6 +156,17 @@ class PlainBatch:
         model = build_gpt(config, device)
         randomize(model, rng)
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.rows: list[tuple[float, dict[str, Tensor]]] = []
+        while not self._all_learn():  # where whole responses are clipped, none may be left
+            self._draw(rng, config)
+
+    def _all_learn(self) -> bool:
+        """Whether every row has a gradient, in each part of every parameter that a rank has."""
+        config = small_config(**MODEL | LAYOUTS["tp2"][1])
+        parts = (shard(name, g, config, rank) for _, found in self.rows for name, g in found.items() for rank in (0, 1))
+        return bool(self.rows) and all(map(torch.count_nonzero, parts))
+
+    def _draw(self, rng: torch.Generator, config: GPTModelConfig) -> None:
         self.rollout = rollout = make_rollout(rng, LENGTHS, 61, common=3)
         leaves = {name: w.double().requires_grad_() for name, w in self.weights.items()}
         found = [plain_logprobs(leaves, config, prompt, response, TEMPERATURE) for prompt, response in rollout.flat]

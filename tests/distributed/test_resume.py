@@ -26,6 +26,7 @@ KINDS = {
     "adam": ("adam", None),
     "distributed": ("distributed_fused_adam", None),
     "one block": ("distributed_fused_adam", 2),
+    "heads": ("distributed_fused_adam", {"block": 2, "heads": [1, 2]}),  # of the first of two tensor-parallel ranks
 }
 # Saved under the first, gone on with under the second, optimizers included.
 MOVES = {
@@ -40,13 +41,7 @@ MOVES = {
 
 
 def fields(sizes: ParallelSizes, changes: dict) -> dict:
-    return {
-        "num_layers": LAYERS,
-        "tensor_model_parallel_size": sizes.tensor,
-        "pipeline_model_parallel_size": sizes.pipeline,
-        "context_parallel_size": sizes.context,
-        **changes,
-    }
+    return {"num_layers": LAYERS, **sizes.named, **changes}
 
 
 def split(layout) -> tuple[ParallelSizes, int]:
@@ -57,19 +52,22 @@ def split(layout) -> tuple[ParallelSizes, int]:
 
 @pytest.fixture(scope="module")
 def start(world):
-    rng = fresh_generator()
+    rng, clear = fresh_generator(), False
     model = build_gpt(small_config(num_layers=LAYERS), world)
-    randomize(model, rng)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return weights, make_rollout(rng, LENGTHS, VOCAB)
+    while not clear:  # rounding may decide whether a ratio is clipped
+        randomize(model, rng)
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found = weights, make_rollout(rng, LENGTHS, VOCAB)
+        clear = all(result["clear"] for result in resume(world, cases(found, ParallelSizes(), {})))
+    return found
 
 
 def cases(start, layout, changes, **more) -> list[ResumeCase]:
     weights, rollout = start
     cuts = [[0, 1], [2, 3]]
     return [
-        ResumeCase(fields(layout, changes), weights, rollout, cuts, optimizer, block, (3, 2), **more)
-        for optimizer, block in KINDS.values()
+        ResumeCase(fields(layout, changes), weights, rollout, cuts, optimizer, place, (3, 2), **more)
+        for optimizer, place in KINDS.values()
     ]
 
 
@@ -86,7 +84,7 @@ def moved(request, start, tmp_path_factory):
     moving = [
         replace(c, fields=fields(other, changes))
         for c in going_on
-        if c.block is None or "virtual_pipeline_model_parallel_size" not in changes  # refused
+        if c.place is None or "virtual_pipeline_model_parallel_size" not in changes  # refused
     ]
     elsewhere = run_ranks(resume, more_ranks, moving, sizes=other)
     return small_config(**fields(sizes, {})), small_config(**fields(other, changes)), straight, again, elsewhere
@@ -104,7 +102,7 @@ def test_another_layout(moved, start):
     config, other, straight, _, elsewhere = moved
     whole = [_whole([rank[number] for rank in straight], config) for number in range(len(KINDS))]
     for rank in elsewhere:
-        assert len(rank) >= 2  # the last kind is not for all layouts
+        assert len(rank) >= 2  # what trains alone is not for all layouts
         for kind, found, expected, before in zip(KINDS, rank, whole, straight[0], strict=False):
             tp_rank, stage = found["ranks"]
             for step, losses in enumerate(found["losses"]):
@@ -115,7 +113,11 @@ def test_another_layout(moved, start):
                 # Against the weights' own size: a step is small beside them.
                 assert relative_error(value, shard(full, expected[full], other, tp_rank)) <= BOUND, (kind, full)
                 moved_by = relative_error(value, shard(full, start[0][full], other, tp_rank))
-                assert (moved_by > 10 * BOUND) == (kind != "one block" or "layers.2." in full), (kind, full)
+                if kind == "heads":
+                    inside = "layers.2." in full and ("linear_qkv" in full or "linear_proj" in full)
+                    assert inside or moved_by == 0, full
+                else:
+                    assert (moved_by > 10 * BOUND) == (kind != "one block" or "layers.2." in full), (kind, full)
 
 
 @pytest.mark.parametrize("hurt", [0, 1])

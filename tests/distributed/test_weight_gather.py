@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.models.config import PositionEmbedding, VisionConfig
+from megatron_ext.adapters import LoraConfig
+from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.models.media import MediaPrompt
 from megatron_ext.rotary import Video
 from megatron_ext.runtime.distributed import ParallelSizes
+from megatron_ext.vision import VisionConfig
 from tests.conftest import fresh_generator
 from tests.distributed.gather_scenarios import STEPS, GatherCase, gathers
+from tests.gpt_cases import LATENT
 from tests.harness import run_ranks
 from tests.layouts import randn
 
@@ -18,6 +21,7 @@ pytestmark = pytest.mark.distributed
 
 RESPONSES = [[[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [2]]]
 UNTIED = {"share_embeddings_and_output_weights": False}
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "expert_model_parallel_size": 2}
 VISION = {"vision": VisionConfig(6), "position_embedding": PositionEmbedding("mrope")}
 # Name -> (ranks, sizes, changes to the model, layers that do not train).
 CASES = {
@@ -26,6 +30,14 @@ CASES = {
     "full recompute": (2, ParallelSizes(), {"activations_checkpoint_granularity": "full"}, ()),
     "one layer frozen": (2, ParallelSizes(), UNTIED, (0,)),
     "medium on one rank": (2, ParallelSizes(), UNTIED | VISION, ()),
+    "ep2": (4, ParallelSizes(expert=2), EXPERTS, ()),
+    "latent": (2, ParallelSizes(), LATENT, ()),
+    "adapters on latent attention": (
+        2,
+        ParallelSizes(),
+        LATENT | {"peft": LoraConfig(target_modules=["kv_b_proj", "o_proj"])},
+        (),
+    ),
     "tp2": (4, ParallelSizes(tensor=2), UNTIED | {"tensor_model_parallel_size": 2, "sequence_parallel": True}, ()),
     "pp2": (4, ParallelSizes(pipeline=2), {"pipeline_model_parallel_size": 2}, ()),
     "pp2, in pieces": (
@@ -41,7 +53,7 @@ CASES = {
 def found(request, tmp_path_factory) -> list[dict[bool, dict]]:
     ranks, sizes, fields, frozen = CASES[request.param]
     rng = fresh_generator()
-    prompts = [[torch.randint(61, (n,), generator=rng).tolist() for n in (9, 4)] for _ in range(2)]
+    prompts = [[torch.randint(61, (n,), generator=rng).tolist() for n in (9, 4)] for _ in range(4)]
     if "vision" in fields:
         tokens = [5, *[60] * 4, 7, 8]
         prompts[1][0] = MediaPrompt.of(tokens, 60, [Video(1, 2, 2)], randn(rng, 4, 6))

@@ -23,10 +23,15 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_MULTIPLE, LARGEST_HEAD = 8, 256
 
 
-def check_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: tuple) -> None:
-    """What every variable-length flash attention asks of its inputs."""
-    assert q.dim() == k.dim() == 3 and k.shape == v.shape, f"q {q.shape}, k {k.shape}, v {v.shape}: not packed rows"
+def check_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: tuple, narrow: bool = False
+) -> None:
+    """What every variable-length flash attention asks of its inputs; `narrow`: values may be those of DeepSeek's heads."""
+    assert q.dim() == k.dim() == 3 and k.shape[:2] == v.shape[:2], (
+        f"q {q.shape}, k {k.shape}, v {v.shape}: not packed rows"
+    )
     (_, n, d), m = q.shape, k.size(1)
+    assert v.size(2) == d or (narrow and 128 < d <= 192 and 96 < v.size(2) <= 128), f"values of {v.size(2)} beside {d}"
     assert q.dtype in DTYPES and q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
     assert k.size(2) == d and d % HEAD_MULTIPLE == 0 and d <= LARGEST_HEAD and n % m == 0, f"{n} x {d} and {m} heads"
     assert all(x.stride(-1) == 1 for x in (q, k, v)), "a head is not contiguous"
@@ -41,9 +46,10 @@ def check_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, l
 
 
 def check_backward(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, *gradients: tuple[Tensor, Tensor]) -> None:
-    """What its backward asks beside that; `gradients`: each with what it is the gradient of."""
+    """What its backward asks beside that; `gradients`: each with what it is the gradient of, the values' last."""
+    like = (*q.shape[:2], gradients[-1][1].size(-1)) if gradients else q.shape
     for name, x in (("dout", grad), ("out", out)):
-        assert x.dtype == q.dtype and x.shape == q.shape and x.stride(-1) == 1, f"{name} {x.dtype} {tuple(x.shape)}"
+        assert x.dtype == q.dtype and x.shape == like and x.stride(-1) == 1, f"{name} {x.dtype} {tuple(x.shape)}"
     shape = (q.size(1), q.size(0))
     assert lse.dtype == torch.float32 and lse.shape == shape and lse.is_contiguous(), (
         f"softmax_lse {lse.dtype} {tuple(lse.shape)} {lse.stride()}, read as contiguous fp32 {shape}"
@@ -64,8 +70,8 @@ def _window(left: int, right: int, causal: bool) -> None:
     )
 
 
-def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty(q.size(1), q.size(0), dtype=torch.float32, device=q.device)
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:2], v.size(2)), torch.empty(q.size(1), q.size(0), dtype=torch.float32, device=q.device)
 
 
 def _fa2_forward(
@@ -77,7 +83,7 @@ def _fa2_forward(
     check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
     _window(window_size_left, window_size_right, causal)
     assert dropout_p == 0
-    return *_results(q), q.new_empty(0), torch.empty(2, dtype=torch.int64, device=q.device)
+    return *_results(q, v), q.new_empty(0), torch.empty(2, dtype=torch.int64, device=q.device)
 
 
 def _fa2_backward(
@@ -105,9 +111,9 @@ def _fa3_forward(
     softcap: float = 0.0, rotary_interleaved: bool = True, scheduler_metadata: Tensor | None = None, num_splits: int = 1,
     pack_gqa: bool | None = None, sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+    check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), narrow=True)
     _window(window_size_left, window_size_right, causal)
-    return *_results(q), q.new_empty(0), q.new_empty(0)
+    return *_results(q, v), q.new_empty(0), q.new_empty(0)
 
 
 def _fa3_backward(
@@ -117,7 +123,7 @@ def _fa3_backward(
     dv: Tensor | None = None, softmax_scale: float | None = None, is_causal: bool = False, window_size_left: int = -1,
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
-    check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+    check_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), narrow=True)
     check_backward(dout, q, out, softmax_lse, (dq, q), (dk, k), (dv, v))
     _window(window_size_left, window_size_right, is_causal)
     return q.new_empty(q.size(1), q.size(0), dtype=torch.float32)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
 from megatron_ext.attention import kernels
@@ -60,6 +61,27 @@ def pageable(empty: Callable) -> Callable:
     return functools.wraps(empty)(lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
 
 
+def moved_to_host(x: Tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron's own asks whether a tensor is CUDA's, which here none is."""
+    found = x.to("cpu") if isinstance(x, Tensor) else x
+    return found.numpy() if as_numpy and isinstance(found, Tensor) else found
+
+
+class LaunchedSinks:
+    """The same of the kernel by which sinks join."""
+
+    def __getitem__(self, grid: tuple[int]):
+        def launch(out, lse, sinks, out_row, out_head, lse_row, lse_head, n, d, N, D):
+            assert grid == (len(out),) and out.shape[1:] == (n, d) and lse.shape == out.shape[:2]
+            assert out.dtype in (torch.float32, torch.bfloat16, torch.float16), f"{out.dtype}"
+            assert out.stride() == (out_row, out_head, 1)
+            assert lse.dtype == torch.float32 and lse.stride() == (lse_row, lse_head)
+            assert sinks.shape == (n,) and sinks.is_contiguous() and n <= N < 2 * n and d <= D < 2 * d
+            assert all(x.device == DEVICE for x in (out, lse, sinks)), "a tensor of the host"
+
+        return launch
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """Inside, "cuda" is a device whose tensors have no memory, and both flash-attn libraries are installed.
@@ -71,16 +93,18 @@ def pretended_gpu() -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
             if hasattr(torch.optim.Optimizer, name):  # in a CUDA build it asks the driver
                 patch.setattr(torch.optim.Optimizer, name, lambda self: None)
         patch.setattr(torch, "empty", pageable(torch.empty))
+        patch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", moved_to_host)
         for name, module in MODULES.items():
             patch.setitem(sys.modules, name, module)
         if importlib.util.find_spec("triton") is not None:
-            patch.setattr(
-                importlib.import_module("megatron_ext.attention.merge_triton"), "_merge_kernel", LaunchedMerge()
-            )
+            compiled = importlib.import_module("megatron_ext.attention.merge_triton")
+            patch.setattr(compiled, "_merge_kernel", LaunchedMerge())
+            patch.setattr(compiled, "_sink_kernel", LaunchedSinks())
         _forget_libraries()
         try:
             yield DEVICE

@@ -126,6 +126,11 @@ def bias_on_host(choose):
     return lambda logits, *rest: choose(logits + torch.zeros(logits.size(1)), *rest)
 
 
+def wide_choice(choose):
+    """All logits: `choose_tokens` alone may compute so, and of what its filters leave."""
+    return lambda logits, *rest: choose(logits.double(), *rest)
+
+
 def masked_choice(choose):
     return lambda logits, *rest: choose(logits - logits[logits > 0].sum(), *rest)
 
@@ -165,6 +170,7 @@ MUTATIONS: dict[str, tuple[str, Any, str, Plant]] = {
     "engine, one read less": ("sft", Engine, "step", no_norm),
     "sampler, read": ("sample", sampler, "choose_tokens", sampler_reads),
     "sampler, tensor of the host": ("sample", sampler, "choose_tokens", bias_on_host),
+    "sampler, fp64": ("sample", sampler, "choose_tokens", wide_choice),
     "sampler, mask": ("sample", sampler, "choose_tokens", masked_choice),
 }
 

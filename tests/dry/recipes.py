@@ -26,12 +26,15 @@ from recipes.run.session import Session
 from tests.data_cases import EOS, write_rows, write_tokenizer
 from tests.dry.machine import pretended_gpu
 from tests.dry.run import (
+    ASKED,
     BLOCK,
     CHOOSE,
+    ENTERS,
     IMPORTANCE,
     METRICS,
     NEEDLES,
     NORM,
+    OPTIONS,
     PAIRS,
     RECORDED,
     REJECTED,
@@ -90,7 +93,7 @@ CASES: dict[str, Case] = {
             *START, *BATCH, "data.train_path={folder}/pairs.jsonl", "data.validation_path={folder}/held_out_pairs.jsonl",
             "trainer.sft.max_steps=2", "trainer.sft.val_check_interval=2",
         ],
-        steps(2, 2) | {(METRICS, "copy"): 3, (SUM, "copy"): 3},
+        steps(2, 2) | {(METRICS, "copy"): 3, (SUM, "copy"): 7},  # of a step three
     ),
     "train_grpo": Case(
         [
@@ -105,7 +108,7 @@ CASES: dict[str, Case] = {
         steps(2, 2)
         | {
             (METRICS, "copy"): 2,
-            (SUM, "copy"): 14,  # of a step five, of a validation, of which there is one before the first, two
+            (SUM, "copy"): 16,  # of a step six, of a validation, of which there is one before the first, two
             (REJECTED, "copy"): 2,
             (CHOOSE, "copy"): 18,  # three tokens each in two steps of two rounds and two validations
             (SAMPLED, "copy"): 4,  # all rewards are alike: it samples again
@@ -126,9 +129,12 @@ CASES: dict[str, Case] = {
         | {
             (METRICS, "copy"): 1,
             (SUM, "copy"): 1,
-            (PAIRS, "copy"): 8,
-            (SHARED, "copy"): 8,
-            (TEXTS, "copy"): 5,
+            (PAIRS, "copy"): 4,
+            (SHARED, "copy"): 4,
+            (TEXTS, "copy"): 2,
+            (CHOOSE, "copy"): 2,  # how the model goes on, before and after: the pretended GPU says the end token at once
+            (ENTERS, "copy"): 5,  # prompts of three kinds and texts of two
+            (ASKED, "copy"): 14,  # two each: of those, and of two of them in the second validation
             (f"{IMPORTANCE}:gradient", "copy"): 1,
             (BLOCK, "copy"): 7,
         },
@@ -138,6 +144,13 @@ CASES: dict[str, Case] = {
         {(f"{IMPORTANCE}:{name}", "copy"): 1 for name in ("similarity", "gradient", "intervention")},
     ),
     "eval_bias": Case([*LOOK, *PAIR, "++data.bootstrap_samples=4"], {(PAIRS, "copy"): 2, (SHARED, "copy"): 2}),
+    "eval_video": Case(
+        [
+            *LOOK, "data.path={folder}/questions.jsonl", "++data.prompt='what is {{question}} ? {{options}}'",
+            "data.video.workers=0",
+        ],
+        {(OPTIONS, "copy"): 1},
+    ),
     "train_video_niah": Case(
         [
             "exp_manager.explicit_log_dir={out}", "trainer.niah.max_steps=2", "trainer.niah.videos_per_step=4",
@@ -161,6 +174,8 @@ def write_inputs(folder: Path) -> None:
         write_rows(folder / f"{name}pairs.jsonl", *pairs[part])
         write_rows(folder / f"{name}prompts.jsonl", *({"prompt": pair["prompt"]} for pair in pairs[part]))
         write_rows(folder / f"{name}texts.jsonl", *({"text": pair["prompt"]} for pair in pairs[part]))
+    questions = [{"question": f"1 + {i}", "options": ["1", "2"], "answer": "A"} for i in range(3)]
+    write_rows(folder / "questions.jsonl", *questions)
     (folder / "professions.json").write_text(json.dumps([[name, 0.0, 0.0] for name in PROFESSIONS]))
 
 

@@ -22,14 +22,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from megatron_ext.runtime.megatron_versions import VERSION
 from tests.dry.flash_attn import check_backward, check_forward
+from tests.dry.known import Known, routing
 
 __all__ = ["NECESSARY", "DryRun", "Fault"]
 
 ROOT = Path(__file__).parents[2]
 CODE = ("megatron_ext/", "recipes/", "megatron/core/", "tests/")
-OWN = ("tests/dry/run.py", "tests/dry/machine.py", "tests/dry/flash_attn.py", "megatron_ext/runtime/cpu.py")
-# Where the host must know a value of the device, how it gets it ("value": one number; "copy": a tensor), and why. How often in
+OWN = (*(f"tests/dry/{x}.py" for x in ("run", "machine", "flash_attn", "known")), "megatron_ext/runtime/cpu.py")
+# Where the host must know a value of the device, how it gets it ("value": one number; "copy": a tensor; "shape": it waits to be
+# told how large a result is; "index": one that lies on the host is sent along), and why. How often in
 # which step stands beside the steps (tests/dry/steps.py, recipes.py). Whatever is not here fails, and so does what is here and is
 # read no more.
 CHOOSE, METRICS = (
@@ -42,6 +45,7 @@ REWARDS = "recipes/grpo/trainer.py:GRPOTrainer"
 SAMPLED = "recipes/grpo/refilling.py:RefillingSampler._round"
 SHOWN, RECORDED = "recipes/grpo/samples.py:shown", "recipes/grpo/recorder.py:Recorder._groups"
 SCORES = "recipes/grpo/recorder.py:old_logprobs"
+OPTIONS = "recipes/video_eval/scoring.py:ask_all"
 REJECTED = "recipes/grpo/batches.py:BatchMaker.without_rejected"
 PAIRS, TEXTS, SHARED = (
     f"recipes/bias/scorers.py:MegatronScorer.{x}" for x in ("pair_probabilities", "token_logprobs", "_over_data")
@@ -50,16 +54,44 @@ SHAPES = "megatron/core/pipeline_parallel/p2p_communication.py:P2PCommunicator._
 HOST_STEP, KEPT = (
     f"megatron_ext/runtime/{x}" for x in ("lean_adam.py:LeanAdamW._on_host", "reference.py:ReferenceWeights._kept")
 )
+ROUTED = "megatron_ext/models/router.py:ExpertRouter.forward"
+ROWS, COUNTS = (
+    "megatron/core/transformer/moe/moe_utils.py:permute",
+    "megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+)
+LOAD, STREAMS, TOKENS = (
+    f"megatron_ext/runtime/expert_load.py:{x}" for x in ("finish_step", "most_of_experts", "share_out")
+)
+BACKWARD = "megatron/core/pipeline_parallel/schedules.py:custom_backward"
+PATCHES = "megatron_ext/vision/kinds.py:_of_patches"
 INPUTS = "megatron_ext/runtime/activation_offload.py:LayerInputs.pack"
-IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:block_weights"
+IMPORTANCE, BLOCK = "megatron_ext/blocks/importance.py", "megatron_ext/blocks/delta.py:place_weights"
+ENTERS, ASKED = (
+    "megatron_ext/blocks/inputs.py:BlockInputs.written_down.<locals>.keep", "recipes/bias/streams.py:RowStreams.ask",
+)  # fmt: skip
 NEEDLES = "recipes/niah/trainer.py:NiahTrainer._right"
+SEEN, SPREAD = (f"megatron_ext/vision/tower.py:VisionTower.{x}" for x in ("_on_host", "_shared"))
+# 0.19 knows how many rows there are in all, and asks no more.
+WAITS_FOR_ROWS = [(ROWS, "shape")] if VERSION < (0, 17) else []
 NECESSARY: dict[tuple[str, str], str] = {
+    (SEEN, "copy"): "what a frozen tower has computed of a clip, once, for the host to keep",
+    (SPREAD, "copy"): "the same where ranks share a stream: one of them has run the tower",
+    **{
+        (PATCHES, x): "transformers' towers of Qwen ask how large each picture is"
+        for x in ("value", "copy", "shape", "index")
+    },
+    (BACKWARD, "index"): "what these towers have put into windows, put back",
     (NORM, "value"): "a step that is not finite must not be taken; the norm is logged, and gradients are scaled by it",
     (METRICS, "copy"): "numbers for the log, all at once",
     (CHOOSE, "copy"): "tokens with their log-probabilities, once a step: some end their response",
     (SHAPES, "copy"): "how long a neighbouring stage's stream is: they are of different lengths",
     (HOST_STEP, "copy"): "optimizer_cpu_offload: weights and gradients to where Adam's moments are",
     (INPUTS, "copy"): "activation_offload: layers' inputs, for the host to keep",
+    **dict.fromkeys(WAITS_FOR_ROWS, "which rows go to which expert, and their weights, in every layer with experts"),
+    (COUNTS, "copy"): "how many rows each expert and each rank has, to cut them",
+    (LOAD, "copy"): "how busy experts were, for the log",
+    (STREAMS, "value"): "how many streams ranks run that share experts",
+    (TOKENS, "value"): "how many tokens a step has: what the auxiliary loss of a stream weighs",
     (KEPT, "copy"): "offload_reference_policy: the reference's weights, once, before the first step",
     (SUM, "copy"): "counts that normalise a loss, and what is logged of the rollouts",
     (STOP, "value"): "whether any rank has been asked to stop, once a step",
@@ -71,6 +103,7 @@ NECESSARY: dict[tuple[str, str], str] = {
     (f"{REWARDS}._rollout_metrics", "value"): "how many groups learn anything, for the log",
     (f"{REWARDS}._reward_means", "copy"): "the sum and the number of each reward, for the log",
     (PAIRS, "copy"): "an evaluation's answers, a stream at a time",
+    (OPTIONS, "copy"): "log-probabilities of options, a stream at a time",
     (SHARED, "copy"): "those of all data-parallel ranks",
     (TEXTS, "copy"): "log-probabilities of texts, a stream at a time",
     **{
@@ -78,6 +111,8 @@ NECESSARY: dict[tuple[str, str], str] = {
         for x in ("similarity", "gradient", "intervention")
     },
     (BLOCK, "copy"): "the weights of the block that trains, for its digest, once",
+    (ENTERS, "copy"): "what enters the block that trains, a stream at a time, once for each row",
+    (ASKED, "copy"): "what the model says of rows, a stream at a time, and of all data-parallel ranks'",
     (NEEDLES, "copy"): "which answers were right, a stream at a time",
 }
 # Where sums or shares need more digits than fp32 has.
@@ -87,9 +122,12 @@ WIDE: dict[str, str] = {
     **dict.fromkeys(
         ("recipes/grpo/rollouts.py:RolloutSampler._rewards", "tests/dry/steps.py:advantages"), "rewards of any size"
     ),
+    **dict.fromkeys(
+        ("megatron_ext/models/router.py:ExpertRouter._observe", LOAD, TOKENS), "counts of tokens, of many streams"
+    ),
     **{
         f"{IMPORTANCE}:{x}": "differences of blocks that hardly differ"
-        for x in ("_difference", "_gradient_squares", "_zeros", "similarity.<locals>.measure")
+        for x in ("_difference", "_gradient_squares", "_gradients", "_zeros", "similarity.<locals>.measure")
     },
 }
 # Their shape is known when the device has computed them: the host waits.
@@ -116,6 +154,7 @@ NUMBERS = {
     )
 }
 COPIES = ("aten::_to_copy", "aten::copy_")
+INDEXING = ("aten::index", "aten::index_put")
 INNER = ".<locals>.<"  # an expression with a loop counts as the function that it stands in
 OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object")
 
@@ -127,16 +166,26 @@ class Fault(AssertionError):
 class _Numbers(TorchFunctionMode):
     """Where Python asks a tensor of the device for its number: below this PyTorch refuses, without asking anybody."""
 
-    def __init__(self, told: Callable[[str, Tensor], Tensor]):
+    def __init__(self, told: Callable[[str, Tensor], Tensor], known: Known):
         super().__init__()
-        self._told = told
+        self._told, self._known = told, known
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in NUMBERS and args[0].is_meta:
             return function(self._told("copy" if function is Tensor.tolist else "value", args[0]), *args[1:])
-        if getattr(function, "__name__", None) in ("tensor", "as_tensor"):  # of a list with tensors: each is read
+        name = getattr(function, "__name__", None)
+        if name in ("tensor", "as_tensor", "arange"):  # of a list with tensors, or up to one: each is read
             args = tree_map_only(Tensor, lambda x: self._told("value", x) if x.is_meta else x, args)
+        if name == "tensor":
+            return self._made(function, args, kwargs or {})
         return function(*args, **(kwargs or {}))
+
+    def _made(self, function, args: tuple, kwargs: dict) -> Tensor:
+        """What the host has written down is known."""
+        made = function(*args, **kwargs)
+        if isinstance(made, Tensor) and made.is_meta and not made.is_floating_point():
+            self._known.declare(made, function(*args, **kwargs | {"device": "cpu"}))
+        return made
 
 
 class DryRun(TorchDispatchMode):
@@ -156,7 +205,8 @@ class DryRun(TorchDispatchMode):
         self.reads: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self._seen: dict[int, CodeType] = {}
-        self._numbers = _Numbers(self._told)
+        self._known = Known()
+        self._numbers = _Numbers(self._told, self._known)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -176,6 +226,10 @@ class DryRun(TorchDispatchMode):
             self._check_sides(name, tensors)
             self._check_attention(name, given)
         out = function(*args, **kwargs)
+        if here:
+            self._known.follow(function, args, kwargs, out)
+            if name == "aten::scatter_" and place() == ROUTED and out.dtype == torch.bool:
+                self._known.declare(out, routing(out.shape, args[2].size(1)))
         if _wide(_tensors((out,))) and not _wide(here):
             if (where := place()) not in WIDE:
                 raise Fault(f"{where}: {name} gives fp64 on the device, which `WIDE` does not know")
@@ -218,8 +272,24 @@ class DryRun(TorchDispatchMode):
             x is not None and x.dtype in (torch.bool, torch.uint8) and not number for x in given["indices"]
         )
         if counted or masked or name in SHAPED_BY_VALUES:
+            if (where := (place(), "shape")) in NECESSARY:
+                self.reads[where] += 1
+                return self._shaped(name, function, given)
             raise Fault(f"{place()}: {name} waits for the device, because its result's shape depends on values")
         return None
+
+    def _shaped(self, name: str, function, given: dict):
+        """Results as large as values say."""
+        if name == "aten::masked_select" and self._known.values(given["self"]) is None:
+            return given["self"].new_empty(int(self._known.values(given["mask"]).sum()))
+        found = self._known.computed(function, (), given)
+
+        def made(values: Tensor) -> Tensor:
+            out = torch.empty(values.shape, dtype=values.dtype, device="meta")
+            self._known.declare(out, values)
+            return out
+
+        return tree_map_only(Tensor, made, found)
 
     def _told(self, how: str, x: Tensor) -> Tensor:
         where = place()
@@ -230,15 +300,20 @@ class DryRun(TorchDispatchMode):
         self.reads[where, how] += 1
         if where == SHAPES:
             return torch.tensor(self._shapes)
+        if (values := self._known.values(x)) is not None:
+            return values.clone()
         # 1: a gradient norm that is clipped. 0.25: a probability. 0: a token, and "not finished".
         answer = (1 if how == "value" else 0.25) if x.is_floating_point() else 0
         return torch.full(x.shape, answer, dtype=x.dtype, device="cpu")
 
-    @staticmethod
-    def _check_sides(name: str, tensors: list[Tensor]) -> None:
+    def _check_sides(self, name: str, tensors: list[Tensor]) -> None:
         """A number on the host goes along with a launch; a tensor does not."""
-        if name not in COPIES and (stray := [x for x in tensors if not x.is_meta and x.dim()]):
-            raise Fault(f"{place()}: {name} is given a tensor of the host, {stray[0].dtype} {tuple(stray[0].shape)}")
+        if name in COPIES or not (stray := [x for x in tensors if not x.is_meta and x.dim()]):
+            return
+        where = place()
+        if name not in INDEXING or (where, "index") not in NECESSARY:
+            raise Fault(f"{where}: {name} is given a tensor of the host, {stray[0].dtype} {tuple(stray[0].shape)}")
+        self.reads[where, "index"] += 1
 
     @staticmethod
     def _check_collective(name: str, tensors: list[Tensor]) -> None:

@@ -14,27 +14,59 @@ import torch
 from torch import Tensor
 
 from megatron_ext.attention.pages import PAGE
-from megatron_ext.blocks.blocks import train_only_block
 from megatron_ext.blocks.pairs import pack_pairs, split_pairs
+from megatron_ext.blocks.places import ModelPlace
+from megatron_ext.blocks.training import train_only_places
 from megatron_ext.grouping import PackedTokens
 from megatron_ext.losses import ADVANTAGES, OBJECTIVES, GrpoTerms, grpo_loss, token_weights
-from megatron_ext.losses.advantages import gdpo_advantages, groups_with_signal
+from megatron_ext.losses.advantages import groups_with_signal, takes_each
 from megatron_ext.losses.high_entropy import high_entropy_tokens
 from megatron_ext.losses.lftf import LOSSES, kept_text_loss, pair_loss
 from megatron_ext.losses.overlong import overlong_penalty
 from megatron_ext.models import GPTModelConfig, PrefixGroupedGPT, build_gpt
-from megatron_ext.models.config import PositionEmbedding, VisionConfig, stream_multiple
+from megatron_ext.models.config import stream_multiple
 from megatron_ext.models.media import pack_prompts
 from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.runtime.distributed import ParallelSizes
 from megatron_ext.runtime.engine import Engine, Microbatch
 from megatron_ext.runtime.optim import OptimConfig
-from megatron_ext.runtime.reference import ReferenceWeights
+from megatron_ext.runtime.reference import ReferenceBase, ReferenceWeights
 from recipes.grpo.batches import GRPOMicrobatch
-from recipes.niah.task import FEATURES, VOCABULARY, draw_sample
 from recipes.sft.batches import SFTMicrobatch, negative_log_likelihood
 from tests.dry.machine import pretended_gpu
-from tests.dry.run import CHOOSE, HOST_STEP, INPUTS, KEPT, METRICS, NORM, SHAPES, DryRun
+from tests.dry.models import (
+    DEEPSEEK,
+    EXPERTS,
+    EYES,
+    GPT_OSS,
+    LATENT_LORA,
+    LATENT_ROWS,
+    LONG,
+    LORA,
+    OTHER_KEYS,
+    SINKS,
+    WINDOW,
+)
+from tests.dry.run import (
+    BACKWARD,
+    CHOOSE,
+    COUNTS,
+    HOST_STEP,
+    INPUTS,
+    KEPT,
+    LOAD,
+    METRICS,
+    NORM,
+    PATCHES,
+    SEEN,
+    SHAPES,
+    SPREAD,
+    STREAMS,
+    TOKENS,
+    WAITS_FOR_ROWS,
+    DryRun,
+)
+from tests.dry.seeing import FILMS, TOWERS, films, images, patches, pictures, tiles
 from tests.gpt_cases import small_config
 from tests.pretend import be_alone, pretend
 
@@ -46,11 +78,27 @@ NEW_TOKENS = 3
 PARAMETERS = 20  # of the small model
 STREAM_SHAPE = 32, 1, 32  # of its hidden states, for the prompts and responses above
 UPDATE = {(NORM, "value"): 1, (METRICS, "copy"): 1}
+TWICE = {name: 2 * count for name, count in UPDATE.items()}
 STAGE = {(NORM, "value"): 1, (SHAPES, "copy"): 2}
 PIECES = {(NORM, "value"): 1, (SHAPES, "copy"): 6}
 SAMPLE = {(CHOOSE, "copy"): NEW_TOKENS}
 PAGES = {(CHOOSE, "copy"): PAGE + NEW_TOKENS + 3}  # the second prompt is run when the first has been, and once more
 LANES = {(CHOOSE, "copy"): 2 * NEW_TOKENS}  # of either prompt
+
+
+def dispatched(passes: int, copies: int = 2) -> dict[tuple[str, str], int]:
+    """An update of a model with two layers of experts, through which as many streams go."""
+    return sampled(2 * passes, copies) | {(LOAD, "copy"): 1}
+
+
+def sampled(layers: int, copies: int = 2) -> dict[tuple[str, str], int]:
+    """So many times a layer with experts: which rows, and with which weights, go where."""
+    return {(COUNTS, "copy"): copies * layers} | dict.fromkeys(WAITS_FOR_ROWS, 2 * layers)
+
+
+def asked(**reads: int) -> dict[tuple[str, str], int]:
+    """What transformers' towers of Qwen read of pictures' sizes: a few times a pass, and thrice a layer, to cut what attends."""
+    return {(PATCHES, how): count for how, count in reads.items()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +122,7 @@ class Step:
     def config(self) -> GPTModelConfig:
         spread = {
             "tensor_model_parallel_size": self.sizes.tensor, "pipeline_model_parallel_size": self.sizes.pipeline,
-            "context_parallel_size": self.sizes.context,
+            "context_parallel_size": self.sizes.context, "expert_model_parallel_size": self.sizes.expert,
         }  # fmt: skip
         return small_config(**({"logprob_chunk_size": None, "precision": "auto"} | spread | self.fields))
 
@@ -96,16 +144,6 @@ def sft_streams(model: PrefixGroupedGPT, device: torch.device) -> list[SFTMicrob
     return [SFTMicrobatch(b, learnt=b.loss_mask(), global_tokens=26.0) for b in batches]
 
 
-def films(model: PrefixGroupedGPT, device: torch.device) -> None:
-    """Clips that questions share."""
-    config, rng = model.model_config, torch.Generator().manual_seed(1)
-    samples = [draw_sample(rng, frames, 2, 2) for frames in (2, 3)]
-    prompts, questions = [s.prompt for s in samples], [s.questions for s in samples]
-    batch = pack_prompts(prompts, questions, config.position_embedding.scheme, stream_multiple(config), device)
-    engine = Engine(model, OptimConfig())
-    engine.update([SFTMicrobatch(batch, learnt=batch.loss_mask(), global_tokens=16.0)], negative_log_likelihood)
-
-
 def sft_stage(model: PrefixGroupedGPT, device: torch.device) -> None:
     """Of a pipeline: an update without its metrics, which one process cannot be told by the last stage."""
     engine = Engine(model, OptimConfig())
@@ -121,7 +159,8 @@ def grpo(
 
     def step(model: PrefixGroupedGPT, device: torch.device) -> None:
         engine = Engine(model, OptimConfig(**optim))
-        initial = ReferenceWeights(engine, on_host)
+        adapted = model.model_config.peft is not None
+        initial = ReferenceBase(engine) if adapted else ReferenceWeights(engine, on_host)
         batch = stream(model, device, min_shared)
         ids, count = batch.groups.response_ids, batch.groups.num_responses
         normalisation = level or terms.objective.normalisation
@@ -158,15 +197,16 @@ def advantages(model: PrefixGroupedGPT, device: torch.device) -> None:
     """Of every kind, on a step's rewards."""
     rewards = torch.empty(3, 4, dtype=torch.float64, device=device)
     for name, of in ADVANTAGES.items():
-        assert of(rewards).shape == rewards.shape, name
-    gdpo_advantages(torch.stack((rewards, rewards), -1), rewards[0, :2])
+        given = (torch.stack((rewards, rewards), -1), rewards[0, :2]) if takes_each(of) else (rewards,)
+        assert of(*given).shape == rewards.shape, name
     groups_with_signal(rewards)
     overlong_penalty(rewards, 20, 4)
 
 
 def lftf(model: PrefixGroupedGPT, device: torch.device) -> None:
-    """One block, all losses of pairs, and that of text."""
-    train_only_block(model, 1)
+    """A head and the MLP of one block, or its adapters, all losses of pairs, and that of text."""
+    parts = [ModelPlace(1, "attention", (0,)), ModelPlace(1, "mlp")]
+    train_only_places(model, parts if model.model_config.peft is None else [ModelPlace(1)])
     config, batch = model.model_config, stream(model, device)
     engine = Engine(model, OptimConfig())
     pairs = pack_pairs(PROMPTS, (3, 4), config, device)
@@ -202,10 +242,7 @@ def greedy(model: PrefixGroupedGPT, device: torch.device) -> None:
 
 
 PLAIN = GrpoTerms(kl_penalty=0.05, entropy_bonus=0.01)
-FILMS = {
-    "vision": VisionConfig(FEATURES), "vocab_size": VOCABULARY, "position_embedding": PositionEmbedding("vrope"),
-}  # fmt: skip
-WINDOW = {"window_size": [6, 0], "window_attn_skip_freq": 2}
+EP = {"world": 2, "sizes": ParallelSizes(expert=2)}
 CP = {"world": 2, "sizes": ParallelSizes(context=2)}
 TP = {"world": 2, "sizes": ParallelSizes(tensor=2)}
 KERNELS = ("torch_flash", "flash_attn_2", "flash_attn_3", "blockwise")
@@ -224,6 +261,44 @@ STEPS: dict[str, Step] = {
     "sft, softcap": Step(sft, UPDATE, {"attn_logit_softcapping": 30.0}),
     **{f"grpo, {name}": Step(grpo(PLAIN), UPDATE, {"attention_kernel": name}) for name in KERNELS},
     "grpo, full recompute": Step(grpo(PLAIN), UPDATE, {"activations_checkpoint_granularity": "full"}),
+    "grpo, sinks": Step(grpo(PLAIN), UPDATE, SINKS),
+    "grpo, cp, sinks": Step(grpo(PLAIN), UPDATE, SINKS | {"cp_comm_type": "a2a"}, rank=1, **CP),
+    "sample, sinks": Step(sample_pages, PAGES, SINKS | WINDOW | {"window_size": [40, 0]}),
+    "grpo, latent": Step(grpo(PLAIN), UPDATE, LATENT_ROWS),
+    "grpo, cp, latent": Step(grpo(PLAIN), UPDATE, LATENT_ROWS, rank=1, **CP),
+    "sample, latent": Step(sample_pages, PAGES, LATENT_ROWS),
+    "grpo, lora on latent": Step(grpo(PLAIN), UPDATE, LATENT_LORA),
+    "sample, lora on latent": Step(sample_pages, PAGES, LATENT_LORA),
+    "grpo, experts": Step(grpo(PLAIN), UPDATE | dispatched(3), EXPERTS),
+    "grpo, experts, full recompute": Step(
+        grpo(PLAIN), UPDATE | dispatched(4), EXPERTS | {"activations_checkpoint_granularity": "full"}
+    ),
+    "grpo, ep": Step(grpo(PLAIN), UPDATE | dispatched(3, 5) | {(STREAMS, "value"): 3}, EXPERTS, rank=1, **EP),
+    "grpo, tp, experts": Step(
+        grpo(PLAIN), UPDATE | dispatched(3, 5), EXPERTS | {"sequence_parallel": True}, rank=1, **TP
+    ),
+    "grpo, cp, experts": Step(grpo(PLAIN), UPDATE | dispatched(3), EXPERTS, rank=1, **CP),
+    "sft, experts of DeepSeek": Step(sft, UPDATE | dispatched(1) | {(TOKENS, "value"): 1}, DEEPSEEK),
+    "sft, experts of gpt-oss": Step(sft, UPDATE | dispatched(2), GPT_OSS),
+    "grpo, ep, tp": Step(
+        grpo(PLAIN),
+        UPDATE | dispatched(3, 5) | {(STREAMS, "value"): 3},
+        EXPERTS | {"sequence_parallel": True, "expert_tensor_parallel_size": 1},
+        2,
+        1,
+        ParallelSizes(tensor=2, expert=2, expert_tensor=1),
+    ),
+    "sft, other keys": Step(sft, UPDATE, OTHER_KEYS),
+    "sft, longrope": Step(sft, UPDATE, LONG),
+    "sft, uneven stage": Step(
+        sft_stage,
+        STAGE,
+        {"num_layers": 3, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 2},
+        2,
+        0,
+        ParallelSizes(pipeline=2),
+    ),
+    "sample, experts": Step(sample, SAMPLE | sampled(6), EXPERTS),
     "grpo, tree": Step(grpo(PLAIN, "sequence", min_shared=1), UPDATE),
     "grpo, k2": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k2")), UPDATE),
     "grpo, k1 in reward": Step(grpo(GrpoTerms(kl_penalty=0.05, kl_type="k1", kl_in_reward=True)), UPDATE),
@@ -236,6 +311,32 @@ STEPS: dict[str, Step] = {
     "films": Step(films, UPDATE, FILMS),
     "films, cp": Step(films, UPDATE, FILMS, rank=1, **CP),
     "films, tp": Step(films, UPDATE, FILMS | {"sequence_parallel": True}, rank=1, **TP),
+    "films, connector alone": Step(films, UPDATE, FILMS | {"freeze_language_model": True}),
+    "clip": Step(pictures, TWICE, TOWERS["clip"] | EYES),
+    "siglip, frozen": Step(pictures, TWICE | {(SEEN, "copy"): 1}, TOWERS["siglip"]),
+    "siglip, tower alone": Step(
+        pictures, TWICE, TOWERS["siglip"] | EYES | {"freeze_language_model": True, "freeze_vision_projection": True}
+    ),
+    "onevision": Step(tiles, TWICE, TOWERS["onevision"] | EYES),
+    "llava_next": Step(images, TWICE, TOWERS["llava_next"] | EYES),
+    "qwen2_vl": Step(patches, TWICE | asked(copy=16, shape=2), TOWERS["qwen2_vl"] | EYES),
+    "qwen2_5_vl": Step(
+        patches, TWICE | asked(copy=24, shape=4, index=8) | {(BACKWARD, "index"): 4}, TOWERS["qwen2_5_vl"] | EYES
+    ),
+    "qwen3_vl": Step(patches, TWICE | asked(copy=28, shape=8, value=2), TOWERS["qwen3_vl"] | EYES),
+    "qwen3_vl, frozen, full recompute": Step(
+        patches,
+        TWICE | asked(copy=28, shape=8, value=2) | {(SEEN, "copy"): 2},
+        TOWERS["qwen3_vl"] | {"activations_checkpoint_granularity": "full"},
+    ),
+    # This rank has no rows of media.
+    "qwen3_vl, frozen, tp": Step(
+        patches,
+        TWICE | asked(copy=14, shape=4, value=1) | {(SEEN, "copy"): 1, (SPREAD, "copy"): 2},
+        TOWERS["qwen3_vl"] | {"sequence_parallel": True},
+        rank=1,
+        **TP,
+    ),
     **{
         f"sample, stage {rank}": Step(sample, LANES, rank=rank, world=2, sizes=ParallelSizes(pipeline=2))
         for rank in (0, 1)
@@ -280,6 +381,10 @@ STEPS: dict[str, Step] = {
     },
     "grpo, cp, windows": Step(grpo(PLAIN), UPDATE, WINDOW, rank=1, **CP),
     "grpo, tp": Step(grpo(PLAIN), UPDATE, {"sequence_parallel": True}, rank=1, **TP),
+    "grpo, adapters": Step(grpo(PLAIN), UPDATE, LORA | {"activations_checkpoint_granularity": "full"}),
+    "grpo, adapters, tp": Step(grpo(PLAIN), UPDATE, LORA | {"sequence_parallel": True}, rank=1, **TP),
+    "lftf, adapters": Step(lftf, UPDATE, LORA),
+    "sample, adapters": Step(sample, SAMPLE, LORA, rank=1, **TP),
     "sample, tp": Step(sample, SAMPLE, {"sequence_parallel": True}, rank=1, **TP),
 }
 

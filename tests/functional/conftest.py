@@ -1,7 +1,15 @@
 """A small task and a model that has seen a few steps of it, made once per worker."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from megatron_ext.models import GPTModelConfig
+from megatron_ext.runtime.checkpoint import read_checkpoint_info
+from recipes.cli.config import build
+from tests.bias_runs import weights
+from tests.hf_llama import save_llama
 from tests.recipe_runs import BiasTask, Task, VideoTask, run
 
 
@@ -30,3 +38,13 @@ def video_task(tmp_path_factory) -> VideoTask:
 def bias_task(tmp_path_factory) -> BiasTask:
     """A model that says "he" or "she" of each profession at its own rate, and follows hints."""
     return BiasTask.make(tmp_path_factory.mktemp("bias_task"))
+
+
+@pytest.fixture(scope="module")
+def llama(bias_task, world, tmp_path_factory) -> Path:
+    """The biased model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("hf") / "llama"
+    config = build(GPTModelConfig, read_checkpoint_info(bias_task.checkpoint)["model"])
+    save_llama(folder, weights(bias_task.checkpoint, world), config)
+    shutil.copytree(bias_task.data / "tokenizer", folder, dirs_exist_ok=True)
+    return folder

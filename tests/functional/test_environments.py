@@ -199,3 +199,18 @@ def test_a_row_of_another_game_is_refused_with_its_line(games, tmp_path):
         done = play(games, tmp_path / "run", f"data.train_path={tmp_path / 'rows.jsonl'}")
         (line,) = done.error_lines
         assert message in line, line
+
+
+def test_environments_of_answers_that_are_cut_off_are_asked_at_once(games, tmp_path):
+    """Each waits for all of the others."""
+    rows, met = tmp_path / "rows.jsonl", tmp_path / "met"
+    met.mkdir()
+    rows.write_text(2 * (json.dumps({"prompt": "go", "folder": str(met), "of": 4}) + "\n"))
+    done = play(
+        games, tmp_path / "run", f"data.train_path={rows}", "trainer.grpo.max_steps=1", "trainer.grpo.samples_per_prompt=2",
+        "trainer.grpo.num_prompts_per_grpo_step=2", "model.global_batch_size=4", "trainer.grpo.length_params.max_length=4",
+        "+trainer.grpo.sampling_params.ignore_eos=true", "trainer.grpo.reward={name: length, target: 3}",
+        "trainer.grpo.environment=tests.programs.own_environments.Meeting",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(list(met.iterdir())) == 4

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from tests.alive import gone
 from tests.recipe_runs import metrics
 
 pytestmark = pytest.mark.functional
@@ -57,16 +58,44 @@ def test_rows_that_sft_could_not_go_on_with_are_kept_as_they_were(task, tmp_path
 
 
 def test_an_environment_that_hangs_ends_the_run_and_is_named(task, tmp_path):
-    """Tensor-parallel ranks: one asks the environment, the other waits for it in a collective. (A reward has a limit.)"""
+    """Tensor-parallel ranks: one asks the environment, the other waits for it in a collective."""
     done = task.grpo(
-        tmp_path / "run", "model.tensor_model_parallel_size=2", "trainer.devices=2", "trainer.health.hang_seconds=4",
+        tmp_path / "run", "model.tensor_model_parallel_size=2", "trainer.devices=2", "trainer.grpo.environment_timeout=5",
         "trainer.grpo.environment=tests.programs.hanging_environment.Hanging",
     )  # fmt: skip
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "Hanging: step has not come back within trainer.grpo.environment_timeout=5 s, for the prompt of " in line
+    assert f"{task.data / 'train.jsonl'}:" in line and not (tmp_path / "run/hang-rank-0.txt").exists()
+
+
+def test_environments_that_hang_are_given_up_and_the_run_goes_on(task, tmp_path):
+    """In a loop of C; nothing is left of them nor of the others."""
+    file = tmp_path / "pids"
+    done = task.grpo(
+        tmp_path / "run", "trainer.devices=2", "trainer.grpo.environment_timeout=2", "trainer.grpo.on_reward_timeout=zero",
+        f"trainer.grpo.environment={{name: tests.programs.hanging_environment.Sometimes, file: {file}}}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "the conversation is given up" in done.err + done.out
+    rows = metrics(tmp_path / "run")
+    pids = {*map(int, file.read_text().split())}
+    lost = len(pids) / len(rows) * sum(row["train_rollouts/reward_timeouts"] for row in rows)
+    assert len(rows) == 3 and 1.99 <= lost <= len(pids)
+    assert gone(*pids)
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(task, tmp_path):
+    """Tensor-parallel ranks: one never comes back from the user's own function, the other waits for it in a collective."""
+    done = task.grpo(
+        tmp_path / "run", "model.tensor_model_parallel_size=2", "trainer.devices=2", "trainer.health.hang_seconds=8",
+        "trainer.grpo.objective={name: grpo, advantages: tests.programs.own_objective.hangs_on_rank_0}",
+    )  # fmt: skip
     assert done.code != 0
-    told = [line for line in done.err.splitlines() if "no rank has done anything for 4 s" in line]
-    assert told and all("rank 0 in generate (observing.py:" in line and "rank 1 in generate (" in line for line in told)
+    told = [line for line in done.err.splitlines() if "no rank has done anything for 8 s" in line]
+    assert told and all("rank 0 in generate (own_objective.py:" in line and "rank 1 in " in line for line in told)
     stacks = (tmp_path / "run/hang-rank-0.txt").read_text()
-    assert 'hanging_environment.py", line ' in stacks and "in step" in stacks and "in run_step" in stacks
+    assert 'own_objective.py", line ' in stacks and "in hangs_on_rank_0" in stacks and "in run_step" in stacks
     beat = json.loads((tmp_path / "run/heartbeat.json").read_text())
     assert beat["step"] == 1 and beat["phase"] == "generate" and beat["seconds_since_progress"] > 2
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.blocks.delta import block_digest, block_weights, save_delta
+from megatron_ext.blocks.delta import base_digest, place_weights, save_delta
+from megatron_ext.blocks.places import ModelPlace
 from megatron_ext.hf import export_hf, hf_model_config, load_hf_weights
 from megatron_ext.models import GPTModelConfig, build_gpt
 from megatron_ext.runtime.checkpoint import load_weights, read_checkpoint_info
@@ -110,11 +111,11 @@ def delta(trained, world, tmp_path_factory) -> Path:
     config = build(GPTModelConfig, read_checkpoint_info(trained / "checkpoints" / "final")["model"] | ONE_RANK)
     model = build_gpt(config, world)
     load_weights(trained / "checkpoints" / "final", model)
-    base = block_digest(block_weights(model, 1))
+    base = base_digest(place_weights(model, [ModelPlace(1)]))
     with torch.no_grad():
         for parameter in model.decoder.layers[1].parameters():
             parameter.mul_(1.001)
-    save_delta(folder / "delta.safetensors", model, 1, base)
+    save_delta(folder / "delta.safetensors", model, [ModelPlace(1)], base)
     export_hf(model, folder / "expected", trained / "checkpoints" / "final" / "source")
     return folder
 

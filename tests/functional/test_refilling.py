@@ -57,3 +57,25 @@ def test_at_the_limit_others_stand_in_and_the_run_says_so(task, tmp_path):
     (row,) = metrics(tmp_path / "run")
     assert row["train_rollouts/sampling_rounds"] == 2 and row["train_rollouts/thrown_away"] == 0.5
     assert row["train_rollouts/groups_with_signal"] == 0
+
+
+def test_a_mixture_that_ends_before_the_steps_do_ends_the_run_with_its_checkpoint(task, tmp_path):
+    """22 rows are enough for five steps of four, and not where each step asks twice."""
+    sets = f"{{all: {{path: {task.data / 'train.jsonl'}, epochs: 0.46}}}}"
+    given = [
+        "data.train_path=null", f"data.train_sets={sets}", "trainer.grpo.max_steps=5", "trainer.grpo.max_sampling_rounds=2",
+        "trainer.grpo.reward=tests.programs.own_rewards.nothing",
+    ]  # fmt: skip
+    done = task.grpo(tmp_path / "run", *given)
+    assert done.code == 0, done.err
+    said = done.out + done.err
+    assert (
+        "step 3: 0 of 4 groups have rewards that differ, and a step takes 4: as there are no more rows to draw" in said
+    )
+    assert "all sets of data.train_sets have been drawn as often as their epochs say, and the run ends" in said
+    assert [row["train_rollouts/sampling_rounds"] for row in metrics(tmp_path / "run")] == [2, 2, 1]
+    final = tmp_path / "run/checkpoints/final"
+    assert final.readlink().name == "step-3"
+    again = task.grpo(tmp_path / "run", *given, "exp_manager.resume_if_exists=true")
+    assert again.code == 0 and final.readlink().name == "step-3", again.err
+    assert len(metrics(tmp_path / "run")) == 3

@@ -127,18 +127,19 @@ def test_a_run_that_is_killed_while_it_starts_can_be_started_again(task, tmp_pat
     command = [
         "recipes/train_sft.py", "--config-name", "sft_tiny", f"data.train_path={task.data / 'sft.jsonl'}",
         f"model.tokenizer={task.data / 'tokenizer'}", f"exp_manager.explicit_log_dir={out}", *RECIPES["sft"], *KEEP, RESUME,
+        "model.optim.sched.name=constant",
     ]  # fmt: skip
     for _ in range(3):
         pause, known = random.random() ** 2, len(list(out.glob("**/*")))
-        with Running(*command) as running:
-            while len(list(out.glob("**/*"))) == known:
-                assert not running.ended(), running.said()
-                time.sleep(0.001)
+        with Running(*command, "trainer.sft.max_steps=1000000") as running:  # which does not end before it is killed
+            running.until(lambda: len(list(out.glob("**/*"))) > known, pause=0.001)  # noqa: B023
             time.sleep(pause)
             os.killpg(running.pid, signal.SIGKILL)
-    done = run(*command)
+    saved = [path.name.removeprefix("step-") for path in (out / "checkpoints").glob("step-*")]
+    last = max((int(step) for step in saved if step.isdecimal()), default=0)
+    done = run(*command, f"trainer.sft.max_steps={last + 5}")
     assert done.code == 0, done.err
-    assert [r["step"] for r in metrics(out)] == list(range(1, 11)) and (out / "checkpoints/final").is_dir()
+    assert [r["step"] for r in metrics(out)] == list(range(1, last + 6)) and (out / "checkpoints/final").is_dir()
 
 
 def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task, tmp_path):
@@ -149,17 +150,13 @@ def test_a_second_run_in_the_folder_is_refused_and_one_after_a_crash_is_not(task
         "trainer.sft.save_interval=1", "model.global_batch_size=8", "trainer.sft.max_steps=1000000",
     ]  # fmt: skip
     with Running(*command) as first:
-        while not (out / "checkpoints/step-3").exists():
-            assert not first.ended()
-            time.sleep(0.05)
+        first.until((out / "checkpoints/step-3").exists)
         done = task.sft(out, RESUME, "trainer.devices=2")
         (line,) = done.error_lines
         assert done.code == 2 and "Traceback" not in done.err
         assert f"is held by another run: process {first.pid} on {socket.gethostname()} since 2" in line
         known = len(metrics(out))
-        while len(metrics(out)) < known + 3:
-            assert not first.ended(), "the first run is left alone"
-            time.sleep(0.05)
+        first.until(lambda: len(metrics(out)) >= known + 3)  # it is left alone
         os.kill(first.pid, signal.SIGKILL)
     last = int(os.readlink(out / "checkpoints/latest").removeprefix("step-"))
     done = task.sft(out, *KEEP, RESUME, constant, f"trainer.sft.max_steps={last + 2}")
@@ -185,6 +182,9 @@ def test_a_run_goes_on_by_what_it_holds_whatever_that_is_called(task, tmp_path):
     done = task.sft(out, *more)
     assert done.code == 0 and "going on after step 2" in done.out + done.err, done.err
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = task.sft(out, *more, "trainer.sft.max_steps=3")
+    (line,) = done.error_lines
+    assert done.code == 2 and "holds a run of 4 steps, more than the 3 of this one: set max_steps to as many" in line
     rows = [json.loads(line) for line in moved.read_text().splitlines()]
     number = random.randrange(len(rows))
     rows[number]["response"] += " "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 
+from megatron_ext.ports import free_port
 from recipes.grpo.dump_files import read_step, step_files
 from tests.recipe_runs import Running, metrics
-from tests.unit.recipes.rewards.cases import free_port, served
+from tests.unit.recipes.rewards.cases import served
 
 pytestmark = pytest.mark.functional
 
@@ -33,12 +33,6 @@ def rows_apart(task, folder) -> list[str]:
         lines = (json.dumps(row | {"data_source": "ab"[i % 2]}) + "\n" for i, row in enumerate(part))
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return [f"data.{name}_path={folder / name}.jsonl" for name in parts]
-
-
-def wait_for(happens, running) -> None:
-    while not happens():
-        assert not running.ended(), running.said()
-        time.sleep(0.02)
 
 
 def trained(out) -> list[dict]:
@@ -132,13 +126,13 @@ def test_a_reward_server_that_is_killed_and_started_again(task, tmp_path):
     command = ["recipes/train_grpo.py", "--config-name", "grpo_tiny", *task.grpo_overrides(out), "trainer.devices=1"]
     with served("--reward", spec, port=port, url_file=tmp_path / "first") as (server, url):
         with Running(*command, "trainer.grpo.reward=http", MEGATRON_EXT_REWARD_URL=url) as running:
-            wait_for((tmp_path / "asked").exists, running)
+            running.until((tmp_path / "asked").exists)
             server.kill()
             server.wait()
-            wait_for(lambda: "the run waits, up to 1500 s" in running.said()[1], running)
+            running.until(lambda: "the run waits, up to 1500 s" in running.said()[1])
             (tmp_path / "open").touch()
             with served("--reward", spec, port=port, url_file=tmp_path / "second"):
-                done = running.wait(120)
+                done = running.wait(600)
     assert done.code == 0 and "answers again after" in done.err, done.err
     alone = task.grpo(tmp_path / "alone", f"trainer.grpo.reward={OWN}.plain", "trainer.devices=1")
     assert alone.code == 0, alone.err

@@ -118,7 +118,7 @@ def test_lftf_on_two_nodes(cluster, tmp_path):
     )  # fmt: skip
     job.end()
     result = json.loads((job.run_dir / "result.json").read_text())
-    assert result["block"] == 1 and result["steps"] == 2
+    assert result["places"] == ["1"] and result["steps"] == 2
     assert (job.run_dir / "delta.safetensors").is_file()
 
 
@@ -129,7 +129,7 @@ def test_a_preempted_run_goes_on_and_ends_as_if_undisturbed(cluster, task, tmp_p
     odd.mkdir()
     shutil.copy(task.data / "sft.jsonl", odd / "sft.jsonl")
     path = str(odd / "sft.jsonl").replace("'", "\\'")
-    settings = [*sft_settings(task)[1:], f"data.train_path='{path}'", "trainer.sft.max_steps=40"]
+    settings = [*sft_settings(task)[1:], f"data.train_path='{path}'", "trainer.sft.max_steps=120"]
     job = cluster.start("train_sft", "sft_tiny", odd / "run", *settings)
     stopped = 0
     for options, told in [([], "told to stop"), (["--batch"], "time is nearly up")]:
@@ -138,7 +138,7 @@ def test_a_preempted_run_goes_on_and_ends_as_if_undisturbed(cluster, task, tmp_p
         cluster.ask("scancel", *options, "--signal=USR1", job.number)
         job.until(lambda: job.state == "PENDING")
         stopped = len(metrics(job.run_dir))
-        assert before < stopped < 40 and not (job.run_dir / "checkpoints/final").exists()
+        assert before < stopped < 120 and not (job.run_dir / "checkpoints/final").exists()
         assert (
             told in job.log and f"asked to stop after step {stopped}: saved in" in job.log and "queued again" in job.log
         )
@@ -155,7 +155,7 @@ def test_a_preempted_run_goes_on_and_ends_as_if_undisturbed(cluster, task, tmp_p
     assert yaml.safe_load((job.run_dir / "config.yaml").read_text())["data"]["train_path"] == str(odd / "sft.jsonl")
     there, local = (saved_weights(folder / "checkpoints/final", world) for folder in (job.run_dir, tmp_path / "here"))
     assert all(torch.equal(local[name], value) for name, value in there.items())
-    assert [r["step"] for r in metrics(job.run_dir)] == list(range(1, 41))
+    assert [r["step"] for r in metrics(job.run_dir)] == list(range(1, 121))
 
 
 def test_a_killed_rank_ends_the_job(cluster, task, tmp_path):
@@ -168,11 +168,7 @@ def test_a_killed_rank_ends_the_job(cluster, task, tmp_path):
     ranks = [pid for pid in ranks if parent(pid) not in ranks]  # a rank's loggers are a fork of it
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    began = time.monotonic()
-    while job.state not in ("FAILED", "COMPLETED"):
-        assert time.monotonic() - began < 60, job.log[-3000:]
-        time.sleep(0.2)
-    assert job.state == "FAILED"
+    job.fail()
     assert re.search(r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9", job.log), job.log[-3000:]
 
 
@@ -228,11 +224,8 @@ def test_the_canary_ends_a_job_and_names_its_nodes(cluster, tmp_path):
     ]
     done = subprocess.run(command, env=cluster.env | variables, cwd=ROOT, capture_output=True, text=True, check=True)
     job = Job(cluster, done.stdout.strip(), tmp_path / "run")
-    began = time.monotonic()
-    while job.state not in ("FAILED", "COMPLETED"):
-        assert time.monotonic() - began < 60, job.log
-        time.sleep(0.2)
-    assert job.state == "FAILED" and "error: the nodes are not fit for the run:" in job.log
+    job.fail()
+    assert "error: the nodes are not fit for the run:" in job.log
     for node in ("node1", "node2"):
         assert f"{node}: has 0 GPUs that work, 3 were asked for" in job.log
     assert not (tmp_path / "run").exists()

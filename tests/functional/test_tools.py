@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.bias.prompts import AttributePair, BiasPrompt, PromptsConfig
 from tests.recipe_runs import run
-from tools.lftf import fine_tune_all
+from tools.lftf import fine_tuning, run_all
 
 pytestmark = pytest.mark.functional
 
@@ -71,13 +71,13 @@ def test_the_planner_refuses_what_does_not_fit():
 def test_lftf_short_from_a_corpus_to_a_report(tmp_path):
     """What one seed has found is kept when the next one fails: its model's seed must not be negative."""
     out = tmp_path / "run"
-    done = run("tools/lftf.py", "--short", "--seeds", 1, -5, "--devices", 1, "--jobs", 2, "--out", out, timeout=600)
+    done = run("tools/lftf.py", "--short", "--seeds", 1, -5, "--devices", 1, "--jobs", 2, "--out", out, timeout=3600)
     assert done.code == 2 and done.error_lines == ["error: model.seed=-5 must be at least 0"], done.err
     (seed,) = json.loads((out / "results.json").read_text())
     assert seed["seed"] == 1 and all(sorted(r["order"]) == [1, 2, 3, 4, 5] for r in seed["rankings"].values())
     best = seed["rankings"]["gradient"]["best"]
     rows = {row["name"]: row for row in seed["rows"]}
-    assert rows["block of gradient"]["block"] == rows["loss sum, no guard"]["block"] == best
+    assert rows["block of gradient"]["places"] == rows["loss sum, no guard"]["places"] == [str(best)]
     for name, folder in (("block of gradient", f"block-{best}"), ("loss sum, no guard", "loss-sum-no-guard")):
         result = json.loads((out / "seed-1" / folder / "result.json").read_text())
         assert rows[name]["afgb"] == result["after"]["afgb"]
@@ -89,9 +89,10 @@ def test_lftf_short_from_a_corpus_to_a_report(tmp_path):
 
 
 def test_a_failed_fine_tuning_does_not_wait_for_the_others(tmp_path):
-    runs = {f"run-{number}": [] for number in range(6)}  # of no model
+    names = [f"run-{number}" for number in range(6)]
+    runs = {name: [fine_tuning(tmp_path / name, [], [])] for name in names}  # of no model
     with pytest.raises(SystemExit, match=f"error: run-0 ended with code 2; see {tmp_path}/run-0.log"):
-        fine_tune_all(tmp_path, runs, [], 1)
+        run_all(tmp_path, runs, 1)
     assert len(list(tmp_path.glob("*.log"))) <= 2  # the next one may have begun
     assert re.search(r"^error: \S+ is not set", (tmp_path / "run-0.log").read_text(), re.M)
 
@@ -108,8 +109,9 @@ def test_exported_prompts_are_those_of_the_recipe(tmp_path):
     done = run("tools/export_bias_prompts.py", "--out", tmp_path / "tasks", *options)
     assert done.code == 0, done.err
     settings = PromptsConfig(
-        str(path), 0.7, ["job 3", "job 5"], 4, AttributePair("man", "woman", "father", "mother"),
-        ["The {profession} was a kind"], ["A {hint}, the {profession} was a"],
+        professions_path=str(path), most_definitional=0.7, exclude=["job 3", "job 5"], split_seed=4,
+        pair=AttributePair("man", "woman", "father", "mother"), bias_templates=["The {profession} was a kind"],
+        hint_templates=["A {hint}, the {profession} was a"],
     )  # fmt: skip
     names = settings.professions()["dev"]
     assert 2 <= len(names) <= 3 and "job 3" not in settings.professions()["all"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.grouping import pack
 from megatron_ext.hf import export_hf
 from megatron_ext.losses import OBJECTIVES, GrpoTerms, grpo_loss, token_weights
+from megatron_ext.models.prompt_streams import text_logits
 from tests.conftest import fresh_generator
 from tests.gpt_cases import run
 from tests.harness import ROOT
@@ -63,6 +64,8 @@ OBJECTIVE_CASES = {
         {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 4.0},
     ),
 }  # fmt: skip
+# Where ratios, of tokens or of responses, are clipped in any of them.
+CLIPS = torch.tensor([0.8, 1.2, 1.28, 1.3, 1 - 3e-4, 1 + 4e-4], dtype=torch.float64)
 # TRL weighs the penalty by the ratio that the objective has: under gspo by the response's, where ours is the token's own.
 KL_CASES = {"none": {}, "k3": {"kl_penalty": 0.3}, "weighted": {"kl_penalty": 0.3, "kl_weighted": True}}
 CASES = [
@@ -90,12 +93,19 @@ class Comparison:
         self.batch = pack(prompts, responses, 16)
         with torch.no_grad():
             logprobs, _ = run(self.model, self.batch)
-        self.old, self.reference = (logprobs + 0.3 * randn(rng, len(logprobs)) for _ in range(2))
-        groups = self.batch.groups
+            whole = [p + r for p, group in zip(prompts, responses, strict=True) for r in group]
+            # Of TRL's logits, in fp32: half a unit in the last place of 1, times the largest.
+            self.rounding = 2**-24 * max(float(text_logits(self.model, row).abs().max()) for row in whole)
+        groups, near = self.batch.groups, True
+        while near:  # a ratio at a clip: TRL's rounding would say which side it is on
+            self.old, self.reference = (logprobs + 0.3 * randn(rng, len(logprobs)) for _ in range(2))
+            moved = logprobs - self.old
+            of_responses = [moved[groups.response_ids == i].mean() for i in range(groups.num_responses)]
+            ratios = torch.cat((moved, torch.stack(of_responses))).exp()
+            near = bool(((ratios[:, None] - CLIPS).abs() < 1e-4).any())
         self.gains = randn(rng, groups.num_responses)
         # One that no clip of its response stops.
-        moved = (logprobs - self.old)[groups.response_ids == 0].mean()
-        self.gains[0] = -moved.sign() * self.gains[0].abs()
+        self.gains[0] = -of_responses[0].sign() * self.gains[0].abs()
         self._write(prompts, responses)
         done = subprocess.run(
             [PYTHON, ROOT / "tests/programs/trl_losses.py", folder],
@@ -128,7 +138,8 @@ class Comparison:
         return load_file(str(self.folder / f"{CASES.index(case)}.safetensors"))
 
     def ours(self, case: tuple[str, str], out: Path) -> dict[str, torch.Tensor]:
-        """Gradients by Hugging Face's names: written as if they were weights."""
+        """Gradients by Hugging Face's names: written as if they were weights; and by how much at most the loss moves if every
+        log-probability does by 1."""
         name, options, _ = OBJECTIVE_CASES[case[0]]
         objective, groups = OBJECTIVES[name](**options), self.batch.groups
         ids, count = groups.response_ids, groups.num_responses
@@ -136,6 +147,7 @@ class Comparison:
         weights = token_weights(ids, mask, count, len(ids), count, objective.normalisation, float(count * LONGEST))
         self.model.zero_grad(set_to_none=True)
         logprobs, entropy = run(self.model, self.batch)
+        logprobs.retain_grad()
         terms = GrpoTerms(objective, **KL_CASES[case[1]])
         reference = self.reference if terms.kl_penalty else None
         loss, _ = grpo_loss(logprobs, self.old, self.gains[ids], weights, terms, reference, entropy, ids, count)
@@ -146,7 +158,7 @@ class Comparison:
         export_hf(self.model, out)
         for n, parameter in self.model.named_parameters():
             parameter.data = weights[n]
-        return tensors(out) | {"loss": loss.detach().reshape(1)}
+        return tensors(out) | {"loss": loss.detach().reshape(1), "reach": logprobs.grad.abs().sum()}
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +168,15 @@ def comparison(tmp_path_factory, world) -> Comparison:
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{name}, KL {kl}" for name, kl in CASES])
 def test_loss_and_every_gradient_are_trls(case, comparison, tmp_path):
-    """fp64 on both sides, but for TRL's logits, which are fp32: the loss to 1e-6, a gradient to 1e-5 of its largest entry."""
+    """fp64 on both sides, but for TRL's logits, which are fp32. The loss to 32 of their roundings in every log-probability, of
+    which 2 are seen; a gradient to 200 of its largest entry, of which 11 are, or, of norms, whose small gradients are sums
+    of large ones that cancel, to 50 of the largest of all, of which 5 are."""
     ours, theirs = comparison.ours(case, tmp_path / "gradients"), comparison.theirs(case)
-    assert abs(ours.pop("loss") - theirs.pop("loss")) <= 1e-6
+    assert abs(ours.pop("loss") - theirs.pop("loss")) <= 32 * comparison.rounding * ours.pop("reach")
     assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
         assert torch.count_nonzero(gradient), name
-        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        floor = 50 * comparison.rounding * largest if "norm" in name else 0
+        bound = max(200 * comparison.rounding * gradient.abs().max(), floor)
+        assert (ours[name] - gradient).abs().max() <= bound, name

@@ -21,11 +21,18 @@ def test_sets_of_several_answers_on_any_layout(task, tmp_path, world):
         "exp_manager.checkpoint_callback_params.monitor=val_rollouts/words/pass_at_2", "trainer.grpo.save_interval=1",
     ]  # fmt: skip
     layouts = {"one": ["trainer.devices=1"], "data": ["trainer.devices=2"],
-               "tensor": ["trainer.devices=2", "model.tensor_model_parallel_size=2"]}  # fmt: skip
+               "tensor": ["trainer.devices=2", "model.tensor_model_parallel_size=2"],
+               "context": ["trainer.devices=2", "model.context_parallel_size=2"]}  # fmt: skip
     rows = {}
     for name, layout in layouts.items():
-        done = task.grpo(tmp_path / name, *common, *layout, f"exp_manager.save_hf={str(name == 'tensor').lower()}")
+        asked = tmp_path / f"{name}.asked"
+        done = task.grpo(
+            tmp_path / name, *common, *layout, f"exp_manager.save_hf={str(name == 'tensor').lower()}",
+            "trainer.grpo.reward=null", f"trainer.grpo.reward={{name: tests.programs.own_rewards.Noted, file: {asked}}}",
+        )  # fmt: skip
         assert done.code == 0, done.err
+        # 8 rows with 6 answers and 8 with 1 at three validations, and 16 responses of two steps: by no rank twice.
+        assert len(asked.read_text().split()) == 3 * (8 * 6 + 8) + 2 * 16
         (rows[name], *_) = metrics(tmp_path / name)  # of the weights that all begin with
     found = {key: value for key, value in rows["one"].items() if key.startswith("val_rollouts/")}
     measured = ("reward", "response_length", "truncated")
@@ -39,7 +46,7 @@ def test_sets_of_several_answers_on_any_layout(task, tmp_path, world):
         <= 1
     )
     assert found["val_rollouts/words/reward"] != found["val_rollouts/same/reward"]
-    for name in ("data", "tensor"):
+    for name in ("data", "tensor", "context"):
         assert {key: rows[name][key] for key in found} == pytest.approx(found, abs=1e-6), name
     steps = [row for row in metrics(tmp_path / "one") if row["step"]]
     best = max(steps, key=lambda row: (row["val_rollouts/words/pass_at_2"], row["step"]))["step"]

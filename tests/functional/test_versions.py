@@ -28,7 +28,7 @@ LOSS = "train_optim/loss"
 def there(*arguments: object) -> Finished:
     """Run a script in the other environment."""
     done = subprocess.run(
-        [OTHER, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        [OTHER, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 from dataclasses import replace
 
 import httpx
@@ -36,6 +35,7 @@ from tests.vllm_cases import (
     make_tokenizer,
     source_of,
 )
+from tests.waiting import until
 
 pytestmark = [pytest.mark.functional, pytest.mark.vllm, NEEDS_VLLM]
 
@@ -172,8 +172,7 @@ def test_what_is_in_flight_goes_on_with_new_weights_and_each_token_has_its_versi
     begun = served.source.begin(requests, first, priority=1)  # behind the canary
     weights = {first: copy.deepcopy(served.model.state_dict())}
     for number in (1, 2):
-        while progress(served) < before + 1000 * number:
-            time.sleep(0.02)
+        until(lambda: progress(served) >= before + 1000 * number)  # noqa: B023
         ask_server(served, "POST", "/pause?mode=keep")  # until the weights come, so that the answers wait for them
         with torch.no_grad():
             served.model.decoder.layers[1].mlp.linear_fc2.weight.add_(0.02)

@@ -18,8 +18,8 @@ from tests.gpu.scenarios import AttentionCase, MergeCase
 from tests.layouts import LAYOUTS, documents, plain_tree_attention, randn
 
 __all__ = [
-    "ALLOWED", "CASES", "DTYPES", "PARTS", "PLAIN", "WINDOW", "Errors", "errors", "kernel_variants", "lacking", "make_case",
-    "merge_cases", "truth",
+    "ALLOWED", "CASES", "DTYPES", "KINDS", "PARTS", "PLAIN", "WINDOW", "Errors", "errors", "kernel_variants", "lacking",
+    "make_case", "merge_cases", "truth",
 ]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,9 +31,11 @@ LARGE = {
 CASES = LAYOUTS | LARGE
 PLAIN, WINDOW, SOFTCAP = Scoring(0.125), Scoring(0.125, window=50), Scoring(0.125, softcap=2.0)
 RULES = {"": PLAIN, "window": WINDOW, "softcap": SOFTCAP}
-PARTS = ("out", "dq", "dk", "dv")
+# What attention may be besides: queries, keys and values of other sizes, a sink for each head.
+KINDS = {"sinks": {"sinks": True}, "latent": {"n": 4, "m": 4, "d": 192, "e": 128}}
+PARTS = ("out", "dq", "dk", "dv", "dsinks")
 # Times the error of plain attention in the same precision, as flash attention has it.
-ALLOWED = (2.0, 3.0, 3.0, 3.0)
+ALLOWED = (2.0, 3.0, 3.0, 3.0, 3.0)
 # Relative, of every single layout: a working kernel is far below, a wrong term far above.
 PLAUSIBLE = 0.05
 
@@ -60,13 +62,17 @@ def lacking(variant: str, device_type: str) -> str | None:
     return KERNELS[name].missing() if name in KERNELS else None
 
 
-def make_case(rng, name: str, dtype: torch.dtype, scoring=PLAIN, how=None, n: int = 8, m: int = 2, d: int = 64):
-    """Fresh inputs of one layout of `CASES`, on the CPU."""
+def make_case(
+    rng, name: str, dtype: torch.dtype, scoring=PLAIN, how=None, n=8, m=2, d=64, e=None, sinks=False
+) -> AttentionCase:
+    """Fresh inputs of one layout of `CASES`, on the CPU: n heads of d channels, m of keys and of e of values."""
     forest, pad = CASES[name]
     real = 1 + max(max(rows, default=-1) for rows, _ in documents(forest))
     t = real + -real % pad
-    inputs = [randn(rng, t, h, d).to(dtype) for h in (n, m, m)]
-    return AttentionCase(forest, pad, inputs, randn(rng, real, n, d).to(dtype), scoring, how or {})
+    e = e or d
+    inputs = [randn(rng, t, *size).to(dtype) for size in ((n, d), (m, d), (m, e))]
+    inputs += [randn(rng, n).to(dtype)] if sinks else []
+    return AttentionCase(forest, pad, inputs, randn(rng, real, n, e).to(dtype), scoring, how or {})
 
 
 def merge_cases(rng, dtype: torch.dtype) -> list[MergeCase]:
@@ -80,9 +86,9 @@ def merge_cases(rng, dtype: torch.dtype) -> list[MergeCase]:
 
 
 def truth(case: AttentionCase) -> list[Tensor]:
-    """[out, dq, dk, dv] in fp64 on the CPU, one document after the other."""
+    """What `scenarios.attention` gives, in fp64 on the CPU, one document after the other."""
     leaves = [x.double().requires_grad_() for x in case.inputs]
-    out = plain_tree_attention(*leaves, case.forest, softcap=case.scoring.softcap, window=case.scoring.window)
+    out = plain_tree_attention(*leaves[:3], case.forest, **case.rules, sinks=None if len(leaves) == 3 else leaves[3])
     out.backward(case.grad.double())
     return [out.detach(), *(x.grad for x in leaves)]
 

@@ -21,7 +21,7 @@ __all__ = ["AttentionCase", "MergeCase", "attention", "layer_without_sync", "mer
 
 @dataclass
 class AttentionCase:
-    """Inputs of one attention call: nested lengths, q, k, v and the gradient of the rows before the pad."""
+    """Inputs of one attention call: nested lengths, q, k, v and perhaps sinks, and the gradient of the rows before the pad."""
 
     forest: list
     pad: int
@@ -30,29 +30,35 @@ class AttentionCase:
     scoring: Scoring
     how: dict[str, str] = field(default_factory=dict)  # attention_kernel, attention_plan
 
+    @property
+    def rules(self) -> dict[str, float | int | None]:
+        """Of plain attention."""
+        return {"softcap": self.scoring.softcap, "window": self.scoring.window, "scale": self.scoring.scale}
+
 
 def attention(device: torch.device, cases: list[AttentionCase]) -> list[dict[str, list[Tensor]]]:
-    """[out, dq, dk, dv] of prefix-grouped and of plain attention, both in the inputs' precision."""
+    """[out, dq, dk, dv], and the gradient of sinks where there are some, of prefix-grouped and of plain attention, both in the
+    inputs' precision."""
     results = []
     for case in cases:
         groups = PrefixGroups.from_lengths(case.forest, case.pad, device)
 
-        def grouped(q, k, v, case=case, groups=groups):
-            return prefix_grouped_attention(q, k, v, groups, case.scoring, **case.how)
+        def grouped(q, k, v, sinks=None, case=case, groups=groups):
+            return prefix_grouped_attention(q, k, v, groups, case.scoring, **case.how, sinks=sinks)
 
-        def plain(q, k, v, case=case):
-            rules = {"softcap": case.scoring.softcap, "window": case.scoring.window}
-            return plain_tree_attention(q, k, v, case.forest, **rules)
+        def plain(q, k, v, sinks=None, case=case):
+            return plain_tree_attention(q, k, v, case.forest, **case.rules, sinks=sinks)
 
         results.append({"grouped": _run(device, case, grouped), "plain": _run(device, case, plain)})
     return results
 
 
-def paged(device: torch.device, case: PagedCase, scoring: Scoring, kernel: str) -> Tensor:
+def paged(device: torch.device, case: PagedCase, scoring: Scoring, kernel: str, sinks: Tensor | None = None) -> Tensor:
     """What every row of a decoding step sees, on the host."""
     there = write(case, device, heads_first=device.type == "cpu")
     step = DecodeStep(there.pool, there.rows)
-    return step.attend(1, case.query.to(device), there.key, there.value, scoring, kernel).cpu()
+    sinks = None if sinks is None else sinks.to(device)
+    return step.attend(1, case.query.to(device), there.key, there.value, scoring, kernel, sinks).cpu()
 
 
 def _run(device: torch.device, case: AttentionCase, attend) -> list[Tensor]:

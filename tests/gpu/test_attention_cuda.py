@@ -10,6 +10,7 @@ import torch
 from tests.gpu.cases import (
     CASES,
     DTYPES,
+    KINDS,
     PLAIN,
     WINDOW,
     errors,
@@ -40,6 +41,18 @@ def test_error_is_that_of_plain_attention(variant, dtype, rng):
     cases = [make_case(rng, name, dtype, scoring, how) for name in CASES]
     (results,) = run_ranks(attention, 1, cases, cuda=True)
     found = errors(list(CASES), results, [truth(case) for case in cases], dtype)
+    assert found.over_allowed <= 1, dataclasses.asdict(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sinks_and_values_of_another_size_are_as_exact(variant, kind, rng):
+    scoring, how = VARIANTS[variant]
+    if needed := lacking(variant, "cuda"):
+        pytest.skip(f"needs {needed}")
+    cases = [make_case(rng, name, torch.bfloat16, scoring, how, **KINDS[kind]) for name in CASES]
+    (results,) = run_ranks(attention, 1, cases, cuda=True)
+    found = errors(list(CASES), results, [truth(case) for case in cases], torch.bfloat16)
     assert found.over_allowed <= 1, dataclasses.asdict(found)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,18 @@ class Typed:
 
     def __call__(self, responses, rows):
         return [self.alpha] * len(responses)
+
+
+@dataclass
+class Noted:
+    """As `length` with a target of 12 characters; says in a file how often it is asked."""
+
+    file: str
+
+    def __call__(self, responses, rows):
+        with Path(self.file).open("a") as file:
+            file.write("asked\n" * len(responses))
+        return [max(0.0, 1 - abs(len(r) - 12) / 12) for r in responses]
 
 
 class Untyped:
@@ -118,6 +131,8 @@ def wrong_count(responses, rows):
 
 def says_and_hangs(responses, rows):
     print(os.getpid(), flush=True)
+    if "in C" in responses:
+        re.match(r"(a+)+$", "a" * 80 + "b")
     time.sleep(600)
 
 

@@ -14,7 +14,8 @@ from megatron_ext.runtime.checkpoint import INFO_FILE, WEIGHTS_FOLDER
 from megatron_ext.runtime.checkpoint_files import self_checksum
 from tests.data_cases import EOS, write_tokenizer
 from tests.hf_models import make_hf_model
-from tools.convert_hf import main, sized
+from tools.convert_hf import main
+from tools.converting.arguments import sized
 
 ROWS = 330
 

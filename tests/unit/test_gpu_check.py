@@ -17,7 +17,7 @@ import pytest
 
 from megatron_ext.attention.kernels import KERNELS
 from megatron_ext.errors import UserError
-from tests.gpu.cases import CASES, errors, kernel_variants, make_case, truth
+from tests.gpu.cases import CASES, KINDS, errors, kernel_variants, make_case, truth
 from tests.gpu.scenarios import attention
 from tools.gpu.report import Section, check_result, write_result
 from tools.gpu.runner import Plan, Settings, run_plans
@@ -34,9 +34,10 @@ def device(request) -> str:
     return request.param
 
 
-def run_planted(tmp_path: Path, device: str, *names: str, budget: float = 20.0, describe: str = "describe") -> dict:
+def run_planted(tmp_path: Path, device: str, *names: str, hangs: float = 6.0, describe: str = "describe") -> dict:
+    """Of sections that end by themselves, whose time is more than any machine takes, and of one that has `hangs` seconds."""
     path = tmp_path / "result.json"
-    plans = [Plan(name, PLANTED, 2.0 if name == "hangs" else budget, name) for name in names]
+    plans = [Plan(name, PLANTED, hangs if name == "hangs" else 600.0, name) for name in names]
     run_plans(
         plans,
         Settings(device),
@@ -50,12 +51,17 @@ def run_planted(tmp_path: Path, device: str, *names: str, budget: float = 20.0, 
 
 
 def test_no_section_stops_another_and_what_was_found_stands(device, tmp_path):
-    result = run_planted(tmp_path, device, "raises", "dies", "hangs", "skips", "over_its_limit", "good")
+    for seconds in (6, 60, 600):  # of which a process needs some to start: more where the machine has much else to do
+        result = run_planted(
+            tmp_path, device, "raises", "dies", "hangs", "skips", "over_its_limit", "good", hangs=float(seconds)
+        )
+        if result["sections"]["hangs"]["numbers"]:
+            break
     found = {name: (s["status"], s["reason"]) for name, s in result["sections"].items()}
     assert found == {
         "raises": ("failed", "KeyError: 'missing'"),
         "dies": ("failed", "its process ended by SIGKILL"),
-        "hangs": ("failed", "ended after its 2 seconds; what it had found stands"),
+        "hangs": ("failed", f"ended after its {seconds} seconds; what it had found stands"),
         "skips": ("skipped", "needs another machine"),
         "over_its_limit": ("failed", "more: 3 is more than 2 (and 1 more)"),
         "good": ("ok", None),
@@ -65,13 +71,13 @@ def test_no_section_stops_another_and_what_was_found_stands(device, tmp_path):
     checks = [(c["name"], c["value"], c["ok"]) for c in result["sections"]["over_its_limit"]["checks"]]
     assert checks == [("less", 1.0, True), ("more", 3.0, False), ("no number", None, False)]
     assert result["sections"]["good"]["notes"] == ["all is well"]
-    assert 2 <= result["sections"]["hangs"]["seconds"] < 10
+    assert seconds <= result["sections"]["hangs"]["seconds"]
     assert result["machine"]["device"] == device
 
 
 def test_sections_share_a_process_until_one_fails(tmp_path):
     path, pids = tmp_path / "result.json", []
-    plans = [Plan(str(i), PLANTED, 20, name) for i, name in enumerate(("good", "skips", "good", "raises", "good"))]
+    plans = [Plan(str(i), PLANTED, 600, name) for i, name in enumerate(("good", "skips", "good", "raises", "good"))]
     sections = run_plans(plans, Settings("cpu"), save=lambda machine, found: write_result(path, machine, found))
     pids = [section.numbers["numbers"][0]["value"] for section in sections if section.status == "ok"]
     assert pids[0] == pids[1] != pids[2] and os.getpid() not in pids
@@ -256,6 +262,20 @@ def test_every_kernel_is_asked_for_under_every_rule_it_knows():
             here = kernel.device in (None, device_type)
             assert ((name, False, False) in asked) == ((name, False, True) in asked) == here
             assert ((name, True, False) in asked) == (here and kernel.softcap)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", kernel_variants("cpu"))
+def test_what_a_gpu_is_asked_for_besides_is_right_here(variant, kind, rng):
+    """Sinks, and values of another size than keys, as of latent attention."""
+    import torch
+
+    scoring, how = kernel_variants("cpu")[variant]
+    names = ("unequal responses", "no prefix", "several groups, pad", "longer than a kernel block", "tree")
+    cases = [make_case(rng, name, torch.bfloat16, scoring, how, **KINDS[kind]) for name in names]
+    found = errors(names, attention(torch.device("cpu"), cases), [truth(case) for case in cases], torch.bfloat16)
+    assert found.over_allowed <= 1, found
+    assert (found.ours[4] > 0) == (kind == "sinks")
 
 
 def test_a_kernel_that_is_wrong_anywhere_is_over_what_is_allowed(rng):

@@ -12,6 +12,7 @@ from megatron_ext.runtime.install_check import (
     MEGATRON_CORE_RANGE,
     TORCH_RANGE,
     TRANSFORMER_ENGINE,
+    TRANSFORMER_ENGINE_OF_0_16,
     InstallationError,
     check_installation,
 )
@@ -57,11 +58,11 @@ class Site:
         constants = f"VERSION = {version!r}\n__version__ = {text_of(version)!r}\n"
         self.module("megatron/core/package_info.py", constants)
 
-    def transformer_engine(self, *companions: str, purelib: bool = True) -> None:
+    def transformer_engine(self, *companions: str, purelib: bool = True, version: str = "2.11.0") -> None:
         self.module("transformer_engine/__init__.py", EXPLODES)
-        self.distribution("transformer-engine", "2.11.0", purelib)
+        self.distribution("transformer-engine", version, purelib)
         for name in companions:
-            self.distribution(name, "2.11.0", purelib=False)
+            self.distribution(name, version, purelib=False)
 
     def nvidia_apex(self) -> None:
         self.module("apex/__init__.py", EXPLODES)
@@ -191,11 +192,49 @@ def test_refuses_transformer_engine_without_its_compiled_parts(site: Site, compa
     site.transformer_engine(*companions)
     site.assert_refused(
         "transformer-engine is installed without",
-        f"pip install --no-build-isolation '{TRANSFORMER_ENGINE}'",
+        f"pip install --no-build-isolation '{TRANSFORMER_ENGINE_OF_0_16}'",
         *named,
     )
     _, message = site.probe()
     assert not any(word in message for word in not_named)
+
+
+# megatron-core, Transformer Engine, what is wanted instead, whether a newer megatron-core would take it.
+PAIRS = [
+    ((0, 16, 1, ""), "2.12.0", TRANSFORMER_ENGINE_OF_0_16, True),
+    ((0, 16, 1, ""), "2.20.2+4c8ab91", TRANSFORMER_ENGINE_OF_0_16, True),
+    ((0, 16, 1, ""), "2.8.0", TRANSFORMER_ENGINE_OF_0_16, False),
+    ((0, 16, 1, ""), "2.21.0", TRANSFORMER_ENGINE_OF_0_16, False),
+    ((0, 17, 0, "rc0"), "2.8.0", TRANSFORMER_ENGINE, False),
+    ((0, 19, 2, ""), "2.21.0", TRANSFORMER_ENGINE, False),
+]
+
+
+@pytest.mark.parametrize(("core", "version", "wanted", "newer"), PAIRS)
+def test_refuses_a_transformer_engine_that_does_not_go_with_megatron_core(site: Site, core, version, wanted, newer):
+    site.torch("13.0")
+    site.megatron_core(core)
+    site.transformer_engine(purelib=False, version=version)
+    said = f"transformer-engine {version} does not go with megatron-core {text_of(core)}: "
+    said += f"pip install --no-build-isolation '{wanted}'"
+    said += ", or take megatron-core 0.17 or newer, which needs Python 3.12" if newer else ""
+    assert site.probe(gpu_present=True) == ("InstallationError", said)
+
+
+@pytest.mark.parametrize(
+    ("core", "version"),
+    [
+        ((0, 16, 1, ""), "2.9.0"),
+        ((0, 16, 1, ""), "2.11.0+c188b53"),
+        ((0, 17, 1, ""), "2.12.0"),
+        ((0, 19, 2, ""), "2.20.2"),
+    ],
+)
+def test_accepts_a_transformer_engine_that_does(site: Site, core, version):
+    site.torch("13.0")
+    site.megatron_core(core)
+    site.transformer_engine(purelib=False, version=version)
+    assert site.probe(gpu_present=True) == ("ok", "")
 
 
 def test_passes_over_a_mere_folder_called_transformer_engine(site: Site):
@@ -266,4 +305,5 @@ def test_ranges_are_those_of_setup_py():
     text = (ROOT / "setup.py").read_text()
     assert f'"megatron-core{MEGATRON_CORE_RANGE}"' in text
     assert f'"torch{TORCH_RANGE}"' in text
-    assert f'"{TRANSFORMER_ENGINE}"' in text
+    assert f"""'{TRANSFORMER_ENGINE}; python_version >= "3.12"'""" in text
+    assert f"""'{TRANSFORMER_ENGINE_OF_0_16}; python_version < "3.12"'""" in text

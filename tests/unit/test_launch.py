@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,9 +87,10 @@ def test_the_canary_names_the_node_that_is_not(tmp_path, odd, words):
 def test_the_canary_looks_at_this_machine(tmp_path):
     command = [sys.executable, str(ROOT / "launch/canary.py")]
     env = os.environ | {"SLURMD_NODENAME": "here"}
+    before = time.time()
     subprocess.run([*command, "look", "--folder", tmp_path, "--gpus", "0"], env=env, check=True)
     seen = json.loads((tmp_path / "here.json").read_text())
-    assert seen["python"] == ".".join(map(str, sys.version_info[:3])) and abs(seen["time"] - time.time()) < 60
+    assert seen["python"] == ".".join(map(str, sys.version_info[:3])) and before <= seen["time"] <= time.time()
     nodes = ["--nodes", "here"]
     done = subprocess.run(
         [*command, "judge", "--folder", tmp_path, "--gpus", str(seen["gpus"]), *nodes], capture_output=True
@@ -98,6 +100,21 @@ def test_the_canary_looks_at_this_machine(tmp_path):
         [*command, "judge", "--folder", tmp_path, "--gpus", "999", *nodes], capture_output=True, text=True
     )
     assert done.returncode == 1 and f"here: has {seen['gpus']} GPUs that work, 999 were asked for" in done.stderr
+
+
+def test_a_driver_that_takes_long_to_answer_is_no_clock_that_differs(tmp_path, monkeypatch):
+    """Half a minute, told by a clock that was so late before it answered."""
+    late, has = [30.0], canary.gpus
+
+    def slow() -> dict:
+        late[0] = 0.0
+        return has()
+
+    monkeypatch.setattr(canary, "gpus", slow)
+    monkeypatch.setattr(canary, "time", SimpleNamespace(time=lambda: time.time() - late[0]))
+    monkeypatch.setenv("SLURMD_NODENAME", "here")
+    canary.look(tmp_path)
+    assert canary.judge(tmp_path, ["here"], 0) == []
 
 
 def submit(*arguments: object, recipe: str = "train_sft", overrides: tuple[str, ...] = (TRAIN,)):
@@ -205,7 +222,7 @@ def refused(monkeypatch, capsys):
 
 def test_an_unknown_recipe(refused):
     line = refused("--recipe", "train_stf", "--config", "sft_tiny", "--run-dir", "/tmp/r")
-    assert "train_stf does not exist; there are eval_bias, locate_bias, train_grpo" in line
+    assert "train_stf does not exist; there are eval_bias, eval_video, locate_bias, train_grpo" in line
 
 
 @pytest.mark.parametrize("number", [0, 1])

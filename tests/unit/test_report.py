@@ -12,9 +12,7 @@ import statistics
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
-import html5lib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,51 +23,10 @@ from transformers import PreTrainedTokenizerFast
 from recipes.data.tokenizer import Tokenizer, load_tokenizer
 from recipes.data.visible import visible
 from recipes.grpo.dump_files import StepDump, read_step, step_files, write_step
+from tests.report_pages import classes, page_of, parsed, section, table_of, text_of, value_of
 from tests.report_runs import CONFIG, HOSTILE, draw, made_up_step, write_run
 from tools.report import main
-from tools.reporting.numbers import axis, drawable, key_steps, spread_out, written
-from tools.reporting.page import render
-from tools.reporting.runs import names_of, read_run
 from tools.reporting.samples import BOUNDS, CUT, sampled_steps
-from tools.reporting.words import exact
-
-
-def page_of(*folders: Path, dumped_steps: int = 60, sampled: int = 4) -> str:
-    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    return render(runs, dumped_steps, sampled)
-
-
-def parsed(page: str) -> Element:
-    """Whatever is not valid raises."""
-    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
-
-
-def text_of(node: Element) -> str:
-    return "".join(node.itertext())
-
-
-def section(page: Element, name: str) -> Element:
-    return page.find(f".//section[@id='{name}']")
-
-
-def table_of(node: Element) -> tuple[list[str], list[list[Element]]]:
-    """(names of the columns, cells of each row)."""
-    names = [text_of(cell) for cell in node.findall("./thead/tr/th")]
-    return names, [list(row) for row in node.findall("./tbody/tr")]
-
-
-def value_of(cell: Element) -> float | None:
-    """All digits of a number, of which the reader sees five."""
-    number = cell.find("data")
-    if number is None:
-        return None
-    value, seen = float(number.get("value")), float(text_of(number).replace(",", ""))
-    assert math.isclose(seen, value, rel_tol=6e-5) or not math.isfinite(value)
-    return value
-
-
-def classes(node: Element) -> set[str]:
-    return set(node.get("class", "").split())
 
 
 @pytest.fixture
@@ -345,41 +302,6 @@ def test_a_long_curve_is_thinned_and_says_so(tmp_path, rng):
             assert {min(logged.values()), max(logged.values())} <= set(told.values())
 
 
-values = st.dictionaries(st.integers(0, 400), st.floats(), min_size=1)
-
-
-@given(st.lists(values, min_size=1, max_size=4), st.integers(16, 60))
-def test_no_peak_is_lost(series, limit):
-    kept = key_steps(series, limit)
-    assert kept == sorted(set(kept)) and set(kept) <= set().union(*series)
-    assert len(kept) <= limit or len(set().union(*series)) <= limit
-    for curve in series:
-        finite = [x for x in curve.values() if drawable(x)]
-        shown = [curve[step] for step in kept if step in curve and drawable(curve[step])]
-        assert not finite or (min(shown), max(shown)) == (min(finite), max(finite))
-        assert any(not drawable(curve.get(s, 0.0)) for s in kept) or len(finite) == len(curve)
-
-
-@given(st.lists(st.floats(), min_size=1), st.booleans())
-def test_an_axis_holds_its_values(found, may_be_log):
-    scale = axis(found, may_be_log=may_be_log)
-    assert all(-1e-9 <= scale.place(x) <= 1 + 1e-9 for x in found if drawable(x))
-    assert scale.ticks == sorted(set(scale.ticks)) and all(-1e-9 <= scale.place(x) <= 1 + 1e-9 for x in scale.ticks)
-
-
-@given(st.integers(1, 300), st.integers(1, 40))
-def test_what_is_spread_out_has_its_ends(count, limit):
-    found = spread_out(range(count), limit)
-    assert len(found) == min(count, limit) == len(set(found)) and found[-1] == count - 1
-    assert found[0] == 0 or limit == 1
-
-
-@given(st.floats(-1e300, 1e300))
-def test_numbers_are_written_as_they_are(value):
-    assert float(exact(value)) == value
-    assert math.isclose(float(written(value).replace(",", "")), value, rel_tol=5.1e-5)
-
-
 def test_what_is_no_number_is_said_and_not_drawn(tmp_path, rng):
     rows = write_run(tmp_path / "run", rng, dumps=False)
     rows[3]["train_optim/kl"], rows[5]["train_optim/kl"] = math.nan, math.inf
@@ -410,37 +332,6 @@ def test_what_is_missing_is_named(tmp_path, rng):
     page = parsed(page_of(tmp_path / "run", dumped_steps=2))
     assert "run: 2 of 3 steps with rollouts are shown" in text_of(section(page, "rollouts"))
     assert "tokens are shown by their ids" in " ".join(text_of(section(page, "samples")).split())
-
-
-def test_a_run_of_another_recipe(tmp_path):
-    """SFT has no rollouts, and its log no whole steps."""
-    folder = tmp_path / "sft"
-    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "run_of_2026_11" / "run", folder)
-    page = parsed(page_of(folder))
-    assert "sft is a run of SFT, which samples no responses." in text_of(section(page, "rollouts"))
-    (means, _) = section(page, "phases").iter("table")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (row,) = table_of(means)[1]
-    assert value_of(row[1]) == pytest.approx(statistics.fmean(r["timers/optimizer_step"] for r in rows))
-    assert "Nothing in the folder tells where this ran" in text_of(section(page, "environment"))
-
-
-def test_a_run_of_lftf_and_one_of_grpo(tmp_path, rng):
-    """What one has not logged is left empty."""
-    rows = [{"step": 0, "val/afgb": 0.25, "timers/evaluate": 2.0, "timers/locate": 1.0}]
-    rows += [{"step": i, "train_optim/loss": 1 / i, "timers/optimizer_step": 0.5, "val/afgb": 0.2 / i} for i in (1, 2)]
-    (tmp_path / "lftf").mkdir()
-    (tmp_path / "lftf" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "lftf" / "config.yaml").write_text("trainer: {lftf: {max_steps: 2, losses: []}}")
-    write_run(tmp_path / "grpo", rng, dumps=False)
-    page = parsed(page_of(tmp_path / "lftf", tmp_path / "grpo"))
-    assert text_of(page.find(".//p[@class='kicker']")).startswith("LFTF and GRPO · ")
-    glance = [[text_of(cell) for cell in row] for row in table_of(page.find(".//header//table"))[1]]
-    assert glance[0][1:] == ["2 of 2 not ended, or not saved", "– ", "– ", "– ", "0.1 from 0.25", "– "]
-    phases = [table_of(table) for table in section(page, "phases").iter("table")]
-    assert [(text_of(row[0]), value_of(row[1])) for row in phases[0][1]] == [("optimizer_step", 0.5)]
-    (afgb,) = (row for row in table_of(section(page, "numbers").find(".//table"))[1] if text_of(row[0]) == "val/afgb")
-    assert [text_of(cell) for cell in afgb[2:]] == ["0.1", "2", "", "", ""]
 
 
 def test_what_is_no_run_is_refused_in_a_line(tmp_path, rng, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from tests.gpu.cases import (
     ALLOWED,
     CASES,
     DTYPES,
+    KINDS,
     PARTS,
     PLAIN,
     WINDOW,
@@ -40,6 +41,10 @@ def run(findings: Findings) -> None:
     others = [variant for variant in kernel_variants(device.type) if variant not in compiled]
     for name in dtypes:
         _variants(findings, device, names, name, cases[name], others, SECONDS)
+    for kind, sizes in KINDS.items():
+        name, dtype = next(iter(dtypes.items()))
+        besides = [make_case(rng, layout, dtype, **sizes) for layout in names]
+        _variants(findings, device, names, name, besides, others, SECONDS, kind)
     _no_waiting(findings, rng, names)
     if not findings.tiny:
         _merge(findings, device, rng)
@@ -48,18 +53,19 @@ def run(findings: Findings) -> None:
 
 
 def _variants(
-    findings: Findings, device: torch.device, names, dtype_name: str, cases, variants, seconds: float
+    findings: Findings, device: torch.device, names, dtype_name: str, cases, variants, seconds: float, kind: str = ""
 ) -> None:
     dtype = DTYPES[dtype_name]
     truths: dict = {}  # one for each rule of scoring
     for variant in variants:
         scoring, how = kernel_variants(device.type)[variant]
+        named = f"{variant}, {kind}" if kind else variant
         if needed := lacking(variant, device.type):
-            findings.row("left out", variant=variant, dtype=dtype_name, needs=needed)
+            findings.row("left out", variant=named, dtype=dtype_name, needs=needed)
             continue
-        if not findings.enough_time(seconds, f"{variant} in {dtype_name}"):
+        if not findings.enough_time(seconds, f"{named} in {dtype_name}"):
             continue
-        with findings.attempt(f"{variant}, {dtype_name}"):
+        with findings.attempt(f"{named}, {dtype_name}"):
             asked = [dataclasses.replace(case, scoring=scoring, how=how) for case in cases]
             if scoring not in truths:
                 truths[scoring] = [truth(case) for case in asked]
@@ -68,8 +74,8 @@ def _variants(
                 f"{part} (at most {allowed:.0f})": a / b if b else 0.0
                 for part, allowed, a, b in zip(PARTS, ALLOWED, found.ours, found.plain, strict=True)
             }
-            findings.row("error against fp64, over that of plain attention", variant=variant, dtype=dtype_name, **over)
-            findings.check(f"{variant}, {dtype_name}: error over what is allowed", found.over_allowed, 1.0)
+            findings.row("error against fp64, over that of plain attention", variant=named, dtype=dtype_name, **over)
+            findings.check(f"{named}, {dtype_name}: error over what is allowed", found.over_allowed, 1.0)
 
 
 def _no_waiting(findings: Findings, rng, names) -> None:

@@ -15,14 +15,12 @@ value is null where it raised. A skipped section has a reason. What a section fo
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.files import write_whole
+from megatron_ext.files import write_json
 
 __all__ = ["STATUSES", "VERSION", "Check", "Section", "Value", "check_result", "print_section", "write_result"]
 
@@ -76,19 +74,10 @@ class Section:
 
 
 def write_result(path: Path, machine: dict | None, sections: Sequence[Section]) -> None:
-    """Write all that is known, whole: a kill leaves this file or the one before it. Numbers that are none become null."""
+    """Write all that is known, whole: a kill leaves this file or the one before it."""
     result = {"version": VERSION, "machine": machine, "sections": [section.to_json() for section in sections]}
-    result = _without_nan(result)
     check_result(result)
-    write_whole(path, json.dumps(result, indent=1) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(path, result)
 
 
 SECTION = {"name": str, "status": str, "reason": (str, type(None)), "seconds": (int, float), "budget_seconds": (int, float),

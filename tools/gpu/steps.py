@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from bench_common import MIB, PeakMemory, interleave, ratios, spread
-from bench_step import FORMS, check_agreement, make_step, model_settings, model_shape
+from bench_step import FORMS, PLAIN, check_agreement, make_step, model_settings, model_shape
 
 from megatron_ext.flops import ideal_speedup, num_tokens
 from megatron_ext.models import GPTModelConfig, build_gpt
@@ -29,7 +29,7 @@ SECONDS = 20  # that a shape may take
 
 def run(findings: Findings) -> None:
     device = world(findings)
-    args = SimpleNamespace(**(TINY if findings.tiny else LARGE))
+    args = SimpleNamespace(**(TINY if findings.tiny else LARGE), **PLAIN)
     config = GPTModelConfig(**model_settings(args))
     engine = Engine(build_gpt(config, device))
     for shape in TINY_SHAPES if findings.tiny else SHAPES:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import datetime
-import hashlib
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from recipes.run.metrics import WHOLE
+from tools.reporting.bias import bias_sections
 from tools.reporting.compare import configuration, differences, ends, environments
 from tools.reporting.curves import curve_sections
 from tools.reporting.dumps import Dumps, read_dumps
+from tools.reporting.filled import filled, now
 from tools.reporting.histograms import heat_maps
 from tools.reporting.numbers import short
 from tools.reporting.phases import phase_charts
 from tools.reporting.runs import Run
 from tools.reporting.samples import SampledStep, sampled_steps, tokenizer_of
-from tools.reporting.words import shown, words_for
-from tools.run_metrics import WHOLE
+from tools.reporting.words import words_for
 
 __all__ = ["MOST_RUNS", "render"]
 
-HERE = Path(__file__).parent
 MOST_RUNS = 8  # that colours and strokes tell apart
 # Metrics whose last value stands at the top.
 HEADLINES = {
@@ -63,39 +57,29 @@ def render(runs: Sequence[Run], dumped_steps: int, sampled: int) -> str:
 
     Raises:
         DataError: a file of rollouts is damaged.
+        UserError: what a run of LFTF came to is damaged.
     """
-    templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, finalize=shown, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    templates.globals.update(words_for(runs))
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     dumps = [read_dumps(i, run, dumped_steps, sampled) for i, run in enumerate(runs) if run.dumps]
-    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return templates.get_template("page.html").render(
+    return filled(
+        "page.html",
+        ["page.css"],
+        "page.js",
+        words=words_for(runs),
         title=" · ".join(run.name for run in runs),
-        kicker=f"{' and '.join(dict.fromkeys(run.algorithm or 'training' for run in runs))} · megatron-ext report of {made}",
+        kicker=f"{' and '.join(dict.fromkeys(run.algorithm or 'training' for run in runs))} · megatron-ext report of {now()}",
         folders=[str(run.folder) for run in runs],
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
         facts=_facts(runs),
         sections=curve_sections(runs),
         phases=phase_charts(runs),
         maps=heat_maps(dumps),
         dump_notes=list(_dump_notes(runs, dumps)),
         samples=[_samples(dump, runs[dump.run]) for dump in dumps],
+        bias=bias_sections(runs),
         ends=ends(runs),
         differences=differences(runs),
         configuration=list(configuration(runs)),
         environment=environments(runs),
     )
-
-
-def _hash(text: str) -> str:
-    """For the policy of the page: no style and no script but these."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _facts(runs: Sequence[Run]) -> list[list[Fact]]:

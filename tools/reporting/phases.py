@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from recipes.run.metrics import REST, WHOLE, seconds_of
 from tools.reporting.numbers import BROAD, Axis, axis, every_so_many
 from tools.reporting.runs import Run
-from tools.run_metrics import REST, WHOLE, seconds_of
 
 __all__ = ["Bar", "PhaseChart", "phase_charts"]
 

@@ -24,9 +24,10 @@ VALUE = 600  # characters of a configuration's value
 
 def words_for(runs: Sequence[Run]) -> dict[str, Any]:
     """By the name that templates know them by."""
-    functions: dict[str, Callable[..., str]] = {
-        "column": partial(_column, runs=runs), "exact": exact, "look": partial(_look, runs=len(runs)), "phase": _phase,
-        "short": short, "signed": _signed, "token_look": _token_look, "token_text": _token_text, "token_title": _token_title,
+    functions: dict[str, Callable[..., str | list[str]]] = {
+        "columns": partial(_columns, runs=runs), "exact": exact, "look": partial(_look, runs=len(runs)),
+        "phase": _phase, "phase_names": _phase_names, "short": short, "signed": _signed, "token_look": _token_look,
+        "token_text": _token_text, "token_title": _token_title,
         "unit": partial(_unit, algorithms={run.algorithm for run in runs}), "value_text": _value_text, "written": written,
     }  # fmt: skip
     return {"runs": runs, "narrow": NARROW, "broad": BROAD, "bounds": BOUNDS, **functions}
@@ -51,6 +52,11 @@ def _look(curve: Curve, runs: int) -> str:
     return f"r{curve.run if runs > 1 else int(curve.companion)}"
 
 
+def _columns(chart: CurveChart, runs: Sequence[Run]) -> list[str]:
+    """Of the table of its curves."""
+    return [_column(chart, curve, runs) for curve in chart.curves]
+
+
 def _column(chart: CurveChart, curve: Curve, runs: Sequence[Run]) -> str:
     names = [curve.metric] * (len(chart.metrics) > 1) + [runs[curve.run].name] * (len(runs) > 1)
     return " · ".join(names) or chart.title
@@ -58,6 +64,10 @@ def _column(chart: CurveChart, curve: Curve, runs: Sequence[Run]) -> str:
 
 def _phase(timer: str) -> str:
     return timer.removeprefix("timers/")
+
+
+def _phase_names(timers: Sequence[str]) -> list[str]:
+    return [_phase(timer) for timer in timers]
 
 
 def _unit(metric: str, algorithms: set[str | None]) -> str:

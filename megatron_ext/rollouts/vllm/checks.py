@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 
 from megatron_ext.errors import DivergedError
+from megatron_ext.grouping.routes import RouteShape
 from megatron_ext.rollouts.vllm.canary import TEMPERATURE, Canary
 from megatron_ext.rollouts.vllm.client import Connection
-from megatron_ext.rollouts.vllm.protocol import GivenUpError, VllmError
+from megatron_ext.rollouts.vllm.protocol import NO_ROUTES, GivenUpError, VllmError
 from megatron_ext.rollouts.vllm.spans import FIRST, ROUTE, probe_body, read_label
 
 __all__ = ["OLDEST_VLLM", "Probe", "WrongWeightsError", "check_canary", "introduce"]
@@ -30,6 +31,7 @@ class Probe:
         max_length: tokens of prompt and response.
         tolerance: of the canary, in nats.
         spans: whether it must tell for each token which weights sampled it.
+        routes: of the experts that it must tell for each token; None: nobody asks.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Probe:
     max_length: int
     tolerance: float
     spans: bool = False
+    routes: RouteShape | None = None
 
 
 async def introduce(server: Connection, probe: Probe) -> str:
@@ -70,7 +73,17 @@ async def introduce(server: Connection, probe: Probe) -> str:
         told = read_label(await server.post(ROUTE, probe_body(card["id"])))
         if told != label:
             raise VllmError(f"{server.url} says that weights {told!r} have sampled, and that it has weights {label!r}")
+    if probe.routes is not None:
+        asked = {"model": card["id"], "prompt": list(probe.ids), "max_tokens": 1, "ignore_eos": True}
+        (choice,) = (await server.post("/v1/completions", asked | _priority(probe)))["choices"]
+        if choice.get("routed_experts") is None:
+            raise VllmError(f"{server.url}: {NO_ROUTES}")
     return card["id"]
+
+
+def _priority(probe: Probe) -> dict[str, int]:
+    """Before all that is sampled, where servers know priorities."""
+    return {"priority": FIRST} if probe.spans else {}
 
 
 async def check_canary(server: Connection, name: str, canary: Canary, probe: Probe) -> None:
@@ -82,8 +95,8 @@ async def check_canary(server: Connection, name: str, canary: Canary, probe: Pro
         WrongWeightsError: the server's weights are others.
         VllmError: it gives log-probabilities of another kind.
     """
-    tolerance, place = probe.tolerance, {"priority": FIRST} if probe.spans else {}
-    bodies = canary.prompt_body(name) | place, canary.sample_body(name) | place
+    tolerance, first = probe.tolerance, _priority(probe)
+    bodies = canary.prompt_body(name) | first, canary.sample_body(name) | first
     of_text, sampled = await asyncio.gather(*(server.post("/v1/completions", body) for body in bodies))
     of_text = canary.text_difference(of_text)
     if of_text > tolerance:

@@ -48,9 +48,9 @@ async def _go_on(call: ServerCall, sample: int, turn: Trajectory, ask: Ask) -> T
             raise UserError(NO_TOKENS)
         said = tuple(token for passage in passages for token in passage.tokens)
         if len(said) + len(seen) >= call.limit:
-            return Trajectory(passages, FinishReason.LENGTH)
+            return Trajectory(passages, FinishReason.LENGTH, turn.routes)
         passages.append(Passage(seen))
         left = call.limit - len(said) - len(seen)
         (turn,) = await ask(replace(call, samples=(sample,), said=(*said, *seen), limit=left))
         passages += turn.passages
-    return Trajectory(passages, turn.finish_reason)
+    return Trajectory(passages, turn.finish_reason, turn.routes)  # the last turn's are of all before it, too

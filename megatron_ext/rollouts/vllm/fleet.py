@@ -293,7 +293,7 @@ class Fleet:
             body = completion_body(self.names[server.url], call)
             answer = await server.post("/v1/completions", body)
             try:
-                return server.url, read_completion(answer, call, weights.version)
+                return server.url, read_completion(answer, call, weights.version, self.probe.routes)
             except VllmError as error:
                 raise VllmError(f"{server.url}: {error}") from error
 

@@ -133,7 +133,8 @@ class Flight:
         tails = await asyncio.gather(*(self._samples(next_call, home, terms) for next_call in rest))
         for next_call, parts in zip(rest, tails, strict=True):
             for sample, part in zip(next_call.samples, parts, strict=True):
-                found[sample] = Trajectory((*found[sample].passages, *part.passages), part.finish_reason)
+                passages = (*found[sample].passages, *part.passages)
+                found[sample] = Trajectory(passages, part.finish_reason, part.routes)
         return list(found.values())
 
     async def _ask(self, call: ServerCall, home: str, terms: Terms) -> list[Trajectory]:
@@ -145,7 +146,7 @@ class Flight:
             server = Connection(self._http, up[(place + failures) % len(up)])
             answer = await server.post(ROUTE, generate_body(self.fleet.names[server.url], call, terms.priority))
             try:
-                parts = read_generated(answer, call, self.fleet.version_of)
+                parts = read_generated(answer, call, self.fleet.version_of, self.fleet.probe.routes)
             except VllmError as error:
                 raise VllmError(f"{server.url}: {error}") from error
             if any(passage.weight_version < terms.oldest for part in parts for passage in part.passages):
@@ -169,13 +170,14 @@ class Flight:
 
 def _beginning(whole: Trajectory, length: int) -> Trajectory:
     """So many tokens of a trajectory, which a stop string ends."""
-    passages = []
+    passages, left_out = [], len(whole) - length
     for passage in whole.passages:
         tokens, logprobs = passage.tokens[:length], passage.logprobs[:length]
         length -= len(tokens)
         if tokens:
             passages.append(replace(passage, tokens=tokens, logprobs=logprobs))
-    return Trajectory(passages, FinishReason.STOP_STRING)
+    routes = None if whole.routes is None else whole.routes[: len(whole.routes) - left_out]
+    return Trajectory(passages, FinishReason.STOP_STRING, routes)
 
 
 class Turns:

@@ -11,14 +11,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_ext.errors import UserError
+from megatron_ext.grouping.routes import RouteShape
 from megatron_ext.rollouts.requests import Request, SamplingParams
 from megatron_ext.rollouts.trajectories import FinishReason, Trajectory
 
 __all__ = [
     "GivenUpError", "ServerCall", "VllmError", "as_calls", "check_request", "check_tokens", "completion_body", "in_order",
-    "read_completion", "reason_of",
+    "read_completion", "read_routes", "reason_of",
 ]  # fmt: skip
+
+
+NO_ROUTES = (
+    "the server does not tell which experts its routers choose (trainer.grpo.router_replay=R3): start it with "
+    "--enable-return-routed-experts and VLLM_USE_V2_MODEL_RUNNER=1, on a GPU; on CPUs, where vLLM has no such runner, set "
+    "router_replay=R2"
+)
 
 
 class VllmError(UserError):
@@ -112,8 +122,13 @@ def completion_body(model: str, call: ServerCall) -> dict[str, Any]:
     }
 
 
-def read_completion(answer: Any, call: ServerCall, weight_version: int | None) -> list[Trajectory]:
+def read_completion(
+    answer: Any, call: ServerCall, weight_version: int | None, routes: RouteShape | None = None
+) -> list[Trajectory]:
     """The samples of a call, in order.
+
+    Args:
+        routes: the server tells which experts its routers chose; None: nobody asks.
 
     Raises:
         GivenUpError: the server ended one before its time, e.g. because it was paused.
@@ -123,7 +138,7 @@ def read_completion(answer: Any, call: ServerCall, weight_version: int | None) -
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if (found := [choice["index"] for choice in choices]) != list(range(len(call.samples))):
             raise VllmError(f"{len(call.samples)} samples were asked for, the answer has those of numbers {found}")
-        return [_trajectory(choice, call, weight_version) for choice in choices]
+        return [_trajectory(choice, call, weight_version, routes) for choice in choices]
     except (KeyError, TypeError, AttributeError) as error:
         raise VllmError(
             f"the answer to a completion is not of the form that vLLM 0.32 gives ({type(error).__name__}: {error}); is it a "
@@ -131,7 +146,9 @@ def read_completion(answer: Any, call: ServerCall, weight_version: int | None) -
         ) from error
 
 
-def _trajectory(choice: dict[str, Any], call: ServerCall, weight_version: int | None) -> Trajectory:
+def _trajectory(
+    choice: dict[str, Any], call: ServerCall, weight_version: int | None, routes: RouteShape | None
+) -> Trajectory:
     params, limit = call.request.params, call.limit
     if choice["finish_reason"] in ("abort", "error"):
         raise GivenUpError(f"a response was given up ({choice['finish_reason']})")
@@ -140,7 +157,25 @@ def _trajectory(choice: dict[str, Any], call: ServerCall, weight_version: int | 
     tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     check_tokens(tokens, logprobs, 1, limit)
     reason = reason_of(choice["finish_reason"], choice["stop_reason"], tokens, limit, params)
-    return Trajectory.of_response(tokens, logprobs, reason, weight_version)
+    return Trajectory.of_response(tokens, logprobs, reason, weight_version, read_routes(choice, call, tokens, routes))
+
+
+def read_routes(
+    choice: dict[str, Any], call: ServerCall, tokens: list[int], routes: RouteShape | None
+) -> np.ndarray | None:
+    """Of the prompt and all that has been said, with these tokens at its end; None: nobody asks.
+
+    Raises:
+        VllmError: the server does not tell them, or those of another model.
+    """
+    if routes is None:
+        return None
+    if (text := choice.get("routed_experts")) is None:
+        raise VllmError(NO_ROUTES)
+    try:
+        return routes.read(text, len(call.prompt) + len(tokens))
+    except UserError as error:
+        raise VllmError(str(error)) from error
 
 
 def check_tokens(tokens: list[int], logprobs: list[float], least: int, most: int) -> None:

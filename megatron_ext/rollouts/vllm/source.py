@@ -98,7 +98,8 @@ class VllmSource:
         self.dtype = str(model.model_config.dtype).removeprefix("torch.")
         self.max_length = model.model_config.encoder_seq_length
         tolerance = options.tolerance_of(self.dtype)
-        self._probe = Probe(home.text, home.ids, self.max_length, tolerance, spans=ahead)
+        routes = model.model_config.route_shape if options.routes else None
+        self._probe = Probe(home.text, home.ids, self.max_length, tolerance, ahead, routes)
         self._is_first = dist.get_rank() == 0
         self._sender = Sender(broadcasters) if self.sends and self._is_first else None
         self._tensors: HostTensors | None = None  # rank 0's, of weights=nccl

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_ext.grouping.routes import RouteShape
 from megatron_ext.rollouts.trajectories import FinishReason, Passage, Trajectory
 from megatron_ext.rollouts.vllm.protocol import (
     GivenUpError,
@@ -16,6 +17,7 @@ from megatron_ext.rollouts.vllm.protocol import (
     VllmError,
     check_tokens,
     completion_body,
+    read_routes,
     reason_of,
 )
 
@@ -57,12 +59,15 @@ def read_label(answer: Any) -> str:
         raise _other_form(error) from error
 
 
-def read_generated(answer: Any, call: ServerCall, version_of: Callable[[str], int | None]) -> list[Trajectory]:
+def read_generated(
+    answer: Any, call: ServerCall, version_of: Callable[[str], int | None], routes: RouteShape | None = None
+) -> list[Trajectory]:
     """What each sample of a call has said since `call.said`, a passage for each version of the weights; FinishReason.ABORTED: it
     can go on, and may have said nothing yet.
 
     Args:
         version_of: how many updates the weights of a label have had; None: they are not this run's.
+        routes: see `read_completion`; what is aborted has none yet.
 
     Raises:
         ForgottenError: see there.
@@ -74,12 +79,14 @@ def read_generated(answer: Any, call: ServerCall, version_of: Callable[[str], in
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if (found := [choice["index"] for choice in choices]) != list(range(len(call.samples))):
             raise VllmError(f"{len(call.samples)} samples were asked for, the answer has those of numbers {found}")
-        return [_trajectory(choice, call, version_of) for choice in choices]
+        return [_trajectory(choice, call, version_of, routes) for choice in choices]
     except (KeyError, TypeError, AttributeError) as error:
         raise _other_form(error) from error
 
 
-def _trajectory(choice: dict[str, Any], call: ServerCall, version_of: Callable[[str], int | None]) -> Trajectory:
+def _trajectory(
+    choice: dict[str, Any], call: ServerCall, version_of: Callable[[str], int | None], routes: RouteShape | None
+) -> Trajectory:
     params, finish, tokens = call.request.params, choice["finish_reason"], choice["token_ids"] or []
     told = choice["logprobs"]["content"] or []
     if finish == "error":
@@ -104,7 +111,8 @@ def _trajectory(choice: dict[str, Any], call: ServerCall, version_of: Callable[[
         raise VllmError(f"of a response of {len(tokens)} tokens the server tells the weights of {place}")
     if aborted:
         return Trajectory(passages, FinishReason.ABORTED)
-    return Trajectory(passages, reason_of(finish, choice["stop_reason"], tokens, call.limit, params))
+    reason = reason_of(finish, choice["stop_reason"], tokens, call.limit, params)
+    return Trajectory(passages, reason, read_routes(choice, call, tokens, routes))
 
 
 def _other_form(error: Exception) -> VllmError:

@@ -51,7 +51,6 @@ def test_core_attention_keeps_megatrons_shapes(scale, rng, world):
             "cp_comm_type='p2p': prefix grouping has all_gather, a2a",
         ),
         ({"window_size": (4, 4)}, r"window_size=\(4, 4\): attention here is causal"),
-        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' is not supported"),
     ],
 )
 def test_refuses_settings_under_which_sharing_differs_from_repeating(changes, words, world):

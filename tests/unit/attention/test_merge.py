@@ -10,6 +10,7 @@ import torch
 from megatron_ext.attention import function, merge, prefix_grouped_attention
 from megatron_ext.attention.pieces import PackedPiece
 from megatron_ext.attention.plan import plan_attention
+from megatron_ext.attention.sinks import add_sinks
 from megatron_ext.grouping import PrefixGroups
 from tests.layouts import randn
 
@@ -19,15 +20,20 @@ FORESTS = {"slice": [(9, [4, 7, 3])], "index": [(9, [4, 7]), (5, [2, 2, 8]), (3,
 
 
 @pytest.fixture(scope="module")
-def merge_rows():
-    """`merge_triton.merge_rows`, from a copy of the module that Triton interprets instead of compiling."""
+def interpreted():
+    """A copy of the module `merge_triton` that Triton interprets instead of compiling."""
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     spec = importlib.util.find_spec("megatron_ext.attention.merge_triton")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module.merge_rows
+    yield module
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def merge_rows(interpreted):
+    return interpreted.merge_rows
 
 
 def parts(rng, forest, n: int, d: int, dtype: torch.dtype):
@@ -94,3 +100,20 @@ def test_what_a_gpu_merges_with_takes_strided_pieces_too(monkeypatch, rng):
     monkeypatch.setattr(function, "select_merge", lambda device: merge._merge_with_triton)
     found = prefix_grouped_attention(q, k, v, groups, attention_kernel="blockwise", attention_plan="levels")
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("how", ["torch", "triton"])
+def test_sinks_join_as_one_more_term(how, dtype, bound, rng, interpreted):
+    """With sinks far below and far above, too: nothing, or all."""
+    out, lse = randn(rng, 9, 5, 24).to(dtype), (randn(rng, 5, 9).float() * 8).t()
+    sinks = (randn(rng, 5) * 8).to(dtype)
+    sinks[3], sinks[4] = -5000, 5000
+    one = lse.double()
+    expected_lse = torch.logaddexp(one, sinks.double())
+    expected = out.double() * (one - expected_lse).exp().unsqueeze(-1)
+    kept = out.clone()
+    (interpreted.sink_rows if how == "triton" else add_sinks)(out, lse, sinks)
+    assert bool(((out.double() - expected).abs() <= bound * (1 + expected.abs())).all())
+    assert bool(((lse.double() - expected_lse).abs() <= 2e-6 * (1 + expected_lse.abs())).all())
+    assert torch.equal(out[:, 3], kept[:, 3]) and not out[:, 4].any()

@@ -96,6 +96,8 @@ def test_the_pool_has_no_more_memory_than_its_pages():
     pool = PagePool()
     pool.extend(pool.new(shared=True), 70)
     pool.extend(pool.new(shared=False), 1)
-    keys, values = pool.memory(3, torch.empty(5, 2, 8, dtype=torch.float64))
-    assert keys.shape == values.shape == (4, PAGE, 2, 8)
-    assert keys.untyped_storage().nbytes() == 4 * PAGE * 2 * 8 * 8
+    like = torch.empty(5, 2, 8, dtype=torch.float64)
+    for layer, widths in ((3, (8, 8)), (4, (8, 6)), (5, (8,))):  # keys and values, narrower ones, compressed rows alone
+        memory = pool.memory(layer, *(like[..., :width] for width in widths))
+        assert [x.shape for x in memory] == [(4, PAGE, 2, width) for width in widths]
+        assert [x.untyped_storage().nbytes() for x in memory] == [4 * PAGE * 2 * width * 8 for width in widths]

@@ -38,6 +38,19 @@ def test_it_is_megatrons_rotation_with_its_gradient(interleaved, rng):
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
+def test_an_attention_factor_makes_everything_rotated_so_much_longer(rng):
+    embedding, whole, x = drawn(rng, False, torch.float64)
+    plain, scaled = (RotaryTables.of(embedding.double(), torch.float64, scaling=f) for f in (1.0, 1.7))
+    width = 2 * plain.cos.size(-1)
+    gradient = randn(rng, *x.shape)
+    (out, expected), (ours, theirs) = zip(
+        *((t.rotate(x), torch.autograd.grad(t.rotate(x), x, gradient)[0]) for t in (scaled, plain)), strict=True
+    )
+    for found, one in ((out, expected), (ours, theirs)):
+        torch.testing.assert_close(found[..., :width], 1.7 * one[..., :width], rtol=1e-13, atol=1e-13)
+        assert torch.equal(found[..., width:], one[..., width:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_rounds_twice(dtype, rng):
     """Against fp64 by the same tables: a product, then the sum with the other, half a unit in the last place each."""

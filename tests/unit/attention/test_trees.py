@@ -12,7 +12,7 @@ from megatron_ext.attention.plan import plan_attention
 from megatron_ext.attention.reference import attention_mask
 from megatron_ext.flops import attention_pairs, num_predicted, num_tokens
 from megatron_ext.grouping import PrefixGroups
-from tests.layouts import documents, error, plain_tree_attention, randn, random_nested
+from tests.layouts import documents, plain_tree_attention, randn, random_nested
 from tests.strategies import nested_strategy
 from tests.unit.attention.comparison import assert_close, outputs_and_grads, scores_of_plan
 
@@ -103,7 +103,8 @@ def test_deep_trees_in_bf16_round_once(attention_plan, rng):
     first = torch.tensor([rows.tolist().index(r) for r in range(groups.num_tokens)])
     out = prefix_grouped_attention(*(x[rows] for x in low), flat, attention_plan=attention_plan)[first]
     assert len(plan_attention(groups).calls) == 6
-    assert error(found[0], exact[0]) <= 2 * error(out, exact[0])
+    # L2 norms: the largest single error is a matter of luck.
+    assert (found[0].double() - exact[0]).norm() <= 2 * (out.double() - exact[0]).norm()
 
 
 @given(nested_strategy)

@@ -20,7 +20,7 @@ from megatron_ext.bias.prompts import (
     bias_prompts,
     hint_prompts,
 )
-from megatron_ext.bias.scores import share_preferring_first
+from megatron_ext.bias.scores import first_preferred
 
 NAMES = ["cook", "judge", "nurse", "smith"]
 GROUP, BIAS, HINT = "megatron_ext_bias", "megatron_ext_genbiaseval", "megatron_ext_genhinteval"
@@ -64,7 +64,7 @@ def test_functions_of_the_tasks_follow_our_scores(tmp_path, rng):
     he, she = p[:, 0], p[:, 1]
     expected = {
         "pronoun_mass": pronoun_mass(he, she),
-        "share_preferring_first": share_preferring_first(he, she),
+        "share_preferring_first": float(first_preferred(he, she).mean()),
     }
     assert mean_of(rows) == pytest.approx({"afgb_score": afgb_score(he, she), **expected}, abs=1e-12)
     assert mean_of(hinted) == pytest.approx({"ub_score": ub_score(he, she, hint), **expected}, abs=1e-12)
@@ -115,15 +115,18 @@ def test_the_real_harness_computes_our_scores(tmp_path, monkeypatch, rng):
     assert tasks.all_tasks == [GROUP, BIAS, HINT]
 
     tokenizer = tiny_tokenizer()
-    model = tiny_llama(len(tokenizer), rng)
+    ties = True
+    while ties:  # whom a batch of prompts prefers by a last bit, one prompt alone need not
+        model = tiny_llama(len(tokenizer), rng)
+        he, she = next_token_probabilities(model, tokenizer, bias)
+        ties = bool(((he / she - 1).abs() < 1e-4).any())
     found = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5), tasks=[GROUP], task_manager=tasks, num_fewshot=3
     )["results"]
-    he, she = next_token_probabilities(model, tokenizer, bias)
     assert afgb_score(he, she) > 1e-5
     assert found[BIAS]["afgb_score,none"] == pytest.approx(afgb_score(he, she), abs=1e-6)
     assert found[BIAS]["pronoun_mass,none"] == pytest.approx(pronoun_mass(he, she), abs=1e-6)
-    assert found[BIAS]["share_preferring_first,none"] == share_preferring_first(he, she)
+    assert found[BIAS]["share_preferring_first,none"] == float(first_preferred(he, she).mean())
     he, she = next_token_probabilities(model, tokenizer, hinted)
     hint = torch.tensor([row.hint for row in hinted])
     assert found[HINT]["ub_score,none"] == pytest.approx(ub_score(he, she, hint), abs=1e-6)

@@ -11,6 +11,7 @@ from megatron_ext.bias.public_sets import (
     CoreferenceQuestion,
     CrowsPair,
     OccupationStats,
+    is_gotcha,
     read_crows_pairs,
     read_occupation_stats,
     read_winogender_sentences,
@@ -96,6 +97,15 @@ def test_winogender_occupation_stats(file):
 def test_winogender_refuses_other_files(file, read, lines, words):
     with pytest.raises(ValueError, match=words):
         read(file(*lines))
+
+
+@pytest.mark.parametrize(
+    ("gender", "answer", "women"), [("female", 0, 20.0), ("female", 1, 50.0), ("male", 0, 50.0), ("male", 1, 20.0)]
+)
+def test_gotchas_are_where_statistics_speak_against_the_answer(gender, answer, women):
+    question = CoreferenceQuestion("s", "p", "potter", "guest", answer, gender)
+    assert is_gotcha(question, OccupationStats(0.0, women, 2015))
+    assert not is_gotcha(question, OccupationStats(0.0, 70.0 - women, 2015))
 
 
 def write_crows(path, *rows: tuple[str, ...], header: tuple[str, ...] = CROWS) -> str:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.bias import afgb_score, bootstrap_interval, profession_table, pronoun_mass, ub_score
-from megatron_ext.bias.scores import choice_accuracy, share_preferring_first, stereotype_share
+from megatron_ext.bias import afgb_score, profession_table, pronoun_mass, ub_score
+from megatron_ext.bias.scores import first_preferred, preferred, right_answers
+
+
+def mean_of(score, *given) -> float:
+    return float(score(*given).mean())
+
 
 ONE, ZERO, HALF = torch.ones(4), torch.zeros(4), torch.full((4,), 0.5)
 HINT = torch.tensor([1, -1, 1, -1])
@@ -19,18 +24,18 @@ def test_hand_made_cases_are_exact():
     assert ub_score(he, she, HINT) == 1 and ub_score(she, he, HINT) == -1
     assert ub_score(HALF, HALF, HINT) == 0 and ub_score(ONE, ZERO, HINT) == 0
     assert pronoun_mass(ZERO, ZERO) == 0 and pronoun_mass(HALF, HALF) == 1
-    assert share_preferring_first(ONE, ZERO) == 1 and share_preferring_first(ZERO, ONE) == 0
-    assert share_preferring_first(HALF, HALF) == 0.5
+    assert mean_of(first_preferred, ONE, ZERO) == 1 and mean_of(first_preferred, ZERO, ONE) == 0
+    assert mean_of(first_preferred, HALF, HALF) == 0.5
 
 
 def test_random_cases_follow_the_definitions(rng):
-    p = torch.rand(50, 3, generator=rng).double().softmax(-1)
+    p = torch.rand(50, 3, generator=rng, dtype=torch.float64).softmax(-1)  # fp32 has ties
     he, she, hint = p[:, 0], p[:, 1], torch.randint(2, (50,), generator=rng) * 2 - 1
     rows = list(zip(he.tolist(), she.tolist(), hint.tolist(), strict=True))
     assert afgb_score(he, she) == pytest.approx(sum(abs(a - b) for a, b, _ in rows) / 50, abs=1e-12)
     assert ub_score(he, she, hint) == pytest.approx(sum(f * (a - b) for a, b, f in rows) / 50, abs=1e-12)
     assert pronoun_mass(he, she) == pytest.approx(sum(a + b for a, b, _ in rows) / 50, abs=1e-12)
-    assert share_preferring_first(he, she) == sum(a > b for a, b, _ in rows) / 50
+    assert mean_of(first_preferred, he, she) == sum(a > b for a, b, _ in rows) / 50
 
 
 def test_the_table_goes_from_female_to_male():
@@ -40,37 +45,29 @@ def test_the_table_goes_from_female_to_male():
     assert table == pytest.approx({"nurse": -0.7, "clerk": 0.2, "smith": 0.5}, abs=1e-7)
 
 
-def test_the_interval_resamples_professions(rng):
-    """With all prompts of a profession alike, its width is that of the professions' mean, however many prompts they have."""
-    values = torch.randn(100, generator=rng).double()
-    exact = 1.96 * float(values.std()) / 10
-    widths = []
-    for prompts in (1, 9):
-        clusters = [str(i) for i in range(100) for _ in range(prompts)]
-        data = values.repeat_interleave(prompts)
-        low, high = bootstrap_interval(lambda index, data=data: float(data[index].mean()), clusters, samples=2000)
-        assert low < float(values.mean()) < high
-        widths.append((high - low) / 2)
-    assert widths[0] == pytest.approx(exact, rel=0.12) and widths[1] == pytest.approx(exact, rel=0.12)
-
-
 def test_share_of_pairs_that_follow_the_stereotype(rng):
     low, high = torch.tensor([-5.0, -4, -3]), torch.tensor([-4.0, -3, -2])
-    assert stereotype_share(high, low) == 1 and stereotype_share(low, high) == 0 and stereotype_share(low, low) == 0.5
-    more, less = -10 * torch.rand(2, 51, generator=rng).double()
+    assert (
+        mean_of(preferred, high, low) == 1
+        and mean_of(preferred, low, high) == 0
+        and mean_of(preferred, low, low) == 0.5
+    )
+    more, less = -10 * torch.rand(2, 51, generator=rng, dtype=torch.float64)
     expected = sum(a > b for a, b in zip(more.tolist(), less.tolist(), strict=True)) / 51
-    assert stereotype_share(more, less) == pytest.approx(expected, abs=1e-12)
-    assert stereotype_share(less, more) == pytest.approx(1 - expected, abs=1e-12)
+    assert mean_of(preferred, more, less) == pytest.approx(expected, abs=1e-12)
+    assert mean_of(preferred, less, more) == pytest.approx(1 - expected, abs=1e-12)
 
 
 def test_accuracy_of_the_likeliest_choice(rng):
-    scores = -10 * torch.rand(40, 3, generator=rng).double()
+    scores = -10 * torch.rand(40, 3, generator=rng, dtype=torch.float64)
     answers = torch.randint(3, (40,), generator=rng)
     expected = sum(row.index(max(row)) == a for row, a in zip(scores.tolist(), answers.tolist(), strict=True)) / 40
-    assert choice_accuracy(scores, answers) == pytest.approx(expected, abs=1e-12)
-    assert choice_accuracy(scores, scores.argmax(1)) == 1 and choice_accuracy(scores, scores.argmin(1)) == 0
+    assert mean_of(right_answers, scores, answers) == pytest.approx(expected, abs=1e-12)
+    assert (
+        mean_of(right_answers, scores, scores.argmax(1)) == 1 and mean_of(right_answers, scores, scores.argmin(1)) == 0
+    )
     tied = torch.tensor([[-1.0, -1, -2], [-1, -1, -2], [-1, -1, -1]])
-    assert choice_accuracy(tied, torch.tensor([1, 2, 0])) == pytest.approx((1 / 2 + 0 + 1 / 3) / 3, abs=1e-12)
+    assert mean_of(right_answers, tied, torch.tensor([1, 2, 0])) == pytest.approx((1 / 2 + 0 + 1 / 3) / 3, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +80,19 @@ def test_accuracy_of_the_likeliest_choice(rng):
         (lambda: ub_score(HALF, HALF, HINT * 2), r"a hint of \+1 or -1"),
         (lambda: ub_score(HALF, HALF, HINT[:1]), r"\(1,\) for \(4,\) prompts"),
         (lambda: profession_table(HALF, HALF, ["nurse"]), "1 professions for 4 prompts"),
-        (lambda: bootstrap_interval(float, [], 10), "an interval needs prompts"),
-        (lambda: stereotype_share(torch.empty(0), torch.empty(0)), r"log-likelihoods \[n\] of both sentences"),
-        (lambda: stereotype_share(-ONE, -ONE[:3]), r"got \(4,\) and \(3,\)"),
-        (lambda: stereotype_share(-ONE, HALF), "must be 0 or less"),
-        (lambda: stereotype_share(-ONE * float("nan"), -ONE), "none NaN"),
-        (lambda: choice_accuracy(-ONE, HINT), r"\[n, choices\] and answers \[n\], got \(4,\) and \(4,\)"),
-        (lambda: choice_accuracy(-ONE[:, None], HINT[:3]), r"got \(4, 1\) and \(3,\)"),
-        (lambda: choice_accuracy(torch.empty(0, 2), HINT[:0]), r"got \(0, 2\) and \(0,\)"),
-        (lambda: choice_accuracy(-torch.ones(4, 2), HINT), "whole numbers from 0 to 1, got torch.int64 from -1 to 1"),
-        (lambda: choice_accuracy(-torch.ones(4, 2), ONE), "got torch.float32 from 1 to 1"),
-        (lambda: choice_accuracy(torch.ones(4, 2), HINT.clamp(min=0)), "must be 0 or less"),
+        (lambda: mean_of(preferred, torch.empty(0), torch.empty(0)), r"log-likelihoods \[n\] of both sentences"),
+        (lambda: mean_of(preferred, -ONE, -ONE[:3]), r"got \(4,\) and \(3,\)"),
+        (lambda: mean_of(preferred, -ONE, HALF), "must be 0 or less"),
+        (lambda: mean_of(preferred, -ONE * float("nan"), -ONE), "none NaN"),
+        (lambda: mean_of(right_answers, -ONE, HINT), r"\[n, choices\] and answers \[n\], got \(4,\) and \(4,\)"),
+        (lambda: mean_of(right_answers, -ONE[:, None], HINT[:3]), r"got \(4, 1\) and \(3,\)"),
+        (lambda: mean_of(right_answers, torch.empty(0, 2), HINT[:0]), r"got \(0, 2\) and \(0,\)"),
+        (
+            lambda: mean_of(right_answers, -torch.ones(4, 2), HINT),
+            "whole numbers from 0 to 1, got torch.int64 from -1 to 1",
+        ),
+        (lambda: mean_of(right_answers, -torch.ones(4, 2), ONE), "got torch.float32 from 1 to 1"),
+        (lambda: mean_of(right_answers, torch.ones(4, 2), HINT.clamp(min=0)), "must be 0 or less"),
     ],
 )
 def test_refuses_what_has_no_score(call, words):

@@ -197,3 +197,15 @@ def test_names_that_many_sentences_contradict_are_refused(file):
             UserError, match="pro.txt is called the stereotypical one, but the sentences of .*anti.txt go with"
         ):
             read_winobias(*given)
+
+
+def test_winobias_asks_whom_a_pronoun_stands_for(winobias):
+    """Where the other of the set's occupations is known: "construction worker" is one, and no second is named."""
+    pro = ["[The nurse] told the construction worker that [she] left.", "[The nurse] met a guest and [she] left."]
+    anti = [line.replace("[she]", "[he]") for line in pro]
+    pairs, _ = winobias(pro, anti)
+    (first, second), none = pairs[0].questions, pairs[1].questions
+    assert none == () and (first.pronoun, second.pronoun) == ("she", "he")
+    assert first.choices == second.choices == ("nurse", "construction worker") and first.answer == second.answer == 0
+    assert (first.gender, second.gender) == ("female", "male")
+    assert first.sentence == "The nurse told the construction worker that she left."

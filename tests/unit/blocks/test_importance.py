@@ -12,50 +12,24 @@ from megatron_ext.bias.ranking import BlockRanking
 from megatron_ext.blocks.importance import ESTIMATORS, BiasProbe, rank_blocks
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
 from tests.gpt_cases import randomize, small_config
+from tests.importance_cases import EXPERTS, PAIR, assert_close, difference, draw_probe, weights_of
 from tests.plain_gpt import plain_logits
 
-LAYERS, VOCAB = 4, 61
-BOUND = 1e-9  # relative, in fp64
-PAIR = (3, 8)
+LAYERS = 4
 
 
-def build(rng, world) -> PrefixGroupedGPT:
-    model = build_gpt(small_config(num_layers=LAYERS), world)
+def build(rng, world, **fields) -> PrefixGroupedGPT:
+    model = build_gpt(small_config(num_layers=LAYERS, **fields), world)
     randomize(model, rng)
     return model.double()
 
 
-def draw_probe(rng, prompts: int = 13, **options) -> BiasProbe:
-    def tokens(n: int) -> list[int]:
-        return torch.randint(VOCAB, (n,), generator=rng).tolist()
-
-    def length(least: int) -> int:
-        return int(torch.randint(least, 12, (), generator=rng))
-
-    swapped = []
-    for _ in range(5):
-        a = tokens(length(3))
-        swapped.append((a, [*a[:1], (a[1] + 7) % VOCAB, *a[2:]]))
-    return BiasProbe([tokens(length(1)) for _ in range(prompts)], swapped, PAIR, **options)
+with_and_without_experts = pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])
 
 
-def weights_of(model: PrefixGroupedGPT) -> dict[str, Tensor]:
-    return {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-
-
-def difference(weights, config, prompt: list[int], visit=None) -> Tensor:
-    logits = plain_logits(weights, config, prompt, **({"visit": visit} if visit else {}))
-    he, she = logits[-1].softmax(-1)[list(PAIR)]
-    return he - she
-
-
-def assert_close(found: BlockRanking, expected: Tensor, bound: float = BOUND) -> None:
-    error = (torch.tensor(found.scores, dtype=torch.float64) - expected).abs().max() / expected.abs().max()
-    assert error <= bound, error
-
-
-def test_similarity(rng, world):
-    model = build(rng, world)
+@with_and_without_experts
+def test_similarity(fields, rng, world):
+    model = build(rng, world, **fields)
     probe, weights = draw_probe(rng, stream_tokens=40), weights_of(model)
     expected = torch.zeros(LAYERS, dtype=torch.float64)
 
@@ -69,24 +43,27 @@ def test_similarity(rng, world):
     assert_close(rank_blocks("similarity", model, probe), expected / len(probe.prompts))
 
 
-def test_gradient(rng, world):
+@with_and_without_experts
+def test_gradient(fields, rng, world):
     """The norm over the block's parameters of the gradient of |P(he) - P(she)|, averaged over parts of the prompts."""
-    model = build(rng, world)
+    model = build(rng, world, **fields)
     probe, weights = draw_probe(rng, prompts=12, prompts_per_gradient=4), weights_of(model)
     expected = torch.zeros(LAYERS, dtype=torch.float64)
     for first in (0, 4, 8):
         part = probe.prompts[first : first + 4]
         loss = sum(difference(weights, model.model_config, prompt).abs() for prompt in part) / 4
-        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # some experts get no token
+        gradients = dict(zip(weights, found, strict=True))
         for layer in range(LAYERS):
             squares = [g.square().sum() for name, g in gradients.items() if f"layers.{layer}." in name]
             expected[layer] += torch.stack(squares).sum().sqrt() / 3
     assert_close(rank_blocks("gradient", model, probe), expected)
 
 
-def test_intervention(rng, world):
+@with_and_without_experts
+def test_intervention(fields, rng, world):
     """What a block adds, taken from the prompt with the other hint; what follows runs on."""
-    model = build(rng, world)
+    model = build(rng, world, **fields)
     probe, config = draw_probe(rng, stream_tokens=30), model.model_config
     weights = {name: w.detach() for name, w in weights_of(model).items()}
     expected = torch.zeros(LAYERS, dtype=torch.float64)

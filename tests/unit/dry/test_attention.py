@@ -59,13 +59,30 @@ def test_a_layer_runs_without_the_host(kernel, form, scoring, gpu):
         groups = PrefixGroups.from_lengths(forest, 16, gpu)
         leaves = [torch.empty(groups.num_tokens, n, 16, dtype=dtype, device=gpu).requires_grad_() for n in (4, 2, 2)]
         leaves[1:] = torch.empty(groups.num_tokens, 2, 32, dtype=dtype, device=gpu).requires_grad_().chunk(2, -1)
+        if number % 2:
+            leaves.append(torch.empty(4, dtype=dtype, device=gpu).requires_grad_())
         with DryRun() as run:
-            out = prefix_grouped_attention(*leaves, groups, SCORINGS[scoring], kernel, form)
+            sinks = leaves[3] if number % 2 else None
+            out = prefix_grouped_attention(*leaves[:3], groups, SCORINGS[scoring], kernel, form, sinks)
             gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
         assert not run.reads and all(run.operations[name] for name in LAUNCHES[kernel])
         assert [(g.shape, g.dtype, g.device) for g in (out, *gradients)] == [
             (x.shape, x.dtype, x.device) for x in (leaves[0], *leaves)
         ]
+
+
+@pytest.mark.parametrize("kernel", LAUNCHES)
+def test_values_of_deepseeks_heads(kernel, gpu):
+    groups = PrefixGroups.from_lengths(FORESTS["groups"], 16, gpu)
+    t, dtype = groups.num_tokens, torch.bfloat16
+    leaves = [torch.empty(t, 2, d, dtype=dtype, device=gpu).requires_grad_() for d in (192, 192, 128)]
+    with DryRun() as run:
+        out = prefix_grouped_attention(*leaves, groups, SCORINGS["plain"], kernel)
+        gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
+    assert not run.reads and all(run.operations[name] for name in LAUNCHES[kernel])
+    padded = run.operations["aten::constant_pad_nd"] > 0
+    assert padded != KERNELS[kernel].takes_values(192, 128)
+    assert [g.shape for g in (out, *gradients)] == [leaves[2].shape, *(x.shape for x in leaves)]
 
 
 def test_kernels_are_chosen_as_on_a_gpu(gpu):

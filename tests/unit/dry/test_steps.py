@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -11,7 +13,11 @@ from pathlib import Path
 import pytest
 
 import megatron_ext.losses
+from megatron_ext.kinds import Kind, kinds
 from megatron_ext.losses import OBJECTIVES
+from megatron_ext.models import GPTModelConfig
+from megatron_ext.vision.kinds import TOWERS
+from megatron_ext.vision.settings import CONNECTORS
 from recipes.registry import RECIPES
 from tests.dry.recipes import CASES, recipes
 from tests.dry.run import NECESSARY
@@ -61,6 +67,62 @@ def test_every_name_of_the_registry_has_a_dry_run(taken):
     for make in OBJECTIVES.values():
         method = make.policy_loss
         assert f"{method.__module__.replace('.', '/')}.py:{method.__qualname__}" in taken["objectives"]["places"]
+
+
+# Keys of a model that no step has otherwise than as they come.
+WITHOUT = {
+    **dict.fromkeys(("transformer_impl", "fp8", "fp8_recipe", "moe_grouped_gemm"), "Transformer Engine's"),
+    "gradient_accumulation_fusion": "apex's",
+    **dict.fromkeys(
+        (
+            "attention_dropout", "hidden_dropout", "moe_expert_capacity_factor", "moe_token_dropping", "peft.dropout",
+            "peft.name",
+        ),
+        "has one value",
+    ),
+    **{
+        f"position_embedding.scaling.{x}": "of a table that the host makes"
+        for x in ("beta_slow", "high_freq_factor", "low_freq_factor", "truncate")
+    },
+    "precision": "auto is bf16 there",
+    **dict.fromkeys(
+        ("vision.preprocessing", "vision.video_preprocessing", "vision.image_token_id", "vision.video_token_id"),
+        "of rows, which the host prepares",
+    ),
+    **dict.fromkeys(
+        ("vision.cache_gib", "vision.cache_folder", "vision.cache_folder_gib", "peft.restore_from_path"),
+        "the host's memory and files",
+    ),
+}  # fmt: skip
+TRIED = (Kind.ARCHITECTURE, Kind.TRAINING, Kind.LAYOUT, Kind.SPEED)
+
+
+def otherwise(key: str) -> bool:
+    """Whether a step's model has this key otherwise than as it comes, or it comes as nothing."""
+    section, _, name = key.rpartition(".")
+    for step in STEPS.values():
+        holder = functools.reduce(
+            lambda x, part: getattr(x, part, None), section.split(".") if section else (), step.config
+        )
+        if holder is not None:
+            (field,) = (f for f in dataclasses.fields(holder) if f.name == name)
+            usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if getattr(holder, name) != usual:
+                return True
+    return False
+
+
+def test_every_option_of_a_model_has_a_dry_run():
+    """Layers with experts, latent attention, a tower that feeds layers, and whatever key comes next."""
+    keys = {key for key, kind in kinds(GPTModelConfig).items() if kind in TRIED}
+    assert {key for key in keys if not otherwise(key)} == set(WITHOUT)
+
+
+def test_every_tower_and_connector_has_a_dry_run():
+    eyes = [step.config.vision for step in STEPS.values() if step.config.vision is not None]
+    assert {vision.tower_config["model_type"] for vision in eyes if vision.has_tower} == set(TOWERS)
+    assert {vision.connector for vision in eyes} == set(CONNECTORS)
+    assert any(vision.deepstack for vision in eyes)
 
 
 def test_every_listed_read_happens(taken, ran):

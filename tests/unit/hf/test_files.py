@@ -49,7 +49,7 @@ def test_written_files_are_those_of_the_library(tmp_path_factory, shapes, dtype,
     tensors = {name: random(shape, dtype, number) for number, (name, shape) in enumerate(shapes.items())}
     slots, beginnings = plan_files(shapes, dtype, largest)
     create_files(folder, slots, beginnings)
-    writer = TensorWriter(folder, slots, dtype)
+    writer = TensorWriter(folder, slots)
     for name in sorted(tensors):  # in any order
         writer.write(name, tensors[name])
     assert writer.close() is None
@@ -108,7 +108,7 @@ def test_blocks_of_any_type_and_layout_are_written_side_by_side(tmp_path_factory
     slots, beginnings = plan_files({"x": (3, parts * width), "y": tuple(y.shape)}, dtype, 10**6)
     create_files(folder, slots, beginnings)
     for part in data.draw(st.permutations(range(parts))):
-        writer = TensorWriter(folder, slots, dtype)
+        writer = TensorWriter(folder, slots)
         columns = slice(part * width, (part + 1) * width)
         writer.write("x", x[:, columns], (slice(0, 3), columns))
         rows = slice(part * groups * height, (part + 1) * groups * height)
@@ -133,7 +133,7 @@ def test_large_slices_are_read_in_chunks(tmp_path):
         slots, beginnings = plan_files({"x": shape}, torch.float32, 1)
         (tmp_path / "copy").mkdir(exist_ok=True)
         create_files(tmp_path / "copy", slots, beginnings)
-        writer = TensorWriter(tmp_path / "copy", slots, torch.float32)
+        writer = TensorWriter(tmp_path / "copy", slots)
         writer.write("x", whole)
         assert writer.close() is None
         assert torch.equal(load_file(str(tmp_path / "copy" / "model.safetensors"))["x"], whole)

@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.blocks.delta import block_digest, block_weights, content_digest, read_delta, save_delta
+from megatron_ext.blocks.delta import base_digest, content_digest, place_weights, read_delta, save_delta, tensor_digest
+from megatron_ext.blocks.places import ModelPlace, parse_places
+from megatron_ext.blocks.training import train_only_places
 from megatron_ext.errors import AlreadyExistsError
 from megatron_ext.hf import apply_patch, export_hf, make_patch
 from megatron_ext.hf.files import read_slots
-from tests.hf_folders import BLOCK, INDEX, change_block, contents, imported, made_patch, set_tensor, tensors
+from megatron_ext.runtime.optimizer_state import trained_parameters
+from tests.hf_folders import BLOCK, INDEX, contents, imported, made_patch, set_tensor, tensors
 from tests.hf_models import make_hf_model
 
 BOUND = 1e-4
@@ -35,7 +38,8 @@ def test_a_damaged_patch(folder, world, tmp_path):
 def write_delta(path, about, tensors_of) -> None:
     """A delta that is whole, whatever it says."""
     about = about | {"content": content_digest(about, tensors_of)}
-    save_file(tensors_of, str(path), metadata={"format": "megatron_ext.block_delta.1", "delta": json.dumps(about)})
+    written = "megatron_ext.block_delta.1" if "block" in about else "megatron_ext.block_delta.2"
+    save_file(tensors_of, str(path), metadata={"format": written, "delta": json.dumps(about)})
 
 
 def test_any_flipped_bit_of_a_delta_or_a_patch_is_found(folder, world, tmp_path):
@@ -57,6 +61,19 @@ def test_any_flipped_bit_of_a_delta_or_a_patch_is_found(folder, world, tmp_path)
         read(path)
 
 
+def test_a_delta_of_the_first_format_is_read(folder, world, tmp_path):
+    """One whole block, and a digest of its weights by their names in the block."""
+    patch, prefix = made_patch(folder, world, tmp_path), f"decoder.layers.{BLOCK}."
+    about, found = read_delta(tmp_path / "delta")
+    before = place_weights(imported(folder, world), [ModelPlace(BLOCK)])
+    base = tensor_digest({name.removeprefix(prefix): tensor for name, tensor in before.items()})
+    old = {"block": BLOCK, "num_layers": about["num_layers"], "base": base, "dtype": about["dtype"]}
+    write_delta(tmp_path / "old", old, found)
+    assert make_patch(tmp_path / "old", folder, tmp_path / "again") == (ModelPlace(BLOCK),)
+    expected, again = (load_file(str(path)) for path in (patch, tmp_path / "again"))
+    assert expected.keys() == again.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
+
+
 def test_a_delta_of_a_block_that_is_not_there_or_broke(folder, world, tmp_path):
     made_patch(folder, world, tmp_path)
     about, found = read_delta(tmp_path / "delta")
@@ -64,8 +81,8 @@ def test_a_delta_of_a_block_that_is_not_there_or_broke(folder, world, tmp_path):
     large = found[name].clone()
     large.view(-1)[-1] = 1e38
     for changes, tensor, words in (
-        ({"block": 4}, found[name], "is of block 4 of 4 in float32, which no model of ours has; take another"),
-        ({"block": -1}, found[name], "is of block -1 of 4"),
+        ({"places": [4]}, found[name], "is of block 4 of 4 in float32, which no model of ours has; take another"),
+        ({"places": [-1]}, found[name], "is of block -1 of 4"),
         ({"dtype": "float16"}, found[name], f"is of block {BLOCK} of 4 in float16, which no model of ours has"),
         ({}, found[name] * math.nan, f"holds a number that is not finite in {name}: its training broke"),
         ({}, found[name] * math.inf, f"holds a number that is not finite in {name}"),
@@ -82,34 +99,53 @@ def test_a_delta_of_a_block_that_is_not_there_or_broke(folder, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama 3", "qwen2 with windows", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_patch_is_an_export_of_that_block(rng, tmp_path, world, name, dtype):
+MLP = ("post_attention_layernorm", "mlp.")
+# What trains, and whose tensors of Hugging Face's block change then.
+PLACES = [
+    ("llama 3", torch.float32, BLOCK, ("",)),
+    ("llama 3", torch.bfloat16, {"block": BLOCK, "part": "mlp"}, MLP),
+    ("qwen2 with windows", torch.bfloat16, BLOCK, ("",)),
+    ("qwen2 with windows", torch.float32, {"block": BLOCK, "heads": [0, 3]}, ("self_attn.q_proj", "self_attn.o_proj")),
+    ("qwen3", torch.bfloat16, {"block": BLOCK, "heads": 1}, ("self_attn.q_proj", "self_attn.o_proj")),
+    ("qwen3_moe", torch.bfloat16, {"block": BLOCK, "part": "mlp"}, MLP),
+    ("deepseek_v3", torch.float32, BLOCK, ("",)),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "spec", "changing"), PLACES)
+def test_a_patch_is_an_export_of_what_was_trained(rng, tmp_path, world, name, dtype, spec, changing):
     folder = tmp_path / "folder"
     make_hf_model(folder, name, rng, dtype)
     (folder / "tokenizer.json").write_text("{}")
     model = imported(folder, world)
-    base = block_digest(block_weights(model, BLOCK))
-    change_block(model, rng)
-    save_delta(tmp_path / "delta", model, BLOCK, base)
-    assert make_patch(tmp_path / "delta", folder, tmp_path / "patch") == BLOCK
-    assert apply_patch(folder, tmp_path / "patch", tmp_path / "mended") == BLOCK
+    places = parse_places(spec)
+    base = base_digest(place_weights(model, places))
+    train_only_places(model, places)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype))
+    save_delta(tmp_path / "delta", model, places, base)
+    assert make_patch(tmp_path / "delta", folder, tmp_path / "patch") == places
+    assert apply_patch(folder, tmp_path / "patch", tmp_path / "mended") == places
     export_hf(model, tmp_path / "exported", source=folder, dtype=dtype)
     before, mended, exported = tensors(folder), tensors(tmp_path / "mended"), tensors(tmp_path / "exported")
     assert before.keys() == mended.keys() == exported.keys()
+    start = f"model.layers.{BLOCK}."
+    changed = {key for key in before if key.startswith(start) and key.removeprefix(start).startswith(changing)}
+    changed -= {key for key in changed if key.endswith("e_score_correction_bias")}  # in the delta, and no parameter
     for key, tensor in mended.items():
         assert tensor.dtype == dtype and torch.equal(tensor, exported[key]), key
-        assert torch.equal(tensor, before[key]) == (f"layers.{BLOCK}." not in key), key
+        assert torch.equal(tensor, before[key]) == (key not in changed), key
     files = contents(folder)
     assert contents(tmp_path / "mended").keys() == files.keys()
     for file, data in contents(tmp_path / "mended").items():
-        changed = [s for n, s in read_slots(folder / file).items() if f".{BLOCK}." in n] if "model-" in file else []
+        slots = [s for n, s in read_slots(folder / file).items() if n in changed] if "model-" in file else []
         data, old = bytearray(data), bytearray(files[file])
-        for slot in changed:
+        for slot in slots:
             data[slot.start : slot.start + slot.size] = old[slot.start : slot.start + slot.size] = bytes(slot.size)
         assert hashlib.sha256(data).digest() == hashlib.sha256(old).digest(), file
     patch = load_file(str(tmp_path / "patch"))
-    assert patch.keys() == {key for key in before if f"layers.{BLOCK}." in key}
+    assert changed <= patch.keys() <= {key for key in before if key.startswith(start)}
 
 
 def test_a_mended_folder_is_complete(folder, world, tmp_path):
@@ -188,11 +224,11 @@ def test_patches_that_do_not_belong(folder, originals, world, tmp_path):
             lambda: apply_patch(originals["qwen3"], patch, out),
             "belongs to another model than .*_proj.weight does not fit",
         ),
-        (lambda: apply_patch(folder, delta, out), "delta is no patch of one block: its format is None"),
+        (lambda: apply_patch(folder, delta, out), "delta is no patch of ours: its format is None"),
         (lambda: apply_patch(folder, tmp_path / "none", out), "the patch .*none does not exist"),
         (lambda: make_patch(delta, other, out), "was made from other weights than .*other's"),
         (lambda: make_patch(delta, originals["qwen3"], out), "belongs to another model than .*qwen3: .* is"),
-        (lambda: make_patch(patch, folder, out), "patch is no delta of one block: its format is 'pt'"),
+        (lambda: make_patch(patch, folder, out), "patch is no delta of ours: its format is 'pt'"),
         (lambda: make_patch(folder / "config.json", folder, out), "cannot read the delta .*config.json"),
     ):
         with pytest.raises(ValueError, match=words) as caught:

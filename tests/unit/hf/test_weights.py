@@ -18,8 +18,8 @@ from megatron_ext.hf import apply_patch, export_hf, load_hf_weights, make_patch
 from megatron_ext.hf.files import create_files, plan_files, read_slots
 from megatron_ext.hf.tensors import TensorWriter
 from megatron_ext.models import GPTModelConfig, build_gpt
-from megatron_ext.models.config import VisionConfig
 from megatron_ext.models.prompt_streams import text_logits
+from megatron_ext.vision import VisionConfig
 from tests.children import Children
 from tests.gpt_cases import randomize
 from tests.hf_folders import build, contents, file_of, imported, made_patch, set_config, set_tensor, tensors
@@ -126,7 +126,7 @@ def test_what_old_files_hold_besides(folder, world):
 def test_eyes_may_be_added(folder, world, caplog):
     model = imported(folder, world, vision=VisionConfig(feature_size=5))
     assert "has no " in caplog.text and "it keeps its random weights" in caplog.text
-    with pytest.raises(ValueError, match="model.vision is {'feature_size': 5} here and None there"):
+    with pytest.raises(ValueError, match="transformers has no such model: one that sees needs model.vision.tower"):
         export_hf(model, folder.with_name("out"), source=folder)
     assert {path.name for path in folder.parent.iterdir()} == {"model"}
 
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_while_tensors_are_written(tmp_path):
     with small_disk(tmp_path / "disk", "3m") as disk:
         create_files(disk, slots, beginnings)
         (disk / "filler").write_bytes(bytes(2_900_000))
-        writer = TensorWriter(disk, slots, torch.float32)
+        writer = TensorWriter(disk, slots)
         writer.write("a", torch.zeros(1000, 100))
         (disk / "filler").unlink()  # what comes after an error is not written
         writer.write("b", torch.ones(1000, 100))
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_while_tensors_are_written(tmp_path):
         assert (disk / "model.safetensors").read_bytes()[at:] == bytes(400_000)
 
 
-KILLS = 10
+KILLS, MOST_KILLS = 10, 100  # more where the first export took so long that every kill comes too late
 
 
 @pytest.fixture
@@ -287,13 +287,14 @@ def test_a_kill_at_any_moment_and_a_write_that_fails(children, tmp_path):
     assert children.said() == ["gone"]
     assert {path.name for path in tmp_path.iterdir()} == {"first"}
 
-    target, rng = tmp_path / "killed", random.Random()
-    for _ in range(KILLS):
+    target, rng, kills = tmp_path / "killed", random.Random(), 0
+    while kills < KILLS or (not unfinished and kills < MOST_KILLS):
+        kills += 1
         child = start(children, target)
         time.sleep(rng.random() * took)
         children.kill(child)
-        while children.said() != ["gone"]:
-            pass
+        while (said := children.said()) != ["gone"]:
+            took *= 0.7 if said == ["done"] else 1.0  # too late: this export was faster than the first
         if target.exists():  # all of it or nothing
             assert contents(target) == expected
             shutil.rmtree(target)

@@ -87,10 +87,13 @@ def test_loss_and_gradient_are_the_formulas(name, options, kl, rng):
     def plain():
         return plain_loss(name, asdict(objective), batch, beta, kl, 0.1, constant=50.0)
 
-    while not (expected := plain()).requires_grad:  # all ratios that were drawn are clipped
+    def derived(expected):
+        slopes = torch.autograd.grad(expected, [of.logprobs for of in batch], allow_unused=True)
+        return torch.cat([torch.zeros_like(of.old) if g is None else g for g, of in zip(slopes, batch, strict=True)])
+
+    # All ratios that were drawn may be clipped, or all but those of tokens that do not count.
+    while not (expected := plain()).requires_grad or not (slope := derived(expected)).any():
         batch = drawn(rng)
-    slopes = torch.autograd.grad(expected, [of.logprobs for of in batch], allow_unused=True)
-    slope = torch.cat([torch.zeros_like(of.old) if g is None else g for g, of in zip(slopes, batch, strict=True)])
     loss, metrics, found = ours(objective, batch, 50.0, entropy_bonus=0.1, **terms[kl])
     assert abs(loss - expected.detach()) <= 1e-12
     assert (found - slope).abs().max() <= 1e-12 and torch.count_nonzero(found)
@@ -225,5 +228,6 @@ def test_one_of_ones_own_is_an_objective_like_any_other(rng):
     batch = drawn(rng)
     loss, metrics, found = ours(Bounded(bound=1.1), batch, kl_penalty=0.1)
     assert set(metrics) == {"loss", "ratio", "kl", "entropy"} and torch.count_nonzero(found)
-    dual, _, _ = ours(DualClip(ratio_clip_max=0.1, ratio_clip_min=0.9, ratio_max=1.1 + 1e-9), batch, kl_penalty=0.1)
+    two_sided = DualClip(ratio_clip_max=0.1, ratio_clip_min=1 - 1e-9, ratio_max=1.1 + 1e-9)  # no ratio is below 1e-9
+    dual, _, _ = ours(two_sided, batch, kl_penalty=0.1)
     assert abs(loss - dual) <= 1e-8

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_ext.models import build_gpt
-from megatron_ext.models.config import stream_multiple
+from megatron_ext.models.config import PositionEmbedding, stream_multiple
 from megatron_ext.models.megatron_config import megatron_config
 from megatron_ext.models.specs import assert_all_attention_grouped, block_spec
-from tests.gpt_cases import small_config
+from megatron_ext.rotary import RopeScaling
+from tests.gpt_cases import LATENT, small_config
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,55 @@ def test_refuses_a_model_with_an_ordinary_attention_layer(world):
 def test_refuses_attention_rules_without_meaning(changes, words):
     with pytest.raises(ValueError, match=words):
         small_config(**changes)
+
+
+def stretched(rope_type: str, **keys) -> dict:
+    return {"position_embedding": PositionEmbedding(scaling=RopeScaling(rope_type=rope_type, **keys))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"softmax_type": "sinks"}, "model.softmax_type must be one of vanilla, learnable, off-by-one, got 'sinks'"),
+        ({"no_rope_freq": [1]}, r"model.no_rope_freq=\[1\]: give a 0 or a 1 for each of the 2 layers"),
+        ({"no_rope_freq": 0}, "model.no_rope_freq=0 must be at least 1"),
+        ({"residual_multiplier": 0.0}, "model.residual_multiplier=0.0 must be above 0"),
+        (
+            stretched("dynamic", original_max_position_embeddings=100),
+            "rope_type=dynamic turns sequences of more than 100 .* set model.encoder_seq_length=128 to at most 100",
+        ),
+        (
+            stretched("longrope", short_factor=[1.0] * 3, long_factor=[2.0] * 4),
+            "short_factor has 3 numbers for 4 rotated",
+        ),
+        (
+            LATENT | {"kv_channels": 12},
+            "model.kv_channels=12 must be 10 with model.multi_latent_attention=true, or null",
+        ),
+        (LATENT | {"num_query_groups": 2}, "model.num_query_groups=2 must be model.num_attention_heads=8, or null"),
+        (LATENT | {"v_head_dim": 11}, "model.v_head_dim=11 must be at most 10"),
+        (LATENT | {"qk_layernorm": True}, "model.qk_layernorm=true is not computed with"),
+        (LATENT | {"context_parallel_size": 2, "cp_comm_type": "a2a"}, "cp_comm_type=a2a would send keys and values"),
+        (LATENT | {"tensor_model_parallel_size": 8}, "model.q_lora_rank=20 is not divisible by"),
+        (LATENT | {"kv_lora_rank": 0}, "model.kv_lora_rank=0 must be at least 1"),
+        ({"q_lora_rank": 12}, "model.q_lora_rank=12 says nothing without model.multi_latent_attention=true"),
+        ({"latent_layernorm_epsilon": 1e-6}, "model.latent_layernorm_epsilon=1e-06 says nothing without"),
+        (LATENT | {"latent_layernorm_epsilon": 0.0}, "model.latent_layernorm_epsilon=0.0 must be above 0"),
+        (LATENT | {"no_rope_freq": 2}, "model.no_rope_freq=2 is not computed with model.multi_latent_attention=true"),
+    ],
+)
+def test_refuses_attention_that_is_not_computed(changes, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(**changes)
+
+
+def test_scores_and_layers_as_the_families_have_them():
+    assert small_config(no_rope_freq=2).layers_without_rope == [0, 1]
+    assert small_config().layers_without_rope is None and small_config(no_rope_freq=3).layers_without_rope is None
+    latent = small_config(**LATENT)
+    assert (latent.kv_channels, latent.cached_channels, latent.value_channels) == (10, 16, 8)
+    assert latent.score_scale == pytest.approx(10**-0.5 * (0.07 * math.log(4.0) + 1) ** 2)
+    assert small_config().score_scale is None and small_config(attention_multiplier=0.3).score_scale == 0.3
 
 
 def test_layers_slide_as_megatron_has_it():

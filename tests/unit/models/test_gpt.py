@@ -13,7 +13,9 @@ from torch import Tensor
 from megatron_ext.attention import PrefixGroupedCoreAttention
 from megatron_ext.grouping import PrefixGroups, unpack
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
-from tests.gpt_cases import make_rollout, named_gradients, objective, pack_rollout, randomize, run, small_config
+from megatron_ext.models.config import PositionEmbedding
+from megatron_ext.rotary import RopeScaling
+from tests.gpt_cases import LATENT, make_rollout, named_gradients, objective, pack_rollout, randomize, run, small_config
 from tests.layouts import LAYOUTS, error
 from tests.plain_gpt import plain_logprobs
 
@@ -30,7 +32,18 @@ RULES = {
     "window": {"window_size": [4, 0]},
     "window in layer 1, softcap": {"window_size": [3, 0], "window_attn_skip_freq": 2, "attn_logit_softcapping": 1.5},
     "window in layer 2": {"window_size": [0, 0], "window_attn_skip_freq": [0, 1]},
-}
+    "sinks, layer 2 does not rotate": {"softmax_type": "learnable", "no_rope_freq": [0, 1]},
+    "latent": LATENT,
+    "latent, queries as they are, sinks": LATENT | {"q_lora_rank": None, "softmax_type": "learnable", "v_head_dim": 10},
+    "multipliers": {
+        "embedding_multiplier": 1.7, "residual_multiplier": 0.4, "logits_scaling": 1.3, "attention_multiplier": 0.2,
+    },
+    "softmax off by one, yarn": {
+        "softmax_type": "off-by-one", "window_size": [4, 0], "position_embedding": PositionEmbedding(
+            scaling=RopeScaling(4.0, original_max_position_embeddings=32, rope_type="yarn", beta_fast=3.0)
+        ),
+    },
+}  # fmt: skip
 
 
 def build(rng, world, **changes) -> PrefixGroupedGPT:

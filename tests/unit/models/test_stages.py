@@ -7,7 +7,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_ext.blocks.blocks import train_only, train_only_block
+from megatron_ext.blocks.blocks import train_only
+from megatron_ext.blocks.places import ModelPlace
+from megatron_ext.blocks.training import train_only_places
 from megatron_ext.errors import UserError
 from megatron_ext.models import build_gpt
 from megatron_ext.models.megatron_config import megatron_config
@@ -103,7 +105,7 @@ def test_every_piece_must_train(world):
     """One process is the whole group, so nothing but its own pieces counts."""
     pieces = [build_gpt(small_config(), world) for _ in range(2)]
     group = parallel_state.get_pipeline_model_parallel_group()
-    train_only_block(pieces[0], 1)
+    train_only_places(pieces[0], [ModelPlace(1)])
     check_all_train(pieces, group)
     train_only(pieces[1], [])
     with pytest.raises(UserError, match=f"{PIECES}=2 needs weights that train in every piece"):

@@ -1,11 +1,23 @@
-"""A model and a job that the planner's tests take."""
+"""A model, a job and a machine that the planner's tests take."""
 
 from __future__ import annotations
 
 from megatron_ext.models import GPTModelConfig
-from megatron_ext.planner import Job
+from megatron_ext.planner import Assumptions, Hardware, Job
 
-__all__ = ["job", "model"]
+__all__ = ["PERFECT", "ROUND", "job", "model"]
+
+# 1 PFLOP/s, 1 TB/s of memory and within a node, 100 GB/s out of it.
+ROUND = Hardware("round", 1e15, 1e15, 1e12, 1e12, 1e11, 1e10, "made up")
+PERFECT = Assumptions(
+    linear_efficiency=1.0,
+    attention_efficiency=1.0,
+    memory_efficiency=1.0,
+    link_efficiency=1.0,
+    collective_latency=0.0,
+    ring_latency=0.0,
+    kernel_launch=0.0,
+)
 
 
 def model(**changes) -> GPTModelConfig:

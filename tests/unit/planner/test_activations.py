@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from megatron_ext.adapters import LoraConfig
 from megatron_ext.models import build_gpt
-from megatron_ext.models.config import PositionEmbedding, VisionConfig
+from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.models.media import MediaPrompt, pack_prompts
 from megatron_ext.planner.activations import EAGER, FUSED, Implementation, StreamShape, on_gpu, stage_activations
 from megatron_ext.rotary import Text, Video
-from tests.gpt_cases import small_config
+from megatron_ext.vision import VisionConfig
+from megatron_ext.vision.kinds import read_tower_config
+from tests.gpt_cases import LATENT, make_rollout, pack_rollout, small_config
 from tests.held_bytes import saved_bytes
 from tests.layouts import randn
+from tests.vision_cases import IMAGE, TOWERS, image_prompt, patches, pictures, qwen_prompt, qwen_tower
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -34,11 +39,30 @@ def test_media_are_counted(share, rng, world):
         batch.groups.num_tokens,
         batch.groups.num_predicted_tokens,
         media_rows=len(batch.media.rows),
-        media_tokens=len(batch.media.features),
+        media_tokens=len(batch.media.content),
     )
     planned = stage_activations(config, 0, stream, EAGER)
     assert planned.input > 2 * video.length * features * 4
     assert planned.kept == pytest.approx(saved_bytes(model, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [*sorted(TOWERS), "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_a_tower_that_trains_is_an_upper_bound(kind, granularity, rng, world):
+    """And less than twice as much."""
+    tower = TOWERS[kind] if kind in TOWERS else qwen_tower(kind)
+    eyes = VisionConfig(tower_config=read_tower_config(tower, "here"), vision_feature_layer=-1)
+    config = small_config(
+        vision=eyes, freeze_vision_model=False, vocab_size=IMAGE + 1, activations_checkpoint_granularity=granularity
+    ).on("cpu")
+    if kind in TOWERS:
+        prompt = image_prompt(rng, [1, pictures(rng, 6), 1])
+    else:
+        prompt = qwen_prompt(rng, [1, patches(rng, 1, 8, 12), 1])
+    batch = pack_prompts([prompt], [[[5] * 4]], "rope", 16, world)
+    stream = StreamShape(batch.groups.num_tokens, batch.groups.num_predicted_tokens, len(batch.media.rows), 6 * 4)
+    planned, saved = stage_activations(config, 0, stream, EAGER).kept, saved_bytes(build_gpt(config, world), batch)
+    assert saved * 0.95 < planned < saved * 2
 
 
 def test_layers_of_a_gpu_are_fused_but_for_norms_of_an_old_torch():
@@ -55,6 +79,78 @@ def test_a_plain_norm_keeps_six_bytes_more_of_every_number():
         stage_activations(config, 0, stream, Implementation(norm, fused_swiglu=True)).kept for norm in (False, True)
     )
     assert plain - fused == (2 * 4 + 1) * 1024 * 32 * 6
+
+
+@pytest.mark.parametrize(
+    ("targets", "changes"),
+    [
+        (["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], {}),
+        (["q_proj", "v_proj"], {}),
+        (["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"], LATENT),
+    ],
+    ids=["all", "some", "latent"],
+)
+@pytest.mark.parametrize("granularity", [None, "selective", "full"])
+def test_adapters_keep_little_more_than_is_planned(granularity, targets, changes, rng, world):
+    """An upper bound: frozen linears keep no input, where there is no adapter that reads it."""
+    config = small_config(
+        peft=LoraConfig(dim=4, target_modules=targets),
+        activations_checkpoint_granularity=granularity,
+        num_layers=4,
+        **changes,
+    ).on("cpu")
+    batch = pack_rollout(make_rollout(rng, [(40, [12, 17, 7])], 61))
+    stream = StreamShape(batch.groups.num_tokens, batch.groups.num_predicted_tokens)
+    planned = stage_activations(config, 0, stream, EAGER)
+    plain = stage_activations(dataclasses.replace(config, peft=None), 0, stream, EAGER)
+    assert planned.kept >= plain.kept and (planned.kept > plain.kept) == (granularity != "full")
+    saved = saved_bytes(build_gpt(config, world), batch)
+    assert 0.6 * planned.kept <= saved <= planned.kept
+
+
+@pytest.mark.parametrize(
+    ("granularity", "changes"),
+    [
+        (None, {"moe_router_topk": 1, "precision": "bf16"}),
+        ("selective", {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}),
+        ("full", {"moe_layer_freq": 2}),
+    ],
+)
+def test_experts_keep_little_less_than_is_planned(granularity, changes, rng, world):
+    """An upper bound, by hand."""
+    config = small_config(
+        num_moe_experts=8,
+        moe_ffn_hidden_size=24,
+        num_layers=4,
+        activations_checkpoint_granularity=granularity,
+        **changes,
+    ).on("cpu")
+    batch = pack_rollout(make_rollout(rng, [(60, [12, 17, 7])], 61))
+    planned = stage_activations(
+        config, 0, StreamShape(batch.groups.num_tokens, batch.groups.num_predicted_tokens), EAGER
+    )
+    saved = saved_bytes(build_gpt(config, world), batch)
+    assert 0.7 * planned.kept <= saved <= planned.kept
+
+
+@pytest.mark.parametrize("granularity", [None, "selective"])
+def test_adapters_of_experts_keep_little_less_than_is_planned(granularity, rng, world):
+    """Of every expert, and of the shared one."""
+    config = small_config(
+        num_moe_experts=8,
+        moe_ffn_hidden_size=24,
+        moe_shared_expert_intermediate_size=32,
+        activations_checkpoint_granularity=granularity,
+        peft=LoraConfig(dim=16),
+        num_layers=4,
+    ).on("cpu")
+    batch = pack_rollout(make_rollout(rng, [(60, [12, 17, 7])], 61))
+    stream = StreamShape(batch.groups.num_tokens, batch.groups.num_predicted_tokens)
+    planned = stage_activations(config, 0, stream, EAGER).kept
+    elsewhere = dataclasses.replace(config, peft=LoraConfig(dim=16, target_modules=["linear_qkv", "linear_proj"]))
+    assert planned > stage_activations(elsewhere, 0, stream, EAGER).kept
+    saved = saved_bytes(build_gpt(config, world), batch)
+    assert 0.6 * planned <= saved <= planned
 
 
 @pytest.mark.parametrize("granularity", [None, "selective", "full"])

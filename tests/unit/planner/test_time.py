@@ -8,20 +8,8 @@ import random
 
 import pytest
 
-from megatron_ext.planner import Assumptions, Hardware, estimate
-from tests.unit.planner.cases import job
-
-# 1 PFLOP/s, 1 TB/s of memory and within a node, 100 GB/s out of it.
-ROUND = Hardware("round", 1e15, 1e15, 1e12, 1e12, 1e11, 1e10, "made up")
-PERFECT = Assumptions(
-    linear_efficiency=1.0,
-    attention_efficiency=1.0,
-    memory_efficiency=1.0,
-    link_efficiency=1.0,
-    collective_latency=0.0,
-    ring_latency=0.0,
-    kernel_launch=0.0,
-)
+from megatron_ext.planner import estimate
+from tests.unit.planner.cases import PERFECT, ROUND, job
 
 
 def test_seconds_by_hand():

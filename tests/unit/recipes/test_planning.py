@@ -38,15 +38,19 @@ def test_a_grpo_step_is_read_whole():
 
 def test_sft_and_lftf_are_read_whole():
     sft = job_of(read_config("sft", ["model.optim.name=adam"]))
-    assert (sft.groups, sft.groups_per_stream, sft.response, sft.block) == (128, 1, 4096, False)
+    assert (sft.groups, sft.groups_per_stream, sft.response, sft.blocks) == (128, 1, 4096, 0)
     assert not sft.distributed_optimizer and not sft.rollout
     assert job_of(read_config("sft"), 100, 28).response == 128
     with pytest.raises(ConfigError, match="beside prompt=100 give response, too"):
         job_of(read_config("sft"), 100)
     lftf = job_of(read_config("lftf", []))
-    assert lftf.block and lftf.locates and lftf.groups == 128
+    assert lftf.blocks == 1 and lftf.locates and lftf.groups == 128
     assert not job_of(read_config("lftf", ["trainer.lftf.block=3"])).locates
-    assert not job_of(read_config("lftf", ["trainer.lftf.block=all"])).block
+    assert not job_of(read_config("lftf", ["trainer.lftf.block=all"])).blocks
+    places = "[{block: 3, part: attention},{block: 3, part: mlp},{block: 5, heads: [0, 1]}]"
+    assert job_of(read_config("lftf", [f"trainer.lftf.block={places}"])).blocks == 2
+    chosen = job_of(read_config("lftf", ["trainer.lftf.places=heads", "trainer.lftf.num_places=3"]))
+    assert chosen.blocks == 3 and chosen.locates
 
 
 @pytest.mark.parametrize("recipe", ["sft", "grpo", "lftf"])

@@ -17,7 +17,7 @@ from recipes.registry import RECIPES
 
 FILES = sorted(path.relative_to(CONFIG_FOLDER).as_posix() for path in CONFIG_FOLDER.rglob("*.yaml"))
 # What describes a published model or a cluster says all of it.
-WHOLE = re.compile(r"(cluster|family|layout)/|model/(llama|qwen)")
+WHOLE = re.compile(r"(cluster|family|layout|tower)/|model/(deepseek|glm|gpt_oss|llama|qwen|vicuna)")
 UNSET = object()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_greedy_takes_the_most_likely(rng):
 def test_sampling_follows_the_distribution(temperature, rng):
     logits = 2 * torch.randn(23, generator=rng)
     assert_is(frequencies(logits, temperature=temperature), (logits.double() / temperature).softmax(0))
+
+
+def test_the_log_probability_is_that_of_the_share(rng):
+    """Also of the first and the last token, and of the last that has a share where a number is rounded up to 1."""
+    logits = torch.cat((2 * torch.randn(9, 31, generator=rng), torch.full((9, 4), -math.inf)), 1)
+    for number in (0.0, 0.5, 1.0):
+        tokens, said = choose_tokens(logits, SamplingParams(1), torch.full((9,), number, dtype=torch.float64))
+        assert (tokens < 31).all() and (number > 0 or not tokens.any())
+        expected = logits.double().log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        assert said.dtype == torch.float32 and (said - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 4, 22, 23, 1000])
@@ -99,6 +110,12 @@ def transformers_choice(logits: Tensor, seen: Tensor, params: SamplingParams) ->
     return scores.softmax(-1)
 
 
+def cumulative(logits: Tensor, seen: Tensor, params: SamplingParams) -> Tensor:
+    """Of the likeliest tokens on, before top_p."""
+    before = replace(params, top_p=1.0, min_p=0.0)
+    return transformers_choice(logits, seen, before).sort(-1, descending=True).values.cumsum(-1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -113,11 +130,29 @@ def test_filters_are_those_of_transformers(options, rng):
     params = SamplingParams(1, **options)
     uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     for _ in range(5):
-        logits, seen = 2 * torch.randn(1, 29, generator=rng), torch.randint(29, (1, 12), generator=rng)
+        clear = False
+        while not clear:  # in fp32 and in fp64 another token may be the last within top_p
+            logits, seen = 2 * torch.randn(1, 29, generator=rng), torch.randint(29, (1, 12), generator=rng)
+            clear = params.top_p == 1 or (cumulative(logits, seen, params) - params.top_p).abs().min() > 1e-5
         tokens, logprobs = choose_tokens(logits.expand(GRID, -1), params, uniform, seen.expand(GRID, -1))
         assert_is(torch.bincount(tokens, minlength=29).double() / GRID, transformers_choice(logits, seen, params)[0])
         trained = (logits[0].double() / params.temperature).log_softmax(0)
         assert (logprobs - trained[tokens]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.5}, {"use_greedy": True}]
+)
+def test_a_row_that_is_not_finite_has_a_token_that_says_so(options, bad, rng):
+    """One of the vocabulary, of log-probability NaN; the others stay as they are."""
+    logits, uniform = torch.randn(3, 8, generator=rng), torch.rand(3, generator=rng).double()
+    expected = choose_tokens(logits, SamplingParams(1, **options), uniform)
+    logits[1, 5] = bad
+    tokens, logprobs = choose_tokens(logits, SamplingParams(1, **options), uniform)
+    assert 0 <= tokens[1] < 8 and logprobs[1].isnan()
+    for row in (0, 2):
+        assert (tokens[row], logprobs[row]) == (expected[0][row], expected[1][row])
 
 
 def test_draws_count_and_do_not_depend_on_what_was_asked_before(rng):

@@ -6,16 +6,22 @@ import pytest
 import torch
 
 from megatron_ext.attention.pages import PAGE
+from megatron_ext.errors import DivergedError
 from megatron_ext.models import PrefixGroupedGPT, build_gpt
+from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.models.prompt_streams import next_token_probabilities
 from megatron_ext.rollouts import MegatronSource, Request, SamplingParams
 from megatron_ext.rollouts.choosing import choose_tokens
 from megatron_ext.rollouts.draws import ResponseDraws
-from tests.gpt_cases import randomize, small_config
+from megatron_ext.rotary import RopeScaling
+from tests.gpt_cases import LATENT, randomize, small_config
 from tests.plain_gpt import greedy, plain_logits
 from tests.sampling import generate
 
 GREEDY = SamplingParams(max_new_tokens=9, use_greedy=True)
+STRETCHED = PositionEmbedding(
+    scaling=RopeScaling(4.0, original_max_position_embeddings=16, rope_type="yarn", beta_fast=4.0)
+)
 
 
 def build(rng, world, **changes) -> PrefixGroupedGPT:
@@ -38,7 +44,15 @@ def draw_prompts(rng, *lengths: int) -> list[list[int]]:
         {},
         {"share_embeddings_and_output_weights": False, "qk_layernorm": False},
         {"window_size": [5, 0]},
-        {"window_size": [14, 0], "window_attn_skip_freq": [0, 1], "attn_logit_softcapping": 2.0},
+        {
+            "window_size": [14, 0],
+            "window_attn_skip_freq": [0, 1],
+            "attn_logit_softcapping": 2.0,
+            "softmax_type": "learnable",
+        },
+        LATENT,
+        LATENT | {"q_lora_rank": None, "softmax_type": "learnable", "window_size": [5, 0]},
+        {"softmax_type": "off-by-one", "no_rope_freq": [1, 0], "position_embedding": STRETCHED},
     ],
 )
 def test_greedy_equals_the_full_forward_token_by_token(changes, rng, world):
@@ -200,6 +214,17 @@ def test_refuses_prompts_that_cannot_be_continued(rng, world):
     with pytest.raises(ValueError, match="prompt 0 has 8 tokens; with max_new_tokens=9.*encoder_seq_length=16"):
         generate(model, [[1] * 8], 1, GREEDY)
     assert len(generate(model, [[1] * 7], 1, GREEDY)[0][0]) == 9
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(3), SamplingParams(3, top_k=2)], ids=["greedy", "plain", "top_k"]
+)
+def test_a_model_that_has_diverged_is_told(params, rng, world):
+    model = build(rng, world, share_embeddings_and_output_weights=False)
+    with torch.no_grad():
+        model.output_layer.weight[7] = float("nan")
+    with pytest.raises(DivergedError, match="samples from logits that are not finite"):
+        MegatronSource(model).sample([Request(draw_prompts(rng, 5)[0], 2, params)])
 
 
 def requests_of_many_lengths(rng, count: int, samples: int, high: int, params: SamplingParams) -> list[Request]:

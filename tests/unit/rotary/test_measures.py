@@ -69,7 +69,8 @@ def test_the_map_is_the_plain_sum_of_cosines(rng):
         logits = torch.zeros(queries, 12, dtype=torch.float64)
         for q in range(queries):
             for k in range(12):
-                angles = [(ids[axis[i], 12 + q] - ids[axis[i], k]) * base ** (-i / pairs) for i in range(pairs)]
+                steps = [0 * ids[0, q] if a is None else ids[a, 12 + q] - ids[a, k] for a in axis]
+                angles = [step * base ** (-i / pairs) for i, step in enumerate(steps)]
                 logits[q, k] = sum(a.cos() for a in angles) / pairs * (2 * pairs) ** 0.5
         expected = logits.softmax(1).mean(0).view(2, 3, 2)
         assert (attention_map(video, scheme, 2 * pairs, base, queries) - expected).abs().max() <= 1e-12

@@ -95,7 +95,7 @@ def model(**position) -> GPTModelConfig:
             "'vrope' divides its pairs by itself and takes no sections, .* choose one of mrope, mrope_interleaved",
         ),
         ({"sections": [32]}, "'rope' divides its pairs by itself"),
-        ({"percent": 0.01}, "percent=0.01 of model.kv_channels=64 channels leaves no pair to rotate"),
+        ({"percent": 0.01}, "percent=0.01 of 64 channels of a head leaves no pair to rotate"),
     ],
 )
 def test_sections_that_do_not_fit_are_refused_with_the_configuration(position, words):

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_ext.runtime.checkpoint import (
 from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.optim import OptimConfig
 from tests.gpt_cases import randomize, small_config
+from tests.waiting import until
 
 
 def build(rng, world, **changes):
@@ -93,10 +93,7 @@ def test_a_save_in_the_background_keeps_the_values_it_was_given(rng, world, tmp_
         for parameter in saved.parameters():
             parameter.add_(1)
     assert not (tmp_path / "c").exists()
-    deadline = time.monotonic() + 60
-    while not save.is_finished():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(save.is_finished)
     assert save.is_finished()
     save.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
 
 from megatron_ext.runtime.cpu import adapt_megatron_to_cpu, cuda_means
 from tests.harness import ROOT
@@ -52,6 +54,26 @@ def test_other_calls_are_untouched(world):
     assert x.to(x.double()).dtype == torch.float64
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert not torch.cuda.is_available()
+
+
+def test_a_group_of_one_leaves_no_threads_behind(world):
+    """Of gloo's that would own OpenMP threads of its own; what Megatron's buffers sum and gather is there already."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    threads, group, numbers = torch.get_num_threads(), dist.new_group([0]), torch.randn(2**20)
+    torch.set_num_threads(2)
+    try:
+        expected, before = numbers.exp(), set(os.listdir("/proc/self/task"))
+        summed = numbers.exp()
+        for collective in (buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func):
+            collective(summed, summed.view(-1), group=group, async_op=False)
+        assert torch.equal(summed, expected)
+        assert set(os.listdir("/proc/self/task")) <= before  # one of another test's may end meanwhile
+        elsewhere = torch.empty_like(numbers)
+        buffers.dist_all_gather_func(elsewhere, numbers, group=group, async_op=False)
+        assert torch.equal(elsewhere, numbers)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_device_contexts_keep_their_meaning():

@@ -46,7 +46,8 @@ def test_a_step_is_megatrons(share, name, precision, rng, world):
         single.config.clip_grad = bound
     megatrons.optimizer.step()
     for a, b in zip(ours.module.parameters(), megatrons.module.parameters(), strict=True):
-        assert relative_error(a, b) <= (1e-6 if precision == "32" else 2**-8)
+        # A last bit of the fp32 copies may become one of bf16, which is 2^-7 of a number just above a power of two.
+        assert relative_error(a, b) <= (1e-6 if precision == "32" else 2**-7)
 
 
 def test_a_rank_that_trains_nothing_has_a_norm(world):

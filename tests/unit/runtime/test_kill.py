@@ -28,9 +28,11 @@ def children():
 
 
 def test_a_kill_at_any_moment(children, tmp_path: Path):
-    rng, newest, unfinished, took = random.Random(), 0, 0, None
+    rng, newest, unfinished, took, kills = random.Random(), 0, 0, None, 0
     checkpoints = Checkpoints(tmp_path, CheckpointCallbackSection())
-    for _ in range(KILLS):
+    # How many of them meet a save is a matter of luck, and of what else the machine does.
+    while kills < KILLS or (unfinished <= KILLS / 4 and kills < 10 * KILLS):
+        kills += 1
         child = children.start(tmp_path)
         assert children.said() == ["ready", str(newest)], "what was complete has been lost"
         began = time.monotonic()

@@ -12,7 +12,7 @@ from megatron_ext.runtime.engine import Engine
 from megatron_ext.runtime.lean_adam import HOST, LeanAdamW, MomentStorage
 from megatron_ext.runtime.optim import OptimConfig, SchedConfig
 from megatron_ext.runtime.optimizer_state import adam_step, single_optimizers
-from tests.engine_cases import counts, grpo, make_microbatches, relative_error
+from tests.engine_cases import counts, make_microbatches, relative_error, smooth
 from tests.gpt_cases import make_rollout, randomize, small_config
 from tests.layouts import randn
 
@@ -60,7 +60,7 @@ class Pair:
 
     def steps(self, engine: Engine, count: int) -> list[float]:
         """Losses; fewer would not see the moments."""
-        return [engine.update(self.microbatches, grpo)["loss"] for _ in range(count)]
+        return [engine.update(self.microbatches, smooth)["loss"] for _ in range(count)]
 
 
 def inners(engine: Engine) -> list:
@@ -118,8 +118,8 @@ def test_steps_are_torchs_with_rounded_moments(on_host, rounded, rng):
         for moment in ("exp_avg", "exp_avg_sq"):
             found, expected = lean.moments(mine)[moment], reference.state[plain][moment].flatten()
             assert torch.equal(found[cut:], expected[cut:])
-            if cut:  # a last bit of fp32 may become one of bf16
-                assert relative_error(found[:cut], expected[:cut]) <= 2**-8
+            if cut:  # a last bit of fp32 may become one of bf16, 2^-7 of a number just above a power of two
+                assert relative_error(found[:cut], expected[:cut]) <= 2**-7
         if cut:
             assert relative_error(weights[0][:cut], weights[1][:cut]) <= 1e-3
     assert lean.state[mine]["exp_avg"].dtype == types[0] and lean.state[mine][HOST + "exp_avg_sq"].dtype == types[1]

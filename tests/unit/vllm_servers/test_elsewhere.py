@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.vllm_servers import ServersElsewhere, VllmOptions
+from megatron_ext.vllm_servers import ServersElsewhere, VllmOptions, elsewhere
 from megatron_ext.vllm_servers.elsewhere import MACHINES
 from tests.harness import ROOT
+from tests.waiting import until
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 # What a machine starts in place of an interpreter with vLLM: it says what it was told, and stays.
 STAYS = """#!/bin/sh
-echo "$@" "$VLLM_API_KEY"
+echo "$@" "runner $VLLM_USE_V2_MODEL_RUNNER" "$VLLM_API_KEY"
 exec sleep 600
 """
 
@@ -63,37 +66,32 @@ def options(folder: Path, python: str, **changes) -> VllmOptions:
     return VllmOptions(**{"start": 2, "python": python, "rendezvous": str(folder), "patience": PATIENCE} | changes)
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def logs(folder: Path, name: str) -> list[str]:
     return [(folder / f"{name}.logs/vllm-{i}.log").read_text() for i in range(2)]
 
 
 def test_a_run_has_servers_started_on_every_machine(folder, machine):
     processes = [machine("a1"), machine("a2", "--addresses", "a1=10.0.0.1\na2=localhost")]
-    given = options(folder, program(folder, STAYS), weights="nccl")
+    given = options(folder, program(folder, STAYS), weights="nccl", routes=True)
     servers = ServersElsewhere(given, Path("/shared/v0"), "float32", 77)
     assert [url.rpartition(":")[0] for url in servers.urls] == ["http://127.0.0.1"] * 2 + ["http://localhost"] * 2
     assert len(set(servers.urls)) == 4
-    wait_for(lambda: all(all(logs(folder, name)) for name in ("a1", "a2")))
+    until(lambda: all(all(logs(folder, name)) for name in ("a1", "a2")))
     said = [*logs(folder, "a1"), *logs(folder, "a2")]
     for line, url in zip(said, servers.urls, strict=True):
         assert "--model /shared/v0 " in line and "--max-model-len 77 " in line and "--dtype float32 " in line
-        assert '--load-format dummy --weight-transfer-config {"backend": "nccl"} ' in line
+        assert (
+            '--load-format dummy --weight-transfer-config {"backend": "nccl"} --enable-return-routed-experts runner 1 '
+            in line
+        )
         assert f"--port {url.rpartition(':')[2]} " in line and line.endswith(f" {servers.key}\n")
     servers.have_answered = True
     servers.newest = Path("/shared/v3")
-    wait_for(lambda: json.loads((folder / "a1.json").read_text())["model"] == "/shared/v3")
-    (victim,) = [
-        p for p in psutil.Process(processes[0].pid).children() if servers.urls[0][-5:] in " ".join(p.cmdline())
-    ]
+    until(lambda: json.loads((folder / "a1.json").read_text())["model"] == "/shared/v3")
+    port = f"--port {servers.urls[0].rpartition(':')[2]} "
+    (victim,) = [p for p in psutil.Process(processes[0].pid).children() if port in " ".join(p.cmdline())]
     victim.kill()
-    wait_for(lambda: "--model /shared/v3 " in logs(folder, "a1")[0])
+    until(lambda: "--model /shared/v3 " in logs(folder, "a1")[0])
     assert servers.hopeless() is None
     children = [p for process in processes for p in psutil.Process(process.pid).children(recursive=True)]
     assert len(children) >= 4
@@ -107,11 +105,10 @@ def test_a_run_after_another_is_served_anew(folder, machine):
     (folder / MACHINES).write_text("a1\n")
     first = machine("a1")
     killed = ServersElsewhere(options(folder, program(folder, STAYS), start=1), Path("/shared/v0"), "float32", 77)
-    again = ServersElsewhere(options(folder, program(folder, STAYS)), Path("/shared/w0"), "float32", 99)
+    with socket.create_server(("127.0.0.1", int(killed.urls[0].rpartition(":")[2]))):  # or it may be drawn again
+        again = ServersElsewhere(options(folder, program(folder, STAYS)), Path("/shared/w0"), "float32", 99)
     assert len(again.urls) == 2 and not set(again.urls) & set(killed.urls) and again.key != killed.key
-    wait_for(
-        lambda: "--model /shared/w0 " in logs(folder, "a1")[1] and logs(folder, "a1")[1].endswith(f" {again.key}\n")
-    )
+    until(lambda: "--model /shared/w0 " in logs(folder, "a1")[1] and logs(folder, "a1")[1].endswith(f" {again.key}\n"))
     first.terminate()
     assert first.wait(PATIENCE) == 0
     assert again.hopeless() == "a1: its servers were ended by somebody" and killed.hopeless() is None
@@ -127,7 +124,7 @@ def test_a_machine_that_cannot_serve_says_why(folder, machine):
         UserError, match=r"a[12]: vLLM server 0 has ended before it answered: ImportError: no vLLM here"
     ):
         servers = ServersElsewhere(options(folder, ends, start=1), Path("/shared/v0"), "float32", 77)
-        wait_for(servers.hopeless)
+        until(servers.hopeless)
         raise UserError(servers.hopeless())
     said = [process.communicate(timeout=PATIENCE)[1] for process in (first, second)]
     failed = [text for text, process in zip(said, (first, second), strict=True) if process.returncode]
@@ -142,8 +139,16 @@ def test_a_program_that_is_none_is_told_to_the_run(folder, machine):
     assert not (folder / "serve.json").exists()
 
 
-def test_a_machine_that_is_not_there_is_named(folder, machine):
+def test_a_machine_that_is_not_there_is_named(folder, machine, monkeypatch):
+    """However long the other takes to answer: time stands still until the run has seen that it has."""
     machine("a1")
+    seen = [False]
+
+    def monotonic() -> float:
+        seen.append((folder / "a1.json").exists())
+        return float("inf") if seen[-2] else 0.0
+
+    monkeypatch.setattr(elsewhere, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
     with pytest.raises(
         UserError, match=r"^a2: no vLLM server was started there in 3 s .*launch/serve_vllm.py run there"
     ):

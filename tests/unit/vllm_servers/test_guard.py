@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ import pytest
 
 from megatron_ext.vllm_servers.process import INSIDE
 from tests.harness import ROOT
+from tests.waiting import until
 
 GUARD = str(INSIDE / "guard.py")
 # A command with a child of its own, as a server has: both write their ids.
@@ -32,13 +32,6 @@ time.sleep(600)
 """
 
 
-def wait_for(condition, what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -54,8 +47,8 @@ def started(tmp_path: Path):
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, GUARD, str(folder), COMMAND], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
-    guard = int(parent.stdout.readline())
-    pids = list(map(int, parent.stdout.readline().split()))
+    # The run's own line may come behind that of the command.
+    (guard,), pids = sorted((list(map(int, parent.stdout.readline().split())) for _ in range(2)), key=len)
     yield parent, guard, pids, folder
     for pid in (parent.pid, guard, *pids):
         try:
@@ -69,25 +62,25 @@ def test_a_killed_run_leaves_no_server_and_no_weights(started):
     parent, guard, pids, folder = started
     assert all(map(alive, pids))
     parent.kill()
-    wait_for(lambda: not any(map(alive, [guard, *pids])), "the server outlived the run")
+    until(lambda: not any(map(alive, [guard, *pids])), lambda: "the server outlived the run")
     assert not folder.exists()
 
 
 def test_a_server_that_dies_takes_its_own_processes_along(started):
     _, guard, pids, folder = started
     os.kill(pids[0], signal.SIGKILL)
-    wait_for(lambda: not any(map(alive, [guard, *pids])), "the server's processes outlived it")
+    until(lambda: not any(map(alive, [guard, *pids])), lambda: "the server's processes outlived it")
     assert folder.exists(), "the run goes on, and starts it again"
 
 
 def test_a_guard_is_told_to_end_what_it_guards(started):
     _, guard, pids, folder = started
     os.kill(guard, signal.SIGTERM)
-    wait_for(lambda: not any(map(alive, [guard, *pids])), "the server outlived its guard")
+    until(lambda: not any(map(alive, [guard, *pids])), lambda: "the server outlived its guard")
     assert folder.exists()
 
 
 def test_the_server_of_a_killed_guard_ends(started):
     _, guard, pids, _ = started
     os.kill(guard, signal.SIGKILL)
-    wait_for(lambda: not alive(pids[0]), "the server outlived its guard")
+    until(lambda: not alive(pids[0]), lambda: "the server outlived its guard")

@@ -9,6 +9,8 @@ import re
 import pytest
 
 from megatron_ext.bias.prompts import AttributePair, PromptsConfig, own_professions
+from megatron_ext.blocks.places import ModelPlace
+from recipes.bias.guard import Guard
 from recipes.bias.prompts import (
     load_prompt_sets,
     load_texts,
@@ -19,7 +21,6 @@ from recipes.bias.prompts import (
 )
 from recipes.bias.report import summary_rows
 from recipes.bias.settings import BiasEvalConfig, LFTFConfig, LFTFSettings, LocateConfig
-from recipes.bias.trainer import Guard
 from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
 
@@ -57,6 +58,9 @@ def with_begin(tmp_path_factory):
     return load_tokenizer(folder)
 
 
+EXPERTS = {"num_moe_experts": 4}
+
+
 def lftf(**changes) -> LFTFConfig:
     node = {
         "trainer": {"lftf": {"max_perplexity": None} | changes.pop("lftf", {})},
@@ -72,7 +76,10 @@ def lftf(**changes) -> LFTFConfig:
 def test_defaults():
     config = lftf()
     assert config.trainer.lftf.weights == {"balanced": 1.0, "hint": 1.0} and config.trainer.lftf.block == "gradient"
-    assert lftf(lftf={"block": 3}).trainer.lftf.block == 3
+    assert lftf(lftf={"block": 3}).trainer.lftf.named_places == (ModelPlace(3),)
+    named = lftf(lftf={"block": [{"block": 3, "part": "mlp"}, {"block": 1, "heads": [3, 0]}]}).trainer.lftf
+    assert named.named_places == (ModelPlace(1, "attention", (0, 3)), ModelPlace(3, "mlp")) and named.estimator is None
+    assert lftf(lftf={"block": "intervention", "places": "heads", "num_places": 12}).trainer.lftf.most_blocks == 12
     assert lftf(lftf={"block": "all"}, model={"activations_checkpoint_granularity": "full"})
 
 
@@ -82,6 +89,30 @@ def test_defaults():
         ({"lftf": {"block": "first"}}, "trainer.lftf.block must be a number, all or one of similarity, gradient"),
         ({"lftf": {"block": 4}}, "trainer.lftf.block: block 4 does not exist: the model has 4 blocks, 0 to 3"),
         ({"lftf": {"block": -1}}, "block -1 does not exist"),
+        (
+            {"lftf": {"block": {"block": 1, "heads": [4]}}},
+            "trainer.lftf.block: head 4 of block 1 does not exist: .* 4 heads",
+        ),
+        (
+            {"lftf": {"block": {"block": 1, "part": "norm"}}},
+            "trainer.lftf.block: .* is no place; name a block's number",
+        ),
+        ({"lftf": {"block": [1, 1]}}, "trainer.lftf.block: '1' and '1' overlap"),
+        (
+            {"lftf": {"block": 1, "places": "heads"}},
+            "places=heads and num_places=1 are what an estimator chooses among",
+        ),
+        (
+            {"lftf": {"block": "similarity", "places": "parts"}},
+            "trainer.lftf.places: similarity compares .* ranks no parts",
+        ),
+        ({"lftf": {"places": "rows"}}, "trainer.lftf.places: 'rows' are no places to rank; there are: blocks, parts"),
+        ({"lftf": {"places": "parts", "num_places": 7}}, "num_places=7, but there are 6 parts to choose from"),
+        ({"lftf": {"num_places": 0}}, "trainer.lftf.num_places=0 must be at least 1"),
+        (
+            {"lftf": {"places": "heads"}, "model": {"peft": {"dim": 4}}},
+            "names parts of blocks or heads, and model.peft gives whole blocks adapters",
+        ),
         ({"lftf": {"exclude_blocks": [0, 9]}}, "trainer.lftf.exclude_blocks: block 9 does not exist: the model has 4"),
         ({"lftf": {"exclude_blocks": [0, 1, 2, 3]}}, "trainer.lftf.exclude_blocks: all 4 blocks are excluded"),
         ({"lftf": {"exclude_blocks": [0, 0]}}, "trainer.lftf.exclude_blocks: block 0 is excluded twice; name each"),
@@ -101,6 +132,15 @@ def test_defaults():
             "virtual_pipeline_model_parallel_size=2 needs weights that train in every piece .* here one block does",
         ),
         ({"checkpoint": {"restore_from_path": None}}, "name the checkpoint to fine-tune"),
+        ({"model": EXPERTS | {"expert_model_parallel_size": 2}}, "expert_model_parallel_size=2: here .* set it to 1"),
+        (
+            {"model": EXPERTS | {"moe_aux_loss_coeff": 0.1}},
+            "moe_aux_loss_coeff=0.1 teaches routers beside what is asked",
+        ),
+        (
+            {"model": EXPERTS | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}},
+            "moe_router_bias_update_rate=0.01 teaches routers beside what is asked.*set it to 0",
+        ),
     ],
 )
 def test_lftf_refusals(changes, message):
@@ -117,7 +157,13 @@ def test_lftf_refusals(changes, message):
         (
             LocateConfig,
             {"trainer": {"locate": {"estimators": ["entropy"]}}},
-            "'entropy' does not exist; there are: sim",
+            "trainer.locate.estimators: BMI estimator 'entropy' does not exist; there are: sim",
+        ),
+        (LocateConfig, {"trainer": {"locate": {"places": []}}}, "trainer.locate.places is empty: name some of blocks"),
+        (
+            LocateConfig,
+            {"trainer": {"locate": {"places": ["heads"]}}},
+            "estimators: similarity compares .* ranks no heads",
         ),
         (LocateConfig, {"trainer": {"locate": {"estimators": []}}}, "trainer.locate.estimators is empty"),
         (
@@ -131,6 +177,10 @@ def test_lftf_refusals(changes, message):
             "first_hint and second_hint must be two different words",
         ),
         (LocateConfig, {"pretrained_checkpoint": {}}, "restore_from_path is not set"),
+        *[
+            (cls, {"model": {"expert_model_parallel_size": 2}}, "expert_model_parallel_size=2: here .* set it to 1")
+            for cls in (BiasEvalConfig, LocateConfig)
+        ],
         (
             BiasEvalConfig,
             {"exp_manager": {"explicit_log_dir": "x", "resume_if_exists": True}},
@@ -150,7 +200,7 @@ def test_pair_tokens(tokenizer, with_begin):
         assert (found.decode([he]), found.decode([she])) == (" he", " she")
     with pytest.raises(ValueError, match=r"reads 'accountant' after a space as \d+ tokens"):
         pair_tokens(tokenizer, ("he", "accountant"))
-    with pytest.raises(ValueError, match="'he' and 'he' are the same token"):
+    with pytest.raises(ValueError, match="'he' and 'he' are the same tokens"):
         pair_tokens(tokenizer, ("he", "he"))
 
 

@@ -22,7 +22,7 @@ TIME = datetime.datetime(2026, 11, 1)
 
 
 def read(path, ignored=()):
-    return [row for _, row in placed_rows(path, ignored)]
+    return [row for _, row, _ in placed_rows(path, ignored)]
 
 
 KINDS = ["t.parquet", "t.arrow", "t.stream.arrow"]
@@ -59,7 +59,7 @@ def test_places_count_rows_through_groups_and_batches(tmp_path, kind):
     size = {"row_group_size": 700} if kind.endswith("parquet") else {"max_chunksize": 1500}
     path = write_table(tmp_path / kind, [{"id": i} for i in range(count)], **size)
     found = list(placed_rows(path))
-    assert [row["id"] for _, row in found] == list(range(count))
+    assert [row["id"] for _, row, _ in found] == list(range(count))
     assert str(found[-1][0]) == f"{path}, row {count}"
 
 
@@ -138,7 +138,7 @@ def test_a_folder_is_its_files_by_name(tmp_path):
     (folder / "README.md").write_text("what this is")
     (folder / "_SUCCESS.parquet").write_text("")
     found = list(placed_rows(folder))
-    assert [row["id"] for _, row in found] == [0, 1, 10, 11, 20, 21]
+    assert [row["id"] for _, row, _ in found] == [0, 1, 10, 11, 20, 21]
     assert str(found[3][0]) == f"{folder}/train-00001-of-00003.parquet, row 2"
     assert [row["id"] for row in read(folder / "*-0000[02]-*")] == [0, 1, 20, 21]
     write_table(folder / "test-00000-of-00001.parquet", [{"id": 7}])
@@ -154,7 +154,9 @@ def test_a_folder_is_its_files_by_name(tmp_path):
 def test_folders_and_patterns_without_files(tmp_path):
     (tmp_path / "rows/train").mkdir(parents=True)
     message = refused(data_files, tmp_path / "rows")
-    assert "folder without .jsonl, .jsonl.zst, .parquet, .arrow files; it has the folders train: name one" in message
+    assert (
+        "folder without .jsonl, .jsonl.zst, .parquet, .arrow, .tar files; it has the folders train: name one" in message
+    )
     assert refused(data_files, tmp_path / "*.parquet").startswith(f"no file is named {tmp_path}/*.parquet")
     assert existing_files(tmp_path / "rows") == existing_files(None) == existing_files(tmp_path / "no.jsonl") == []
     odd = write_rows(tmp_path / "odd[1].jsonl", {"id": 1})  # a name that is there is no pattern

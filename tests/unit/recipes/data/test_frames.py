@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.data.errors import VideoError
-from recipes.data.frames import read_frames, sample_frames
+from recipes.data.frames import read_frames
+from recipes.data.moments import sample_frames
 from tests.media_files import number_of, numbered, write_film
 
 # Containers whose pictures have timestamps of their own, with a codec that loses nothing.

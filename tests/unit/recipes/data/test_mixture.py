@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from recipes.data.mixture import MixedSampler, Share, draw_order
+from recipes.data.drawing import draw_order
+from recipes.data.mixture import MixedSampler, Share
 from recipes.data.rows import load_pairs
 from recipes.data.sampler import EpochSampler
 from recipes.data.settings import RowsSection, TrainSetSection

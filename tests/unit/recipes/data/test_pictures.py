@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from fractions import Fraction
 
 import av
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 from recipes.data.errors import VideoError
-from recipes.data.frames import read_frames
-from tests.media_files import write_film
+from recipes.data.frames import probe, read_frames
+from tests.media_files import number_of, numbered, write_film
 
 ONE = 1 << 16
 # EXIF's numbers, and the display matrix (a, b, c, d) that says the same.
@@ -91,9 +93,9 @@ def test_an_angle_between_is_refused(degrees, tmp_path, rng):
 
 
 def transparent(rng) -> np.ndarray:
-    """[32, 48, 4]; a third of the squares is invisible, a third half so, and all have a colour."""
-    alpha = torch.randint(3, (4, 6), generator=rng).numpy().astype(np.uint8)
-    alpha = np.array([0, 120, 255], np.uint8)[alpha]
+    """[32, 48, 4]; about a third of the squares is invisible, a third half so, some of each, and all have a colour."""
+    kinds = torch.cat([torch.arange(3), torch.randint(3, (21,), generator=rng)])[torch.randperm(24, generator=rng)]
+    alpha = np.array([0, 120, 255], np.uint8)[kinds.view(4, 6).numpy()]
     return np.concatenate([drawn(rng), np.repeat(np.repeat(alpha, 8, 0), 8, 1)[..., None]], -1)
 
 
@@ -238,3 +240,49 @@ def test_pictures_of_other_depths(mode, tmp_path, rng):
         grey = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     found = read(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), grey)
     assert np.abs(found - grey[..., None]).max() <= (3 if mode == "CMYK" else 1)
+
+
+@pytest.mark.parametrize("behind", ["nothing", "noise", "another"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif", "tiff", "avif"])
+def test_a_picture_is_what_its_bytes_are(kind, behind, tmp_path, rng):
+    """Whatever its name ends in, in a folder and in a shard, and whatever a phone has put behind it."""
+    from PIL import Image
+
+    picture, other = (drawn(rng, size=16) for _ in range(2))
+    Image.fromarray(picture).save(tmp_path / f"a.{kind}")
+    Image.fromarray(other).save(tmp_path / f"b.{kind}")
+    more = {"nothing": b"", "noise": drawn(rng, 30, 40, 1).tobytes(), "another": (tmp_path / f"b.{kind}").read_bytes()}
+    data = (tmp_path / f"a.{kind}").read_bytes() + more[behind]
+    expected = read_frames(tmp_path / f"a.{kind}", 1, 32, 48)
+    names = [f"x.{end}" for end in ("png", "JPG", "webp", "gif", "tif", "heic", "mp4", "bin", "y", "json")] + ["x"]
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        for name in names:
+            (tmp_path / name).write_bytes(data)
+            shard.add(tmp_path / name, name)
+    for path in (where / name for where in (tmp_path, tmp_path / "s.tar") for name in names):
+        shape = probe(path)
+        assert (shape.height, shape.width, shape.pictures) == (64, 96, 1), path
+        assert torch.equal(read_frames(path, 1, 32, 48), expected), path
+
+
+def test_a_film_of_jpegs_is_a_film(tmp_path):
+    """By its name, which is all that tells it from a picture with another behind it."""
+    from PIL import Image
+
+    pictures = [numbered(3 * number, 32, 32) for number in range(5)]
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{number}.jpg", quality=95)
+    data = b"".join((tmp_path / f"{number}.jpg").read_bytes() for number in range(5))
+    (tmp_path / "a.mjpeg").write_bytes(data)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert [number_of(frame) for frame in read_frames(tmp_path / "a.mjpeg", 5, 32, 32)] == [0, 3, 6, 9, 12]
+    assert [number_of(frame) for frame in read_frames(tmp_path / "a.jpg", 5, 32, 32)] == [0] * 5
+
+
+def test_a_picture_that_is_written_anew_is_read_anew(tmp_path):
+    from PIL import Image
+
+    for number in (5, 40):
+        Image.fromarray(numbered(number, 32 + number, 32)).save(tmp_path / "a.jpg")
+        os.utime(tmp_path / "a.jpg", (number, number))
+        assert number_of(read_frames(tmp_path / "a.jpg", 1, 16, 16)[0]) == number

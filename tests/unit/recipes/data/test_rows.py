@@ -163,9 +163,9 @@ UNREAD_PAIRS = {
     ),
     "images": (
         TALK | {"images": ["a.png"]},
-        "nothing reads the key images: a row shows one clip or picture, under video",
+        "the row has images, but data.video is not set",
     ),
-    "videos": (TALK | {"videos": []}, "nothing reads the key videos: a row shows one clip or picture, under video"),
+    "videos": (TALK | {"videos": ["a.mp4"]}, "the row has videos, but data.video is not set"),
     "video": (TALK | {"video": "a.mp4"}, "the row has a video, but data.video is not set"),
     "tools beside prompt": (PAIR | {"tools": [{"name": "f"}]}, "nothing reads the key tools: a chat template reads it"),
     "kwargs beside prompt": (
@@ -221,7 +221,7 @@ def test_ignored_keys_are_not_read_and_the_reward_gets_them(tmp_path, chat):
         (("system",), "system", None),
         (None, "solution", None),
         (None, "system", "nothing reads the key system: write it as the first of messages"),
-        (None, "images", "nothing reads the key images"),
+        (None, "images", "the row has images, but data.video is not set"),
         ((), "response", None),
         ((), "answer", None),
     ],

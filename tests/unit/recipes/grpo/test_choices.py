@@ -190,6 +190,10 @@ def test_a_run_of_before_there_were_objectives_is_the_one_that_would_go_on_now()
             [objective("{name: dapo, ratio_clip_max: 0.3}"), "trainer.grpo.ratio_clip_max=0.2"],
             "trainer.grpo.ratio_clip_max=0.2 and trainer.grpo.objective.ratio_clip_max=0.3 contradict each other",
         ),
+        (
+            [objective("{name: grpo, advantages: gdpo}"), "trainer.grpo.rollout={source: file, path: x}", "data.train_path=null"],
+            "objective.advantages=gdpo asks for each reward apart, and trainer.grpo.rollout.source=file has their sum alone",
+        ),
     ],
 )  # fmt: skip
 def test_what_an_objective_is_not_is_refused_in_one_line(said, words):

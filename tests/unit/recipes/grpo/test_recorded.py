@@ -7,9 +7,11 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 
 from megatron_ext.errors import UserError
+from megatron_ext.grouping.routes import write_routes
 from megatron_ext.rollouts import Request, SamplingParams
 from recipes.cli.compose import compose, forced
 from recipes.cli.config import build
@@ -48,6 +50,7 @@ def test_tokens_probabilities_and_rewards_are_what_the_rows_say(tmp_path, tokeni
     rows[1]["responses"][0] |= {"finish_reason": "length", "weight_version": 7, "text": "for people"}
     path = write_rows(tmp_path / "a.jsonl", *rows)
     groups = load_recorded(config(path, "trainer.grpo.max_steps=2"), tokenizer)
+    assert [group.for_prompt().where for group in groups] == [f"{path}:{line}" for line in range(1, 5)]
     source = RecordedSource(groups, 2)
     requests = [Request([1, 2, 3], 2, SamplingParams(8), (5, step, n)) for step in (1, 2) for n in (0, 1)]
     assert source.rewards(requests) == [[r["reward"] for r in row["responses"]] for row in rows]
@@ -57,6 +60,38 @@ def test_tokens_probabilities_and_rewards_are_what_the_rows_say(tmp_path, tokeni
     changed = source.sample(requests[1:2])[0][0]
     assert changed.truncated and changed.passages[0].weight_version == 7
     assert source.sample(requests[2:3])[0][0].finish_reason == "stop"
+
+
+EXPERTS = "model.num_moe_experts=4", "model.moe_router_topk=2", "trainer.grpo.router_replay=R3"
+
+
+def test_routes_of_whoever_sampled_are_read_with_the_rows(tmp_path, tokenizer):
+    row = in_tokens()
+    layers = config("z", *EXPERTS).model.num_layers
+    routes = [np.random.default_rng().integers(0, 4, (length - 1, layers, 2)) for length in (3 + 3, 3 + 1)]
+    for response, each in zip(row["responses"], routes, strict=True):
+        response["routed_experts"] = write_routes(each)
+    path = write_rows(tmp_path / "a.jsonl", row, row)
+    groups = load_recorded(config(path, *EXPERTS), tokenizer)
+    for group in groups:
+        assert [np.array_equal(t.routes, each) for t, each in zip(group.trajectories, routes, strict=True)] == [
+            True,
+            True,
+        ]
+    with pytest.raises(
+        DataError, match="has routed_experts, and trainer.grpo.router_replay=None: set it to R3 or leave"
+    ):
+        load_recorded(config(path, *EXPERTS[:2]), tokenizer)
+    with pytest.raises(UserError, match="router_replay=R3 is for models with experts, and this one has none"):
+        config(path, EXPERTS[2])
+    del row["responses"][1]["routed_experts"]
+    with pytest.raises(
+        DataError, match=re.escape("responses[1] lacks routed_experts, and trainer.grpo.router_replay=R3")
+    ):
+        load_recorded(config(write_rows(tmp_path / "b.jsonl", row, row), *EXPERTS), tokenizer)
+    row["responses"][1]["routed_experts"] = write_routes(routes[0])
+    with pytest.raises(DataError, match=re.escape(f"responses[1]: routed_experts are int64 [5, {layers}, 2], not")):
+        load_recorded(config(write_rows(tmp_path / "c.jsonl", row, row), *EXPERTS), tokenizer)
 
 
 def test_passages_that_were_observed_are_no_part_of_what_is_trained(tmp_path, tokenizer):
@@ -135,7 +170,6 @@ def test_responses_that_cannot_be_trained_on_are_refused(tmp_path, tokenizer, ch
         ({**in_tokens(), "anser": 1}, "nothing reads the key anser"),
         ({"prompt_tokens": [1]}, "responses must be a list of objects, got null"),
         ({"prompt_tokens": [1], "responses": [{}]}, "the prompt has 1 responses, trainer.grpo.samples_per_prompt=2"),
-        ({**in_tokens(), "prompt_tokens": [1] * 201}, "the prompt has 201 tokens, more than data.max_prompt_length=200"),
         (
             {"messages": [USER], "responses": [{"messages": [USER, ANSWER], "reward": 1}] * 2},
             "responses[0].messages begins with the user's: the assistant's must follow a prompt",
@@ -182,3 +216,45 @@ def test_rows_are_taken_as_they_come_by_any_number_of_ranks():
     again = InOrder(12, 0, 1)
     again.load_state_dict(json.loads(json.dumps({"drawn": 12})))
     assert again.next() == wanted[1] and again.state_dict() == {"drawn": 24}
+
+
+def in_messages(**changes) -> dict:
+    responses = [{"messages": [ANSWER], "reward": i} for i in range(2)]
+    return {"messages": [USER], "responses": responses, **changes}
+
+
+def test_rows_have_the_names_and_the_system_prompt_of_the_run(tmp_path, tokenizer, caplog):
+    """As other rows of the run; what is given in token ids is whole."""
+    caplog.set_level("INFO")
+    plain = load_recorded(config(write_rows(tmp_path / "a.jsonl", in_messages(), in_messages())), tokenizer)
+    theirs = {"conversation": [USER], "responses": in_messages()["responses"]}
+    path = write_rows(tmp_path / "b.jsonl", theirs, in_messages())
+    assert load_recorded(config(path, "data.fields={messages: conversation}"), tokenizer)[0].content == plain[0].content
+    theirs = {"question": USER["content"], "responses": in_messages()["responses"]}
+    path = write_rows(tmp_path / "c.jsonl", theirs, theirs)
+    given = config(path, "data.fields={prompt: question}", "data.prompt_as_message=true")
+    assert load_recorded(given, tokenizer)[0].content == plain[0].content
+    path = write_rows(tmp_path / "d.jsonl", in_messages(), in_tokens())
+    with_system, tokens = load_recorded(config(path, "data.system_prompt=be brief"), tokenizer)
+    talk = read_conversation({"messages": [{"role": "system", "content": "be brief"}, USER]}, (), "here")
+    assert list(with_system.prompt) == tokenizer.encode(tokenizer.template.render(talk.messages, True, None, {}))
+    assert tokens.prompt == (1, 2, 3)
+    assert f"data.system_prompt is not put before prompt_tokens, which are whole: {path}:2" in caplog.text
+    with pytest.raises(DataError, match=f"{path}:1: the row has no question, which data.fields.prompt reads"):
+        load_recorded(config(path, "data.fields={prompt: question}"), tokenizer)
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted_or_refused(tmp_path, tokenizer, caplog):
+    rows = [in_tokens() for _ in range(4)]
+    rows[1]["prompt_tokens"] = [1] * 40
+    path, limit = write_rows(tmp_path / "a.jsonl", *rows), "data.max_prompt_length=30"
+    groups = load_recorded(config(path, limit), tokenizer)
+    assert [group.place.number for group in groups] == [1, 3, 4]
+    assert (
+        f"1 of 4 rows of {path} are left out as too long; the first is {path}:2: the prompt has 40 tokens"
+        in caplog.text
+    )
+    with pytest.raises(DataError, match=f"{path}:2: the prompt has 40 tokens, .* or set data.overlong=filter"):
+        load_recorded(config(path, limit, "data.overlong=error"), tokenizer)
+    with pytest.raises(DataError, match="has 3 prompts, enough for 1 steps"):
+        load_recorded(config(path, limit, "trainer.grpo.max_steps=2"), tokenizer)

@@ -11,7 +11,8 @@ from recipes.cli.config import build
 from recipes.data.rows import Prompt
 from recipes.grpo.rollouts import Rollouts
 from recipes.grpo.settings import GRPOModel
-from recipes.grpo.sharing import LEAST_SHARED, Shared, Sharing
+from recipes.grpo.sharing import Sharing
+from recipes.run.sharing import LEAST_SHARED, Shared
 
 MODEL = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "encoder_seq_length": 2048,

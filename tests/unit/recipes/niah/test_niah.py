@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_ext.runtime.optim import OptimConfig
 from recipes.niah.report import headline, read_results, write_report
+from recipes.niah.settings import NiahConfig, NiahModel, NiahSettings, NiahTrainerSection
 from recipes.niah.task import (
     FEATURES,
     KINDS,
+    LIKENESS,
     MARK,
     NEEDLE,
     NOISE,
@@ -24,6 +28,8 @@ from recipes.niah.task import (
     answer_places,
     draw_sample,
 )
+from recipes.niah.trainer import NiahTrainer
+from recipes.run.settings import FolderSection
 
 
 def find(features: torch.Tensor, mark: int) -> tuple[int, int, int]:
@@ -37,7 +43,7 @@ def test_answers_are_read_off_the_video(frames, height, width, rng):
     for _ in range(20):
         sample = draw_sample(rng, frames, height, width)
         assert sample.prompt.tokens == [PLACEHOLDER] * (frames * height * width)
-        features = sample.prompt.features.view(frames, height, width, FEATURES)
+        features = sample.prompt.content.view(frames, height, width, FEATURES)
         (a, row, column), (b, _, _) = find(features, 0), find(features, 1)
         value = int(features[a, row, column, 2 : 2 + VALUES].argmax())
         expected = [PLACE + row, PLACE + column, NEEDLE + int(b < a), VALUE + value]
@@ -46,6 +52,23 @@ def test_answers_are_read_off_the_video(frames, height, width, rng):
         shown = features[..., 2 : 2 + VALUES]
         assert bool((shown.sum(-1) == MARK).all()) and bool(((shown == 0) | (shown == MARK)).all())
     assert max(max(q) for q in sample.questions) < VOCABULARY and FEATURES == 2 + VALUES + NOISE
+
+
+def test_distractors_stand_at_a_period_around_the_needle(rng):
+    """They bear half of its mark, stand in other frames than it, and change neither the rest nor what is asked."""
+    for period in (1, 3, 7, 40):
+        frames, height, width = 30, 3, 2
+        state = rng.get_state()
+        plain = draw_sample(rng, frames, height, width)
+        rng.set_state(state)
+        sample = draw_sample(rng, frames, height, width, period=period)
+        assert sample.questions == plain.questions and sample.depth == plain.depth
+        found, before = (s.prompt.content.view(frames, height, width, FEATURES) for s in (sample, plain))
+        a = find(before, 0)[0]
+        marks = found[..., 0] - before[..., 0]
+        assert torch.equal(found[..., 1:], before[..., 1:]) and set(marks.unique().tolist()) <= {0.0, LIKENESS * MARK}
+        expected = [int(f != a and (f - a) % period == 0) for f in range(frames)]
+        assert (marks != 0).sum((1, 2)).tolist() == expected
 
 
 def test_the_needle_stands_where_it_is_asked_to_and_answers_are_balanced(rng):
@@ -61,7 +84,7 @@ def test_the_needle_stands_where_it_is_asked_to_and_answers_are_balanced(rng):
 
 def test_the_same_seed_draws_the_same_videos():
     one, two = (draw_sample(torch.Generator().manual_seed(4), 3, 2, 2) for _ in range(2))
-    assert torch.equal(one.prompt.features, two.prompt.features) and one.questions == two.questions
+    assert torch.equal(one.prompt.content, two.prompt.content) and one.questions == two.questions
 
 
 def test_answers_are_the_second_token_of_each_question():
@@ -140,3 +163,23 @@ def test_refuses_results_that_do_not_belong_together(second, words, tmp_path):
         read_results([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="no result-"):
         read_results([tmp_path / "empty"])
+
+
+def test_a_switch_of_schemes_begins_with_what_was_learnt(world, rng):
+    """At a learning rate of nothing the model stays what the first scheme's was, and not what a fresh one is."""
+    config = NiahConfig(
+        NiahTrainerSection(niah=NiahSettings(videos_per_step=4, train_frames=[2, 3], height=2, width=2)),
+        NiahModel(num_layers=1, hidden_size=32, ffn_hidden_size=48),
+        FolderSection("unused"),
+    )
+    session = SimpleNamespace(config=config, is_main=False, device=world, data_rank=0, data_size=1)
+    bar, trainer = SimpleNamespace(update=lambda: None), NiahTrainer(session)
+    seed = int(torch.randint(1000, (), generator=rng))
+    first, _ = trainer.train("rope", seed, 3, bar)
+    learnt = {name: value.clone() for name, value in first.state_dict().items() if torch.is_tensor(value)}
+    config.model.optim = OptimConfig(lr=1e-20, weight_decay=0.0)
+    switched, fresh = (trainer.train("vrope", seed, 2, bar, weights)[0] for weights in (first.state_dict(), None))
+    assert switched.model_config.position_embedding.scheme == "vrope" and len(learnt) > 5
+    for name, value in learnt.items():
+        assert torch.equal(switched.state_dict()[name], value), name
+    assert any(not torch.equal(fresh.state_dict()[name], value) for name, value in learnt.items())

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from recipes.data.rows import Prompt
-from tests.harness import ROOT
+from tests.recipe_runs import Running
 
-__all__ = ["free_port", "prompts", "served"]
+__all__ = ["prompts", "served"]
 
 
 def prompts(*rows: dict) -> list[Prompt]:
@@ -24,23 +20,12 @@ def prompts(*rows: dict) -> list[Prompt]:
 
 
 @contextlib.contextmanager
-def served(*arguments: object, port: int = 0, url_file: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The command, until it listens."""
-    command = [sys.executable, "launch/serve_reward.py", "--port", port, "--url-file", url_file, *arguments]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT)
-    try:
-        while not url_file.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        yield process, url_file.read_text()
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        process.wait()
-        psutil.wait_procs(children, timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def served(*arguments: object, port: int = 0, url_file: Path) -> Iterator[tuple[psutil.Process, str]]:
+    """The command, once it listens."""
+    with Running("launch/serve_reward.py", "--port", port, "--url-file", url_file, *arguments) as running:
+        running.until(url_file.exists)
+        server, children = psutil.Process(running.pid), []
+        yield server, url_file.read_text()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it was killed
+            children = server.children(recursive=True)
+    psutil.wait_procs(children, timeout=120)

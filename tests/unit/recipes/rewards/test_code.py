@@ -1,41 +1,21 @@
-"""Programs that nobody trusts: what is right is found, what misbehaves is stopped and gets 0, and the trainer lives on."""
+"""Programs that nobody trusts: what is right is found, whatever they claim; rows, settings, and where there is no sandbox."""
 
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
-import psutil
 import pytest
 
 from recipes.cli.config import ConfigError
 from recipes.rewards.registry import RewardError, get_reward, score
-from recipes.rewards.sandbox import SandboxError, SandboxLimits, bubblewrap, run_program
+from recipes.rewards.sandbox import bubblewrap, run_program
 from recipes.rewards.several import rewards_for
 from tests.unit.recipes.rewards.cases import prompts
-
-try:
-    bubblewrap()
-    WHY = ""
-except SandboxError as error:
-    WHY = str(error)
-sandboxed = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
-LIMITS = SandboxLimits(seconds=3, memory=300 << 20, disk=4 << 20, processes=8, output=10_000)
-MIB = 1 << 20
-
-
-def run(program: str, stdin: bytes = b"", limits: SandboxLimits = LIMITS):
-    return run_program([textwrap.dedent(program)], stdin, limits)
-
-
-def reward(**options):
-    return get_reward({"name": "code", "seconds": 3, "workers": 2, **options})
-
+from tests.unit.recipes.rewards.sandbox_cases import LIMITS, reward, run, sandboxed
 
 # What is right
 
@@ -62,7 +42,6 @@ FRAME = """
                 found = value
         frame = frame.f_back
 """
-
 WORDS = """
     import os
     for fd in range(3, 50):
@@ -164,176 +143,6 @@ def test_the_standard_library_and_what_there_is_of_a_machine():
         """
     )
     assert (done.output, done.code) == (b"/tmp True b'hi\\n'\n", 0)
-
-
-# What misbehaves
-
-
-@sandboxed
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True:\n    pass",
-        "import time\ntime.sleep(100)",
-        "import os\nos.close(1); os.close(2)\nimport time\ntime.sleep(100)",
-    ],
-)
-def test_loops_are_stopped(program):
-    assert run(program, limits=SandboxLimits(seconds=1)).killed == "seconds"
-
-
-@sandboxed
-def test_a_fork_bomb_is_bounded_and_nothing_of_it_is_left():
-    before = {p.pid for p in psutil.process_iter()}
-    done = run(
-        """
-        import os, time
-        made = 0
-        try:
-            while True:
-                if os.fork() == 0:
-                    time.sleep(100)
-                made += 1
-        except BlockingIOError:
-            print(made)
-        """
-    )
-    assert 1 <= int(done.output) < LIMITS.processes
-    run(
-        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
-        limits=SandboxLimits(seconds=1, processes=8),
-    )
-    left = [p for p in psutil.process_iter() if p.pid not in before and "bwrap" in p.name()]
-    assert not [p for p in psutil.wait_procs(left, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
-
-
-@sandboxed
-def test_memory():
-    assert run(f"x = bytearray({400 * MIB})").code == 1
-    many = run(
-        f"""
-        import os, time
-        for _ in range(4):
-            if os.fork() == 0:
-                x = bytearray({120 * MIB})
-                x[::4096] = b"1" * len(x[::4096])
-                time.sleep(100)
-        time.sleep(100)
-        """
-    )
-    assert many.killed == "memory"
-
-
-@sandboxed
-@pytest.mark.parametrize("place", ["/tmp/x", "/dev/shm/x", "/x", "/usr/x", "/proc/x", "/var/tmp/x", "/dev/x"])
-def test_disk(place):
-    done = run(
-        f"""
-        written = 0
-        try:
-            for i in range(8):
-                with open("{place}" + str(i), "wb") as file:
-                    for _ in range(16):
-                        written += file.write(bytes(1 << 16))
-        except OSError:
-            print(written)
-        """
-    )
-    assert 0 < int(done.output) <= LIMITS.disk if place.startswith("/tmp") else int(done.output) == 0
-
-
-@sandboxed
-def test_endless_output():
-    assert run("while True:\n    print('x' * 100)").killed == "output"
-    assert run("import sys\nwhile True:\n    sys.stderr.write('x' * 100)").killed == "output"
-
-
-@sandboxed
-def test_no_network_and_no_way_to_the_machines_own_sockets():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        done = run(
-            f"""
-            import socket
-            for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET, ("192.0.2.1", 80))):
-                try:
-                    socket.create_connection(address, timeout=1)
-                except OSError as error:
-                    print(type(error).__name__)
-            """
-        )
-        server.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            server.accept()
-    assert done.output.split() == [b"ConnectionRefusedError", b"OSError"]
-
-
-@sandboxed
-def test_no_file_of_the_machine_is_read_and_no_process_seen(tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("42")
-    secret.chmod(0o644)
-    done = run(
-        f"""
-        import os
-        for path in ({str(secret)!r}, "/etc/passwd", {str(Path.home() / ".bashrc")!r}, "/home", {__file__!r}):
-            print(os.path.exists(path), end=" ")
-        print(max(int(p) for p in os.listdir("/proc") if p.isdigit()) < 20, os.environ.get("PATH"), os.listdir("/tmp"))
-        """
-    )
-    assert done.output == b"False False False False False True /usr/bin:/bin []\n"
-    row = {"tests": [{"input": "", "output": "42"}]}
-    assert score(reward(), [f"print(open({str(secret)!r}).read())"], [row]) == [0]
-
-
-@sandboxed
-def test_no_privilege_is_won():
-    done = run(
-        """
-        import ctypes, os, resource
-        libc = ctypes.CDLL(None, use_errno=True)
-        print(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.setuid(0) if os.getuid() else -1)
-        try:
-            resource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))
-        except ValueError:
-            print("bound")
-        """
-    )
-    assert done.output == b"-1 -1\nbound\n"
-
-
-@sandboxed
-def test_no_namespace_and_no_disk_of_its_own():
-    """As root of a namespace a program could mount memory without a limit; files in memory and segments are in no process."""
-    done = run(
-        """
-        import ctypes, os, sys, threading
-        libc = ctypes.CDLL(None, use_errno=True)
-        mounted = libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)
-        print(libc.unshare(0x10000000), libc.unshare(0x00020000), mounted, libc.setns(0, 0))
-        print(libc.syscall(435, 0, 0), libc.ptrace(0, 0, 0, 0), ctypes.get_errno())
-        print(libc.memfd_create(b"x", 0), libc.shmget(0, 1 << 20, 0o1600))
-        thread = threading.Thread(target=print, args=("thread",))
-        thread.start()
-        thread.join()
-        sys.stdout.flush()
-        if os.fork() == 0:
-            print("child", flush=True)
-            os._exit(0)
-        os.wait()
-        """
-    )
-    assert done.output.decode().split("\n") == ["-1 -1 -1 -1", "-1 -1 1", "-1 -1", "thread", "child", ""]
-
-
-@sandboxed
-def test_those_beside_a_bad_one_are_scored():
-    right = "print(1)"
-    responses = [right, "while True: pass", right, "import os\nos.kill(0, 9)", right, "while True: print(1)"]
-    values = score(
-        reward(seconds=1, output=1000), responses, [{"tests": [{"input": "", "output": "1"}]}] * len(responses)
-    )
-    assert values == [1, 0, 1, 0, 1, 0]
 
 
 # Rows, settings, and where there is no sandbox
@@ -442,5 +251,5 @@ def test_a_server_in_its_place(nowhere, monkeypatch):
         server.shutdown()
     path, first = seen[0]
     assert path == "/run_code" and first == {
-        "language": "python", "code": "print(7)", "stdin": "a", "run_timeout": 3.0, "memory_limit_MB": 1024,
+        "language": "python", "code": "print(7)", "stdin": "a", "run_timeout": 60.0, "memory_limit_MB": 1024,
     }  # fmt: skip

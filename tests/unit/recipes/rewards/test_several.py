@@ -16,6 +16,7 @@ from recipes.cli.config import ConfigError
 from recipes.rewards.registry import RewardError
 from recipes.rewards.settings import RewardLimits, RewardSection
 from recipes.rewards.several import Rewards, rewards_for
+from tests.alive import alive, gone
 from tests.harness import ROOT
 from tests.unit.recipes.rewards.cases import prompts
 
@@ -76,7 +77,7 @@ def test_a_weighted_sum_of_those_that_score_the_row(asked):
 
 def test_one_of_weight_0_that_is_lost_takes_nothing_away(asked):
     rewards = asked(
-        None, RewardLimits(0.5, "drop"), a={"reward": f"{OWN}.slow", "weight": 0.0}, b={"reward": f"{OWN}.plain"}
+        None, RewardLimits(1.0, "drop"), a={"reward": f"{OWN}.slow", "weight": 0.0}, b={"reward": f"{OWN}.plain"}
     )
     scores = rewards.score([["hang", "cc"]], prompts({}))
     assert scores.totals == [[4.0, 2.0]] and scores.lost == [[1, 1]] and math.isnan(scores.parts[0][0][0])
@@ -228,34 +229,25 @@ def test_several_processes_do_not_wait_for_one_that_hangs(asked):
 @pytest.mark.parametrize("bad", ["hang", "die"])
 def test_what_a_reward_has_started_ends_with_its_process(asked, tmp_path, bad):
     file = tmp_path / "pids"
-    rewards = asked(f"{OWN}.starts", RewardLimits(1.0, "drop"))
+    rewards = asked(f"{OWN}.starts", RewardLimits(3.0, "drop"))  # to start something takes time, too
     scores = rewards.score([["a"], [bad], ["b"]], prompts(*[{"file": str(file)}] * 3))
     assert scores.lost == [[0], [1], [0]]
     started = [int(line) for line in file.read_text().split()]
-    assert [alive(pid) for pid in started] == [False, False, True]
+    assert gone(*started[:2]) and alive(started[2])
     rewards.close()
-    assert not alive(started[2])
-
-
-def alive(pid: int) -> bool:
-    """A moment later, as a signal may take one."""
-    try:
-        process = psutil.Process(pid)
-        psutil.wait_procs([process], timeout=1)
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert gone(started[2])
 
 
 @pytest.mark.kills
-def test_no_process_is_left_when_the_run_is_killed():
+@pytest.mark.parametrize("where", ["in Python", "in C"])
+def test_no_process_is_left_when_the_run_is_killed(where):
     """While a reward hangs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.programs.hanging_reward"], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.programs.hanging_reward", where], cwd=ROOT, stdout=subprocess.PIPE
     )
     scoring = psutil.Process(int(process.stdout.readline()))
     children = psutil.Process(process.pid).children(recursive=True)
     assert scoring in children
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert gone(*(each.pid for each in children))

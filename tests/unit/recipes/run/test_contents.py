@@ -6,83 +6,29 @@ import dataclasses
 import json
 import logging
 import random
-import re
 import shutil
-from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron_ext.errors import UserError
 from megatron_ext.rotary import Video
 from megatron_ext.runtime.checkpoint_files import self_checksum
-from megatron_ext.runtime.distributed import ParallelSizes
+from megatron_ext.vision.preprocessing import Preprocessor
 from recipes.bias.settings import LFTFConfig
-from recipes.cli.stopping import StopRequests
+from recipes.data.clips import Clip
 from recipes.data.conversation import Conversation
 from recipes.data.digests import PARTS, RowsDigest, rows_digest, sampled_digest
 from recipes.data.files import Place
-from recipes.data.rows import Pair, Prompt, load_pairs, load_prompts
+from recipes.data.rows import Pair, Prompt, load_prompts
 from recipes.data.tokenizer import load_tokenizer
-from recipes.data.video import Clip, VideoReader, VideoSettings
+from recipes.data.video import VideoReader
+from recipes.data.video_settings import VideoSettings
 from recipes.run.contents import Contents, difference
-from recipes.run.inputs import Inputs
 from recipes.run.pretrained import START_KEY, Pretrained
-from recipes.sft.settings import SFTConfig
-from tests.data_cases import (
-    ANSWER,
-    EOS,
-    FAMILIES,
-    LLAMA,
-    START,
-    TEMPLATE,
-    write_rows,
-    write_sentencepiece,
-    write_tokenizer,
-    write_words,
-)  # fmt: skip
-
-SPECIAL = {"eos_token": EOS, "bos_token": START}
-TRAIN, LIMIT = "data.train_path", 1000
-
-
-def read(path, tokenizer, load=load_pairs, config=SFTConfig, **more) -> Contents:
-    """What a run is given that trains on a file."""
-    resolved = {"data": {"train_path": str(path)}, "pretrained_checkpoint": {"restore_from_path": "the start"}}
-    inputs = Inputs(
-        config, resolved, StopRequests(None, looks=False), ParallelSizes(), path.parent, tokenizer=tokenizer,
-        pretrained=more.pop("pretrained", None),
-    )  # fmt: skip
-    in_order = more.pop("in_order", ())
-    contents = Contents(inputs, {TRAIN: load(path, tokenizer, LIMIT, **more)}, in_order=in_order)
-    contents.complete()
-    return contents
-
-
-def saved(contents: Contents) -> dict:
-    return json.loads(json.dumps({"contents": contents.found, "versions": contents.versions()}))
-
-
-def refusal(now: Contents, before: Contents) -> str:
-    with pytest.raises(UserError) as refused:
-        now.check(saved(before), Path("runs/mine/checkpoints/step-5"))
-    return str(refused.value)
-
-
-def check(now: Contents, before: Contents) -> None:
-    now.check(saved(before), Path("runs/mine/checkpoints/step-5"))
-
-
-def sums(count: int) -> list[dict]:
-    return [
-        {"prompt": f"what is {i} + 2 ?", "response": f"it is {random.randrange(1000)}", "id": i} for i in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("contents") / "plain", **SPECIAL))
+from tests.data_cases import write_rows, write_words
+from tests.unit.recipes.run.contents_cases import TRAIN, check, read, refusal, sums
 
 
 def test_an_edited_row_is_named_with_its_line(tmp_path, plain):
@@ -172,17 +118,19 @@ def test_different_rows_have_different_digests():
 
 # What is changed in a row, and whether that makes it another.
 CLIP = Clip("clip.mp4", Video(2, 3, 4), VideoSettings(), "a.jsonl:1")
-PROMPT = Prompt((1, 2), {"answer": "x"}, 1, CLIP, 7)
+PROMPT = Prompt((1, 2), {"answer": "x"}, 1, (CLIP,), (7,))
 CHANGES = {
     Prompt: {
-        "tokens": ((1, 3), True), "row": ({"answer": "y"}, True), "line": (2, False), "placeholder": (8, True),
-        "clip": (None, True),
+        "tokens": ((1, 3), True), "row": ({"answer": "y"}, True), "line": (2, False), "placeholders": ((8,), True),
+        "media": ((CLIP, CLIP), True),
         "talk": (Conversation(()), False),  # what the row, the configuration and the environment's file make of it
         "place": (Place("b.jsonl", 1), False),
     },
     Pair: {"prompt": (dataclasses.replace(PROMPT, tokens=(5,)), True), "response": ((4,), True), "learnt": ((False,), True)},
-    # Its file is compared by content, its settings are the configuration's.
-    Clip: {"path": ("other.mp4", False), "grid": (Video(4, 3, 2), True), "settings": (None, False), "where": ("b:2", False)},
+    # Its file is compared by content, its settings and what makes pictures for the model's tower are the configuration's.
+    Clip: {"path": ("other.mp4", False), "grid": (Video(4, 3, 2), True), "settings": (None, False), "where": ("b:2", False),
+           "kind": ("image", False), "frames": (("1.png",), False), "eyes": (Preprocessor("a tower", "{}"), False),
+           "size": ((9, 9), False), "tiled": (True, False)},
 }  # fmt: skip
 
 
@@ -190,7 +138,7 @@ CHANGES = {
 def test_every_field_of_a_row_counts_that_is_computed_with(row):
     kinds = {type(row): lambda **changes: dataclasses.replace(row, **changes)}
     if isinstance(row, Prompt):
-        kinds[Clip] = lambda **changes: dataclasses.replace(row, clip=dataclasses.replace(CLIP, **changes))
+        kinds[Clip] = lambda **changes: dataclasses.replace(row, media=(dataclasses.replace(CLIP, **changes),))
     for kind, change in kinds.items():
         assert {field.name for field in dataclasses.fields(kind)} == CHANGES[kind].keys(), (
             "say whether the new one counts"
@@ -198,93 +146,6 @@ def test_every_field_of_a_row_counts_that_is_computed_with(row):
         for name, (value, counts) in CHANGES[kind].items():
             changed = change(**{name: value})
             assert (rows_digest([changed.content]) != rows_digest([row.content])) == counts, (kind, name)
-
-
-def test_a_template_that_writes_the_date_gives_other_rows_tomorrow(tmp_path, monkeypatch, caplog):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "llama", chat_template=LLAMA, **SPECIAL))
-    rows = [{"messages": [{"role": "user", "content": f"what is {i} ?"}, ANSWER]} for i in range(3)]
-    path = write_rows(tmp_path / "chat.jsonl", *rows)
-    dated = write_rows(
-        tmp_path / "dated.jsonl", *[row | {"chat_template_kwargs": {"date_string": "1 May"}} for row in rows]
-    )
-    before, fixed = read(path, tokenizer), read(dated, tokenizer)
-    with caplog.at_level(logging.WARNING):
-        before.warn()
-    assert "can write the date of today (strftime_now)" in caplog.text
-    check(read(path, tokenizer), before)
-
-    class Tomorrow(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.now(tz) + timedelta(days=1)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    message = refusal(read(path, tokenizer), before)
-    assert (
-        f"{TRAIN}={path} gives other tokens than when the run began, and file and tokenizer are what they were"
-        in message
-    )
-    assert "writes the date of today (strftime_now)" in message and f"row 1 ({path}:1) is the first" in message
-    check(read(dated, tokenizer), fixed)
-
-
-def another(folder: Path, what: str) -> Path:
-    """A tokenizer that takes the place of `write_tokenizer(folder, chat_template=TEMPLATE)`."""
-    shutil.rmtree(folder)
-    config = SPECIAL | {"chat_template": TEMPLATE}
-    if what == "chat template":
-        config["chat_template"] = TEMPLATE.replace("assistant:", "Assistant:")
-    if what == "special tokens":
-        config["pad_token"] = "<pad>"
-    write_tokenizer(folder, around="<start> $A" if what == "rules" else "", **config)
-    if what == "vocabulary":
-        state = json.loads((folder / "tokenizer.json").read_text())
-        vocabulary = state["model"]["vocab"]
-        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-        (folder / "tokenizer.json").write_text(json.dumps(state))
-    return folder
-
-
-@pytest.mark.parametrize("what", ["vocabulary", "chat template", "special tokens", "rules"])
-def test_another_tokenizer_behind_the_same_path_is_named(tmp_path, what):
-    folder = write_tokenizer(tmp_path / "tokenizer", chat_template=TEMPLATE, **SPECIAL)
-    path = write_rows(tmp_path / "sft.jsonl", *sums(3))
-    before = read(path, load_tokenizer(folder))
-    message = refusal(read(path, load_tokenizer(another(folder, what))), before)
-    said, parts = re.search(r"(.*) is another than the run began with \((.*?)\): it would", message).groups()
-    assert said == f"the tokenizer of {folder} (model.tokenizer)" and what in parts
-    assert "runs/mine/checkpoints/step-5/tokenizer" in message
-
-
-def tokenizers(folder: Path) -> list:
-    made = [write_tokenizer(folder / name, chat_template=text, **SPECIAL) for name, text in FAMILIES.items()]
-    made += [
-        write_tokenizer(folder / "around", around="<start> $A <eos>", **SPECIAL),
-        write_sentencepiece(folder / "pieces"),
-    ]
-    made += [write_words(folder / "words", {"?": 0, "a": 1, "b": 2}, "<x>")]
-    return list(map(load_tokenizer, made))
-
-
-def test_the_copy_in_a_checkpoint_is_the_same_tokenizer(tmp_path):
-    """Whatever it was called and wherever it was, so that a run can go on with it."""
-    seen = set()
-    for number, tokenizer in enumerate(tokenizers(tmp_path)):
-        tokenizer.save(tmp_path / str(number))
-        copy = load_tokenizer(tmp_path / str(number))
-        assert copy.digests() == tokenizer.digests(), tokenizer.path
-        copy.save(tmp_path / f"{number}-again")
-        assert load_tokenizer(tmp_path / f"{number}-again").digests() == tokenizer.digests()
-        seen.add(tuple(tokenizer.digests().values()))
-    assert len(seen) == number + 1
-
-
-def test_rules_that_another_version_of_the_library_wrote_are_not_compared(tmp_path, plain):
-    path = write_rows(tmp_path / "sft.jsonl", *sums(3))
-    before, now = read(path, plain), read(path, plain)
-    (rules,) = (name for name in before.found["model.tokenizer"] if name.startswith("rules"))
-    before.found["model.tokenizer"]["rules (tokenizers 0.1.0)"] = before.found["model.tokenizer"].pop(rules)[::-1]
-    check(now, before)
 
 
 def test_features_of_the_same_shape_and_other_content_are_refused(tmp_path, plain):
@@ -349,7 +210,8 @@ def start(folder: Path) -> Pretrained:
 
 def test_other_weights_to_compare_with_are_refused(tmp_path, plain):
     path, folder = write_rows(tmp_path / "sft.jsonl", *sums(3)), tmp_path / "start"
-    for config, words in ((LFTFConfig, "and trainer.lftf.loss compares with them"), (SFTConfig, "or set it to null")):
+    without = SimpleNamespace(reads_start=None)  # what compares with nothing that it began with
+    for config, words in ((LFTFConfig, "and trainer.lftf.loss compares with them"), (without, "or set it to null")):
         before = read(path, plain, config=config, pretrained=start(folder))
         check(read(path, plain, config=config, pretrained=Pretrained.open(str(folder))), before)
         message = refusal(read(path, plain, config=config, pretrained=start(folder)), before)

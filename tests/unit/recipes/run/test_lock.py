@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from recipes.run.holder import Holder
 from recipes.run.lock import DEAD, LOCK_FOLDER, FolderLock
 from recipes.run.run_folder import check_run_folder, claim_run_folder, held_run_folder
 from tests.harness import ROOT
+from tests.waiting import until
 
 
 def leave(folder: Path, holder: Holder | None, age: float = 0.0, number: int = 1) -> Path:
@@ -229,8 +229,7 @@ def test_a_process_that_was_taken_for_dead_learns_it(tmp_path, monkeypatch):
     with FolderLock.take(tmp_path) as taker:
         with pytest.raises(UserError, match=rf"is no longer this run's: process {os.getpid()} on"):
             sleeper.check()
-        while not sleeper.taken_away:
-            time.sleep(0.01)
+        until(lambda: sleeper.taken_away)
         sleeper.release()
         taker.check()
         assert path.exists(), "the other's lock stays"
@@ -241,5 +240,4 @@ def test_a_living_run_gives_signs_of_life(tmp_path, monkeypatch):
     with FolderLock.take(tmp_path):
         (path,) = (tmp_path / LOCK_FOLDER).iterdir()
         os.utime(path, (0, 0))
-        while path.stat().st_mtime == 0:
-            time.sleep(0.01)
+        until(lambda: path.stat().st_mtime)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from megatron_ext.errors import UserError
 from recipes.run.log_process import LoggedTable, LogProcess
 from recipes.run.run_log import mlflow_arguments
 from recipes.run.settings import ExpManagerSection
+from tests.waiting import until
 
 pytestmark = pytest.mark.kills
 
@@ -61,8 +61,7 @@ def test_numbers_arrive_and_a_logger_that_cannot_start_is_one_line(tmp_path, cap
 
     killed.open(keys(tmp_path / "other"), None)
     os.kill(killed._process.pid, signal.SIGKILL)
-    while killed._process.is_alive():
-        time.sleep(0.01)
+    until(lambda: not killed._process.is_alive())
     for step in range(3):
         killed.log_metrics({"x": 1.0}, step)
     (said,) = [record.getMessage() for record in caplog.records if "metrics.jsonl does" in record.getMessage()]

@@ -11,9 +11,10 @@ import pytest
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Kind, names
 from megatron_ext.models import GPTModelConfig
-from megatron_ext.models.config import PositionEmbedding, VisionConfig
+from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.runtime.checkpoint import INFO_FILE, WEIGHTS_FOLDER
 from megatron_ext.runtime.checkpoint_files import self_checksum
+from megatron_ext.vision import VisionConfig
 from recipes.run.pretrained import Pretrained, configure
 from tests.gpt_cases import small_config
 
@@ -41,21 +42,53 @@ def describe(folder: Path, model: dict) -> Path:
 
 
 SLIDING = small_config(precision="32", window_size=[4, 0], window_attn_skip_freq=2)
+EXPERTS = small_config(
+    precision="32", num_moe_experts=8, moe_router_topk=4, moe_shared_expert_intermediate_size=16, moe_router_num_groups=4,
+    moe_router_group_topk=2,
+)  # fmt: skip
+LATENT = small_config(
+    precision="32", multi_latent_attention=True, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=8,
+    num_query_groups=8, kv_channels=None, add_qkv_bias=False, qk_layernorm=False,
+)  # fmt: skip
 OTHER = {
     "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 32,
     "ffn_hidden_size": 24, "vocab_size": 62, "share_embeddings_and_output_weights": False,
-    "add_qkv_bias": False, "qk_layernorm": False, "layernorm_epsilon": 0.25,
+    "add_qkv_bias": False, "qk_layernorm": False, "qk_layernorm_across_heads": True, "layernorm_epsilon": 0.25,
+    "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.25,
     "position_embedding": PositionEmbedding("vrope"), "vision": VisionConfig(7), "window_size": [5, 0],
-    "window_attn_skip_freq": [1, 1], "attn_logit_softcapping": 30.0,
+    "window_attn_skip_freq": [1, 1], "no_rope_freq": 2, "softmax_type": "learnable", "attn_logit_softcapping": 30.0,
+    "kv_lora_rank": 24, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
+OTHER_EXPERTS = {
+    "num_moe_experts": 16, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_layer_freq": 2,
+    "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True, "moe_router_score_function": "sigmoid",
+    "moe_router_norm_topk_prob": False, "moe_router_topk_scaling_factor": 2.5, "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 2, "moe_router_group_topk": 4, "moe_router_group_best": 1,
+}  # fmt: skip
+BIASED = small_config(
+    precision="32", num_moe_experts=8, add_bias_linear=True, activation="quick_gelu", activation_func_clamp_value=7.0,
+    glu_linear_offset=1.0,
+)  # fmt: skip
+OTHER_BIASED = {
+    "add_bias_linear": False, "activation_func_clamp_value": 5.0, "glu_linear_offset": 0.5,
+}  # fmt: skip
+GATED = small_config(precision="32", num_moe_experts=8, activation="quick_gelu")
+OTHERS = [
+    (SLIDING, OTHER),
+    (EXPERTS, OTHER_EXPERTS),
+    (LATENT, {"multi_latent_attention": False, "q_lora_rank": 12, "latent_layernorm_epsilon": 0.125}),
+    (BIASED, OTHER_BIASED),
+    (GATED, {"activation": "silu"}),
+]
 
 
 @pytest.mark.parametrize("name", names(GPTModelConfig, Kind.ARCHITECTURE))
 def test_every_key_that_shapes_the_model_is_compared_with_a_checkpoint(tmp_path, name):
-    """A new one that is not in `OTHER` fails here."""
-    opened = Pretrained.open(str(describe(tmp_path, dataclasses.asdict(SLIDING))))
-    opened.check(SLIDING)
-    other = dataclasses.replace(SLIDING, **{name: OTHER[name]})
+    """A new one that is not in `OTHERS` fails here."""
+    ((config, others),) = [pair for pair in OTHERS if name in pair[1]]
+    opened = Pretrained.open(str(describe(tmp_path, dataclasses.asdict(config))))
+    opened.check(config)
+    other = dataclasses.replace(config, **{name: others[name]})
     with pytest.raises(ValueError, match=f"model.{name}=.*, but the checkpoint .* was made with {name}="):
         opened.check(other)
 

@@ -23,7 +23,7 @@ from tests.vllm_pausing import Pausing, pausing_server, token_of
 
 LENGTH = 12
 PARAMS = SamplingParams(max_new_tokens=LENGTH)
-SECONDS = 60
+SECONDS = 300
 
 
 def letters(prompt: list[int], tokens: list[int]) -> str:

@@ -22,6 +22,7 @@ from megatron_ext.rollouts.vllm.protocol import VllmError
 from megatron_ext.rollouts.vllm.sender import Sender
 from megatron_ext.vllm_servers import VllmOptions
 from tests.vllm_faults import Faulty, Handler, recorded, recorded_canary, recorded_probe, served
+from tests.waiting import until
 
 UNIQUE = bytes(range(128))
 SHAPES = {"a": (2, 3), "b": (4,), "c": (5, 1)}
@@ -169,10 +170,10 @@ def test_a_server_that_refuses_is_not_waited_for(server, tensors, path: str):
 
 
 def test_a_server_that_takes_no_part_is_not_waited_for(server, tensors, monkeypatch):
-    monkeypatch.setattr(sender_module, "GRACE", 0.05)
     spy = Spy()
     sender = Sender(spy)
     send(sender, server.url, tensors, "default")
+    monkeypatch.setattr(sender_module, "GRACE", 0.05)  # not before: a thread may be that late on a loaded machine
     spy.hangs = True
     with pytest.raises(VllmError, match="has answered and taken no part: is VLLM_DISABLE_PYNCCL set there"):
         send(sender, server.url, tensors, "7.run.tag", "7.run.tag")
@@ -181,15 +182,16 @@ def test_a_server_that_takes_no_part_is_not_waited_for(server, tensors, monkeypa
 
 def test_what_nccl_says_is_told_where_the_server_says_nothing(server, tensors, monkeypatch):
     """And it is left with a part of the weights, so it gets no others."""
-    monkeypatch.setattr(sender_module, "GRACE", 0.05)
     spy = Spy()
     sender = Sender(spy)
+    send(sender, server.url, tensors, "default")
+    mark = server.posts[2][1]["new_version"]
+    monkeypatch.setattr(sender_module, "GRACE", 0.05)  # not before: a thread may be that late on a loaded machine
     spy.fails = True
     server.slow = {"/update_weights"}
     with pytest.raises(VllmError, match="ncclBroadcast: remote process exited"):
-        send(sender, server.url, tensors, "default")
+        send(sender, server.url, tensors, mark)
     assert spy.aborted == 1
-    mark = server.posts[2][1]["new_version"]
     with pytest.raises(VllmError, match="has got a part of the weights and not the rest: start it again"):
         send(sender, server.url, tensors, mark)
 
@@ -211,7 +213,14 @@ def test_another_rank_waits_until_rank_0_has_given_weights_again(tensors):
     """What a server without them has said meanwhile counts nothing."""
     with two_ranks(tensors) as (first, other, weights, server):
         server.faults = ["forget"]
-        mended = threading.Timer(0.3, first.mend)
+
+        def mend() -> None:
+            """Once the other has asked twice which weights there are, and waits."""
+            until(lambda: server.asked["/weight_info"] >= known + 2)
+            first.mend()
+
+        known = server.asked["/weight_info"]
+        mended = threading.Thread(target=mend)
         mended.start()
         requests = [
             Request([number, 9, 9], 6, SamplingParams(max_new_tokens=8, temperature=2.0, top_k=5))

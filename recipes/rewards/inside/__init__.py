@@ -1,0 +1,1 @@
+"""What is handed into the sandbox; nothing here imports the package."""

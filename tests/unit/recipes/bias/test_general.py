@@ -1,0 +1,134 @@
+"""General ability: tasks of lm-evaluation-harness through our scorers give what its own model class gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.bias.general import HarnessTasks, LoadedTasks
+from recipes.bias.scorers import HuggingFaceScorer
+from recipes.data.tokenizer import load_tokenizer
+from tests.unit.recipes.bias.random_sets import letters, pick, words
+
+pytest.importorskip("lm_eval")
+
+DATA = """\
+import json
+from pathlib import Path
+
+
+def rows(**_):
+    from datasets import Dataset
+
+    lines = Path(__file__).with_name("rows.jsonl").read_text().splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+"""
+TASK = """\
+task: ours_{kind}
+custom_dataset: !function data.rows
+test_split: test
+output_type: {kind}
+doc_to_text: {text}
+doc_to_choice: choices
+doc_to_target: {target}
+metric_list:
+{metrics}
+metadata:
+  version: 1.0
+"""
+METRIC = "  - metric: {}\n    aggregation: {}\n    higher_is_better: true\n"
+
+
+def choices(rng: torch.Generator) -> list[str]:
+    """Of two that are alike, rounding would say which is the likelier."""
+    while len(set(found := [words(rng, 2) for _ in range(3)])) < 3:
+        pass
+    return found
+
+
+@pytest.fixture
+def tasks(tmp_path, rng) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": words(rng, 5), "choices": choices(rng), "answer": pick(rng, range(3))} for _ in range(7)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.py").write_text(DATA)
+    choice = METRIC.format("acc", "mean") + METRIC.format("acc_norm", "mean")
+    rolling = METRIC.format("byte_perplexity", "weighted_perplexity")
+    for kind, text, target, metrics in (
+        ("multiple_choice", "question", "answer", choice),
+        ("loglikelihood_rolling", '""', "question", rolling),
+        ("generate_until", "question", "question", METRIC.format("exact_match", "mean")),
+    ):
+        made = TASK.format(kind=kind, text=text, target=target, metrics=metrics)
+        (folder / f"{kind}.yaml").write_text(made)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, rng) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tools.make_word_problems import train_tokenizer
+
+    folder = tmp_path / "model"
+    train_tokenizer(folder, [letters()] * 4, 200)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=load_tokenizer(folder).vocab_size, max_position_embeddings=24, **shape)
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=rng) / 6)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_numbers_are_those_of_the_harness(tasks, folder, monkeypatch):
+    """Multiple choice with an example before each question, of which the model reads no more than the end; and perplexity of
+    texts in windows."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    names = ["ours_multiple_choice", "ours_loglikelihood_rolling"]
+    loaded = LoadedTasks.load(HarnessTasks(tuple(names), str(tasks), num_fewshot=0))
+    scorer = HuggingFaceScorer(folder, torch.device("cpu"), torch.float32)
+    measures, numbers = loaded.ask(scorer, load_tokenizer(folder), 24)
+    model = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer=AutoTokenizer.from_pretrained(folder),
+        batch_size=4, max_length=23,
+    )  # fmt: skip
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    theirs = simple_evaluate(model, tasks=names, task_manager=manager, num_fewshot=0, bootstrap_iters=0)["results"]
+    for task, metric in ((names[0], "acc,none"), (names[0], "acc_norm,none"), (names[1], "byte_perplexity,none")):
+        assert numbers[task][metric] == pytest.approx(theirs[task][metric], rel=1e-5), metric
+    assert set(measures) == {f"general.{names[0]}.acc", f"general.{names[0]}.acc_norm"}
+    for name, measure in measures.items():
+        assert (
+            measure.value == pytest.approx(numbers[names[0]][f"{name.rsplit('.', 1)[1]},none"])
+            and len(measure.sums) == 7
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "ours_generate_until",
+            "generate_until asks for generate_until and exact_match, and here likelihoods alone",
+        ),
+        ("ours_multiple_choice", "ours_multiple_choice cannot be loaded: "),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(name, message, tasks):
+    if "cannot" in message:
+        (tasks / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LoadedTasks.load(HarnessTasks((name,), str(tasks)))
