@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
             "trainer.niah.test_videos=2", "trainer.niah.height=2", "trainer.niah.width=2", "trainer.niah.schemes=[vrope]",
             "trainer.niah.seeds=[1]",
         ],
-        steps(1, 2) | {(METRICS, "copy"): 2, (NEEDLES, "copy"): 2},
+        steps(1, 2) | {(METRICS, "copy"): 2, (NEEDLES, "copy"): 2, (STOP, "value"): 2},  # it asks before each step
     ),
 }  # fmt: skip
 

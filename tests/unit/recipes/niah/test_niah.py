@@ -172,7 +172,9 @@ def test_a_switch_of_schemes_begins_with_what_was_learnt(world, rng):
         NiahModel(num_layers=1, hidden_size=32, ffn_hidden_size=48),
         FolderSection("unused"),
     )
-    session = SimpleNamespace(config=config, is_main=False, device=world, data_rank=0, data_size=1)
+    session = SimpleNamespace(
+        config=config, is_main=False, device=world, data_rank=0, data_size=1, must_stop=lambda: ""
+    )
     bar, trainer = SimpleNamespace(update=lambda: None), NiahTrainer(session)
     seed = int(torch.randint(1000, (), generator=rng))
     first, _ = trainer.train("rope", seed, 3, bar)
