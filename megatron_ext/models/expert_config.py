@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_ext.grouping.routes import RouteShape
 from megatron_ext.kinds import Architecture, Speed, Training
@@ -11,14 +11,6 @@ from megatron_ext.kinds import Architecture, Speed, Training
 __all__ = ["ExpertConfig", "layers_with_experts"]
 
 SCORES = ("softmax", "sigmoid")
-# Kinds of keys that say nothing without experts, with what they are then.
-IDLE = {
-    "moe_ffn_hidden_size": None, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None,
-    "moe_shared_expert_gate": False, "moe_router_enable_expert_bias": False, "moe_router_num_groups": None,
-    "moe_router_group_topk": None, "moe_router_group_best": None, "moe_router_topk_scaling_factor": None, "moe_aux_loss_coeff": 0.0,
-    "moe_router_bias_update_rate": 0.0, "moe_grouped_gemm": False, "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -105,9 +97,10 @@ class ExpertConfig:
             "model.moe_layer_freq, model.moe_shared_expert_intermediate_size); set it to false",
         )
         if self.num_moe_experts is None:
-            for name, idle in IDLE.items():
+            idle = {key.name: key.default for key in fields(ExpertConfig)}
+            for name, other in (idle | {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}).items():
                 value = getattr(self, name)
-                yield value != idle, f"model.{name}={value} needs experts, and model.num_moe_experts is null; set it"
+                yield value != other, f"model.{name}={value} needs experts, and model.num_moe_experts is null; set it"
             return
         yield from self._choice_rules()
         yield from self._layer_rules()

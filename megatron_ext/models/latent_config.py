@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_ext.kinds import Architecture
 from megatron_ext.models.linears import attention_linears
@@ -72,9 +72,12 @@ class LatentConfig:
     def _latent_rules(self) -> Iterator[tuple[bool, str]]:
         """(whether it is broken, what is said then)."""
         if not self.multi_latent_attention:
-            for name in ("q_lora_rank", "latent_layernorm_epsilon"):
-                value = getattr(self, name)
-                yield value is not None, f"model.{name}={value} says nothing without model.multi_latent_attention=true; set it to null"
+            for key in fields(LatentConfig):
+                value = getattr(self, key.name)
+                yield (
+                    value != key.default,
+                    f"model.{key.name}={value} says nothing without model.multi_latent_attention=true; leave it out",
+                )
             return
         tp, with_it = self.tensor_model_parallel_size, "with model.multi_latent_attention=true"
         head = self.qk_head_dim + self.qk_pos_emb_head_dim
