@@ -45,7 +45,7 @@ class ExpertConfig:
     moe_router_num_groups: Architecture[int | None] = None
     # Groups that a token's experts come from.
     moe_router_group_topk: Architecture[int | None] = None
-    # A group is as good as the sum of so many best experts of it; null: moe_router_topk / moe_router_group_topk, as Megatron has it.
+    # A group is as good as the sum of so many best experts of it; null: moe_router_topk / moe_router_group_topk, Megatron's.
     moe_router_group_best: Architecture[int | None] = None
     # Weight of the loss that balances experts (arXiv 2101.03961, of each stream, by its share of the step's tokens); 0, as usual
     # in RL: none. A prompt's token counts once for each response.
@@ -120,7 +120,10 @@ class ExpertConfig:
             "model.moe_router_enable_expert_bias=true, without which there is no bias",
         )
         groups, chosen, best = self.moe_router_num_groups, self.moe_router_group_topk, self.moe_router_group_best
-        yield best is not None and groups is None, f"model.moe_router_group_best={best} needs model.moe_router_num_groups"
+        yield (
+            best is not None and groups is None,
+            f"model.moe_router_group_best={best} needs model.moe_router_num_groups",
+        )
         yield (
             (groups is None) != (chosen is None),
             f"model.moe_router_num_groups={groups} and model.moe_router_group_topk={chosen}: give both or neither",
@@ -133,8 +136,8 @@ class ExpertConfig:
         )
         yield (
             not 1 <= chosen <= groups or topk > chosen * (experts // groups),
-            f"model.moe_router_group_topk={chosen} must be at most model.moe_router_num_groups={groups}, and leave as many experts "
-            f"as model.moe_router_topk={topk}",
+            f"model.moe_router_group_topk={chosen} must be at most model.moe_router_num_groups={groups}, and leave as many "
+            f"experts as model.moe_router_topk={topk}",
         )
         yield (
             best is None and topk % chosen,
