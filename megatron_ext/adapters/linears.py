@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_ext.adapters.lora import Lora, LoraShape
 
-__all__ = ["Adapted", "AdaptedColumnParallelLinear", "AdaptedRowParallelLinear"]
+__all__ = ["Adapted"]
 
 
 class Adapted:
-    """What both have.
+    """Before one of Megatron's linears in a class's bases; see `of`.
 
     Attributes:
+        column: whether it is column-parallel; else it is row-parallel.
         lora: None: it has been taken away.
         uses_adapter: False: the linear computes what it does without.
     """
@@ -32,9 +33,14 @@ class Adapted:
         self.lora: Lora | None = Lora(self.shape, *own)
 
     @classmethod
-    def of(cls, shape: LoraShape) -> type[Self]:
-        """The class with adapters of this shape: a class is what every version of Megatron builds from a spec."""
-        return type(cls.__name__, (cls,), {"shape": shape})
+    def of(cls, linear: type, shape: LoraShape) -> type[Self]:
+        """This linear's class with adapters of this shape: a class is what every version of Megatron builds from a spec.
+
+        Args:
+            linear: a `ColumnParallelLinear` or `RowParallelLinear`.
+        """
+        column = issubclass(linear, ColumnParallelLinear)
+        return type(f"Adapted{linear.__name__}", (cls, linear), {"shape": shape, "column": column})
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **options)
@@ -59,11 +65,3 @@ class Adapted:
     def merged_weight(self, b: Tensor | None = None) -> Tensor:
         """The weight with the adapter in it, summed in fp32, in its type; see `Lora.delta`."""
         return (self.weight.float() + self.lora.delta(b)).to(self.weight.dtype)
-
-
-class AdaptedColumnParallelLinear(Adapted, ColumnParallelLinear):
-    column = True
-
-
-class AdaptedRowParallelLinear(Adapted, RowParallelLinear):
-    column = False

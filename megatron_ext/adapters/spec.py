@@ -6,19 +6,17 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_ext.adapters.config import LoraConfig
-from megatron_ext.adapters.linears import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_ext.adapters.linears import Adapted
 from megatron_ext.adapters.lora import LoraShape
 
 __all__ = ["adapted_spec", "lora_shapes"]
 
 UNCALLED = ("linear_kv_up_proj",)  # whose matrices latent attention uses itself
-ADAPTED = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}
 
 
 def lora_shapes(
@@ -48,7 +46,7 @@ def adapted_spec(
     for place, inner in {id(inner): (place, inner) for place, inner in inners}.values():  # layers share them
         for linear, shape in shapes.get(place, {}).items():
             if hasattr(inner, linear):
-                setattr(inner, linear, ADAPTED[getattr(inner, linear)].of(shape))
+                setattr(inner, linear, Adapted.of(getattr(inner, linear), shape))
     return adapted
 
 

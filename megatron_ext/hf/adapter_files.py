@@ -168,7 +168,7 @@ def export_adapters(
 def _held(place: AdapterPlace, linears: list[Adapted], number: int) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
     """This rank's part of a place: ("A" or "B", what is there, its place in it); each number once. The ranks of other experts
     call it, too, and the first of them has all experts' B."""
-    lora, row = linears[0].lora, 0
+    lora = linears[0].lora
     rank, first = lora.tp.rank(), lora.tp.rank() == 0
     for expert, linear in enumerate(linears, number):
         a = linear.lora.a[place.branch].data
@@ -177,9 +177,10 @@ def _held(place: AdapterPlace, linears: list[Adapted], number: int) -> Iterator[
             yield "A", a, (rows, slice(rank * a.size(1), (rank + 1) * a.size(1)))
         elif first:
             yield "A", a, (rows,)
-    for part, whole in place.rows.items() if lora.column or first else ():
-        b = torch.stack([linear.lora.b[part].data for linear in linears])
-        begin, row = row + (rank * b.size(1) if lora.column else 0), row + whole
+    if not (lora.column or first):
+        return
+    parts = {part: torch.stack([linear.lora.b[part].data for linear in linears]) for part in place.rows}
+    for begin, b in place.runs(parts, rank if lora.column else 0):  # [e, rows, r]
         if place.experts is not None:
             b = _of_all_experts(b)
         if number == 0:
@@ -215,7 +216,8 @@ def write_adapters(
         for layer in layers:
             for place in layer_places(config, layer):
                 a = named[layer, place.linear, "a", place.branch]
-                b = torch.cat([named[layer, place.linear, "b", part] for part in place.rows], -2)
+                parts = {part: named[layer, place.linear, "b", part] for part in place.rows}
+                b = torch.cat([rows for _, rows in place.runs(parts)], -2)
                 if place.experts is not None:
                     a, b = a.flatten(0, 1), packed_b(b)
                 writer.write(_name(config, layer, place, "A"), a)

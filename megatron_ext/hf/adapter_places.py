@@ -4,7 +4,8 @@ Shape legend: r rank of an adapter, i inputs, o outputs, e experts of a layer.
 
 A module's are A [r, i] and B [o, r]. Transformers 5 has all experts of a layer in two parameters, gate_up_proj and down_proj, and
 PEFT has so their adapters (`target_parameters`): A [e x r, i], an expert's rows behind those of the one before, and B [o, r x e],
-whose columns the experts take in turns, with the rows of gate_proj before those of up_proj.
+whose columns the experts take in turns, with the rows of gate_proj before those of up_proj, or in turns with them where the
+family has its weights so (gpt-oss).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ext.adapters.config import LINEARS, PARTS
@@ -45,6 +47,7 @@ class AdapterPlace:
         rows: outputs of each part whose B it holds, in their order.
         inputs: i.
         experts: how many it holds; None: it is no experts'.
+        in_turns: whether the parts' rows of B are in turns; else a part stands behind the other.
     """
 
     module: str
@@ -54,6 +57,7 @@ class AdapterPlace:
     rows: Mapping[str, int]
     inputs: int
     experts: int | None
+    in_turns: bool = False
 
     def shape(self, kind: str, dim: int) -> tuple[int, int]:
         """Of "A" or "B"."""
@@ -65,7 +69,25 @@ class AdapterPlace:
         if self.experts is not None:
             a = a.view(self.experts, -1, a.size(1))[number]
             b = b.view(len(b), -1, self.experts)[..., number]
-        return a, dict(zip(self.rows, b.split(list(self.rows.values())), strict=True))
+        parts = (
+            [b[i :: len(self.rows)] for i in range(len(self.rows))] if self.in_turns else b.split([*self.rows.values()])
+        )
+        return a, dict(zip(self.rows, parts, strict=True))
+
+    def runs(self, parts: Mapping[str, Tensor], rank: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first, neighbouring rows of B, [..., rows, r]), in order.
+
+        Args:
+            parts: of each its rows, [..., o, r]: of all that are cut over ranks as many, those that are the rank's.
+        """
+        if self.in_turns:
+            rows = torch.stack([*parts.values()], -2).flatten(-3, -2)
+            yield rank * rows.size(-2), rows
+            return
+        before = 0
+        for part, whole in self.rows.items():
+            yield before + rank * parts[part].size(-2), parts[part]
+            before += whole
 
 
 def packed_b(of_experts: Tensor) -> Tensor:
@@ -89,7 +111,10 @@ def layer_places(config: GPTModelConfig, layer: int) -> list[AdapterPlace]:
                     own = {part: shape.rows[part] for part in some}
                     stored = f"{theirs}.{name}" if experts is None else _stored(name, peft.parts)
                     module = f"{theirs}.{name}"
-                    found.append(AdapterPlace(module, stored, f"{place}.{linear}", branch, own, shape.inputs, experts))
+                    turns = len(some) > 1 and FAMILIES[family_of(config)].packed
+                    found.append(
+                        AdapterPlace(module, stored, f"{place}.{linear}", branch, own, shape.inputs, experts, turns)
+                    )
     return found
 
 

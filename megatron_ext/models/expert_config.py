@@ -210,12 +210,6 @@ class ExpertConfig:
             f"model.peft.target_modules has {' and '.join(apart)}, and the model experts (model.num_moe_experts), whose "
             "gate_proj and up_proj are one tensor with one A in transformers and PEFT; name linear_fc1 instead",
         )
-        on_mlps = [target for target in self.peft.target_modules if target in ("linear_fc1", "linear_fc2", "down_proj")]
-        yield (
-            self.add_bias_linear and bool(on_mlps),
-            f"model.peft.target_modules has {' and '.join(on_mlps)}, and experts with biases (model.add_bias_linear=true) have "
-            "no adapters here; name linears of attention alone",
-        )
         yield (
             self.moe_grouped_gemm,
             "model.moe_grouped_gemm=true puts experts into one product of Transformer Engine, which has no adapters here; set it "

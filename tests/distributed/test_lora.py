@@ -37,7 +37,8 @@ ROUNDING = 2.5e-6
 KINDS = {
     "nemo": ("qwen2", "nemo"), "peft": ("llama 3", "peft"), "some": ("qwen3", "some"), "experts": ("qwen3_moe", "nemo"),
     "shared experts": ("qwen2_moe", "nemo"), "outputs of experts": ("mixtral", "outer"),
-    "inputs of experts": ("glm4_moe", "inner"), "beside experts": ("gpt_oss", "peft"),
+    "inputs of experts": ("glm4_moe", "inner"), "experts with biases": ("gpt_oss", "nemo"),
+    "outputs, with biases": ("gpt_oss", "outer"),
     "latent": ("deepseek_v3, dense", "latent"), "latent, some": ("deepseek_v3, queries as they are", "latent, some"),
     "latent, experts": ("deepseek_v3, one group", "latent, outer"),
 }  # fmt: skip
@@ -53,19 +54,22 @@ LAYOUTS = {
         {"virtual_pipeline_model_parallel_size": 2, "activations_checkpoint_granularity": "full"},
         ("peft",),
     ),
-    "ep2": (ParallelSizes(expert=2), {}, ("experts", "inputs of experts"), 2),
+    "ep2": (ParallelSizes(expert=2), {}, ("experts", "inputs of experts", "outputs, with biases"), 2),
     "tp2 ep2 sp": (
-        ParallelSizes(tensor=2, expert=2), {"sequence_parallel": True}, ("shared experts", "outputs of experts"), 4,
+        ParallelSizes(tensor=2, expert=2),
+        {"sequence_parallel": True},
+        ("shared experts", "outputs of experts", "experts with biases"),
+        4,
     ),
     "pp2 tp2 ep2 sp, whole experts": (
         ParallelSizes(tensor=2, pipeline=2, expert=2, expert_tensor=1),
         {"sequence_parallel": True, "expert_tensor_parallel_size": 1},
-        ("experts", "beside experts", "latent, experts"),
+        ("experts", "experts with biases", "latent, experts"),
     ),
     "ep2, each cut in two": (
         ParallelSizes(expert=2, expert_tensor=2),
         {"expert_tensor_parallel_size": 2, "activations_checkpoint_granularity": "full"},
-        ("shared experts",),
+        ("shared experts", "outputs, with biases"),
         4,
     ),
 }  # fmt: skip

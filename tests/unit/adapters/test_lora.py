@@ -240,10 +240,6 @@ def test_adapters_that_cannot_be_are_refused(changes, words):
             "target_modules has up_proj, and the model experts .* are one tensor with one A .*; name linear_fc1 instead",
         ),
         (
-            {"num_moe_experts": 4, "add_bias_linear": True, "peft": LoraConfig(target_modules=["o_proj", "down_proj"])},
-            "target_modules has down_proj, and experts with biases .* have no adapters here; name linears of attention",
-        ),
-        (
             EXPERTS | {"moe_grouped_gemm": True},
             "moe_grouped_gemm=true puts experts into one product .* set it to false",
         ),
