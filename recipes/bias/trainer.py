@@ -116,16 +116,16 @@ class LFTFTrainer(Trainer):
         self.weights = self.settings.weights
         self.scorer = MegatronScorer(self.model)
         batch, train = self.config.model.global_batch_size, prompts["train"]
-        self.rows = {"bias": train.bias_tokens}
+        self.learnt = {"bias": train.bias_tokens}
         if "hint" in self.weights:
-            self.rows["hint"] = train.hinted_tokens
+            self.learnt["hint"] = train.hinted_tokens
         if "kl" in self.weights:
-            self.rows["kl"] = texts
+            self.learnt["kl"] = texts
         self.samplers = {
             kind: EpochSampler(len(rows), batch, self.config.model.seed, session.data_rank, session.data_size)
-            for kind, rows in self.rows.items()
+            for kind, rows in self.learnt.items()
         }
-        asked = self.rows | {DEV: prompts["dev"].bias_tokens, DEV_TEXTS: validation_texts}
+        asked = self.learnt | {DEV: prompts["dev"].bias_tokens, DEV_TEXTS: validation_texts}
         self.streams = RowStreams(self.model, asked, ("kl", DEV_TEXTS), pair)
         self.steps = self.settings.max_steps or math.ceil(len(train.bias) * self.settings.max_epochs / batch)
 
@@ -146,7 +146,7 @@ class LFTFTrainer(Trainer):
             train_only_places(self.model, places)
             self._keep_inputs(min(place.block for place in places))
         with session.timers("frozen_pass"):  # of the weights that the run began with, also where it goes on
-            self.frozen = {kind: self.streams.ask(kind) for kind in self.rows}
+            self.frozen = {kind: self.streams.ask(kind) for kind in self.learnt}
         health = self.config.trainer.health
         self.engine = Engine(
             self.model, self.config.model.optim, self.steps, settings.gradient_clip_val, health.skipping
@@ -313,11 +313,18 @@ class LFTFTrainer(Trainer):
 
     def run_training(self) -> dict[str, float]:
         with self.session.timers("optimizer_step"):
-            microbatches = [m for kind in self.rows for m in self._microbatches(kind, self.samplers[kind].next())]
+            self.drawn = {kind: self.samplers[kind].next() for kind in self.learnt}
+            microbatches = [m for kind, numbers in self.drawn.items() for m in self._microbatches(kind, numbers)]
             metrics = self.engine.update(microbatches, self._loss)
         self.engine.gather_weights()  # the best are copied, and put back
         write_slices(self.model)
         return {f"train_optim/{name}": value for name, value in metrics.items()}
+
+    def rows(self) -> list[str]:
+        """The prompts themselves: no file has them."""
+        train = self.prompts["train"]
+        kinds = {"bias": train.bias, "hint": train.hinted}
+        return [f'"{kinds[kind][n].prompt}"' for kind in kinds if kind in self.drawn for n in self.drawn[kind]]
 
     def run_validation(self, step: int) -> dict[str, float]:
         """On the dev professions; the state is kept if it is the best so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -47,11 +48,19 @@ def had_memory(checkpoint, most: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def mended(bias_task, tmp_path_factory):
+def ended(bias_task, tmp_path_factory):
+    """(folder of a run, what it said)."""
     out = tmp_path_factory.mktemp("mended") / "run"
-    done = bias_task.lftf(out, "trainer.lftf.max_epochs=10", "trainer.lftf.loss=balanced+2*hint+kl")
+    done = bias_task.lftf(
+        out, "trainer.lftf.max_epochs=10", "trainer.lftf.loss=balanced+2*hint+kl", "trainer.health.spike=1e-6"
+    )
     assert done.code == 0, done.err
-    return out
+    return out, done.out
+
+
+@pytest.fixture(scope="module")
+def mended(ended):
+    return ended[0]
 
 
 def test_the_bias_goes_and_nothing_else(mended):
@@ -70,6 +79,14 @@ def test_one_block_has_changed_bitwise(bias_task, mended, world):
     before, after = weights(bias_task.checkpoint, world), weights(mended / "checkpoints/final", world)
     for name, value in after.items():
         assert torch.equal(value, before[name]) == (f"layers.{block}." not in name), name
+
+
+def test_a_spike_is_told_with_its_prompts(ended):
+    out, said = ended
+    told = [line for line in said.splitlines() if line.startswith("a spike at step ")]
+    named = told[0].rpartition(" (")[2]
+    assert "train_optim/grad_norm is " in told[0] and re.match(r'"[^"]+ [^"]+", "', named), told[0]
+    assert len(told) > 2 and all(line.split()[4].rstrip(":").isdigit() for line in told)
 
 
 def test_a_run_leaves_its_report(mended, world):
