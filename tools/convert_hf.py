@@ -134,6 +134,7 @@ def run_adapter(args: argparse.Namespace) -> str:
     from megatron_ext.hf.adapter_files import write_adapters
     from megatron_ext.hf.files import check_target
     from megatron_ext.models import GPTModelConfig
+    from megatron_ext.models.config import without_idle
     from megatron_ext.runtime.checkpoint import read_adapters, read_checkpoint_info
     from megatron_ext.runtime.distributed import ParallelSizes, initialize
     from recipes.cli.config import build
@@ -144,7 +145,7 @@ def run_adapter(args: argparse.Namespace) -> str:
     info = read_checkpoint_info(folder)
     initialize(ParallelSizes())
     tensors = read_adapters(folder)
-    config = build(GPTModelConfig, info["model"], "model")
+    config = build(GPTModelConfig, without_idle(info["model"]), "model")
     start = (info.get("config", {}).get("pretrained_checkpoint") or {}).get("restore_from_path")
     args.target.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_adapters(config, args.target, tensors, args.base or start, info.get(BASE_KEY))

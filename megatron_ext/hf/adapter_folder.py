@@ -111,7 +111,8 @@ class AdapterFolder:
     def _modules(self, layer: int) -> Iterator[str]:
         """Those of a layer if it has the same linears as all others, in each of its MLPs."""
         mlps = {module.rpartition(".")[0] for number, module, _ in self.tensors if number == layer} - {"self_attn"}
-        for place in ("self_attn", *sorted(mlps or {"mlp"})):
+        some = {EXPERTS if any(module.startswith(f"{EXPERTS}.") for _, module, _ in self.tensors) else "mlp"}
+        for place in ("self_attn", *sorted(mlps or some)):
             parts = [part for part in PLACES[place] if part in self.parts]
             packed = parts_of("gate_up_proj") if place == EXPERTS else ()
             if packed and set(packed) <= set(parts):

@@ -15,12 +15,16 @@ from megatron_ext.adapters.config import LoraConfig
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Architecture, Kind, Limit, Speed, Start, Training, kinds, names
 from megatron_ext.models.config_rules import ModelRules
+from megatron_ext.models.expert_config import ExpertConfig
+from megatron_ext.models.latent_config import LatentConfig
 from megatron_ext.models.linears import LinearShape, attention_linears, mlp_linears
 from megatron_ext.models.stages import PipelineSplit
 from megatron_ext.rotary import RopeScaling, find_scheme
 from megatron_ext.vision.settings import VisionConfig
 
-__all__ = ["ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "stream_multiple", "vision_difference"]
+__all__ = [
+    "ARCHITECTURE", "PLAIN", "GPTModelConfig", "PositionEmbedding", "stream_multiple", "vision_difference", "without_idle",
+]  # fmt: skip
 
 # What PyTorch's CUDA flash attention takes.
 CUDA_HEAD_MULTIPLE, CUDA_LARGEST_HEAD = 8, 256
@@ -289,6 +293,15 @@ PLAIN = {
     for field in dataclasses.fields(GPTModelConfig)
     if field.name in ARCHITECTURE and field.default is not dataclasses.MISSING
 }
+
+
+def without_idle(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's keys as they were saved, but those that say nothing of it: before they were refused they might have any value."""
+    sections = {"num_moe_experts": ExpertConfig, "multi_latent_attention": LatentConfig}
+    idle = {
+        key.name for switch, section in sections.items() if not saved.get(switch) for key in dataclasses.fields(section)
+    }
+    return {name: value for name, value in saved.items() if name not in idle}
 
 
 _EYES = tuple(

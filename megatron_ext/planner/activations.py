@@ -232,8 +232,10 @@ def _experts(config: GPTModelConfig, t: int, implementation: Implementation) -> 
     x, own, sent = config.expert_width // config.expert_tensor_ranks, t // tp, expert_rows(config, t)
     # Logits, scores, weights and which are taken; where rows come from and go to, in both orders.
     total = own * config.num_moe_experts * (4 * FP32 + 2) + own * config.moe_router_topk * (3 * FP32 + 5 * INDEX)
-    # Rows as experts get them, in the order of their experts; into and out of SwiGLU, with and without the token's weight.
-    inner = (2 + 1) * x if implementation.fused_swiglu else (2 + 5) * x
+    # Rows as experts get them, in the order of their experts; into and out of the gate, with and without the token's weight. One
+    # that is clamped keeps two more, one by one.
+    one_by_one = 5 if config.activation == "silu" else 7
+    inner = (2 + 1) * x if implementation.fused_swiglu else (2 + one_by_one) * x
     total += sent * ((2 * h + inner) * e + 3 * FP32)
     if (shared := config.moe_shared_expert_intermediate_size) is not None:
         total += t * (3 if implementation.fused_swiglu else 5) * (shared // tp) * e + own * h * e * 2

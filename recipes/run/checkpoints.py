@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.models.config import without_idle
 from megatron_ext.runtime.checkpoint import has_optimizer, read_checkpoint_info
 from recipes.run.settings import CheckpointCallbackSection
 
@@ -30,7 +31,9 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
         found = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return found | ({"model": without_idle(found["model"])} if isinstance(found.get("model"), dict) else {})
 
 
 class Checkpoints:

@@ -15,7 +15,7 @@ from megatron_ext.hf import hf_weights_digest, is_hf_folder, load_hf_weights, re
 from megatron_ext.hf.config import ANY_SCHEME
 from megatron_ext.hf.eyes import PREPROCESSING_FILES, read_tower
 from megatron_ext.kinds import Kind, names
-from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig, vision_difference
+from megatron_ext.models.config import ARCHITECTURE, PLAIN, GPTModelConfig, vision_difference, without_idle
 from megatron_ext.models.gpt import PrefixGroupedGPT
 from megatron_ext.rotary import RopeScaling
 from megatron_ext.runtime.checkpoint import (
@@ -85,7 +85,7 @@ class Pretrained:
                 f"{path} holds adapters alone, and {named_by} wants the model that they stand on: name it there, and the "
                 "adapters in model.peft.restore_from_path; or merge both: tools/convert_hf.py merge"
             )
-        saved = info.get("model", {})
+        saved = without_idle(info.get("model", {}))
         if "position_embedding" in saved:
             position = saved["position_embedding"]
             position |= {"sections": sections_of(saved)}

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megatron_ext.grouping.routes import RouteShape, write_routes
@@ -12,7 +13,7 @@ from recipes.grpo.dump_files import read_step, step_files
 from tests.data_cases import write_rows
 from tests.hf_models import hf_logits
 from tests.lora_cases import peft_logits
-from tests.recipe_runs import metrics, run
+from tests.recipe_runs import metrics, run, run_on
 
 pytestmark = pytest.mark.functional
 
@@ -74,6 +75,14 @@ def test_adapters_stand_on_experts_on_one_rank_and_on_two(recipe, task, start, t
     (expected,) = peft_logits(tmp_path / "base", tmp_path / "adapter", texts)
     assert (hf_logits(tmp_path / "merged", texts)[0] - expected).abs().max() <= 1e-4
     assert (hf_logits(tmp_path / "base", texts)[0] - expected).abs().max() > 1e-3
+
+
+def test_ranks_that_share_experts_write_them_as_one_does(start, tmp_path):
+    for ranks in (1, 2):
+        done = run_on(ranks, "tools/convert_hf.py", "export", start, tmp_path / str(ranks), "--tensor", ranks)
+        assert not any(one.code for one in done), done
+    one, two = (load_file(str(tmp_path / ranks / "model.safetensors")) for ranks in "12")
+    assert one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def test_a_step_takes_the_experts_of_whoever_sampled_and_its_dump_replays_bitwise(task, start, tmp_path):

@@ -59,6 +59,8 @@ def load(
 ) -> PrefixGroupedGPT:
     """This rank's stage; with room for adapters of this kind."""
     layout: dict = {"tensor_model_parallel_size": args.tensor, "pipeline_model_parallel_size": args.pipeline}
+    if args.tensor > 1 and pretrained.architecture["num_moe_experts"] is not None:
+        layout["sequence_parallel"] = True  # without which experts have no tensor-parallel ranks
     if torch.cuda.is_available():
         layout["attention_kernel"] = "blockwise"  # the fast ones take bf16 alone
     config = build(GPTModelConfig, pretrained.architecture | layout | {"precision": precision}, "model")

@@ -215,6 +215,8 @@ def test_adapters_of_experts_that_do_not_fit_are_refused(of_experts, sparse, wor
     refused(adapter, "layer 1 has no adapter of mlp.shared_expert.down_proj, otherwise than the model here", model)
     set_tensors(adapter, shared, (f"{experts}base_layer.lora_B.weight",))
     refused(adapter, "layer 1 has no lora_B of mlp.experts.gate_up_proj; every layer with adapters")
+    set_tensors(adapter, tensors, [name for name in tensors if name.startswith(f"{LAYER}mlp.")])
+    refused(adapter, "layer 1 has no lora_A of mlp.experts.down_proj; every layer with adapters")
     inner = f"{experts}base_layer.lora_A.weight"
     set_tensors(adapter, tensors | {inner: torch.zeros(18, 32)})
     refused(adapter, r"is \(18, 32\), and adapter_config.json says r=4")

@@ -21,6 +21,11 @@ from tests.held_bytes import saved_bytes
 from tests.layouts import randn
 from tests.vision_cases import IMAGE, TOWERS, image_prompt, patches, pictures, qwen_prompt, qwen_tower
 
+OF_GPT_OSS = {
+    "add_bias_linear": True, "activation": "quick_gelu", "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0,
+    "moe_ffn_hidden_size": 96,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("share", [True, False])
 def test_media_are_counted(share, rng, world):
@@ -114,16 +119,17 @@ def test_adapters_keep_little_more_than_is_planned(granularity, targets, changes
         (None, {"moe_router_topk": 1, "precision": "bf16"}),
         ("selective", {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}),
         ("full", {"moe_layer_freq": 2}),
+        (None, OF_GPT_OSS),
+        (None, OF_GPT_OSS | {"precision": "bf16", "moe_router_topk": 4}),
     ],
 )
 def test_experts_keep_little_less_than_is_planned(granularity, changes, rng, world):
     """An upper bound, by hand."""
     config = small_config(
         num_moe_experts=8,
-        moe_ffn_hidden_size=24,
         num_layers=4,
         activations_checkpoint_granularity=granularity,
-        **changes,
+        **{"moe_ffn_hidden_size": 24} | changes,
     ).on("cpu")
     batch = pack_rollout(make_rollout(rng, [(60, [12, 17, 7])], 61))
     planned = stage_activations(
@@ -133,14 +139,20 @@ def test_experts_keep_little_less_than_is_planned(granularity, changes, rng, wor
     assert 0.7 * planned.kept <= saved <= planned.kept
 
 
-@pytest.mark.parametrize("granularity", [None, "selective"])
-def test_adapters_of_experts_keep_little_less_than_is_planned(granularity, rng, world):
+@pytest.mark.parametrize(
+    ("granularity", "changes"),
+    [
+        (None, {"moe_shared_expert_intermediate_size": 32}),
+        ("selective", {"moe_shared_expert_intermediate_size": 32}),
+        (None, OF_GPT_OSS),
+    ],
+)
+def test_adapters_of_experts_keep_little_less_than_is_planned(granularity, changes, rng, world):
     """Of every expert, and of the shared one."""
     config = small_config(
         num_moe_experts=8,
-        moe_ffn_hidden_size=24,
-        moe_shared_expert_intermediate_size=32,
         activations_checkpoint_granularity=granularity,
+        **{"moe_ffn_hidden_size": 24} | changes,
         peft=LoraConfig(dim=16),
         num_layers=4,
     ).on("cpu")

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_ext.errors import UserError
 from megatron_ext.kinds import Kind, names
@@ -16,6 +17,8 @@ from megatron_ext.models.config import PositionEmbedding
 from megatron_ext.runtime.checkpoint import INFO_FILE, WEIGHTS_FOLDER
 from megatron_ext.runtime.checkpoint_files import self_checksum
 from megatron_ext.vision import VisionConfig
+from recipes.cli.config import build
+from recipes.run.checkpoints import RUN_FILE, read_run_file
 from recipes.run.pretrained import Pretrained, configure
 from tests.gpt_cases import small_config
 
@@ -93,6 +96,18 @@ def test_every_key_that_shapes_the_model_is_compared_with_a_checkpoint(tmp_path,
     setattr(other, name, others[name])  # without the rules, by which some values go with others alone
     with pytest.raises(ValueError, match=f"model.{name}=.*, but the checkpoint .* was made with {name}="):
         opened.check(other)
+
+
+@pytest.mark.parametrize("idle", [{"moe_router_topk": 4, "moe_router_norm_topk_prob": False}, {"kv_lora_rank": 16}])
+def test_what_says_nothing_of_a_saved_model_is_read_over(tmp_path, idle):
+    """It was taken without a word once. A run that had it can be gone on with, and begun from."""
+    saved = dataclasses.asdict(config := small_config(precision="32")) | idle
+    opened = Pretrained.open(str(describe(tmp_path, saved)))
+    opened.check(config)
+    opened.check(build(GPTModelConfig, opened.architecture | {"precision": "32"}, "model"))
+    (tmp_path / RUN_FILE).parent.mkdir(exist_ok=True)
+    (tmp_path / RUN_FILE).write_text(yaml.safe_dump({"model": saved, "exp_manager": {}}))
+    assert build(GPTModelConfig, read_run_file(tmp_path)["model"], "model") == config
 
 
 def test_what_a_checkpoint_does_not_speak_of_came_after_it(tmp_path):
