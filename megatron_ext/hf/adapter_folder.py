@@ -111,8 +111,9 @@ class AdapterFolder:
     def _modules(self, layer: int) -> Iterator[str]:
         """Those of a layer if it has the same linears as all others, in each of its MLPs."""
         mlps = {module.rpartition(".")[0] for number, module, _ in self.tensors if number == layer} - {"self_attn"}
-        some = {EXPERTS if any(module.startswith(f"{EXPERTS}.") for _, module, _ in self.tensors) else "mlp"}
-        for place in ("self_attn", *sorted(mlps or some)):
+        if not mlps:  # where they would be
+            mlps = {EXPERTS if any(module.startswith(f"{EXPERTS}.") for _, module, _ in self.tensors) else "mlp"}
+        for place in ("self_attn", *sorted(mlps)):
             parts = [part for part in PLACES[place] if part in self.parts]
             packed = parts_of("gate_up_proj") if place == EXPERTS else ()
             if packed and set(packed) <= set(parts):

@@ -236,10 +236,11 @@ def _experts(config: GPTModelConfig, t: int, implementation: Implementation) -> 
     # that is clamped keeps two more, one by one.
     one_by_one = 5 if config.activation == "silu" else 7
     inner = (2 + 1) * x if implementation.fused_swiglu else (2 + one_by_one) * x
+    gated = 3 if implementation.fused_swiglu else one_by_one
     total += sent * ((2 * h + inner) * e + 3 * FP32)
     if (shared := config.moe_shared_expert_intermediate_size) is not None:
-        total += t * (3 if implementation.fused_swiglu else 5) * (shared // tp) * e + own * h * e * 2
-    dense = t * (3 if implementation.fused_swiglu else 5) * (config.ffn_hidden_size // tp) * e
+        total += t * gated * (shared // tp) * e + own * h * e * 2
+    dense = t * gated * (config.ffn_hidden_size // tp) * e
     return total if all(config.layers_with_experts) else max(total, dense)
 
 

@@ -121,6 +121,11 @@ def test_adapters_keep_little_more_than_is_planned(granularity, targets, changes
         ("full", {"moe_layer_freq": 2}),
         (None, OF_GPT_OSS),
         (None, OF_GPT_OSS | {"precision": "bf16", "moe_router_topk": 4}),
+        (
+            None,
+            OF_GPT_OSS
+            | {"add_bias_linear": False, "moe_ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 128},
+        ),
     ],
 )
 def test_experts_keep_little_less_than_is_planned(granularity, changes, rng, world):
