@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from recipes.bias.report import write_ranking
 from recipes.bias.samples import continuations
 from recipes.bias.scorers import MegatronScorer
 from recipes.bias.settings import LFTFConfig
+from recipes.bias.state import Progress, Start
 from recipes.bias.streams import LFTFMicrobatch, RowStreams
 from recipes.data.sampler import EpochSampler
 from recipes.data.tokenizer import Tokenizer
@@ -48,43 +48,6 @@ ALL_STEPS = "max_steps reached"
 PROMPT_KINDS = {"bias": BIAS_LOSSES, "hint": ("hint",)}
 DEV, DEV_TEXTS = "dev", "dev_texts"  # rows of validations
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Start:
-    """What was found before the first step.
-
-    Attributes:
-        before: the evaluation on the test professions.
-        ranking: of the blocks, or of finer places, where an estimator chose.
-        places: which train, as `parse_places` reads them; None: all.
-        base: digest of their weights.
-    """
-
-    before: dict
-    ranking: dict | None
-    places: list[dict] | None
-    base: str | None
-
-
-@dataclass
-class Progress:
-    """How far training has come, in numbers that JSON keeps to the last bit.
-
-    Attributes:
-        steps: taken.
-        best_step, best_afgb: of the best state that the guard let pass.
-        idle: validations since then.
-        stopped: why training has ended; None: it has not.
-        validations: each with its step and the guard's complaint.
-    """
-
-    steps: int = 0
-    best_step: int = 0
-    best_afgb: float = math.inf
-    idle: int = 0
-    stopped: str | None = None
-    validations: list[dict] = field(default_factory=list)
 
 
 class LFTFTrainer(Trainer):
