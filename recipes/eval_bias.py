@@ -50,7 +50,7 @@ def harness_tasks(section):
 
 
 def evaluate_all(config, model, prompts, answers, texts, sets, general, asked, earlier) -> None:
-    from recipes.bias.comparing import Answers, compared, comparison_lines
+    from recipes.bias.comparing import Answers, compared, comparison_lines, digest_of
     from recipes.bias.evaluation import ask_prompts, ask_texts, summary
     from recipes.bias.report import harness_lines, summary_rows, write_report
 
@@ -59,6 +59,8 @@ def evaluate_all(config, model, prompts, answers, texts, sets, general, asked, e
     total = len(prompts.bias) + len(prompts.hinted) + len(texts) + sum(len(one.rows) for one in sets)
     found = Answers(asked)
     with model.start() as scorer:
+        if general:  # first: what it may refuse is known as it asks
+            ability, numbers, cut = general.ask(scorer, model.tokenizer, model.longest)
         with model.progress(total) as bar:
             found.measures["prompts"], facts = ask_prompts(scorer, prompts, answers, pair.others, bar.update)
             if texts:
@@ -67,17 +69,20 @@ def evaluate_all(config, model, prompts, answers, texts, sets, general, asked, e
                 found.measures[one.name] = one.measures(scorer.token_logprobs(one.rows, bar.update))
                 facts |= one.counts
         if general:
-            found.measures["general"], facts["harness"] = general.ask(scorer, model.tokenizer, model.longest)
+            found.measures["general"], facts["harness"] = ability, numbers
+            if cut:
+                facts["harness_cut"] = cut
+                asked["general"] = digest_of(general.tasks, model.longest)
         model.check_folder()
         if model.is_main:
-            name = config.pretrained_checkpoint.restore_from_path
+            name = config.pretrained_checkpoint.name
             result = {"model": name, "split": data.split, **facts, **summary(found.by_name, data.bootstrap_samples)}
             beside = [compared(one, found, data.bootstrap_samples) for one in earlier]
             if earlier:
                 result["compared"] = {one.name: gaps for one, gaps in zip(earlier, beside, strict=True)}
             table = facts["profession_table"]
             found.write(model.log_dir, name, table)
-            lines = harness_lines(facts["harness"]) if general else []
+            lines = harness_lines(numbers, cut, model.longest) if general else []
             lines += comparison_lines(earlier, beside, found, table, words) if earlier else []
             write_report(model.log_dir, f"Gender bias of {name}", result, words, lines)
             print("\n".join(f"  {title:<56} {value}" for title, value in summary_rows(result, words)))

@@ -39,7 +39,7 @@ def main(cfg: dict) -> None:
             scores = ask_all(session.model, asked, data.video.workers, bar.update)
         session.check_folder()
         if session.is_main:
-            name = config.pretrained_checkpoint.restore_from_path
+            name = config.pretrained_checkpoint.name
             found = {"model": name, "set": data.set, "path": data.path, **summary(asked, scores)}
             write_report(session.log_dir, f"{data.set} of {name}", found, asked, scores)
             for row in table(found):

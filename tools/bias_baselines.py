@@ -14,6 +14,7 @@ Leaves result.json and report.md in --out. One process.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -104,8 +105,10 @@ def main() -> None:
     needs = {"edit": "text", "other": "checkpoint"}.get(args.method)
     if needs and getattr(args, needs) is None:
         raise UserError(f"{args.method} needs --{needs}")
-    if args.weight <= 0:
-        raise UserError(f"--weight {args.weight:g} must be above 0")
+    if not 0 < args.weight < math.inf:
+        raise UserError(f"--weight {args.weight:g} must be a number above 0")
+    if not math.isfinite(args.strength):
+        raise UserError(f"--strength {args.strength:g} must be a number")
     result = measure(args)
     for name in ("afgb", "ub", "pronoun_mass", "perplexity"):
         if name in result.before:

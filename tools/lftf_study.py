@@ -79,8 +79,9 @@ class EveryBlock:
 class Study:
     """A model, what it is asked, and what the frozen one says. One process."""
 
-    def __init__(self, folder: Path, budget: Budget, seeds: Sequence[int], gib: float):
+    def __init__(self, folder: Path, budget: Budget, seeds: Sequence[int], gib: float, blocks: Sequence[int] | None):
         from megatron_ext.bias.prompts import PromptsConfig
+        from megatron_ext.blocks.blocks import check_block
         from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
         from recipes.bias.prompts import load_prompt_sets, pair_tokens
         from recipes.bias.streams import RowStreams
@@ -94,6 +95,8 @@ class Study:
         self.pretrained = Pretrained.open(str(folder))
         tokenizer = load_tokenizer(self.pretrained.tokenizer)
         self.config = build(TrainedModel, self.pretrained.architecture | {"precision": "32"}, "model")
+        for block in blocks or ():
+            check_block(block, self.config.num_layers)
         self.model = self.new_model()
         self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         prompts = PromptsConfig()
@@ -222,6 +225,9 @@ def order_of(num_layers: int) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
+    for name in ("threads", "steps", "prompts", "locate_prompts"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     torch.set_num_threads(options.threads)
     budget = Budget(options.steps, options.prompts, options.lr, options.loss, options.locate_prompts)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +237,7 @@ def run(options: argparse.Namespace) -> None:
         if after[0] < 1 or after[-1] >= budget.steps:
             raise UserError(f"--scored-after {after}: wants numbers of steps below --steps {budget.steps}")
     path = options.out / "plan.json"
-    study = Study(options.model, budget, options.seeds, options.gib)
+    study = Study(options.model, budget, options.seeds, options.gib, options.blocks)
     plan |= {
         "model": options.name or options.model.resolve().name,
         "weights": study.pretrained.digest(),

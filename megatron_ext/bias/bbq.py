@@ -69,8 +69,10 @@ def read_bbq(paths: Sequence[str | Path]) -> list[BBQQuestion]:
         UserError: no question, no JSON, or a row that is none of BBQ's.
     """
     questions = []
-    for path in paths:
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, path in enumerate(paths):
+        if Path(path).resolve() in {Path(earlier).resolve() for earlier in paths[:number]}:
+            raise UserError(f"{path} is named twice: its questions would count twice")
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if line.strip():
                 questions.append(_question(line, f"{path}:{number}"))
     if not questions:
@@ -78,13 +80,24 @@ def read_bbq(paths: Sequence[str | Path]) -> list[BBQQuestion]:
     return questions
 
 
+def _texts(value: object) -> list[str]:
+    """A list of texts, as it is.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"expected a list of texts, got {value!r}")
+    return value
+
+
 def _question(line: str, where: str) -> BBQQuestion:
     try:
         row = json.loads(line)
         answers = [row[name] for name in ANSWERS]
         texts = [*answers, row["context"], row["question"], row["category"], str(row["question_index"])]
-        groups = [_groups(row["answer_info"][name], row[name], where) for name in ANSWERS]
-        stereotyped = {group.lower() for group in row["additional_metadata"]["stereotyped_groups"]}
+        groups = [_groups(_texts(row["answer_info"][name]), row[name], where) for name in ANSWERS]
+        stereotyped = {group.lower() for group in _texts(row["additional_metadata"]["stereotyped_groups"])}
         label, polarity, condition = row["label"], row["question_polarity"], row["context_condition"]
         fits = all(isinstance(text, str) and text for text in texts) and type(label) is int
     except UserError:
@@ -106,6 +119,10 @@ def _question(line: str, where: str) -> BBQQuestion:
     if len(unknown) != 1:
         raise UserError(
             f"{where}: one of the answers {answers} must say that it is not known, as {', '.join(UNKNOWN[:3])}"
+        )
+    if condition == "ambig" and label != unknown[0]:
+        raise UserError(
+            f"{where}: the context is ambig, and label {label} says that it tells who it is ({answers[label]!r})"
         )
     people = [number for number in range(3) if number != unknown[0]]
     # The question asks for something bad, or for its opposite: then the other one is the stereotype's answer.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -57,10 +58,11 @@ def read_decisions(path: str | Path) -> tuple[list[Decision], int]:
     """Rows of `explicit.jsonl` or `implicit.jsonl`, and how many were left out that lack race, gender or age.
 
     Raises:
-        UserError: no JSON, a row that is none of the set's, or none left.
+        UserError: no JSON, a row that is none of the set's, none left, or a scenario with too few persons to tell what an answer
+            depends on.
     """
     found, dropped = [], 0
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -70,7 +72,9 @@ def read_decisions(path: str | Path) -> tuple[list[Decision], int]:
             if None in (race, gender, age):
                 dropped += 1
                 continue
-            found.append(Decision(text, str(scenario), race.lower(), gender.lower(), float(age)))
+            if not math.isfinite(age := float(age)):
+                raise ValueError(f"age is {age}")
+            found.append(Decision(text, str(scenario), race.lower(), gender.lower(), age))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}:{number}: no row of discrim-eval ({said}); give its own file") from None
@@ -79,7 +83,30 @@ def read_decisions(path: str | Path) -> tuple[list[Decision], int]:
     for key, reference in REFERENCE.items():
         if reference not in {getattr(d, key) for d in found}:
             raise UserError(f"{path}: no {key} is {reference!r}, with whom the others are compared")
+    names, given, scenarios = _persons(found)
+    for scenario, rows in scenarios.items():
+        if int(torch.linalg.matrix_rank(given[rows])) < len(names):
+            raise UserError(
+                f"{path}: scenario {scenario} has {len(rows)} rows, too few persons to tell apart the effects of "
+                f"{', '.join(names[1:])}: give the whole file"
+            )
     return found, dropped
+
+
+def _persons(decisions: Sequence[Decision]) -> tuple[list[str], Tensor, dict[str, list[int]]]:
+    """What an answer may depend on, first nothing at all; fp64 [n, names] how much of it each question's person has; and the
+    numbers of each scenario's questions."""
+    ages = torch.tensor([d.age for d in decisions]).double()
+    columns = {"": torch.ones_like(ages)}
+    if len(set(ages.tolist())) > 1:
+        columns["age"] = (ages - ages.mean()) / ages.std()
+    for key, reference in REFERENCE.items():
+        for value in sorted({getattr(d, key) for d in decisions} - {reference}):
+            columns[value] = torch.tensor([getattr(d, key) == value for d in decisions]).double()
+    scenarios: dict[str, list[int]] = {}
+    for number, decision in enumerate(decisions):
+        scenarios.setdefault(decision.scenario, []).append(number)
+    return list(columns), torch.stack(list(columns.values()), 1), scenarios
 
 
 def decision_measures(decisions: Sequence[Decision], loglikelihoods: Tensor) -> dict[str, Measure]:
@@ -91,36 +118,16 @@ def decision_measures(decisions: Sequence[Decision], loglikelihoods: Tensor) -> 
     generalised least squares is the mean of ordinary ones.
 
     Args:
+        decisions: as `read_decisions` has found them.
         loglikelihoods: [n, 4] of `ANSWERS`.
-
-    Raises:
-        UserError: within a scenario it cannot be told what an answer depends on.
     """
     odds = loglikelihoods.double()
     odds = odds[:, :2].logsumexp(1) - odds[:, 2:].logsumexp(1)
-    ages = torch.tensor([d.age for d in decisions]).double()
-    columns = {"": torch.ones_like(ages)}
-    if len(set(ages.tolist())) > 1:
-        columns["age"] = (ages - ages.mean()) / ages.std()
-    for key, reference in REFERENCE.items():
-        for value in sorted({getattr(d, key) for d in decisions} - {reference}):
-            columns[value] = torch.tensor([getattr(d, key) == value for d in decisions]).double()
-    given = torch.stack(list(columns.values()), 1)  # [n, columns]
-    scenarios = list(dict.fromkeys(d.scenario for d in decisions))
-    slopes = []
-    for scenario in scenarios:
-        rows = [i for i, d in enumerate(decisions) if d.scenario == scenario]
-        if int(torch.linalg.matrix_rank(given[rows])) < len(columns):
-            raise UserError(
-                f"scenario {scenario} of discrim-eval has {len(rows)} rows, too few persons to tell apart the effects of "
-                f"{', '.join(filter(None, columns))}: give the whole file"
-            )
-        slopes.append(torch.linalg.lstsq(given[rows], odds[rows, None]).solution[:, 0])
-    by_column = torch.stack(slopes, 1)
+    names, given, scenarios = _persons(decisions)
+    slopes = [torch.linalg.lstsq(given[rows], odds[rows, None]).solution[:, 0] for rows in scenarios.values()]
     return {
-        f"discrim_eval.{name}": Measure.mean(scenarios, values)
-        for name, values in zip(columns, by_column, strict=True)
-        if name
+        f"discrim_eval.{name}": Measure.mean(list(scenarios), values)
+        for name, values in zip(names[1:], torch.stack(slopes, 1)[1:], strict=True)
     }
 
 
@@ -133,7 +140,7 @@ def read_cooccurrence(path: str | Path) -> list[str]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("{"):
-            found = [json.loads(line)["sentence"] for line in text.splitlines() if line.strip()]
+            found = [json.loads(line)["sentence"] for line in text.split("\n") if line.strip()]
         else:
             found = [row["sentence"] for row in csv.DictReader(StringIO(text))]
         sentences = list(dict.fromkeys(sentence.strip() for sentence in found))

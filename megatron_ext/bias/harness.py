@@ -106,8 +106,8 @@ def write_harness_tasks(
 
     Tasks `megatron_ext_genbiaseval` (metric `afgb_score`) and `megatron_ext_genhinteval` (`ub_score`), both with
     `pronoun_mass` and `share_preferring_first`; group `megatron_ext_bias`. The folder holds all that they need: it may be
-    moved, and does without megatron_ext. The harness multiplies the probabilities of a word's tokens, where our own
-    scores want a word that is one token.
+    moved, and does without megatron_ext. A word of several tokens is as likely as the product of theirs, there
+    as in our own scores.
 
     Raises:
         UserError: files of these names are there already, no prompts, a prompt that ends in a space (the harness would

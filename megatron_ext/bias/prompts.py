@@ -262,7 +262,7 @@ class PromptsConfig:
     # Seed of the split of professions into train (60 %), dev and test (20 % each). Keep it between training and
     # evaluation, or what is tested was trained on.
     split_seed: int = 0
-    # The words that are compared, each one token after a space, and what hints at them.
+    # The words that are compared, and what hints at them. Training and locating want each to be one token after a space.
     pair: AttributePair = field(default_factory=AttributePair)
     # Texts with {profession}, not ending in a space, that either word of the pair may follow; null: our nine, which
     # pronouns follow. Give your own for another pair.

@@ -74,9 +74,11 @@ def read_stereoset(path: str | Path) -> list[StereoSetTriple]:
 def _triple(row: dict, kind: str, where: str) -> StereoSetTriple:
     by_gold = {sentence["gold_label"]: sentence["sentence"] for sentence in row["sentences"]}
     texts = [by_gold.get(gold) for gold in GOLD]
-    if len(row["sentences"]) != 3 or not all(isinstance(text, str) and text for text in (*texts, row["context"])):
+    said = (row["context"], row["target"], row["bias_type"])
+    if len(row["sentences"]) != 3 or not all(isinstance(text, str) and text for text in (*texts, *said)):
         raise UserError(
-            f"{where}: expected a sentence of each of {', '.join(GOLD)}, got {', '.join(map(str, by_gold))}"
+            f"{where}: expected context, target and bias_type, texts, and a sentence of each of {', '.join(GOLD)}, got "
+            f"{', '.join(map(repr, said))} and {', '.join(map(str, by_gold))}"
         )
     context = row["context"] if kind == "intersentence" else None
     if context is not None and context[-1] not in ".!?":

@@ -28,6 +28,11 @@ class WinoBiasPair(SentencePair):
     other: str | None = None
 
     @property
+    def occupation(self) -> str:
+        """The referent without article or capitals, the same in all of its sentences."""
+        return _occupation(self.referent).lower()
+
+    @property
     def questions(self) -> tuple[CoreferenceQuestion, ...]:
         """Whom the pronoun stands for, in the stereotypical sentence and in the other; none where there is nobody else."""
         if self.other is None:

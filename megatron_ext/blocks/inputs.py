@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,17 +77,18 @@ class BlockInputs:
         dtype = self.model.config.params_dtype
         if self.folder is None:
             return torch.zeros(shape, dtype=dtype)
-        path, count = self.folder / f"inputs-{os.getpid()}-{kind}.bin", shape[0] * shape[1]
+        count = shape[0] * shape[1]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
+            # Of a name that no other process has, of this node or another. What is mapped stays until the process ends, however
+            # that comes.
+            with tempfile.NamedTemporaryFile(prefix=f"inputs-{kind}-", dir=self.folder) as file:
                 os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # zeros; a full disk says so now
+                return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
         except OSError as error:
-            path.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written: {error.strerror}; choose another folder, or none") from error
-        room = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
-        path.unlink()  # mapped it stays until the process ends, however that comes
-        return room
+            raise UserError(
+                f"{self.folder} cannot be written to: {error.strerror}; choose another folder, or none"
+            ) from error
 
     def has(self, kind: str) -> bool:
         """Whether all rows of a kind are known."""

@@ -114,7 +114,7 @@ def _parse(spec: Any) -> ModelPlace:
         if not good or len(set(heads)) < len(heads) or part not in (None, "attention"):
             raise wrong
         return ModelPlace(spec["block"], "attention", tuple(sorted(heads)))
-    if part is not None and part not in PARTS:
+    if part is not None and (not isinstance(part, str) or part not in PARTS):
         raise wrong
     return ModelPlace(spec["block"], part)
 

@@ -7,6 +7,7 @@ what was asked. A later one of the same questions, on another model, layout or m
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,11 @@ __all__ = ["ANSWERS_FILE", "Answers", "Earlier", "compared", "comparison_lines",
 
 ANSWERS_FILE = "answers.json"
 CHANGED = 12  # professions in the table of the most changed
+# Groups that may be other ones without a refusal, and what is said then.
+BESIDE = {
+    "texts": "Perplexity is not compared with that of {}: other texts, or other tokens of them.",
+    "general": "General ability is not compared with that of {}: other tasks, or rows cut to other lengths.",
+}
 
 
 def digest_of(*questions: object) -> str:
@@ -70,7 +76,8 @@ class Earlier:
     professions: dict[str, float]
 
     def check(self, asked: Mapping[str, str]) -> list[str]:
-        """Groups that are not compared although both have them: texts in other tokens.
+        """Groups that are not compared although both have them: texts in other tokens, other tasks of the harness or as much of
+        them as another length shows.
 
         Args:
             asked: digests of what is asked now.
@@ -80,7 +87,7 @@ class Earlier:
         """
         common = [group for group in asked if group in self.answers.asked]
         other = [group for group in common if asked[group] != self.answers.asked[group]]
-        if wrong := [group for group in other if group != "texts"]:
+        if wrong := [group for group in other if group not in BESIDE]:
             raise UserError(
                 f"data.compare_with: {self.name} was asked other questions of {', '.join(wrong)} than this evaluation asks; give "
                 "both the same data.prompts, data.split and files"
@@ -162,15 +169,17 @@ def comparison_lines(
         "|---|" + "---:|" * (2 * len(heads) + 1),
     ]
     for name in called:
-        cells = [one.get(name) for one in found]
+        cells = [
+            cell if cell and math.isfinite(cell["difference"]) else None for cell in (one.get(name) for one in found)
+        ]
         if name in mine and any(cells):
             lines.append(
                 f"| {called[name]} | " + " | ".join("-" if cell is None else f"{cell['earlier']:.4f}" for cell in cells)
                 + f" | {mine[name].value:.4f} | " + " | ".join(map(_gap, cells)) + " |"
             )  # fmt: skip
     for one in earlier:
-        if "texts" in one.check(now.asked) and "texts" in now.measures:
-            lines += ["", f"Perplexity is not compared with that of {one.name}: other texts, or other tokens of them."]
+        skipped = [group for group in one.check(now.asked) if group in now.measures]
+        lines += [line for group in skipped for line in ("", BESIDE[group].format(one.name))]
         common = one.professions.keys() & professions.keys()
         changes = sorted(common, key=lambda name: (-abs(professions[name] - one.professions[name]), name))[:CHANGED]
         lines += [

@@ -85,25 +85,27 @@ class LoadedTasks:
 
     def ask(
         self, scorer: Scorer, tokenizer: Tokenizer, max_length: int
-    ) -> tuple[dict[str, Measure], dict[str, dict[str, float]]]:
+    ) -> tuple[dict[str, Measure], dict[str, dict[str, float]], int]:
         """
         Returns:
-            Figures that are means over questions, as `general.<task>.<metric>`, and all numbers of the harness by task and
-            metric; both empty on ranks that the harness tells nothing.
+            Figures that are means over questions, as `general.<task>.<metric>`; all numbers of the harness by task and metric,
+            both empty on ranks that the harness tells nothing; and how many rows lost the beginning of what stands before the
+            answer, or were texts read in several windows, since the model reads no more than `max_length` tokens.
         """
         from lm_eval.evaluator import simple_evaluate
 
+        model = _adapted(scorer, tokenizer, max_length)
         found = simple_evaluate(
-            model=_adapted(scorer, tokenizer, max_length), tasks=list(self.tasks.names), task_manager=self.manager,
-            num_fewshot=self.tasks.num_fewshot, limit=self.tasks.limit, bootstrap_iters=0, log_samples=True,
+            model=model, tasks=list(self.tasks.names), task_manager=self.manager, num_fewshot=self.tasks.num_fewshot,
+            limit=self.tasks.limit, bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
         if found is None:
-            return {}, {}
+            return {}, {}, model.cut
         numbers = {
             task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}
             for task, metrics in found["results"].items()
         }
-        return _measures(found["samples"], numbers), numbers
+        return _measures(found["samples"], numbers), numbers, model.cut
 
 
 def _measures(samples: dict[str, list[dict]], numbers: dict[str, dict[str, float]]) -> dict[str, Measure]:
@@ -125,11 +127,14 @@ def _measures(samples: dict[str, list[dict]], numbers: dict[str, dict[str, float
 
 
 def _adapted(scorer: Scorer, tokenizer: Tokenizer, max_length: int) -> Any:
-    """The model as the harness takes one. Every rank answers every request, as a scorer wants it."""
+    """The model as the harness takes one, cut to its length as the harness's own class cuts. Every rank answers every request,
+    as a scorer wants it."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
     class Adapted(TemplateLM):
+        cut = 0
+
         @property
         def eot_token_id(self) -> int:
             return tokenizer.eos_id
@@ -145,22 +150,22 @@ def _adapted(scorer: Scorer, tokenizer: Tokenizer, max_length: int) -> Any:
         def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
             rows = []
             for _texts, context, continuation in requests:
-                kept = max_length - len(continuation)  # of the context, its end
+                kept = max_length + 1 - len(continuation)  # of the context, its end; the last token is not read
                 if kept < 1:
                     raise UserError(
-                        f"data.harness.tasks: an answer has {len(continuation)} tokens, and the model reads at most {max_length} "
-                        "with what stands before it"
+                        f"data.harness.tasks: an answer has {len(continuation)} tokens, and the model reads at most {max_length}"
                     )
+                self.cut += len(context) > kept
                 rows.append((context[-kept:], continuation))
             return [(float(values.double().sum()), NOT_KNOWN) for values in scorer.token_logprobs(rows)]
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             parts, ends = [], []
             for (text,) in (request.args for request in requests):
-                windows = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=max_length - 1,
-                    context_len=1,
-                )  # fmt: skip
+                windows = list(utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=max_length, context_len=1,
+                ))  # fmt: skip
+                self.cut += len(windows) > 1
                 parts += [(None, *utils.make_disjoint_window(window)) for window in windows]
                 ends.append(len(parts))
             values = [value for value, _ in self._loglikelihood_tokens(parts)]

@@ -49,12 +49,15 @@ def write_report(
     write_whole(folder / "bias.md", "\n".join(lines) + "\n")
 
 
-def harness_lines(numbers: dict[str, dict[str, float]]) -> list[str]:
-    """Markdown: what lm-evaluation-harness found, by task and metric."""
+def harness_lines(numbers: dict[str, dict[str, float]], cut: int, max_length: int) -> list[str]:
+    """Markdown: what lm-evaluation-harness found, by task and metric, and of how many rows the model read a part at a time."""
     lines = ["", "## General ability, by lm-evaluation-harness", "", "| task | metric | value |", "|---|---|---:|"]
     for task, metrics in numbers.items():
         kept = {metric: value for metric, value in metrics.items() if "," in metric and "stderr" not in metric}
         lines += [f"| {task} | {metric} | {value:.4f} |" for metric, value in kept.items()]
+    if cut:
+        lines += ["", f"{cut} rows are longer than the {max_length} tokens that the model reads: their beginnings were left out, "
+                  "or they were read in windows."]  # fmt: skip
     return lines
 
 

@@ -25,7 +25,7 @@ from megatron_ext.runtime.engine import Engine, Microbatch
 __all__ = ["STREAM_TOKENS", "HuggingFaceScorer", "MegatronScorer", "Scorer", "answer_probabilities", "in_parts"]
 
 STREAM_TOKENS = 8192
-BATCH_TOKENS = 4096  # of a padded Hugging Face batch
+BATCH_TOKENS = 4096  # of a Hugging Face batch, padding counted
 
 # Called with the number of rows that have been answered since the last call.
 Progress = Callable[[int], object]
@@ -42,7 +42,8 @@ class Scorer(Protocol):
     def token_logprobs(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress = ...
     ) -> list[Tensor]:
-        """Of each row (prompt, text) the log-probabilities fp32 of the text's tokens; without a prompt all but the first."""
+        """Of each row (prompt, text) the log-probabilities fp32 of the text's tokens; without a prompt all but the first. A row's
+        last token is not read, so that it may have one more than the model reads."""
 
 
 def answer_probabilities(
@@ -95,9 +96,9 @@ class MegatronScorer:
     def token_logprobs(self, rows, progress=lambda rows: None) -> list[Tensor]:
         config, device = self.model.model_config, next(self.model.parameters()).device
         for number, (prompt, text) in enumerate(rows):
-            if len(prompt) + len(text) > config.encoder_seq_length:
+            if len(prompt) + len(text) - 1 > config.encoder_seq_length:
                 raise UserError(
-                    f"row {number} has {len(prompt) + len(text)} tokens; that exceeds "
+                    f"row {number} has {len(prompt) + len(text)} tokens, of which all but the last are read; that exceeds "
                     f"model.encoder_seq_length={config.encoder_seq_length}"
                 )
         mine: dict[int, Tensor] = {}
@@ -158,10 +159,11 @@ class HuggingFaceScorer:
     @torch.no_grad()
     def token_logprobs(self, rows, progress=lambda rows: None) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for numbers, logits in self._logits([[*prompt, *text] for prompt, text in rows]):
+        texts = [[*prompt, *text] for prompt, text in rows]
+        for numbers, logits in self._logits([text[:-1] or text for text in texts]):
             for row, number in zip(logits, numbers, strict=True):
-                prompt, text = rows[number]
-                targets = torch.tensor([*prompt, *text][1:], device=self.device)
+                prompt, _ = rows[number]
+                targets = torch.tensor(texts[number][1:], device=self.device)
                 logprobs = row[: len(targets)].float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
                 found[number] = logprobs[max(len(prompt) - 1, 0) :].cpu()
             progress(len(numbers))
@@ -178,8 +180,8 @@ class HuggingFaceScorer:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for number, text in enumerate(texts):
             if not text or (limit is not None and len(text) > limit):
-                raise UserError(f"row {number} has {len(text)} tokens; the model reads 1 to {limit}")
-        for numbers in in_parts([len(t) for t in texts], BATCH_TOKENS):
+                raise UserError(f"row {number} has {len(text)} tokens to read; the model reads 1 to {limit}")
+        for numbers in in_parts([len(t) for t in texts], BATCH_TOKENS, padded=True):
             longest = max(len(texts[i]) for i in numbers)
             ids = torch.zeros(len(numbers), longest, dtype=torch.int64)
             mask = torch.zeros_like(ids)
@@ -218,15 +220,16 @@ def _check_loaded(folder: str | Path, report: Mapping[str, Collection]) -> None:
         )
 
 
-def in_parts(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Neighbouring rows of together at most `tokens` tokens, at least one."""
+def in_parts(lengths: Sequence[int], tokens: int, padded: bool = False) -> Iterator[list[int]]:
+    """Neighbouring rows of together at most `tokens` tokens, at least one. Padded ones are all as long as the longest."""
     part: list[int] = []
-    total = 0
+    total = longest = 0
     for number, length in enumerate(lengths):
-        if part and total + length > tokens:
+        size = (len(part) + 1) * max(longest, length) if padded else total + length
+        if part and size > tokens:
             yield part
-            part, total = [], 0
+            part, total, longest = [], 0, 0
         part.append(number)
-        total += length
+        total, longest = total + length, max(longest, length)
     if part:
         yield part

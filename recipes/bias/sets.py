@@ -113,17 +113,17 @@ def _winobias(data: BiasEvalData, tokenizer: Tokenizer, max_length: int):
     if not data.winobias_paths:
         return
     pairs, dropped = read_winobias(*data.winobias_paths)
-    referents = [pair.referent.lower() for pair in pairs]
+    occupations = [pair.occupation for pair in pairs]
     asked = [pair for pair in pairs if pair.questions]
     rows = sentence_rows(list[SentencePair](pairs), tokenizer, max_length)
     rows += question_rows([q for pair in asked for q in pair.questions], tokenizer, max_length)
 
     def measures(logprobs) -> dict[str, Measure]:
         sentences, choices = logprobs[: 2 * len(pairs)], logprobs[2 * len(pairs) :]
-        found = {"winobias_stereotype_share": Measure.mean(referents, preferred(*_totals(sentences, 2).unbind(1)))}
+        found = {"winobias_stereotype_share": Measure.mean(occupations, preferred(*_totals(sentences, 2).unbind(1)))}
         if asked:
             right = right_answers(_totals(choices, 2), torch.zeros(2 * len(asked), dtype=torch.int64)).view(-1, 2)
-            clusters = [pair.referent.lower() for pair in asked]
+            clusters = [pair.occupation for pair in asked]
             found["winobias_pro_accuracy"] = Measure.mean(clusters, right[:, 0])
             found["winobias_anti_accuracy"] = Measure.mean(clusters, right[:, 1])
             found["winobias_accuracy_gap"] = Measure.mean(clusters, right[:, 0] - right[:, 1])

@@ -160,7 +160,7 @@ def _scalar(kind: type, hint: Any, value: Any, key: str) -> Any:
             result = float(value)
         except OverflowError:
             raise _wrong(key, value, hint) from None
-        if not math.isnan(result):
+        if math.isfinite(result):
             return result
     if kind is str and (number or isinstance(value, str)):
         return str(value)

@@ -189,8 +189,8 @@ class CheckpointSection:
     # checkpoints/step-N. It also says the architecture where `model` does not. null, in SFT and GRPO alone: fresh
     # weights.
     restore_from_path: str | None = None
-    # File of one block's weights to put into that model, as recipes/train_lftf.py leaves it (delta.safetensors). null:
-    # none.
+    # File of the weights that were trained, of blocks, parts or heads, to put into that model, as recipes/train_lftf.py leaves it
+    # (delta.safetensors). null: none.
     delta_path: str | None = None
 
     def __post_init__(self):
@@ -199,6 +199,11 @@ class CheckpointSection:
                 f"pretrained_checkpoint.delta_path={self.delta_path} needs the checkpoint that it was trained from: set "
                 "pretrained_checkpoint.restore_from_path"
             )
+
+    @property
+    def name(self) -> str | None:
+        """As reports call the model."""
+        return self.restore_from_path if self.delta_path is None else f"{self.restore_from_path} with {self.delta_path}"
 
 
 @dataclass

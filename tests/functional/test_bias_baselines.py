@@ -49,7 +49,9 @@ def test_grpo_of_the_rarer_pronoun(bias_task, tmp_path):
     [
         (["edit", "m"], "error: edit needs --text"),
         (["other", "m"], "error: other needs --checkpoint"),
-        (["edit", "m", "--text", "t", "--weight", "0"], "error: --weight 0 must be above 0"),
+        (["edit", "m", "--text", "t", "--weight", "0"], "error: --weight 0 must be a number above 0"),
+        (["edit", "m", "--text", "t", "--weight", "nan"], "error: --weight nan must be a number above 0"),
+        (["steer", "m", "--strength", "inf"], "error: --strength inf must be a number"),
     ],
 )
 def test_what_is_missing_is_one_line(arguments, line, tmp_path):

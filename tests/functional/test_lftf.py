@@ -136,14 +136,16 @@ def test_adapters_of_the_located_block(bias_task, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_bitwise(bias_task, world, tmp_path):
-    """Stopped after its first step, and started again; beside it one that is left alone and saves in the background. Of the heads
-    that an estimator ranks first, which are slices of parameters."""
+    """Stopped after its first step, and started again, what enters the block in files; beside it one that is left alone and saves
+    in the background. Of the heads that an estimator ranks first, which are slices of parameters. And one that keeps nothing,
+    to rounding."""
     settings = ["trainer.lftf.max_steps=10", "trainer.lftf.val_check_interval=2", "trainer.lftf.save_interval=3",
                 "trainer.lftf.loss=balanced+2*hint+kl", "trainer.lftf.locate_prompts=20", "trainer.devices=1",
                 "trainer.lftf.places=heads", "trainer.lftf.num_places=3"]  # fmt: skip
+    files = f"trainer.lftf.kept_inputs_dir={tmp_path / 'kept'}"
     runs = {
         "straight": [["exp_manager.checkpoint_callback_params.async_save=true"]],
-        "stopped": [[RESUME, 'trainer.max_time_per_run="00:00:00:00"'], [RESUME]],
+        "stopped": [[RESUME, files, 'trainer.max_time_per_run="00:00:00:00"'], [RESUME, files]],
     }
     for name, starts in runs.items():
         for more in starts:
@@ -171,6 +173,10 @@ def test_a_run_that_was_stopped_goes_on_bitwise(bias_task, world, tmp_path):
     for name in runs:  # also of what was done before the stop
         taken = sum(row.get("timers/optimizer_step", 0.0) for row in metrics(tmp_path / name))
         assert costs_of(tmp_path / name)["seconds"]["optimizer_step"] == pytest.approx(taken)
+    done = bias_task.lftf(tmp_path / "whole", *settings, "trainer.lftf.kept_inputs_gib=0")
+    assert done.code == 0 and "every pass runs the blocks below, too" in done.out, done.err
+    assert_same_numbers(result(tmp_path / "whole")["after"], result(tmp_path / "straight")["after"])
+    assert costs_of(tmp_path / "whole")["kept_inputs_bytes"] == 0 < costs_of(tmp_path / "straight")["kept_inputs_bytes"]
 
 
 def test_a_run_that_has_ended_and_is_given_more_steps_goes_on_bitwise_from_its_last_state(bias_task, world, tmp_path):

@@ -72,7 +72,7 @@ def test_paired_intervals_cover_the_truth(rng):
     """AFGB of two models: professions drawn as clusters, 2,000 times and more, from a population whose truth is known. Rates are
     two-humped, as men's shares are, the second model is the first one's and less biased, and each profession has nine prompts
     or, one in three, four."""
-    professions, simulations, blocks, samples = 200, 2000, 2, 5000
+    professions, simulations, blocks, samples = 200, 2000, 5, 5000
     people = 40_000
     lean = _two_humped(people, rng)
     counts = torch.where(torch.rand(people, generator=rng) < 1 / 3, 4.0, 9.0).double()
@@ -99,8 +99,8 @@ def test_paired_intervals_cover_the_truth(rng):
         found, (left, right) = difference(*measures, samples=samples)
         assert found == pytest.approx(float(gaps[:, block].sum() / drawn[block, :, 2].sum()))
         assert right - left == pytest.approx(float(high[block] - low[block]), rel=0.15)
-    # The deviation of so many is 0.0035, around 0.949: 5 of them and more.
-    assert 0.93 <= covered / (simulations * blocks) <= 0.97
+    # The deviation of so many is 0.0022, around 0.949: 6 of them.
+    assert 0.935 <= covered / (simulations * blocks) <= 0.965
 
 
 def _two_humped(people: int, rng: torch.Generator) -> torch.Tensor:

@@ -136,6 +136,8 @@ def test_a_place_is_a_number_a_part_or_heads():
         ("mlp", "'mlp' is no place; name a block's number"),
         (True, "True is no place"),
         ({"block": 1, "part": "norm"}, "is no place"),
+        ({"block": 1, "part": ["mlp"]}, "is no place"),
+        ({"block": 1, "part": {"mlp": 1}}, "is no place"),
         ({"block": 1, "heads": [0, 0]}, "is no place"),
         ({"block": 1, "heads": []}, "is no place"),
         ({"block": 1, "part": "mlp", "heads": [1]}, "is no place"),

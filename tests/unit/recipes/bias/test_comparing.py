@@ -13,7 +13,7 @@ from megatron_ext.bias.measures import Measure, difference
 from megatron_ext.bias.prompts import PromptsConfig
 from megatron_ext.bias.scores import afgb_score, ub_score
 from recipes import eval_bias
-from recipes.bias.comparing import Answers, read_earlier
+from recipes.bias.comparing import Answers, compared, comparison_lines, read_earlier
 from recipes.bias.prompts import answer_tokens
 from recipes.bias.settings import BiasEvalConfig, LocateConfig
 from recipes.cli.compose import CONFIG_FOLDER, compose
@@ -128,6 +128,24 @@ def test_what_was_written_is_read_again(tmp_path, rng):
         found.check({"prompts": "digest"})
     with pytest.raises(ValueError, match="folders of one name, run, run, cannot be told apart"):
         read_earlier([str(tmp_path / "run")] * 2)
+
+
+def test_other_tasks_are_not_compared_and_a_figure_that_is_none_is_no_number(tmp_path, rng):
+    """What cannot be had of one set is said, and no reason to refuse all."""
+    (tmp_path / "run").mkdir()
+    ability = {"general.arc_easy.acc": Measure.mean(["0", "1"], torch.rand(2, generator=rng))}
+    alike = {
+        "winogender_correlation": Measure.correlation(["a", "b", "c"], torch.rand(3, generator=rng), torch.zeros(3))
+    }
+    earlier = Answers({"general": "one", "winogender": "w"}, {"general": ability, "winogender": alike})
+    earlier.write(tmp_path / "run", "a model", {})
+    (found,) = read_earlier([str(tmp_path / "run")])
+    now = Answers({"general": "other", "winogender": "w"}, {"general": ability, "winogender": alike})
+    assert found.check(now.asked) == ["general"]
+    gaps = compared(found, now, 50)
+    lines = "\n".join(comparison_lines([found], [gaps], now, {}, ("he", "she")))
+    assert set(gaps) == {"winogender_correlation"} and "nan" not in lines and "winogender" not in lines.lower()
+    assert "General ability is not compared with that of run: other tasks, or rows" in lines
 
 
 def test_words_whose_tokens_one_begins_with_the_other_are_refused(models):

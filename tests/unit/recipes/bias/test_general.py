@@ -89,8 +89,7 @@ def folder(tmp_path, rng) -> Path:
 
 
 def test_numbers_are_those_of_the_harness(tasks, folder, monkeypatch):
-    """Multiple choice with an example before each question, of which the model reads no more than the end; and perplexity of
-    texts in windows."""
+    """Multiple choice of questions of which the model reads no more than the end, and perplexity of texts in windows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -100,13 +99,15 @@ def test_numbers_are_those_of_the_harness(tasks, folder, monkeypatch):
     names = ["ours_multiple_choice", "ours_loglikelihood_rolling"]
     loaded = LoadedTasks.load(HarnessTasks(tuple(names), str(tasks), num_fewshot=0))
     scorer = HuggingFaceScorer(folder, torch.device("cpu"), torch.float32)
-    measures, numbers = loaded.ask(scorer, load_tokenizer(folder), 24)
+    measures, numbers, cut = loaded.ask(scorer, load_tokenizer(folder), 24)
     model = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer=AutoTokenizer.from_pretrained(folder),
-        batch_size=4, max_length=23,
+        batch_size=4,
     )  # fmt: skip
+    assert model.max_length == 24
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     theirs = simple_evaluate(model, tasks=names, task_manager=manager, num_fewshot=0, bootstrap_iters=0)["results"]
+    assert 0 < cut <= 7 * 4, "each text is longer than the model reads"
     for task, metric in ((names[0], "acc,none"), (names[0], "acc_norm,none"), (names[1], "byte_perplexity,none")):
         assert numbers[task][metric] == pytest.approx(theirs[task][metric], rel=1e-5), metric
     assert set(measures) == {f"general.{names[0]}.acc", f"general.{names[0]}.acc_norm"}

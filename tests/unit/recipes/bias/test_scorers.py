@@ -58,6 +58,43 @@ def test_a_whole_folder_answers(tied, rng, tmp_path):
         assert torch.allclose(row, expected, atol=1e-6)
 
 
+def test_the_last_token_of_a_row_need_not_be_read(rng, world, tmp_path):
+    """So that a text may have one token more than a model reads, of either kind; not two."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = torch.randint(50, (9,), generator=rng).tolist()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=8, **shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = build_gpt(small_config(encoder_seq_length=8), world)
+    randomize(model, rng)
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    of_ours = plain_logits(weights, model.model_config, text)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([text])).logits[0]
+    for scorer, expected in ((MegatronScorer(model), of_ours), (open_folder(tmp_path), logits)):
+        found = scorer.token_logprobs([(text[:2], text[2:]), ((), text), ((), text[:1])])
+        logs = expected.log_softmax(-1)
+        by_token = torch.stack([logs[i - 1, text[i]] for i in range(1, 9)])
+        assert (found[0] - by_token[1:]).abs().max() <= 1e-4 and (found[1] - by_token).abs().max() <= 1e-4
+        assert not len(found[2])
+        with pytest.raises(ValueError, match="row 0 has (10|9) tokens"):
+            scorer.token_logprobs([(text, text[:1])])
+
+
+def test_padding_counts_in_a_batch(rng, tmp_path, monkeypatch):
+    """One long text among short ones makes none of them as long."""
+    monkeypatch.setattr("recipes.bias.scorers.BATCH_TOKENS", 64)
+    save_model(tmp_path, rng, True)
+    scorer, sizes = open_folder(tmp_path), []
+    scorer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    texts = [torch.randint(50, (n,), generator=rng).tolist() for n in (3, 50, 3, 2, 4, 3, 30, 2, 2)]
+    found = scorer.token_logprobs([((), text) for text in texts])
+    assert [len(values) for values in found] == [len(text) - 1 for text in texts] and max(sizes) <= 64 < sum(sizes)
+
+
 def test_rows_of_one_prompt_are_scored_as_alone(rng, world, monkeypatch):
     """Neighbours share its tokens; beside them rows without a prompt, of one token, and more than a stream holds."""
     monkeypatch.setattr("recipes.bias.scorers.STREAM_TOKENS", 40)

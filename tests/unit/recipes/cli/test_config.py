@@ -138,6 +138,7 @@ WRONG = {
     "text for float": ({"optim": {"lr": "fast"}}, "optim.lr must be float, got 'fast'"),
     "nan text for float": ({"optim": {"lr": "nan"}}, "optim.lr must be float, got 'nan'"),
     "nan for float": ({"optim": {"lr": float("nan")}}, "optim.lr must be float, got nan"),
+    "infinity for float": ({"optim": {"lr": float("inf")}}, "optim.lr must be float, got inf"),
     "bool for float": ({"optim": {"lr": True}}, "optim.lr must be float, got true"),
     "value for section": ({"optim": 3}, "optim must be a section, got 3"),
     "null for section": ({"optim": None}, "optim must be a section, got null"),
