@@ -56,6 +56,7 @@ def compared(scores: Sequence[float], by_seed: dict[int, dict[int, float]], rng:
         "by_seed": {s: spearman([scores[b] for b in blocks], [g[b] for b in blocks]) for s, g in by_seed.items()},
         "first": first,
         "regret": max(mean.values()) - mean[first],
+        "regret_by_seed": {s: max(g[b] for b in blocks) - g[first] for s, g in by_seed.items()},
     }
 
 
@@ -84,9 +85,14 @@ def summary(folder: Path, guarded: bool, after: int | None = None) -> dict:
         "plan": plan, "before": before["scores"], "seeds": sorted(whole), "guarded": guarded, "gains": mean, "spread": spread,
         "estimators": {name: compared(values, whole, rng) for name, values in scores.items()},
         "regret": {"random": best - statistics.mean(mean), "last": best - mean[-1], "upper half": best - statistics.mean(upper)},
-        "best_block": mean.index(best), "median_gain": statistics.median(mean),
+        "best_block": mean.index(best), "median_gain": statistics.median(mean), "matters": matters(mean, spread),
         "runs": {f"{one['block']}-{one['seed']}": one["scores"] for one in runs}, "rankings": before["rankings"],
     }  # fmt: skip
+
+
+def matters(gains: Sequence[float], spread: Sequence[float] | None) -> bool | None:
+    """Whether the best block gains at least twice what seeds differ by, at most, over the median one; None: one seed."""
+    return None if spread is None else max(gains) - statistics.median(gains) >= 2 * max(spread)
 
 
 def by_budget(folder: Path, guarded: bool) -> dict[int, dict]:
@@ -115,16 +121,18 @@ def report(options: argparse.Namespace) -> None:
         rows = [
             [name, f"{one['correlation']:.2f} [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]",
              ", ".join(f"{value:.2f}" for value in one["by_seed"].values()), str(one["first"]), f"{100 * one['regret']:.1f} %",
-             decision(found).get(name, "")]
+             ", ".join(f"{100 * value:.1f}" for value in one["regret_by_seed"].values()), decision(found).get(name, "")]
             for name, one in found["estimators"].items()
         ]  # fmt: skip
-        rows += [[name, "", "", "", f"{100 * value:.1f} %", ""] for name, value in regret.items()]
+        rows += [[name, "", "", "", f"{100 * value:.1f} %", "", ""] for name, value in regret.items()]
         print_table(
             f"{title}: {found['plan']['model']}, {found['plan']['blocks']} blocks, seeds {found['seeds']}; best block "
             f"{found['best_block']} gains {100 * max(found['gains']):.1f} %, the median {100 * found['median_gain']:.1f} %",
-            ["ranked by", "Spearman", "by seed", "first choice", "regret", ""],
+            ["ranked by", "Spearman", "by seed", "first choice", "regret", "by seed, %", ""],
             rows,
         )
+        if found["matters"] is False:
+            print("the best block gains less than twice what seeds differ by over the median one: locating cannot matter")
     for title, whole in tuple(results.items()):
         if curve := by_budget(options.folder, whole["guarded"]):
             print_curve(title, curve | {whole["plan"]["budget"]["steps"]: whole})

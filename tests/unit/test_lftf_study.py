@@ -50,6 +50,22 @@ def test_an_estimator_that_knows_the_gains_locates_and_its_contrary_does_not(tmp
     assert told[ESTIMATORS[0]] == "locates, worth its pass" and told[ESTIMATORS[1]] == "does not locate"
 
 
+def test_where_seeds_differ_as_much_as_blocks_locating_cannot_matter(tmp_path, rng):
+    gains = torch.rand(BLOCKS, generator=rng).tolist()
+    folder = study(tmp_path, rng, gains)
+    found = summary(folder, guarded=False)
+    assert found["matters"] is True and set(found["estimators"][ESTIMATORS[0]]["regret_by_seed"].values()) == {0.0}
+    shifts = {1: 0.0, 2: 0.5, 3: 1.0}  # a deviation of 0.5
+    for path in folder.glob("block-*.json"):
+        one = json.loads(path.read_text())
+        one["scores"]["afgb"] -= BEFORE["afgb"] * shifts[one["seed"]]
+        path.write_text(json.dumps(one))
+    found = summary(folder, guarded=False)
+    assert found["spread"] == pytest.approx([0.5] * BLOCKS) and found["matters"] is False
+    wrong = found["estimators"][ESTIMATORS[1]]["regret_by_seed"]
+    assert list(wrong.values()) == pytest.approx([max(gains) - min(gains)] * 3)
+
+
 def test_a_state_that_the_guard_refuses_gains_nothing(tmp_path, rng):
     folder = study(tmp_path, rng, torch.rand(BLOCKS, generator=rng).tolist(), pronoun_mass=0.1)
     assert summary(folder, guarded=True)["gains"] == [0.0] * BLOCKS and max(summary(folder, guarded=False)["gains"]) > 0
