@@ -1,4 +1,4 @@
-"""Every block of a model trained by the same small budget: what `run` leaves, stopped and gone on with, and what `report` says."""
+"""Every block of a model trained by the same small budget: `run`, stopped and gone on with, and what `report` says."""
 
 from __future__ import annotations
 

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.models import build_gpt
 from recipes.bias.general import HarnessTasks, LoadedTasks
-from recipes.bias.scorers import HuggingFaceScorer
+from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer
+from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
+from recipes.run.pretrained import Pretrained
+from recipes.run.settings import TrainedModel
 from tests.unit.recipes.bias.random_sets import letters, pick, words
 
 pytest.importorskip("lm_eval")
@@ -88,7 +92,15 @@ def folder(tmp_path, rng) -> Path:
     return folder
 
 
-def test_numbers_are_those_of_the_harness(tasks, folder, monkeypatch):
+def on_megatron(folder: Path, device: torch.device) -> MegatronScorer:
+    pretrained = Pretrained.open(str(folder))
+    model = build_gpt(build(TrainedModel, pretrained.architecture | {"precision": "32"}, "model"), device)
+    pretrained.load(model)
+    return MegatronScorer(model)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "megatron"])
+def test_numbers_are_those_of_the_harness(kind, tasks, folder, world, monkeypatch):
     """Multiple choice of questions of which the model reads no more than the end, and perplexity of texts in windows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from lm_eval.evaluator import simple_evaluate
@@ -98,7 +110,7 @@ def test_numbers_are_those_of_the_harness(tasks, folder, monkeypatch):
 
     names = ["ours_multiple_choice", "ours_loglikelihood_rolling"]
     loaded = LoadedTasks.load(HarnessTasks(tuple(names), str(tasks), num_fewshot=0))
-    scorer = HuggingFaceScorer(folder, torch.device("cpu"), torch.float32)
+    scorer = on_megatron(folder, world) if kind == "megatron" else HuggingFaceScorer(folder, world, torch.float32)
     measures, numbers, cut = loaded.ask(scorer, load_tokenizer(folder), 24)
     model = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer=AutoTokenizer.from_pretrained(folder),
