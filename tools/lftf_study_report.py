@@ -132,7 +132,9 @@ def report(options: argparse.Namespace) -> None:
             rows,
         )
         if found["matters"] is False:
-            print("the best block gains less than twice what seeds differ by over the median one: locating cannot matter")
+            print(
+                "the best block gains less than twice what seeds differ by over the median one: locating cannot matter"
+            )
     for title, whole in tuple(results.items()):
         if curve := by_budget(options.folder, whole["guarded"]):
             print_curve(title, curve | {whole["plan"]["budget"]["steps"]: whole})

@@ -38,7 +38,9 @@ def test_a_study_goes_on_where_it_was_and_says_what_its_trainings_gained(bias_ta
     for name in ("afgb", "ub", "pronoun_mass"):
         assert before["scores"][name] == pytest.approx(found[name], abs=1e-6), name
 
-    done = run("tools/lftf_study.py", "report", out, "--json", tmp_path / "result.json", "--figure", tmp_path / "gains.png")
+    done = run(
+        "tools/lftf_study.py", "report", out, "--json", tmp_path / "result.json", "--figure", tmp_path / "gains.png"
+    )
     assert done.code == 0 and (tmp_path / "gains.png").stat().st_size > 10_000, done.err
     told = json.loads((tmp_path / "result.json").read_text())
     for title, key in (("as it is", "scores"), ("as it is, on the way", "1")):
