@@ -28,7 +28,7 @@ from lftf_study_report import ESTIMATORS, report
 
 from megatron_ext.bias.scores import afgb_score, pronoun_mass, ub_score
 from megatron_ext.errors import UserError
-from megatron_ext.files import write_json
+from megatron_ext.files import json_text, write_json, write_whole
 from recipes.cli.errors import user_errors
 
 TASKS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, "simple_equations": {}}
@@ -77,9 +77,17 @@ class EveryBlock:
 
 
 class Study:
-    """A model, what it is asked, and what the frozen one says. One process."""
+    """A model, what it is asked, and what the frozen one says. One process.
 
-    def __init__(self, folder: Path, budget: Budget, seeds: Sequence[int], gib: float, blocks: Sequence[int] | None):
+    Args:
+        folder: of the model.
+        out: of the study, where the texts are that the frozen model has written: another machine would write others.
+        blocks: that are to be trained; None: all.
+    """
+
+    def __init__(
+        self, folder: Path, out: Path, budget: Budget, seeds: Sequence[int], gib: float, blocks: Sequence[int] | None
+    ):
         from megatron_ext.bias.prompts import PromptsConfig
         from megatron_ext.blocks.blocks import check_block
         from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
@@ -108,7 +116,11 @@ class Study:
         used = [sorted({i for drawn in self.drawn.values() for i in drawn[kind]}) for kind in (0, 1)]
         self.place = [{row: number for number, row in enumerate(rows)} for rows in used]
         self.answers, questions = answers(tokenizer)
-        rows = {TEST: test.bias_tokens, HINTED: test.hinted_tokens, FREE: self._written(tokenizer)} | questions
+        written = out / "written.json"
+        if not written.exists():
+            write_whole(written, json_text(self._written(tokenizer)))
+        texts = json.loads(written.read_text())
+        rows = {TEST: test.bias_tokens, HINTED: test.hinted_tokens, FREE: texts} | questions
         rows |= {"bias": [train.bias_tokens[i] for i in used[0]], "hint": [train.hinted_tokens[i] for i in used[1]]}
         self.rows, self.texts = rows, (FREE, *questions)
         self.streams = RowStreams(self.model, rows, self.texts, self.pair)
@@ -237,7 +249,7 @@ def run(options: argparse.Namespace) -> None:
         if after[0] < 1 or after[-1] >= budget.steps:
             raise UserError(f"--scored-after {after}: wants numbers of steps below --steps {budget.steps}")
     path = options.out / "plan.json"
-    study = Study(options.model, budget, options.seeds, options.gib, options.blocks)
+    study = Study(options.model, options.out, budget, options.seeds, options.gib, options.blocks)
     plan |= {
         "model": options.name or options.model.resolve().name,
         "weights": study.pretrained.digest(),
@@ -247,10 +259,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"{path} is of another study (another model or budget): choose another --out")
     write_json(path, plan)
     before = options.out / "before.json"
-    if not before.exists():
-        found = {"scores": study.scores(study.frozen), "rankings": study.rankings()}
-        write_json(before, found)
-    print("before", json.loads(before.read_text())["scores"], flush=True)
+    rankings = json.loads(before.read_text())["rankings"] if before.exists() else study.rankings()
+    found = {"scores": study.scores(study.frozen), "rankings": rankings}
+    write_json(before, found)
+    print("before", found["scores"], flush=True)
     for seed in options.seeds:
         for block in options.blocks or order_of(study.config.num_layers):
             path = options.out / f"block-{block}-seed-{seed}.json"

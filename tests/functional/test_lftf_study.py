@@ -19,7 +19,10 @@ def test_a_study_goes_on_where_it_was_and_says_what_its_trainings_gained(bias_ta
     out = tmp_path / "study"
     one = study(bias_task, out, "--blocks", 1, "--scored-after", 1)
     assert one.code == 0, one.err
-    first = (out / "block-1-seed-1.json").read_text()
+    first, frozen = ((out / name).read_text() for name in ("block-1-seed-1.json", "before.json"))
+    # Texts are read again: those of another machine, here the first of them twice.
+    texts = json.loads((out / "written.json").read_text())
+    (out / "written.json").write_text(json.dumps([texts[0], texts[0], *texts[2:]]))
     early = run("tools/lftf_study.py", "report", out, "--json", tmp_path / "early.json")
     assert early.code == 2 and "no seed has all" in early.error_lines[0] and not (tmp_path / "early.json").exists()
     for more in ((), ("--scored-after", 1, "--steps", 3)):
@@ -27,6 +30,10 @@ def test_a_study_goes_on_where_it_was_and_says_what_its_trainings_gained(bias_ta
         assert other.code == 2 and "is of another study (another model or budget)" in other.error_lines[0]
     rest = study(bias_task, out, "--scored-after", 1)
     assert rest.code == 0 and "block 1 " not in rest.out and (out / "block-1-seed-1.json").read_text() == first
+
+    scores, earlier = json.loads((out / "before.json").read_text()), json.loads(frozen)
+    assert scores["rankings"] == earlier["rankings"]
+    assert scores["scores"].pop("perplexity") != earlier["scores"].pop("perplexity") and scores == earlier
 
     evaluated = run(
         "recipes/eval_bias.py", f"pretrained_checkpoint.restore_from_path={bias_task.checkpoint}",
