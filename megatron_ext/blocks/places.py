@@ -1,7 +1,7 @@
 """Places in a model that are ranked, and trained alone: whole blocks, the attention or the MLP of one, single heads.
 
 A head is what it alone has: the rows of its query and the columns of the output projection that read it. Keys and values are
-shared by the heads of a group, and norms by all of them: they belong to the attention and to no head. So do sinks, a number a head.
+shared by the heads of a group, and norms by all of them: they belong to the attention and to no head. So do sinks.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from megatron_ext.models import build_gpt
+from recipes import eval_bias
 from recipes.bias.general import HarnessTasks, LoadedTasks
 from recipes.bias.scorers import HuggingFaceScorer, MegatronScorer
+from recipes.cli.compose import compose
 from recipes.cli.config import build
 from recipes.data.tokenizer import load_tokenizer
 from recipes.run.pretrained import Pretrained
@@ -145,3 +147,27 @@ def test_what_cannot_be_asked_is_one_line(name, message, tasks):
         (tasks / "rows.jsonl").unlink()
     with pytest.raises(ValueError, match=re.escape(message)):
         LoadedTasks.load(HarnessTasks((name,), str(tasks)))
+
+
+def test_in_one_report_and_compared_where_the_tasks_are_the_same(tasks, folder, tmp_path):
+    def evaluate(name: str, *overrides: str) -> tuple[dict, str]:
+        out = tmp_path / name
+        given = [
+            f"pretrained_checkpoint.restore_from_path={folder}", f"exp_manager.explicit_log_dir={out}", "data.split=all",
+            "data.prompts.professions_list=[cook,nurse,smith,tutor,judge]", "data.prompts.bias_templates=['A {profession} ran']",
+            "data.prompts.hint_templates=['{hint} {profession} ran']", "data.harness.tasks=[ours_multiple_choice]",
+            f"+data.harness.include_path={tasks}", "++data.bootstrap_samples=50",
+        ]  # fmt: skip
+        eval_bias.main(compose("eval_bias", [*given, *overrides]))
+        return json.loads((out / "bias.json").read_text()), (out / "bias.md").read_text()
+
+    first, report = evaluate("first")
+    assert 0 < first["harness_cut"] <= 7 * 3 and f"{first['harness_cut']} rows are longer than the 24 tokens" in report
+    acc = first["harness"]["ours_multiple_choice"]["acc,none"]
+    assert f"| ours_multiple_choice | acc,none | {acc:.4f} |" in report
+    same, report = evaluate("same", f"data.compare_with=[{tmp_path / 'first'}]")
+    cell = same["compared"]["first"]["general.ours_multiple_choice.acc"]
+    assert (cell["earlier"], cell["now"], cell["difference"]) == (acc, acc, 0) and "is not compared" not in report
+    fewer, report = evaluate("fewer", f"data.compare_with=[{tmp_path / 'first'}]", "+data.harness.limit=2")
+    assert "afgb" in fewer["compared"]["first"] and not any("general" in name for name in fewer["compared"]["first"])
+    assert "General ability is not compared with that of first: other tasks, or rows cut to other lengths." in report
