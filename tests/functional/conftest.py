@@ -1,9 +1,11 @@
-"""A small task and a model that has seen a few steps of it, made once per worker."""
+"""A small task and a model that has seen a few steps of it, made once per worker; the biased one, which takes longest, once."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from megatron_ext.models import GPTModelConfig
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
@@ -36,8 +38,18 @@ def video_task(tmp_path_factory) -> VideoTask:
 
 @pytest.fixture(scope="session")
 def bias_task(tmp_path_factory) -> BiasTask:
-    """A model that says "he" or "she" of each profession at its own rate, and follows hints."""
-    return BiasTask.make(tmp_path_factory.mktemp("bias_task"))
+    """A model that says "he" or "she" of each profession at its own rate, and follows hints. The worker that asks first makes it,
+    and others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bias_task"
+    made = folder / "made"
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            BiasTask.make(folder)
+            made.touch()
+    return BiasTask(folder)
 
 
 @pytest.fixture(scope="module")
