@@ -62,7 +62,6 @@ setup(
             "flash-attn>=2.7",  # attention kernels beside PyTorch's own, with a soft cap; GPU machines only
         ],
         "test": [
-            "filelock",  # workers that share what one of them has made
             "pytest",  # test runner
             "pytest-xdist",  # `make test` runs NPROC workers
             "pillow>=11.3",  # writes pictures for tests; with AVIF

@@ -15,11 +15,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +32,9 @@ from megatron_ext.bias.scores import afgb_score, pronoun_mass, ub_score
 from megatron_ext.errors import UserError
 from megatron_ext.files import json_text, write_json, write_whole
 from recipes.cli.errors import user_errors
+
+if TYPE_CHECKING:
+    from recipes.run.pretrained import Pretrained
 
 TASKS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, "simple_equations": {}}
 QUESTIONS, TEXTS, TEXT_TOKENS = 64, 64, 96
@@ -80,31 +85,24 @@ class Study:
     """A model, what it is asked, and what the frozen one says. One process.
 
     Args:
-        folder: of the model.
+        pretrained: the model.
         out: of the study, where the texts are that the frozen model has written: another machine would write others.
-        blocks: that are to be trained; None: all.
     """
 
-    def __init__(
-        self, folder: Path, out: Path, budget: Budget, seeds: Sequence[int], gib: float, blocks: Sequence[int] | None
-    ):
+    def __init__(self, pretrained: Pretrained, out: Path, budget: Budget, seeds: Sequence[int], gib: float):
         from megatron_ext.bias.prompts import PromptsConfig
-        from megatron_ext.blocks.blocks import check_block
         from megatron_ext.runtime.distributed import ParallelSizes, initialize, set_seed
         from recipes.bias.prompts import load_prompt_sets, pair_tokens
         from recipes.bias.streams import RowStreams
         from recipes.cli.config import build
         from recipes.data.tokenizer import load_tokenizer
-        from recipes.run.pretrained import Pretrained
         from recipes.run.settings import TrainedModel
 
         self.budget, self.device = budget, initialize(ParallelSizes())
         set_seed(1)
-        self.pretrained = Pretrained.open(str(folder))
+        self.pretrained = pretrained
         tokenizer = load_tokenizer(self.pretrained.tokenizer)
         self.config = build(TrainedModel, self.pretrained.architecture | {"precision": "32"}, "model")
-        for block in blocks or ():
-            check_block(block, self.config.num_layers)
         self.model = self.new_model()
         self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         prompts = PromptsConfig()
@@ -236,10 +234,16 @@ def order_of(num_layers: int) -> list[int]:
 
 
 def run(options: argparse.Namespace) -> None:
+    from megatron_ext.blocks.blocks import check_block
+    from recipes.run.pretrained import Pretrained
+
     warnings.simplefilter("ignore")
     for name in ("threads", "steps", "prompts", "locate_prompts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name in ("lr", "gib"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name} {getattr(options, name):g} must be a number above 0")
     torch.set_num_threads(options.threads)
     budget = Budget(options.steps, options.prompts, options.lr, options.loss, options.locate_prompts)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -248,23 +252,26 @@ def run(options: argparse.Namespace) -> None:
         after = plan["scored_after"] = sorted({*options.scored_after})
         if after[0] < 1 or after[-1] >= budget.steps:
             raise UserError(f"--scored-after {after}: wants numbers of steps below --steps {budget.steps}")
-    path = options.out / "plan.json"
-    study = Study(options.model, options.out, budget, options.seeds, options.gib, options.blocks)
+    path, pretrained = options.out / "plan.json", Pretrained.open(str(options.model))
+    layers = pretrained.architecture["num_layers"]
+    for block in options.blocks or ():
+        check_block(block, layers)
     plan |= {
         "model": options.name or options.model.resolve().name,
-        "weights": study.pretrained.digest(),
-        "blocks": study.config.num_layers,
+        "weights": pretrained.digest(),
+        "blocks": layers,
     }
     if path.exists() and json.loads(path.read_text()) != plan:
         raise UserError(f"{path} is of another study (another model or budget): choose another --out")
     write_json(path, plan)
+    study = Study(pretrained, options.out, budget, options.seeds, options.gib)
     before = options.out / "before.json"
     rankings = json.loads(before.read_text())["rankings"] if before.exists() else study.rankings()
     found = {"scores": study.scores(study.frozen), "rankings": rankings}
     write_json(before, found)
     print("before", found["scores"], flush=True)
     for seed in options.seeds:
-        for block in options.blocks or order_of(study.config.num_layers):
+        for block in options.blocks or order_of(layers):
             path = options.out / f"block-{block}-seed-{seed}.json"
             if path.exists():
                 continue

@@ -51,7 +51,7 @@ class Evaluation:
         """
         try:
             found = json.loads((folder / "video_eval.json").read_text(encoding="utf-8"))
-            lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (folder / "answers.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
             answers = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is no folder of recipes/eval_video.py: {error}") from error

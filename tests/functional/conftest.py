@@ -1,11 +1,11 @@
 """A small task and a model that has seen a few steps of it, made once per worker; the biased one, which takes longest, once."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from megatron_ext.models import GPTModelConfig
 from megatron_ext.runtime.checkpoint import read_checkpoint_info
@@ -43,7 +43,8 @@ def bias_task(tmp_path_factory) -> BiasTask:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bias_task"
     made = folder / "made"
-    with FileLock(f"{folder}.lock"):
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
             folder.mkdir()

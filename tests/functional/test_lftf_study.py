@@ -20,14 +20,15 @@ def test_a_study_goes_on_where_it_was_and_says_what_its_trainings_gained(bias_ta
     one = study(bias_task, out, "--blocks", 1, "--scored-after", 1)
     assert one.code == 0, one.err
     first, frozen = ((out / name).read_text() for name in ("block-1-seed-1.json", "before.json"))
-    # Texts are read again: those of another machine, here the first of them twice.
     texts = json.loads((out / "written.json").read_text())
-    (out / "written.json").write_text(json.dumps([texts[0], texts[0], *texts[2:]]))
+    (out / "written.json").unlink()
     early = run("tools/lftf_study.py", "report", out, "--json", tmp_path / "early.json")
     assert early.code == 2 and "no seed has all" in early.error_lines[0] and not (tmp_path / "early.json").exists()
     for more in ((), ("--scored-after", 1, "--steps", 3)):
         other = study(bias_task, out, *more)
         assert other.code == 2 and "is of another study (another model or budget)" in other.error_lines[0]
+        assert not (out / "written.json").exists(), "it wrote before it looked"
+    (out / "written.json").write_text(json.dumps(texts[1:]))  # read again: another machine would write others
     rest = study(bias_task, out, "--scored-after", 1)
     assert rest.code == 0 and "block 1 " not in rest.out and (out / "block-1-seed-1.json").read_text() == first
 
@@ -62,6 +63,7 @@ def test_a_study_goes_on_where_it_was_and_says_what_its_trainings_gained(bias_ta
 def test_what_cannot_be_run_is_one_line(bias_task, tmp_path):
     for more, message in (
         (["--threads", 0], "error: --threads 0 must be at least 1"),
+        (["--gib", "inf"], "error: --gib inf must be a number above 0"),
         (["--blocks", 0, 9], "error: block 9 does not exist: the model has"),
         (["--scored-after", 2], "error: --scored-after [2]: wants numbers of steps below --steps 2"),
     ):
